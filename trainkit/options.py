@@ -1,0 +1,165 @@
+"""The flags that several scripts share, a dataclass for each room of `--help`.
+
+Flags that diffusers' `train_unconditional.py` has keep its name, meaning and default. Steps are optimizer steps everywhere.
+"""
+
+from dataclasses import dataclass
+
+from trainkit.config import option
+
+
+@dataclass
+class SourceOptions:
+    """source: where the images come from"""
+
+    train_data_dir: str | None = option(
+        None, "folder of images, searched recursively (class folders become labels), or a prepared dataset"
+    )
+    dataset_name: str | None = option(
+        None, "Hub dataset, or a local folder `datasets` understands; wins over --train_data_dir"
+    )
+    dataset_config_name: str | None = option(None, "configuration of --dataset_name, where it has several")
+    dataset_split: str = option("train", "split of --dataset_name to read")
+    cache_dir: str | None = option(
+        None, "folder for downloads and prepared datasets (default: $TRAINKIT_CACHE, else ~/.cache/trainkit)"
+    )
+    num_proc: int = option(0, "processes that decode images; 0 takes one for each core")
+
+
+@dataclass
+class ImageOptions:
+    """images: what is made of them before training"""
+
+    resolution: str | None = option(
+        None, "side of the training images in pixels, or HxW; default: that of the prepared dataset, else 64"
+    )
+    center_crop: bool = option(
+        False, "crop the centre once, when the data is prepared; without it training takes a random crop each time"
+    )
+    image_mode: str = option("RGB", "colour mode the images are converted to", choices=("RGB", "L", "RGBA"))
+    background: str = option("white", "colour behind transparent pixels where the mode has no alpha (name or #rrggbb)")
+    preserve_input_precision: bool = option(
+        False, "keep 16 bits a channel where the source has more than 8, instead of reducing it to 8"
+    )
+
+
+@dataclass
+class ModelOptions:
+    """model: the UNet2DModel"""
+
+    model_config_name_or_path: str | None = option(
+        None,
+        "folder or Hub id whose config.json describes the UNet; default: diffusers' 113.7 M example at 3 channels",
+    )
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "use xFormers attention, where the xformers package is installed"
+    )
+
+
+@dataclass
+class ObjectiveOptions:
+    """objective: what the UNet learns to predict, over which noise schedule"""
+
+    prediction_type: str = option(
+        "epsilon", "what the UNet predicts: the noise, the image or the velocity",
+        choices=("epsilon", "sample", "v_prediction"),
+    )  # fmt: skip
+    snr_gamma: float | None = option(None, "min-SNR-gamma loss weight (Hang et al. 2023 use 5.0); default: none")
+    ddpm_num_steps: int = option(1000, "steps of the training noise schedule")
+    ddpm_beta_schedule: str = option(
+        "linear", "noise schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+    )
+    ddpm_num_inference_steps: int = option(
+        20, "solver steps for sample grids while training and for the saved pipeline's score (the example: 1000)"
+    )
+
+
+@dataclass
+class AugmentationOptions:
+    """augmentation: on the device, drawn anew for every visit"""
+
+    random_flip: bool = option(False, "mirror each image left-right with probability 1/2")
+
+
+@dataclass
+class OptimizationOptions:
+    """optimization: how long, with what step"""
+
+    num_epochs: int = option(100, "passes over the data; --max_train_steps wins")
+    max_train_steps: int | None = option(None, "optimizer steps in all; default: from --num_epochs")
+    train_batch_size: int = option(16, "images a device and micro-step; the global batch is logged")
+    gradient_accumulation_steps: int = option(1, "micro-steps to one optimizer step")
+    learning_rate: float = option(1e-4, "peak learning rate, after warm-up")
+    lr_scheduler: str = option(
+        "cosine", "learning-rate schedule over optimizer steps",
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step"),
+    )  # fmt: skip
+    lr_warmup_steps: int = option(500, "optimizer steps over which the rate rises from 0")
+    lr_step_size: int = option(10000, "with --lr_scheduler step: optimizer steps between two drops")
+    lr_step_gamma: float = option(0.1, "with --lr_scheduler step: factor of each drop")
+    optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam"))
+    adam_beta1: float = option(0.95, "decay of the gradient's running mean")
+    adam_beta2: float = option(0.999, "decay of the squared gradient's running mean")
+    adam_weight_decay: float = option(1e-6, "weight decay")
+    adam_epsilon: float = option(1e-8, "added to the root of the running mean of squares")
+    max_grad_norm: float = option(1.0, "clip the gradient's global L2 norm to this; 0 does not clip")
+
+
+@dataclass
+class EmaOptions:
+    """EMA: an average of the weights, which is what gets sampled and saved"""
+
+    use_ema: bool = option(True, "keep an exponential moving average of the weights")
+    ema_inv_gamma: float = option(1.0, "inverse gamma of the warm-up 1 - (1 + step / inv_gamma) ** -power")
+    ema_power: float = option(0.75, "power of that warm-up")
+    ema_max_decay: float = option(0.9999, "decay once warmed up, per optimizer step")
+
+
+@dataclass
+class HardwareOptions:
+    """hardware: precision, seeds, loading"""
+
+    mixed_precision: str | None = option(
+        None, "autocast of the forward pass; default: what `accelerate launch` says, else no",
+        choices=("no", "fp16", "bf16"),
+    )  # fmt: skip
+    seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")
+    dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
+    cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
+    local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag")
+
+
+@dataclass
+class CheckpointOptions:
+    """checkpoints: exact training state, so that no work is lost"""
+
+    output_dir: str = option("ddpm-model-64", "folder for checkpoints, grids and the saved pipeline")
+    overwrite_output_dir: bool = option(False, "start again in a folder that holds checkpoints: deletes them")
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints; 0: only when stopped by a signal")
+    checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; default: all")
+    resume_from_checkpoint: str | None = option(
+        None, "checkpoint folder, or `latest`: the newest whole one in --output_dir (none there: start)"
+    )
+    save_model_epochs: int = option(10, "epochs between savings of the pipeline (also at the end)")
+
+
+@dataclass
+class LoggingOptions:
+    """logging: what to watch"""
+
+    save_images_epochs: int = option(10, "epochs between sample grids (also at the end)")
+    preview_steps: int | None = option(None, "optimizer steps between sample grids; wins over --save_images_epochs")
+    eval_batch_size: int = option(16, "images in a sample grid, over all processes")
+    logger: str = option("tensorboard", "experiment tracker", choices=("tensorboard", "wandb", "none"))
+    logging_dir: str = option("logs", "the tracker's folder inside --output_dir")
+    logging_steps: int = option(10, "optimizer steps between log lines; the device is read only then")
+
+
+@dataclass
+class HubOptions:
+    """Hub: share the saved pipeline (never the training state)"""
+
+    push_to_hub: bool = option(False, "push the pipeline whenever it is saved")
+    hub_token: str | None = option(None, "token to push with; default: the one `hf auth login` stored")
+    hub_model_id: str | None = option(None, "repository to push to; default: the name of --output_dir")
+    hub_private_repo: bool = option(False, "create the repository private")
