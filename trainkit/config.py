@@ -1,7 +1,7 @@
 """Dataclass -> command line -> YAML.
 
-A script's options are a dataclass whose bases are the groups it shares with other scripts; every field is one flag of the
-same name. Values come, strongest first, from the command line, from `--config FILE.yaml` and from the field's default.
+A script's options are a dataclass whose bases are the groups it shares with other scripts; every field is one flag of
+the same name. Values come, strongest first, from the command line, from `--config FILE.yaml` and from the field's default.
 Nothing here imports torch, so that `--help` answers at once.
 """
 
@@ -110,9 +110,7 @@ class Switch(argparse.Action):
 
     def __init__(self, option_strings, dest, default=None, help=None):
         negated = "--no_" + option_strings[0].removeprefix("--")
-        super().__init__(
-            [*option_strings, negated], dest, nargs="?", default=default, type=_converter(bool), help=help
-        )
+        super().__init__([*option_strings, negated], dest, nargs="?", default=default, type=_to_bool, help=help)
 
     def __call__(self, parser, namespace, value, option_string=None):
         value = True if value is None else value
@@ -130,24 +128,24 @@ def _value_type(hint: Any) -> type:
 
 
 def _converter(value_type: type):
-    if value_type is bool:
+    return {bool: _to_bool, int: _to_int}.get(value_type, value_type)
 
-        def convert(text: str) -> bool:
-            if text.lower() not in TRUE_WORDS + FALSE_WORDS:
-                raise ValueError(text)
-            return text.lower() in TRUE_WORDS
 
-    elif value_type is int:
+def _to_bool(text: str) -> bool:
+    if text.lower() not in TRUE_WORDS + FALSE_WORDS:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() in TRUE_WORDS
 
-        def convert(text: str) -> int:  # 1e6 is a whole number too
-            if float(text) != int(float(text)):
-                raise ValueError(text)
-            return int(float(text)) if "e" in text.lower() or "." in text else int(text)
 
-    else:
-        convert = value_type
-    convert.__name__ = value_type.__name__
-    return convert
+def _to_int(text: str) -> int:
+    """Whole numbers, `1e6` among them."""
+    try:
+        number = int(text) if text.strip("+-").isdigit() else float(text)
+        if number == int(number):
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
 
 
 def _read_yaml(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
