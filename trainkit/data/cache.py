@@ -1,0 +1,64 @@
+"""Raw images in, prepared images out: prepared once into the cache, found there by fingerprint ever after."""
+
+import os
+import re
+from pathlib import Path
+
+from trainkit.data.dataset import PreparedImages
+from trainkit.data.prepare import (
+    PREPARATION_NAME,
+    dataset_fingerprint,
+    parse_resolution,
+    prepare,
+    read_preparation,
+    settings_from_options,
+    told_counts,
+)
+from trainkit.data.sources import open_source
+from trainkit.errors import UserError
+
+
+def open_or_prepare(options) -> PreparedImages:
+    """Open what `--train_data_dir` or `--dataset_name` names (`SourceOptions` and `ImageOptions`).
+
+    A prepared dataset is opened as it is. Anything else is prepared in the cache first, unless it is there already;
+    every process of a run may call this at once: one prepares, the others wait for it. Raises `UserError`.
+    """
+    flag = "--train_data_dir" if options.dataset_name is None else "--dataset_name"
+    given = options.train_data_dir if options.dataset_name is None else options.dataset_name
+    if given is not None and Path(given, PREPARATION_NAME).is_file():
+        images = PreparedImages(given)
+        _check_agreement(images, options, f"{flag} {given}")
+        return images
+    settings = settings_from_options(options)
+    source = open_source(options)
+    fingerprint = dataset_fingerprint(source, settings)
+    folder = cache_root(options) / "prepared" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', source.name)[:60]}-{fingerprint}"
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if read_preparation(folder) is None:
+        if is_first:
+            print(f"preparing {len(source):,} files of {given} into {folder} (once; found there from then on)")
+        prepare(source, settings, folder, options.num_proc, is_first, output_flag="--cache_dir")
+    images = PreparedImages(folder)
+    if is_first:
+        print(f"prepared images: {folder}, {told_counts(images.preparation)}", flush=True)
+    return images
+
+
+def cache_root(options) -> Path:
+    """`--cache_dir`, else $TRAINKIT_CACHE, else ~/.cache/trainkit."""
+    return Path(options.cache_dir or os.environ.get("TRAINKIT_CACHE") or "~/.cache/trainkit").expanduser()
+
+
+def _check_agreement(images: PreparedImages, options, what: str) -> None:
+    """What was asked for against what was prepared."""
+    if options.resolution is not None and parse_resolution(options.resolution) != (images.height, images.width):
+        held = f"{images.height}x{images.width}"
+        raise UserError(f"--resolution {options.resolution}, but {what} was prepared at {held}: leave the flag out")
+    if options.image_mode != images.image_mode:
+        raise UserError(
+            f"--image_mode {options.image_mode}, but {what} holds {images.image_mode}: give --image_mode "
+            f"{images.image_mode}, or prepare the images again"
+        )
+    if options.preserve_input_precision and images.bit_depth == 8:
+        raise UserError(f"--preserve_input_precision, but {what} was prepared with 8 bits: prepare the images again")

@@ -1,0 +1,156 @@
+"""Worker processes that run jobs, and outlive the ones that die.
+
+Jobs are asked for only when there is room, so that memory stays flat however long the list is.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+
+from trainkit.data.shards import JoinJob, ShardWriter, SliceJob
+
+JOBS_IN_FLIGHT = 3  # for each process: one at work, two waiting
+THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+PRELOADED = ["numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "pyarrow", "yaml"]
+
+_writer: ShardWriter | None = None  # of this worker process
+
+
+def num_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
+    """Run what `next_job()` gives (None: nothing at present) on `num_proc` processes; yields each job when done.
+
+    One process means this one. A worker that dies costs nothing but time: its jobs are run again, each by itself,
+    and an item that kills its process every time is rejected.
+    """
+    if num_proc == 1:
+        with quiet_pillow():
+            while (job := next_job()) is not None:
+                writer.run(job)
+                yield job
+        return
+    with _single_threaded_children():
+        pool, in_flight = _start_pool(writer, num_proc), {}
+        try:
+            while True:
+                suspects = []
+                while not suspects and len(in_flight) < JOBS_IN_FLIGHT * num_proc:
+                    if (job := next_job()) is None:
+                        break
+                    try:
+                        in_flight[pool.submit(_run, job)] = job
+                    except BrokenProcessPool:
+                        suspects.append(job)
+                if not in_flight and not suspects:
+                    return
+                for future in wait(in_flight, return_when=FIRST_COMPLETED).done if in_flight else ():
+                    job = in_flight.pop(future)
+                    try:
+                        future.result()
+                    except BrokenProcessPool:
+                        suspects.append(job)
+                    else:
+                        yield job
+                if suspects:  # the pool is dead, and so is every job in it
+                    suspects += in_flight.values()
+                    in_flight.clear()
+                    pool.shutdown()
+                    for job in suspects:
+                        _run_alone(writer, job)
+                        yield job
+                    pool = _start_pool(writer, num_proc)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_alone(writer: ShardWriter, job: SliceJob | JoinJob) -> None:
+    """Run a job that was in a pool when it broke; find the items that break one."""
+    if _survives(writer, [(_run, job)]) == []:
+        return
+    if isinstance(job, JoinJob):
+        raise RuntimeError(f"writing {job.path} killed the process: out of memory?")
+    items = [job.items[position : position + 1] for position in range(len(job.items))]
+    crashing = _survives(writer, [(_probe, item) for item in items])
+    if _survives(writer, [(_run, job._replace(crashing=tuple(crashing)))]):
+        raise RuntimeError(f"writing {job.path} killed the process: out of memory?")
+
+
+def _survives(writer: ShardWriter, calls: list[tuple[Callable, object]]) -> list[int]:
+    """Make the calls one at a time in another process; returns the positions of those that killed it."""
+    deadly, pool = [], _start_pool(writer, 1)
+    try:
+        for position, (function, argument) in enumerate(calls):
+            try:
+                pool.submit(function, argument).result()
+            except BrokenProcessPool:
+                deadly.append(position)
+                pool.shutdown()
+                pool = _start_pool(writer, 1)
+    finally:
+        pool.shutdown()
+    return deadly
+
+
+def _start_pool(writer: ShardWriter, num_proc: int) -> ProcessPoolExecutor:
+    # Not fork: the parent may hold the threads and locks of torch.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+    return ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(writer,))
+
+
+def _start_worker(writer: ShardWriter) -> None:
+    global _writer
+    _writer = writer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A killed parent closes no queue: without this its workers would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run(job: SliceJob | JoinJob) -> None:
+    _writer.run(job)
+
+
+def _probe(items) -> None:
+    _writer.probe(items)
+
+
+@contextlib.contextmanager
+def quiet_pillow():
+    """Broken files are told in rejected.jsonl; Pillow's own log lines about them would flood the terminal."""
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _single_threaded_children():
+    """Many processes with as many BLAS threads each would only wait for each other."""
+    before = {name: os.environ.get(name) for name in THREAD_LIMITS}
+    os.environ.update(dict.fromkeys(THREAD_LIMITS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,0 +1,196 @@
+"""The files of a prepared dataset: a slice of a work unit, and the shard that its slices are joined into.
+
+Both are Arrow IPC streams, as `datasets.load_from_disk` memory-maps them, written under a temporary name and renamed.
+Beside the features, the schema's metadata carries what the unit says of itself: rows, class counts, rejected files.
+"""
+
+# H/W height and width, C channels, pixels in HWC order
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from trainkit.data.images import PreparationSettings, RejectedImage, decode_image
+
+SLICE_ITEMS = 128  # images decoded at one go by one process
+BATCH_BYTES = 64 * 2**20  # of pixels in a record batch: far from what int32 offsets can hold
+SUMMARY_KEY = b"preparation"
+
+
+class SliceJob(NamedTuple):
+    """Decode `items` into `path`. `crashing`: positions of items that are known to kill the process."""
+
+    path: Path
+    items: Sequence
+    crashing: tuple[int, ...] = ()
+
+
+class JoinJob(NamedTuple):
+    """Join the slices of a unit, in order, into its shard, and delete them."""
+
+    path: Path
+    slices: list[Path]
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """All that turns a job into its file, the same in every process."""
+
+    reader: Any
+    settings: PreparationSettings
+    label_names: list[str] | None
+    has_text: bool
+
+    def run(self, job: SliceJob | JoinJob) -> None:
+        if isinstance(job, JoinJob):
+            self.join(job)
+        else:
+            self.write_slice(job)
+
+    def probe(self, items: Sequence) -> None:
+        """Decode and forget: tells whether the items kill a process."""
+        for _ in self._decoded(SliceJob(Path(), items), []):
+            pass
+
+    def write_slice(self, job: SliceJob) -> None:
+        rejected: list[dict] = []
+        batches, rows, size = [], [], 0
+        for row in self._decoded(job, rejected):
+            rows.append(row)
+            size += row["image"].nbytes
+            if size >= BATCH_BYTES:
+                batches.append(self._batch(rows))
+                rows, size = [], 0
+        if rows:
+            batches.append(self._batch(rows))
+        _write_stream(job.path, self.schema, batches, self._summary(batches, rejected))
+
+    def join(self, job: JoinJob) -> None:
+        streams = [open_stream(path) for path in job.slices]
+        rejected = [line for stream in streams for line in read_summary(stream.schema)["rejected"]]
+        batches = [batch for stream in streams for batch in stream]
+        _write_stream(job.path, self.schema, _regrouped(batches), self._summary(batches, rejected))
+        for path in job.slices:
+            path.unlink(missing_ok=True)
+
+    def _decoded(self, job: SliceJob, rejected: list[dict]) -> Iterator[dict]:
+        for position, record in enumerate(self.reader.records(job.items)):
+            try:
+                if position in job.crashing:
+                    raise RejectedImage("crashed", "decoding it killed the process (or ran out of memory)")
+                if record.image is None:
+                    raise RejectedImage("missing", "the row holds no image")
+                image = decode_image(record.image, self.settings)
+            except RejectedImage as rejection:
+                rejected.append({"source": record.name, "fault": rejection.fault, "message": str(rejection)})
+                continue
+            yield {"image": image, "source": _valid_text(record.name), "label": record.label, "text": record.text}
+
+    @property
+    def features(self) -> dict[str, dict]:
+        """The columns as `datasets` writes features; spelled out here, since importing it takes a second."""
+        settings = self.settings
+        pixel = {"dtype": settings.dtype.name, "_type": "Value"}
+        if settings.center_crop:
+            size = settings.height * settings.width * settings.channels
+            features = {"image": {"feature": pixel, "length": size, "_type": "List"}}
+        else:
+            side = {"dtype": "int32", "_type": "Value"}
+            features = {"image": {"feature": pixel, "_type": "List"}, "height": side, "width": side}
+        if self.label_names is not None:
+            features["label"] = {"names": self.label_names, "_type": "ClassLabel"}
+        if self.has_text:
+            features["text"] = {"dtype": "string", "_type": "Value"}
+        return features | {"source": {"dtype": "string", "_type": "Value"}}
+
+    @property
+    def schema(self) -> pa.Schema:
+        pixel = pa.from_numpy_dtype(self.settings.dtype)
+        length = self.features["image"].get("length", -1)
+        types = {"image": pa.list_(pixel, length), "height": pa.int32(), "width": pa.int32(), "label": pa.int64()}
+        metadata = {"huggingface": json.dumps({"info": {"features": self.features}})}
+        return pa.schema([(name, types.get(name, pa.string())) for name in self.features], metadata)
+
+    def _batch(self, rows: list[dict]) -> pa.RecordBatch:
+        images = [row["image"] for row in rows]
+        pixels = pa.array(np.concatenate([image.reshape(-1) for image in images]))
+        columns = {"source": pa.array([row["source"] for row in rows], pa.string())}
+        if self.settings.center_crop:
+            columns["image"] = pa.FixedSizeListArray.from_arrays(pixels, images[0].size)
+        else:
+            offsets = np.cumsum([0] + [image.size for image in images], dtype=np.int64).astype(np.int32)
+            columns["image"] = pa.ListArray.from_arrays(pa.array(offsets), pixels)
+            columns["height"] = pa.array([image.shape[0] for image in images], pa.int32())
+            columns["width"] = pa.array([image.shape[1] for image in images], pa.int32())
+        if self.label_names is not None:
+            columns["label"] = pa.array([row["label"] for row in rows], pa.int64())
+        if self.has_text:
+            columns["text"] = pa.array([row["text"] for row in rows], pa.string())
+        return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
+
+    def _summary(self, batches: list[pa.RecordBatch], rejected: list[dict]) -> dict:
+        classes = Counter()
+        if self.label_names is not None:
+            for batch in batches:
+                classes.update(batch.column("label").to_pylist())
+        return {
+            "num_rows": sum(batch.num_rows for batch in batches),
+            "classes": {str(label): classes[label] for label in sorted(classes)},
+            "rejected": rejected,
+        }
+
+
+def open_stream(path: Path) -> pa.RecordBatchStreamReader:
+    """Raises OSError or pa.ArrowInvalid where the file is missing, empty or not an Arrow stream."""
+    return pa.ipc.open_stream(pa.memory_map(str(path)))
+
+
+def read_summary(schema: pa.Schema) -> dict:
+    """What the unit says of itself: num_rows, classes (label -> count), rejected (source, fault, message)."""
+    return json.loads(schema.metadata[SUMMARY_KEY])
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=True) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _write_stream(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: dict) -> None:
+    schema = schema.with_metadata({**schema.metadata, SUMMARY_KEY: json.dumps(summary)})
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            for batch in batches:
+                stream.write_batch(batch)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _regrouped(batches: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Fewer, larger batches of at most `BATCH_BYTES` (one that is larger by itself stays): quick to index."""
+    group, size = [], 0
+    for batch in batches:
+        if group and size + batch.nbytes > BATCH_BYTES:
+            yield from pa.Table.from_batches(group).combine_chunks().to_batches()
+            group, size = [], 0
+        group.append(batch)
+        size += batch.nbytes
+    if group:
+        yield from pa.Table.from_batches(group).combine_chunks().to_batches()
+
+
+def _valid_text(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,0 +1,378 @@
+"""Where images come from: a folder of files, or a dataset that `datasets` understands.
+
+A source lists itself without opening an image, cuts that listing into work units, and gives a small picklable
+`reader` with which any process turns a unit's items into `Record`s.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trainkit.errors import UserError
+
+IMAGE_EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga "
+    ".heic .heif".split()  # Pillow reads no HEIF: better rejected by name than passed over in silence
+)
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+CAPTION_COLUMNS = ("text", "caption")
+UNIT_ITEMS = 2048  # mean length of a work unit
+NO_LABEL = -1  # ClassLabel of an image whose class nobody told
+
+
+class Record(NamedTuple):
+    """One image on its way to the decoder. `image`: path, bytes, or None where the source holds no image."""
+
+    name: str
+    image: Path | bytes | None
+    label: int
+    text: str | None
+
+
+class Unit(NamedTuple):
+    """A run of items that becomes one shard; `identity` changes whenever one of its items does."""
+
+    identity: str
+    items: Sequence
+
+
+class Entry(NamedTuple):
+    """One image file: path relative to the folder (posix), stat, and what is known of it besides the pixels."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    label: str | None = None
+    text: str | None = None
+    caption_file: tuple[int, int] | None = None  # size and mtime_ns of the NAME.txt beside it
+
+
+class ImageFolder:
+    """Image files under a folder, recursively; class folders, metadata files and NAME.txt captions are understood."""
+
+    def __init__(self, folder: str | Path, flag: str = "--train_data_dir"):
+        self.folder = Path(folder)
+        self.name = self.folder.resolve().name or "images"
+        self.entries = list_folder(self.folder, flag)
+        names = {entry.label for entry in self.entries} - {None}
+        self.label_names = _sorted_labels(names) if names else None
+        self.has_text = any(entry.text is not None or entry.caption_file for entry in self.entries)
+        self.fingerprint = _digest(_identity(self.entries))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def reader(self) -> "FolderReader":
+        label_ids = {name: number for number, name in enumerate(self.label_names or ())}
+        return FolderReader(str(self.folder.resolve()), label_ids)
+
+    def units(self) -> list[Unit]:
+        return [Unit(_digest(_identity(entries)), entries) for entries in cut_by_name(self.entries, UNIT_ITEMS)]
+
+
+class FolderReader(NamedTuple):
+    folder: str
+    label_ids: dict[str, int]
+
+    def records(self, entries: Sequence[Entry]) -> Iterator[Record]:
+        for entry in entries:
+            path, text = Path(self.folder, entry.path), entry.text
+            if text is None and entry.caption_file:
+                text = _read_caption(path.with_suffix(".txt"))
+            yield Record(entry.path, path, self.label_ids.get(entry.label, NO_LABEL), text)
+
+
+def _read_caption(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:  # gone since the listing: the next one tells it apart
+        return None
+
+
+def cut_by_name(entries: list[Entry], mean: int) -> Iterator[list[Entry]]:
+    """Cut a sorted listing into runs of about `mean`, of at least half and at most four times as many.
+
+    A run ends where a hash of the path says so, not at a count: an added file changes its own run, no other.
+    """
+    start = 0
+    for position, entry in enumerate(entries, 1):
+        count = position - start
+        if count < mean // 2:
+            continue
+        path_hash = hashlib.blake2b(_bytes(entry.path), digest_size=8).digest()
+        if count == 4 * mean or int.from_bytes(path_hash, "little") % (mean - mean // 2) == 0:
+            yield entries[start:position]
+            start = position
+    if start < len(entries):
+        yield entries[start:]
+
+
+def list_folder(folder: Path, flag: str) -> list[Entry]:
+    """Every image file under `folder` (hidden names skipped), sorted by relative path. Opens no image.
+
+    Raises `UserError` naming `flag`.
+    """
+    if not folder.exists():
+        raise UserError(f"{flag} {folder} does not exist; give a folder of images")
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder} is a file; give the folder that holds the images")
+    try:
+        files = _scan(folder)
+    except OSError as error:
+        raise UserError(f"{flag} {error.filename}: {error.strerror}; the folder must be readable") from None
+    metadata = {}
+    for path in sorted(files.metadata):
+        metadata.update(_read_metadata(folder, path))
+    if not files.images and not metadata:
+        held = ", ".join(sorted(files.other_extensions)[:5]) or "nothing"
+        raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...)")
+    for path in metadata.keys() - files.images.keys():  # another extension, or a row without its file
+        files.images[path] = _stat_or_missing(folder / path)
+    folder_labels = _folder_labels(files.images)
+    entries = []
+    for path in sorted(files.images):
+        size, mtime_ns = files.images[path]
+        label, text = metadata.get(path, (None, None))
+        label = folder_labels.get(path.rpartition("/")[0]) if label is None else label
+        caption_file = files.captions.get(path.rpartition(".")[0]) if text is None else None
+        entries.append(Entry(path, size, mtime_ns, label, text, caption_file))
+    return entries
+
+
+class _Files(NamedTuple):
+    images: dict[str, tuple[int, int]]  # relative path -> size, mtime_ns
+    captions: dict[str, tuple[int, int]]  # the same of NAME.txt, without its extension
+    metadata: list[str]
+    other_extensions: set[str]
+
+
+def _scan(root: Path) -> _Files:
+    files = _Files({}, {}, [], set())
+    pending, seen_links = [("", str(root))], set()
+    while pending:
+        prefix, folder = pending.pop()
+        with os.scandir(folder) as found:
+            for item in found:
+                name = item.name
+                if name.startswith("."):
+                    continue
+                if item.is_dir():
+                    if item.is_symlink():  # followed once: a link may lead back up
+                        target = os.path.realpath(item.path)
+                        if target in seen_links or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
+                            continue
+                        seen_links.add(target)
+                    pending.append((f"{prefix}{name}/", item.path))
+                    continue
+                stem, extension = os.path.splitext(name)
+                extension = extension.lower()
+                if extension in IMAGE_EXTENSIONS or extension == ".txt":
+                    try:
+                        stat = item.stat()
+                    except FileNotFoundError:  # a dangling link
+                        files.images.update({prefix + name: (-1, 0)} if extension != ".txt" else {})
+                        continue
+                    if extension == ".txt":
+                        files.captions[prefix + stem] = stat.st_size, stat.st_mtime_ns
+                    else:
+                        files.images[prefix + name] = stat.st_size, stat.st_mtime_ns
+                elif name in METADATA_NAMES:
+                    files.metadata.append(prefix + name)
+                else:
+                    files.other_extensions.add(extension or name)
+    return files
+
+
+def _stat_or_missing(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, 0  # the decoder will say what is wrong with it
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _folder_labels(images: dict) -> dict[str, str]:
+    """Folder -> its own name as a class: where every image lies equally deep and there are several names."""
+    folders = {path.rpartition("/")[0] for path in images}
+    names = {folder.rpartition("/")[2] for folder in folders}
+    depths = {folder.count("/") for folder in folders}
+    if "" in folders or len(depths) > 1 or len(names) < 2:
+        return {}
+    return {folder: folder.rpartition("/")[2] for folder in folders}
+
+
+def _read_metadata(root: Path, metadata_path: str) -> dict[str, tuple[str | None, str | None]]:
+    """Relative path of an image -> (label, text), from one metadata.csv or metadata.jsonl."""
+    prefix = metadata_path.rpartition("/")[0]
+    where = root / metadata_path
+    found = {}
+    for line_number, row in _rows(where):
+        file_name = row.get("file_name")
+        if not isinstance(file_name, str) or not file_name:
+            raise UserError(f"{where} line {line_number} has no `file_name`; every row must name its image")
+        path = os.path.normpath(os.path.join(prefix, file_name)).replace(os.sep, "/")
+        if path.startswith(("../", "/")):
+            raise UserError(f"{where} line {line_number}: {file_name} is outside of {root}; name files inside it")
+        label, text = row.get("label"), next((row[name] for name in CAPTION_COLUMNS if row.get(name)), None)
+        found[path] = None if label in (None, "") else str(label), None if text is None else str(text)
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                rows = csv.DictReader(file)
+                yield from ((rows.line_num, row) for row in rows)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"line {number} is not an object")
+                    yield number, row
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it must be readable, or moved away") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _sorted_labels(names: set[str]) -> list[str]:
+    """By number where all are whole numbers, else by name."""
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)
+
+
+def _identity(entries: list[Entry]) -> bytes:
+    return _bytes("\n".join(map(repr, map(tuple, entries))))
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+class HubDataset:
+    """A dataset of the Hub, a folder of `save_to_disk`, or a local folder that `load_dataset` understands."""
+
+    def __init__(self, name: str, config: str | None = None, split: str = "train", cache_dir: str | None = None):
+        dataset = _load(name, config, split, cache_dir)
+        columns = _image_columns(dataset)
+        if not columns:
+            raise UserError(f"--dataset_name {name} has no image column; its columns: {', '.join(dataset.features)}")
+        self.name = Path(name).name
+        self.fingerprint = dataset._fingerprint
+        self.label_column = _label_column(dataset)
+        self.text_column = next((name for name in CAPTION_COLUMNS if _is_string(dataset.features.get(name))), None)
+        self.label_names = list(dataset.features[self.label_column].names) if self.label_column else None
+        self.has_text = self.text_column is not None
+        self.image_column = columns[0]
+        kept = [column for column in (self.image_column, self.label_column, self.text_column) if column]
+        self._dataset = dataset.select_columns(kept).cast_column(self.image_column, _undecoded_image())
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def reader(self) -> "DatasetReader":
+        return DatasetReader(self._dataset, self.image_column, self.label_column, self.text_column)
+
+    def units(self) -> list[Unit]:
+        rows = range(len(self))
+        ranges = [rows[start : start + UNIT_ITEMS] for start in range(0, len(self), UNIT_ITEMS)]
+        columns = (self.image_column, self.label_column, self.text_column)
+        return [Unit(f"{self.fingerprint} {columns} {part.start} {part.stop}", part) for part in ranges]
+
+
+class DatasetReader(NamedTuple):
+    dataset: "object"  # datasets.Dataset; pickles as paths where it is memory-mapped
+    image_column: str
+    label_column: str | None
+    text_column: str | None
+
+    def records(self, rows: range) -> Iterator[Record]:
+        for row in rows:
+            item = self.dataset[row]
+            image, path = item[self.image_column] or {}, None
+            if image.get("bytes") is None and image.get("path"):
+                path = Path(image["path"])
+            label = item[self.label_column] if self.label_column else NO_LABEL
+            text = item[self.text_column] if self.text_column else None
+            yield Record(f"row {row}", path or image.get("bytes"), NO_LABEL if label is None else label, text)
+
+
+def _load(name: str, config: str | None, split: str, cache_dir: str | None):
+    import datasets  # slow to import
+
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        datasets.disable_progress_bars()
+    try:
+        if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(name)
+            if isinstance(loaded, datasets.Dataset):
+                return loaded
+            if split not in loaded:
+                raise UserError(f"--dataset_split {split} is not in {name}; it has {', '.join(loaded)}")
+            return loaded[split]
+        return datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
+    except UserError:
+        raise
+    except Exception as error:  # each builder raises its own
+        raise UserError(_loading_message(name, split, error)) from error
+
+
+def _loading_message(name: str, split: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    if "split" in reason.lower():
+        return f"--dataset_split {split} of --dataset_name {name}: {reason}"
+    if "config name" in reason.lower() or "BuilderConfig" in reason:
+        return f"--dataset_config_name for --dataset_name {name}: {reason}"
+    hint = "check the spelling, the network (HF_ENDPOINT, HF_HUB_OFFLINE) and, if it is private, `hf auth login`"
+    return f"--dataset_name {name} cannot be loaded ({reason}): {hint}"
+
+
+def _image_columns(dataset) -> list[str]:
+    import datasets
+
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    return sorted(found, key=lambda name: name not in ("image", "img"))
+
+
+def _label_column(dataset) -> str | None:
+    import datasets
+
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    return next(iter(sorted(found, key=lambda name: name != "label")), None)
+
+
+def _is_string(feature) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _undecoded_image():
+    import datasets
+
+    return datasets.Image(decode=False)
+
+
+def open_source(options) -> ImageFolder | HubDataset:
+    """The source that a script's options (`SourceOptions`) name. Raises `UserError`."""
+    if options.dataset_name is not None:
+        downloads = None if options.cache_dir is None else str(Path(options.cache_dir) / "downloads")
+        return HubDataset(options.dataset_name, options.dataset_config_name, options.dataset_split, downloads)
+    if options.train_data_dir is None:
+        raise UserError("give --train_data_dir FOLDER or --dataset_name NAME: where the images come from")
+    folder = Path(options.train_data_dir)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return HubDataset(options.train_data_dir, None, options.dataset_split)
+    return ImageFolder(folder)
