@@ -1,7 +1,8 @@
 """Dataclass -> command line -> YAML.
 
 A script's options are a dataclass whose bases are the groups it shares with other scripts; every field is one flag of
-the same name. Values come, strongest first, from the command line, from `--config FILE.yaml` and from the field's default.
+the same name. Values come, strongest first, from the command line, from `--config FILE.yaml` and from the field's
+default.
 Nothing here imports torch, so that `--help` answers at once.
 """
 

@@ -1,0 +1,161 @@
+"""Train an unconditional diffusion model (a UNet2DModel) on images, and save a pipeline that loads anywhere.
+
+    accelerate launch train_unconditional.py --train_data_dir photos --resolution 64 --random_flip \\
+        --output_dir ddpm-photos-64 --mixed_precision bf16
+
+    # the same run from a recipe, with one setting changed
+    accelerate launch train_unconditional.py --config recipes/mnist_demo.yaml --train_data_dir digits --seed 1
+
+    # after a kill, a crash or Ctrl-C: the same command and
+        --resume_from_checkpoint latest
+
+A folder of images is prepared once into a cache; a folder that prepare_dataset.py made is opened as it is.
+Every flag of diffusers' script of this name works here with the same meaning. Steps are optimizer steps.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainkit.config import parse_options
+from trainkit.errors import UserError, run_script
+from trainkit.options import (
+    AugmentationOptions,
+    CheckpointOptions,
+    EmaOptions,
+    HardwareOptions,
+    HubOptions,
+    ImageOptions,
+    LoggingOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizationOptions,
+    SourceOptions,
+)
+
+
+@dataclass
+class Options(
+    SourceOptions,
+    ImageOptions,
+    AugmentationOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizationOptions,
+    EmaOptions,
+    HardwareOptions,
+    CheckpointOptions,
+    LoggingOptions,
+    HubOptions,
+):
+    """Everything train_unconditional.py can be told."""
+
+
+def train(options: Options) -> None:
+    # Imported late, so that --help answers at once.
+    from accelerate.utils import set_seed
+
+    from trainkit.data.cache import open_or_prepare
+    from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
+    from trainkit.diffusion.objective import denoising_loss
+    from trainkit.diffusion.unet import build_unet
+    from trainkit.hub import create_repository
+    from trainkit.training.launch import start_accelerator
+    from trainkit.training.run import Run
+
+    images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
+    accelerator = start_accelerator(
+        options.mixed_precision,
+        options.cpu_threads,
+        log_with=None if options.logger == "none" else options.logger,
+        project_dir=Path(options.output_dir) / options.logging_dir,
+    )
+    set_seed(options.seed)
+    unet = build_unet(options, images.height, images.width, images.channels)
+    noise_scheduler = build_noise_scheduler(options)
+    run = Run(options, accelerator, unet, images)
+    repo_id = create_repository(options) if options.push_to_hub and accelerator.is_main_process else None
+
+    for batch in run.batches():
+        timesteps = uniform_timesteps(batch.uniforms, options.ddpm_num_steps)
+        noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)  # float32
+        prediction = run.model(noisy_images, timesteps).sample  # under autocast
+        run.update(
+            denoising_loss(noise_scheduler, prediction, batch.images, batch.noise, timesteps, options.snr_gamma)
+        )
+
+        if run.due(steps=options.preview_steps, epochs=options.save_images_epochs):
+            preview(run, noise_scheduler)
+        if run.due(epochs=options.save_model_epochs):
+            save(run, noise_scheduler, repo_id)
+
+    run.finish()
+    if run.stopped:
+        accelerator.print(f"stopped by a signal after step {run.step}: go on with --resume_from_checkpoint latest")
+    else:
+        preview(run, noise_scheduler)
+        save(run, noise_scheduler, repo_id)
+        accelerator.print(f"saved the pipeline, samples.png and loss.png in {options.output_dir}")
+    accelerator.end_training()
+
+
+def preview(run, noise_scheduler) -> None:
+    """Write a grid of samples from the averaged weights, made by all processes: samples/<step>.png and samples.png."""
+    from trainkit.sampling.generate import generate_over_processes
+    from trainkit.sampling.grid import image_grid, save_image
+    from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, scheduler_bundle
+
+    options = run.options
+    with run.averaged_weights() as unet:
+        samples = generate_over_processes(
+            run.accelerator,
+            unet,
+            scheduler_bundle(noise_scheduler)[DEFAULT_SCHEDULER],
+            num_images=options.eval_batch_size,
+            seed=options.seed,
+            num_inference_steps=options.ddpm_num_inference_steps,
+            batch_size=options.eval_batch_size,
+        )
+    if run.accelerator.is_main_process:
+        grid = image_grid(samples)
+        folder = Path(options.output_dir) / "samples"
+        folder.mkdir(exist_ok=True)
+        save_image(grid, folder / f"{run.step:07d}.png")
+        save_image(grid, Path(options.output_dir) / "samples.png")
+        for tracker in run.accelerator.trackers:
+            tracker.log_images({"samples": samples}, step=run.step)
+
+
+def save(run, noise_scheduler, repo_id: str | None) -> None:
+    """Save the pipeline with the averaged weights into --output_dir, and push it where asked."""
+    from trainkit.hub import model_card, push_pipeline
+    from trainkit.sampling.pipeline import PIPELINE_FILES, save_pipeline
+
+    options, images = run.options, run.images
+    with run.averaged_weights() as unet:
+        if run.accelerator.is_main_process:
+            card = model_card(options, images.height, images.width, run.step, run.shape.global_size)
+            save_pipeline(Path(options.output_dir), unet, noise_scheduler, card)
+            if repo_id is not None:
+                push_pipeline(Path(options.output_dir), repo_id, options.hub_token, PIPELINE_FILES, run.step)
+    run.accelerator.wait_for_everyone()
+
+
+def main() -> None:
+    options = parse_options(Options, __doc__)
+    if options.local_rank != -1:  # launchers of old pass the rank as a flag
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    for name in (
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "eval_batch_size",
+        "logging_steps",
+        "ddpm_num_steps",
+    ):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
+    train(options)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,132 @@
+"""Batches for one process: gathered from the prepared dataset, with their noise, ahead of the training step.
+
+A batch is a pure function of its optimizer step and micro-step, so threads may make them in any order and a resumed
+run starts anywhere at no cost.
+
+B batch (images a device and micro-step), A micro-steps, P processes, C channels, H/W pixels; B * A * P = global batch.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from trainkit.data.dataset import PreparedImages
+from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How the global batch of an optimizer step is divided among processes and micro-steps."""
+
+    per_device: int
+    micro_steps: int
+    num_processes: int
+    process_index: int
+
+    @property
+    def global_size(self) -> int:
+        return self.per_device * self.micro_steps * self.num_processes
+
+    def rows(self, micro_step: int) -> range:
+        """This process's rows of the global batch in `micro_step`."""
+        start = (micro_step * self.num_processes + self.process_index) * self.per_device
+        return range(start, start + self.per_device)
+
+
+@dataclass
+class Batch:
+    """What a micro-step trains on, all on the training device."""
+
+    images: torch.Tensor  # (B, C, H, W) float32 in [-1, 1]
+    noise: torch.Tensor  # (B, C, H, W) float32, standard normal
+    uniforms: torch.Tensor  # (B,) float64 in [0, 1), to draw timesteps from
+    indices: np.ndarray  # (B,) int64, rows of the prepared dataset
+    step: int  # optimizer step, from 0
+    micro_step: int  # 0 .. A - 1
+
+
+class BatchLoader:
+    """Endless batches of `images` in the order of `seed`, from any step.
+
+    `wait_s` is the time in seconds that the training loop has waited for data so far.
+    """
+
+    def __init__(
+        self,
+        images: PreparedImages,
+        shape: BatchShape,
+        seed: int,
+        random_flip: bool,
+        device: torch.device,
+        num_threads: int,
+    ):
+        self.images, self.shape, self.seed, self.random_flip = images, shape, seed, random_flip
+        self.device, self.num_threads = device, num_threads
+        self.wait_s = 0.0
+
+    def iterate(self, first_step: int, end_step: int) -> Iterator[Batch]:
+        """The micro-batches of optimizer steps `first_step` to `end_step` - 1, made ahead by threads."""
+        micro_steps = self.shape.micro_steps
+        places = ((i // micro_steps, i % micro_steps) for i in range(first_step * micro_steps, end_step * micro_steps))
+        if self.num_threads == 0:
+            for place in places:
+                started = time.perf_counter()
+                host_batch = self.make(*place)
+                self.wait_s += time.perf_counter() - started
+                yield self._to_device(host_batch)
+            return
+        executor = ThreadPoolExecutor(self.num_threads, thread_name_prefix="batches")
+        try:
+            ahead = deque(executor.submit(self.make, *place) for place in islice(places, 2 * self.num_threads))
+            while ahead:
+                started = time.perf_counter()
+                host_batch = ahead.popleft().result()
+                self.wait_s += time.perf_counter() - started
+                ahead.extend(executor.submit(self.make, *place) for place in islice(places, 1))
+                yield self._to_device(host_batch)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def make(self, step: int, micro_step: int) -> dict:
+        """The batch of one micro-step on the host: `images` (B, H, W, C) as stored, noise, uniforms, flip, indices."""
+        total, rows = self.shape.global_size, self.shape.rows(micro_step)
+        here = slice(rows.start, rows.stop)
+
+        def uniforms(purpose: Purpose) -> np.ndarray:
+            return uniform_draws(self.seed, step, purpose, total)[here]
+
+        indices = sample_indices(step * total + np.arange(rows.start, rows.stop), len(self.images), self.seed)
+        crops = None
+        if not self.images.fixed_size:
+            crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
+        pixels = self.images.gather(indices, crops)
+        if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
+            pixels = pixels.astype(np.int32)
+        shape = (self.images.channels, self.images.height, self.images.width)
+        host_batch = {
+            "images": torch.from_numpy(pixels),
+            "noise": torch.from_numpy(normal_draws(self.seed, step, rows, shape)),
+            "uniforms": torch.from_numpy(uniforms(Purpose.TIMESTEPS)),
+            "flip": torch.from_numpy(uniforms(Purpose.FLIP) < 0.5) if self.random_flip else None,
+        }
+        if self.device.type == "cuda":
+            host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
+        return host_batch | {"indices": indices, "step": step, "micro_step": micro_step}
+
+    def _to_device(self, host_batch: dict) -> Batch:
+        images, noise, uniforms = (
+            host_batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "uniforms")
+        )
+        half_range = (2**self.images.bit_depth - 1) / 2
+        images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        images = images.div_(half_range).sub_(1)
+        if host_batch["flip"] is not None:
+            flip = host_batch["flip"].to(self.device, non_blocking=True)
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        return Batch(images, noise, uniforms, host_batch["indices"], host_batch["step"], host_batch["micro_step"])

@@ -1,0 +1,39 @@
+"""The exponential moving average of the weights, by diffusers' EMAModel."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+
+
+def build_ema(options, unet: UNet2DModel) -> EMAModel | None:
+    """The EMA that `EmaOptions` describe, or None; its decay rises as 1 - (1 + step / inv_gamma) ** -power."""
+    if not options.use_ema:
+        return None
+    return EMAModel(
+        unet.parameters(),
+        decay=options.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=options.ema_inv_gamma,
+        power=options.ema_power,
+        foreach=True,
+        model_cls=type(unet),
+        model_config=unet.config,
+    )
+
+
+@contextmanager
+def averaged_weights(unet: UNet2DModel, ema: EMAModel | None) -> Iterator[UNet2DModel]:
+    """`unet` with the averaged weights inside the block (its own where there is no EMA), in evaluation mode."""
+    training = unet.training
+    unet.eval()
+    if ema is not None:
+        ema.store(unet.parameters())
+        ema.copy_to(unet.parameters())
+    try:
+        yield unet
+    finally:
+        if ema is not None:
+            ema.restore(unet.parameters())
+        unet.train(training)

@@ -1,0 +1,72 @@
+"""The UNet2DModel that is trained: diffusers' example by default, or the one a config.json describes."""
+
+from pathlib import Path
+
+from diffusers import UNet2DModel
+
+from trainkit.errors import UserError
+
+# The UNet of diffusers' train_unconditional.py: 113.7 M parameters at 3 channels.
+EXAMPLE_UNET = {
+    "layers_per_block": 2,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": (
+        "DownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D",
+    ),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+
+
+def build_unet(options, height: int, width: int, channels: int) -> UNet2DModel:
+    """A freshly initialised UNet for images of this size, from `--model_config_name_or_path` or the example's.
+
+    Raises `UserError` where the config cannot be read or does not fit the images.
+    """
+    name = options.model_config_name_or_path
+    config = dict(EXAMPLE_UNET) if name is None else dict(load_unet_config(name))
+    if name is not None and config.get("in_channels", 3) != channels:
+        raise UserError(
+            f"--model_config_name_or_path {name} has in_channels {config.get('in_channels', 3)}, but --image_mode "
+            f"{options.image_mode} gives {channels}: change one of the two"
+        )
+    config |= {"sample_size": height if height == width else (height, width)}
+    config |= {"in_channels": channels, "out_channels": channels}
+    check_resolution(height, width, len(config["block_out_channels"]) - 1)
+    try:
+        unet = UNet2DModel.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model_config_name_or_path {name} is no working UNet2DModel config: {error}") from None
+    if options.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, NotImplementedError) as error:
+            raise UserError(f"--enable_xformers_memory_efficient_attention: {error}; leave the flag out") from None
+    return unet
+
+
+def load_unet_config(name_or_path: str) -> dict:
+    """The UNet2DModel config of a folder or Hub repository: its own config.json, or that of its `unet` subfolder."""
+    subfolder = None if not (Path(name_or_path) / "unet" / "config.json").is_file() else "unet"
+    try:
+        config = UNet2DModel.load_config(name_or_path, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(
+            f"--model_config_name_or_path {name_or_path}: no config.json to read ({reason}); give a folder that "
+            f"holds one, or a Hub repository"
+        ) from None
+    if "block_out_channels" not in config:
+        raise UserError(f"--model_config_name_or_path {name_or_path}: config.json describes no UNet2DModel")
+    return config
+
+
+def check_resolution(height: int, width: int, halvings: int) -> None:
+    """Refuse an image size that the UNet cannot halve `halvings` times."""
+    factor = 2**halvings
+    if height % factor or width % factor:
+        size = str(height) if height == width else f"{height}x{width}"
+        nearest = "x".join(str(max(factor, round(side / factor) * factor)) for side in dict.fromkeys((height, width)))
+        raise UserError(
+            f"--resolution {size} must be divisible by {factor} (the UNet halves it {halvings} times): use {nearest}, "
+            f"or a smaller UNet through --model_config_name_or_path"
+        )

@@ -1,0 +1,120 @@
+"""Checkpoint folders: staged by every rank, complete only when renamed, the oldest deleted only after that.
+
+checkpoint-500/
+  unet/  unet_ema/        weights, safetensors, each loadable by diffusers
+  optimizer.bin ...       Accelerate's own state
+  training_state.json     step, learning-rate schedule, what the run was
+  manifest.json           every other file and its size; written last
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from trainkit.errors import UserError
+
+PREFIX, STAGING_PREFIX = "checkpoint-", "tmp-checkpoint-"
+MANIFEST, STATE = "manifest.json", "training_state.json"
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """The renamed checkpoint folders of `output_dir`, oldest (lowest step) first."""
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def staging_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f"{STAGING_PREFIX}{step}"
+
+
+def commit(staging: Path, final: Path) -> None:
+    """Make a fully written `staging` folder the checkpoint `final`: manifest, flush to disk, rename."""
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in files}
+    (staging / MANIFEST).write_text(json.dumps({"files": sizes}, indent=1))
+    for path in [*files, staging / MANIFEST, *(path for path in staging.rglob("*") if path.is_dir()), staging]:
+        _flush(path)
+    if final.exists():  # left by a run that was resumed from an older step
+        replaced = final.with_name(f"{STAGING_PREFIX}replaced-{checkpoint_step(final)}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        staging.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        staging.rename(final)
+    _flush(final.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """Why the checkpoint in `folder` cannot be whole, in a few words; None where every file has its size."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def read_state(folder: Path) -> dict:
+    return json.loads((folder / STATE).read_text())
+
+
+def rotate(output_dir: Path, total_limit: int | None, newest: Path) -> None:
+    """Delete the oldest checkpoints beyond `total_limit`, never `newest`; call it only once `newest` is whole."""
+    if total_limit is None:
+        return
+    others = [path for path in checkpoint_folders(output_dir) if path != newest]
+    for path in others[: max(0, len(others) - max(0, total_limit - 1))]:
+        shutil.rmtree(path)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what a killed run left half written; a checkpoint moved aside to be replaced is put back."""
+    for path in output_dir.glob(f"{STAGING_PREFIX}*"):
+        original = output_dir / f"{PREFIX}{path.name.removeprefix(f'{STAGING_PREFIX}replaced-')}"
+        if path.name.startswith(f"{STAGING_PREFIX}replaced-") and not original.exists():
+            path.rename(original)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def resume_candidates(output_dir: Path, resume_from: str) -> list[Path]:
+    """The checkpoints to try for `--resume_from_checkpoint`, best first; empty where `latest` finds none.
+
+    Raises `UserError` for a named checkpoint that does not exist or is damaged.
+    """
+    if resume_from == "latest":
+        return [*reversed(checkpoint_folders(output_dir))]
+    named = Path(resume_from)
+    folder = named if named.is_dir() else output_dir / named.name  # the example takes a bare name too
+    if not folder.is_dir():
+        there = ", ".join(path.name for path in checkpoint_folders(output_dir)) or "none"
+        raise UserError(f"--resume_from_checkpoint {resume_from} does not exist (in {output_dir}: {there})")
+    problem = damage(folder)
+    if problem:
+        raise UserError(
+            f"--resume_from_checkpoint {folder} is damaged: {problem}; use `latest` for the newest whole one"
+        )
+    return [folder]
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder, so that the rename that follows cannot overtake its content."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""Start Accelerate, and refuse the launches that silently start something else than was asked for."""
+
+import os
+import sys
+
+import torch
+from accelerate import Accelerator
+
+from trainkit.errors import UserError
+
+TWO_CPU_PROCESSES = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no {script} ..."
+)
+
+
+def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, **kwargs) -> Accelerator:
+    """The process's Accelerator, with the threads set that a CPU process computes with.
+
+    Raises `UserError` when the launcher was asked for more processes than know of each other, and for a precision that
+    the device lacks.
+    """
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {mixed_precision}: {error}") from None
+    _check_processes(accelerator)
+    if accelerator.device.type == "cpu":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(cpu_threads or _default_threads(local_processes))
+    return accelerator
+
+
+def _default_threads(local_processes: int) -> int:
+    """The cores shared by this machine's processes, unless OMP_NUM_THREADS asks for another number.
+
+    `accelerate launch` sets it to 1 where it is told nothing, which would leave all cores but one idle.
+    """
+    asked = int(os.environ.get("OMP_NUM_THREADS", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return asked if asked > 1 else max(1, cores // local_processes)
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    asked = max(int(os.environ.get("WORLD_SIZE", 1)), _processes_asked_of_launcher())
+    if asked <= accelerator.num_processes:
+        return
+    command = TWO_CPU_PROCESSES.format(n=asked, script=os.path.basename(sys.argv[0]))
+    if accelerator.device.type != "cpu":
+        command = f"accelerate launch --multi_gpu --num_processes {asked} {os.path.basename(sys.argv[0])} ..."
+    raise UserError(
+        f"{asked} processes were asked for, but this one runs with {accelerator.num_processes}: they would not train "
+        f"together. Start them with: {command}"
+    )
+
+
+def _processes_asked_of_launcher() -> int:
+    """`--num_processes` of the `accelerate launch` that started this process, 1 where none did.
+
+    On a CPU it starts one process whatever the number, and leaves no trace of it but its own command line.
+    """
+    import psutil  # comes with accelerate
+
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return 1
+    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+        return 1
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    arguments, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    if arguments.num_processes is not None:
+        return arguments.num_processes
+    config_file = arguments.config_file or default_config_file
+    if not os.path.isfile(config_file):
+        return 1
+    return load_config_from_file(config_file).num_processes or 1

@@ -1,0 +1,130 @@
+"""What a run writes down about itself: metrics.jsonl, the tracker, the progress bar, loss.png."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, one an optimizer step; a last line cut short by a kill is left out."""
+    path = output_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def truncate_metrics(output_dir: Path, last_step: int) -> None:
+    """Drop the lines after optimizer step `last_step`, which a resumed run is about to write again."""
+    rows = [row for row in read_metrics(output_dir) if row["step"] <= last_step]
+    temporary = output_dir / f".{METRICS_FILE}.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, output_dir / METRICS_FILE)
+
+
+def plot_loss(output_dir: Path) -> None:
+    """Draw loss.png: the loss of every optimizer step and its running mean, with the learning rate beside it."""
+    rows = read_metrics(output_dir)
+    if not rows:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    steps, losses = np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows])
+    window = max(1, len(losses) // 50)
+    sums = np.cumsum(np.insert(losses, 0, 0.0))
+    means = (sums[window:] - sums[:-window]) / window
+    figure, loss_axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    loss_axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.6, label="loss of a step")
+    loss_axis.plot(steps[window - 1 :], means, color="tab:blue", label=f"mean of {window} steps")
+    loss_axis.set(xlabel="optimizer step", ylabel="loss", yscale="log")
+    rate_axis = loss_axis.twinx()
+    rate_axis.plot(steps, [row["lr"] for row in rows], color="tab:orange", linewidth=1, label="learning rate")
+    rate_axis.set(ylabel="learning rate", ylim=(0, None))
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    temporary = output_dir / ".loss.tmp.png"
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    os.replace(temporary, output_dir / "loss.png")
+
+
+class StepLog:
+    """The log of the optimizer steps: kept on the device, read and written down only by `flush`, on all ranks."""
+
+    def __init__(self, options, accelerator: Accelerator, output_dir: Path, global_batch_size: int):
+        self.accelerator, self.output_dir, self.global_batch_size = accelerator, output_dir, global_batch_size
+        self.progress = None
+        self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor]] = []
+        self._tracked = options.logger != "none"
+        if self._tracked:
+            settings = {key: value for key, value in asdict(options).items() if key != "hub_token"}
+            settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+            accelerator.init_trackers(output_dir.name, config=settings)
+
+    def start(self, step: int, max_train_steps: int) -> None:
+        """Start the clock and the progress bar at optimizer step `step`."""
+        self._window_start, self._window_step, self._window_wait_s = time.perf_counter(), step, 0.0
+        hidden = not self.accelerator.is_local_main_process
+        self.progress = tqdm(total=max_train_steps, initial=step, desc="training", unit="step", disable=hidden)
+
+    def add(self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor) -> None:
+        """Note one optimizer step without reading anything from the device."""
+        self._pending.append((step, loss, learning_rate, grad_norm))
+        self.progress.update(1)
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` of sampling or saving out of the training speed."""
+        self._window_start += seconds
+
+    def flush(self, wait_s: float) -> None:
+        """Average the pending losses over processes and write them down; `wait_s`: seconds waited for data so far."""
+        if not self._pending:
+            return
+        steps, losses, rates, norms = zip(*self._pending, strict=True)
+        self._pending = []
+        losses = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
+        norms = torch.stack([torch.as_tensor(norm) for norm in norms]).tolist()
+        seconds = max(time.perf_counter() - self._window_start, 1e-9)
+        images_per_s = (steps[-1] - self._window_step) * self.global_batch_size / seconds
+        wait_share = (wait_s - self._window_wait_s) / seconds
+        self._window_start, self._window_step, self._window_wait_s = time.perf_counter(), steps[-1], wait_s
+        rows = [
+            {"step": step, "images": step * self.global_batch_size, "loss": loss, "lr": rate, "grad_norm": norm}
+            for step, loss, rate, norm in zip(steps, losses, rates, norms, strict=True)
+        ]
+        rows[-1] |= {"images_per_s": round(images_per_s, 1), "data_wait_share": round(wait_share, 4)}
+        if self.accelerator.is_main_process:
+            self._write(rows)
+        self.progress.set_postfix_str(
+            f"loss {sum(losses) / len(losses):.4f}, lr {rates[-1]:.2e}, {images_per_s:.0f} images/s, "
+            f"data wait {wait_share:.1%}"
+        )
+
+    def _write(self, rows: list[dict]) -> None:
+        try:
+            with (self.output_dir / METRICS_FILE).open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            for row in rows if self._tracked else ():
+                self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        except OSError as error:  # a full disk must not end the training
+            print(f"\nWARNING: {METRICS_FILE} could not be written: {error.strerror}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.progress.close()
