@@ -312,10 +312,11 @@ class Run:
 
     def _announce(self) -> None:
         parameters = sum(p.numel() for p in self.unet.parameters())
+        shape, size = self.shape, f"{self.images.height}x{self.images.width}"
         self.accelerator.print(
-            f"{len(self.images):,} images {self.images.height}x{self.images.width}, {parameters / 1e6:.1f} M "
-            f"parameters, {self.max_train_steps:,} steps of {self.shape.global_size} images = {self.shape.per_device} a device x "
-            f"{self.shape.num_processes} processes x {self.shape.micro_steps} micro-steps, mixed precision "
-            f"{self.accelerator.mixed_precision} on {self.accelerator.device.type}",
+            f"{len(self.images):,} images {size}, {parameters / 1e6:.1f} M parameters, "
+            f"{self.max_train_steps:,} steps of {shape.global_size} images = "
+            f"{shape.per_device} a device x {shape.num_processes} processes x {shape.micro_steps} micro-steps, "
+            f"{self.accelerator.device.type} with mixed precision {self.accelerator.mixed_precision}",
             flush=True,
         )

@@ -1,0 +1,78 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TINY_UNET = {
+    "_class_name": "UNet2DModel",
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """37 small JPEGs and PNGs of two classes and different sizes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(37):
+        height, width = 16 + i % 5, 20 + i % 3
+        rows, columns = np.mgrid[0:height, 0:width] / 16
+        colour = rng.uniform(0, 255, 3)
+        pixels = (np.sin(rows + i) * np.cos(columns * (1 + i % 2)))[..., None] * 60 + colour
+        path = folder / ("round" if i % 2 else "square") / f"{i:03d}.{'png' if i % 3 else 'jpg'}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_unet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet")
+    (folder / "config.json").write_text(json.dumps(TINY_UNET))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def launch_command(script, *arguments, processes=1):
+    """The command line that really starts `processes` CPU processes."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    if processes > 1:
+        launcher += ["--multi_gpu", "--main_process_port", "0"]
+    launcher += ["--num_processes", str(processes), "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*launcher, str(ROOT / script), *map(str, arguments)]
+
+
+def launch_environment(**extra):
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"} | extra
+
+
+def launch(script, *arguments, processes=1, environment=None, check=True):
+    """Run a script of ours through `accelerate launch`; returns the finished process with its output as text."""
+    done = subprocess.run(
+        launch_command(script, *arguments, processes=processes),
+        env=launch_environment(**(environment or {})),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
