@@ -89,14 +89,10 @@ def train(options: Options) -> None:
         if run.due(epochs=options.save_model_epochs):
             save(run, noise_scheduler, repo_id)
 
-    run.finish()
-    if run.stopped:
-        accelerator.print(f"stopped by a signal after step {run.step}: go on with --resume_from_checkpoint latest")
-    else:
+    if not run.stopped:
         preview(run, noise_scheduler)
         save(run, noise_scheduler, repo_id)
-        accelerator.print(f"saved the pipeline, samples.png and loss.png in {options.output_dir}")
-    accelerator.end_training()
+    run.finish()
 
 
 def preview(run, noise_scheduler) -> None:
@@ -118,12 +114,12 @@ def preview(run, noise_scheduler) -> None:
         )
     if run.accelerator.is_main_process:
         grid = image_grid(samples)
-        folder = Path(options.output_dir) / "samples"
-        folder.mkdir(exist_ok=True)
-        save_image(grid, folder / f"{run.step:07d}.png")
-        save_image(grid, Path(options.output_dir) / "samples.png")
-        for tracker in run.accelerator.trackers:
-            tracker.log_images({"samples": samples}, step=run.step)
+        with run.writing("samples.png"):
+            (run.output_dir / "samples").mkdir(exist_ok=True)
+            save_image(grid, run.output_dir / "samples" / f"{run.step:07d}.png")
+            save_image(grid, run.output_dir / "samples.png")
+            for tracker in run.accelerator.trackers:
+                tracker.log_images({"samples": samples}, step=run.step)
 
 
 def save(run, noise_scheduler, repo_id: str | None) -> None:
@@ -135,9 +131,10 @@ def save(run, noise_scheduler, repo_id: str | None) -> None:
     with run.averaged_weights() as unet:
         if run.accelerator.is_main_process:
             card = model_card(options, images.height, images.width, run.step, run.shape.global_size)
-            save_pipeline(Path(options.output_dir), unet, noise_scheduler, card)
-            if repo_id is not None:
-                push_pipeline(Path(options.output_dir), repo_id, options.hub_token, PIPELINE_FILES, run.step)
+            with run.writing("the pipeline"):
+                save_pipeline(run.output_dir, unet, noise_scheduler, card)
+                if repo_id is not None:
+                    push_pipeline(run.output_dir, repo_id, options.hub_token, PIPELINE_FILES, run.step)
     run.accelerator.wait_for_everyone()
 
 

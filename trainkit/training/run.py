@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.loader import Batch, BatchLoader, BatchShape
@@ -65,6 +66,7 @@ class Run:
             images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers
         )
         self._micro_step = 0
+        self._unwritten: dict[str, str] = {}  # what could not be written, and why
         self._step_loss = torch.zeros((), device=accelerator.device)
         self._saved_step = self.step if self.step else None
         self.log = StepLog(options, accelerator, self.output_dir, self.shape.global_size)
@@ -87,6 +89,9 @@ class Run:
                 if self.end_of_step and signals.agreed():
                     self.stopped = True
                     break
+            self.log.flush(self.loader.wait_s)
+            if self.step != self._saved_step and (self.stopped or self.options.checkpointing_steps):
+                self.save_checkpoint()
         finally:
             signals.close()
             self.log.close()
@@ -137,19 +142,43 @@ class Run:
             yield unet
         self.log.pause(time.perf_counter() - started)
 
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Around writing `what` into the output folder: a full disk there costs a warning, not the training."""
+        try:
+            yield
+            self._unwritten.pop(what, None)
+        except (OSError, RuntimeError, SafetensorError) as error:  # by the writer
+            self._unwritten[what] = reason = " ".join(str(error).split())[:300]
+            print(
+                f"\nWARNING: {what} could not be written to --output_dir {self.output_dir} ({reason}); training goes "
+                "on, and what was written before is kept. Is the disk full?",
+                flush=True,
+            )
+
     def finish(self) -> None:
-        """End the run: the last log lines, a checkpoint where steps were done since the last one, loss.png."""
-        self.log.flush(self.loader.wait_s)
-        if self.step != self._saved_step and (self.stopped or self.options.checkpointing_steps):
-            self.save_checkpoint()
+        """End the run with loss.png and a last word; raises `UserError` where something is left unwritten."""
         if self.accelerator.is_main_process:
-            plot_loss(self.output_dir)
-        self.accelerator.wait_for_everyone()
+            with self.writing("loss.png"):
+                plot_loss(self.output_dir)
+        self.accelerator.end_training()
+        if self._unwritten:
+            what, reason = next(iter(self._unwritten.items()))
+            raise UserError(
+                f"--output_dir {self.output_dir}: {what} could not be written ({reason}): free some space, then run "
+                "the same command with --resume_from_checkpoint latest"
+            )
+        if self.stopped:
+            self.accelerator.print(
+                f"stopped by a signal at step {self.step}: go on with --resume_from_checkpoint latest"
+            )
+        else:
+            self.accelerator.print(f"saved the pipeline, samples.png and loss.png in {self.output_dir}")
 
     # Checkpoints
 
     def save_checkpoint(self) -> None:
-        """Write checkpoint-<step>: staged by every rank, renamed when whole on all; a failure only warns."""
+        """Write checkpoint-<step>: staged by every rank, renamed when whole on all; a full disk only warns."""
         started = time.perf_counter()
         self.log.flush(self.loader.wait_s)
         staging = checkpoints.staging_folder(self.output_dir, self.step)
@@ -158,31 +187,25 @@ class Run:
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        problem = None
-        try:
+        name, written = final.name, False
+        with self.writing(name):
             staging.mkdir(parents=True, exist_ok=True)
             self.accelerator.save_state(str(staging), safe_serialization=True)
             if is_main:
                 (staging / checkpoints.STATE).write_text(json.dumps(self._state(), indent=1))
-        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by the writer
-            problem = error
-        all_whole = self._all_ranks(problem is None)
-        if all_whole and is_main:
-            try:
+            written = True
+        whole = self._all_ranks(written)
+        if whole and is_main:
+            whole = False
+            with self.writing(name):
                 checkpoints.commit(staging, final)
                 checkpoints.rotate(self.output_dir, self.options.checkpoints_total_limit, final)
-            except OSError as error:
-                all_whole, problem = False, error
-        if self._all_ranks(all_whole):
+                whole = True
+        if self._all_ranks(whole):
             self._saved_step = self.step
+            self._unwritten.clear()
         elif is_main:
             shutil.rmtree(staging, ignore_errors=True)
-            print(
-                f"\nWARNING: checkpoint-{self.step} could not be written to --output_dir {self.output_dir} "
-                f"({' '.join(str(problem or 'a failure on another rank').split())}); training goes on, and the "
-                "checkpoints before it are kept. Is the disk full?",
-                flush=True,
-            )
         self.log.pause(time.perf_counter() - started)
 
     def _state(self) -> dict:

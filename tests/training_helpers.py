@@ -1,0 +1,80 @@
+"""What the tests of the training scripts share: one tiny run, told in flags, and how to look at what it left."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from conftest import ROOT, launch_command, launch_environment
+from safetensors.torch import load_file
+
+STEPS = 20
+
+
+def tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags):
+    """Arguments of a run of 20 steps of 8 images at 16 px; `flags` override: None leaves one out, True is a switch."""
+    values = {
+        "train_data_dir": image_folder, "model_config_name_or_path": tiny_unet, "cache_dir": cache_dir,
+        "output_dir": output_dir, "resolution": 16, "random_flip": True, "max_train_steps": STEPS,
+        "train_batch_size": 8, "learning_rate": 1e-3, "lr_warmup_steps": 5, "checkpointing_steps": 3,
+        "eval_batch_size": 4, "ddpm_num_inference_steps": 3, "logging_steps": 1, "logger": "none",
+        "cpu_threads": 1, "num_proc": 1, "seed": 7,
+    }  # fmt: skip
+    values |= flags
+    arguments = []
+    for name, value in values.items():
+        if value is not None:
+            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return arguments
+
+
+def losses(output_dir):
+    rows = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def same_weights(one, other, tolerance=0.0):
+    """Assert that two safetensors files hold the same tensors, bit for bit or within `tolerance`."""
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        if tolerance:
+            torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=tolerance)
+        else:
+            assert torch.equal(one[name], other[name]), name
+
+
+def same_training_state(one, other):
+    """Assert that two checkpoints hold the same weights, averages, optimizer state and schedule, bit for bit."""
+    for part in ("unet", "unet_ema"):
+        file = f"{part}/diffusion_pytorch_model.safetensors"
+        same_weights(one / file, other / file)
+    states = [torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in (one, other)]
+    for number, state in states[0].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][number][name])), (number, name)
+    schedules = [json.loads((folder / "training_state.json").read_text())["lr_scheduler"] for folder in (one, other)]
+    assert schedules[0] == schedules[1]
+
+
+def start_and_signal(arguments, output_dir, at_step, number):
+    """Start a run, send its training process signal `number` once `at_step` is logged; returns exit status, output."""
+    process = subprocess.Popen(
+        launch_command("train_unconditional.py", *arguments),
+        env=launch_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+    )  # fmt: skip
+    metrics = Path(output_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < at_step:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), number)
+    output = process.communicate(timeout=120)[0]
+    if number == signal.SIGKILL:
+        assert process.returncode != 0
+    return process.returncode, output
