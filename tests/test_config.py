@@ -1,0 +1,208 @@
+"""Options: dataclass -> command line -> YAML, and what every script's --help promises."""
+
+import ast
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from source_tree import ROOT, modules, reachable, scripts
+
+from trainkit.config import option, parse_options
+from trainkit.errors import UserError
+
+HEAVY = {"torch", "diffusers", "transformers", "datasets", "pandas", "matplotlib"}
+
+
+@dataclass
+class ModelGroup:
+    """model: what is trained"""
+
+    depth: int = option(4, "layers")
+    widths: list[int] = option([8, 16], "channels of each level", nargs="+")
+    kind: str = option("small", "preset", choices=("small", "large"))
+
+
+@dataclass
+class RunGroup:
+    """run: how it is trained"""
+
+    learning_rate: float = option(1e-3, "step size")
+    max_steps: int | None = option(None, "optimizer steps, 100% of them")
+    use_ema: bool = option(True, "average the weights")
+    flip: bool = option(False, "mirror")
+    name: str | None = option(None, "name of the run")
+
+
+@dataclass
+class Options(ModelGroup, RunGroup):
+    pass
+
+
+def parse(*words, yaml=None, tmp_path=None) -> Options:
+    if yaml is not None:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml)
+        words = ("--config", str(file), *words)
+    return parse_options(Options, "A script.", [str(word) for word in words])
+
+
+def test_defaults_hold_and_lists_are_not_shared():
+    first, second = parse(), parse()
+    assert first == Options(
+        depth=4, widths=[8, 16], kind="small", learning_rate=1e-3, max_steps=None, use_ema=True, flip=False, name=None
+    )
+    first.widths.append(32)
+    assert second.widths == [8, 16] and parse().widths == [8, 16]
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
+    options = parse("--depth", 9, yaml="depth: 7\nkind: large\n", tmp_path=tmp_path)
+    assert (options.depth, options.kind, options.learning_rate) == (9, "large", 1e-3)
+    assert parse("--use_ema", yaml="use_ema: false", tmp_path=tmp_path).use_ema is True
+    assert parse("--config=" + str(tmp_path / "recipe.yaml")).use_ema is False
+
+
+@pytest.mark.parametrize("text", ["1e-4", "0.0001", "1.0e-4", "'1e-4'"])
+def test_yaml_floats_are_floats_however_they_are_written(tmp_path, text):
+    assert parse(yaml=f"learning_rate: {text}", tmp_path=tmp_path).learning_rate == 1e-4
+
+
+def test_yaml_takes_each_flags_own_type(tmp_path):
+    yaml = "learning_rate: 1\nmax_steps: 1e6\nwidths: [32, 64]\nflip: yes\nuse_ema: 'off'\nname: 12\n"
+    options = parse(yaml=yaml, tmp_path=tmp_path)
+    assert options == Options(
+        learning_rate=1.0, max_steps=1_000_000, widths=[32, 64], flip=True, use_ema=False, name="12"
+    )
+    assert isinstance(options.learning_rate, float) and isinstance(options.max_steps, int)
+    assert parse(yaml="max_steps: null", tmp_path=tmp_path).max_steps is None
+    assert parse(yaml="", tmp_path=tmp_path) == Options()
+
+
+def test_lists_whole_numbers_and_choices_on_the_command_line():
+    options = parse("--widths", 1, 2, 3, "--max_steps", "2e3", "--kind", "large")
+    assert (options.widths, options.max_steps, options.kind) == ([1, 2, 3], 2000, "large")
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ((), False),
+        (("--flip",), True),
+        (("--no_flip",), False),
+        (("--flip", "true"), True),
+        (("--flip", "False"), False),
+        (("--no_flip", "false"), True),
+        (("--flip", "--no_flip"), False),
+    ],
+)
+def test_switches(words, expected):
+    assert parse(*words).flip is expected
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--lerning_rate", "1"], "unknown argument --lerning_rate: did you mean --learning_rate?"),
+        (["--learning", "1"], "unknown argument --learning"),  # no abbreviations: a later flag could take them over
+        (["--qqqq"], "unknown argument --qqqq (see --help)"),
+        (["photos"], "unknown argument photos"),
+        (["--kind", "medium"], "--kind"),
+        (["--depth", "1.5"], "'1.5' is not a whole number"),
+        (["--depth"], "--depth"),
+        (["--flip", "maybe"], "'maybe' is neither true nor false"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_told_in_one_line(words, told):
+    with pytest.raises(UserError) as caught:
+        parse(*words)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "yaml, told",
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate': did you mean learning_rate?"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("kind: medium", "'kind'"),
+        ("depth: deep", "'deep' is not a whole number"),
+        ("depth: [1, 2]", "'depth' takes one value"),
+        ("widths: 8", "'widths' takes a list"),
+        ("- depth", "must hold lines of 'flag: value'"),
+        ("depth: [1", "is not YAML"),
+    ],
+)
+def test_mistakes_in_yaml_name_the_file_and_the_key(tmp_path, yaml, told):
+    with pytest.raises(UserError) as caught:
+        parse(yaml=yaml, tmp_path=tmp_path)
+    assert told in str(caught.value) and "recipe.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_help_shows_groups_units_defaults_and_choices(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    for part in ("model: what is trained", "run: how it is trained", "{small,large}", "100% of them", "(default: 4)"):
+        assert part in shown
+    assert shown.index("--depth") < shown.index("--learning_rate")
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda file: file.name)
+def test_help_answers_at_once_and_without_torch(script):
+    """Under two seconds of processor time, which a busy machine does not stretch as it does the clock's."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = _run(script, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in _run(script, "--help", "-X").splitlines()}
+    assert "trainkit" in loaded and not loaded & HEAVY
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda file: file.name)
+def test_every_flag_is_read(script):
+    """A flag that nothing reads lies to its user: code that the script reaches must take each from `options`."""
+    flags, read = _flags(script), set()
+    for module in reachable(script.stem):
+        read |= _attributes_of_options(modules()[module].read_text())
+    assert flags and not flags - read
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda file: file.name)
+def test_an_unknown_flag_is_one_line_and_status_1(script):
+    done = _run(script, "--resolutoin_", "3")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: unknown argument --resolutoin_") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_recipe_says_how_to_run_it(recipe):
+    head = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert any(script.name in head for script in scripts()) and f"recipes/{recipe.name}" in head
+
+
+def _run(script, *arguments):
+    if arguments[-1] == "-X":
+        command = [sys.executable, "-X", "importtime", str(script), *arguments[:-1]]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=60)
+
+
+def _flags(script) -> set[str]:
+    shown = _run(script, "--help").stdout
+    return set(re.findall(r"^  --([a-z]\w*)", shown, re.MULTILINE)) - {"help", "config"}
+
+
+def _attributes_of_options(source: str) -> set[str]:
+    """Names x read as `options.x` or `self.options.x` (not assigned)."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and getattr(node.value, "id", getattr(node.value, "attr", None)) == "options"
+    }
