@@ -118,8 +118,7 @@ def preview(run, noise_scheduler) -> None:
             (run.output_dir / "samples").mkdir(exist_ok=True)
             save_image(grid, run.output_dir / "samples" / f"{run.step:07d}.png")
             save_image(grid, run.output_dir / "samples.png")
-            for tracker in run.accelerator.trackers:
-                tracker.log_images({"samples": samples}, step=run.step)
+            run.log.image("samples", grid, run.step)
 
 
 def save(run, noise_scheduler, repo_id: str | None) -> None:

@@ -7,8 +7,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from tqdm.auto import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -45,7 +47,6 @@ def plot_loss(output_dir: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
     steps, losses = np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows])
     window = max(1, len(losses) // 50)
@@ -125,6 +126,12 @@ class StepLog:
                 self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         except OSError as error:  # a full disk must not end the training
             print(f"\nWARNING: {METRICS_FILE} could not be written: {error.strerror}", file=sys.stderr, flush=True)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Send a picture to the trackers."""
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, **layout)
 
     def close(self) -> None:
         self.progress.close()

@@ -214,7 +214,7 @@ class Run:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "global_batch_size": self.shape.global_size,
             "dataset": self.images.fingerprint,
-            "options": asdict(self.options),
+            "options": {name: value for name, value in asdict(self.options).items() if name != "hub_token"},
         }
 
     def _all_ranks(self, whole: bool) -> bool:

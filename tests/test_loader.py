@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+
+from trainkit.data.loader import BatchLoader, BatchShape
+
+
+class CountingImages:
+    """200 images of 4x6 whose pixels are their number, counting what is read."""
+
+    height, width, channels, bit_depth, fixed_size = 4, 6, 1, 8, True
+
+    def __init__(self):
+        self.read = 0
+
+    def __len__(self):
+        return 200
+
+    def gather(self, indices, crops):
+        self.read += len(indices)
+        return np.broadcast_to(indices.astype(np.uint8)[:, None, None, None], (len(indices), 4, 6, 1)).copy()
+
+
+def loader(per_device=4, micro_steps=1, num_processes=1, process_index=0, threads=0, images=None, flip=False):
+    shape = BatchShape(per_device, micro_steps, num_processes, process_index)
+    return BatchLoader(images or CountingImages(), shape, 3, flip, torch.device("cpu"), threads)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_resuming_reads_nothing_that_was_trained_on(threads):
+    images = CountingImages()
+    resumed = list(loader(images=images, threads=threads).iterate(1000, 1003))
+    assert images.read == 12  # three steps of four images, not a thousand
+    whole = list(loader().iterate(999, 1003))
+    for one, other in zip(whole[1:], resumed, strict=True):
+        assert np.array_equal(one.indices, other.indices)
+        assert torch.equal(one.noise, other.noise) and torch.equal(one.uniforms, other.uniforms)
+
+
+@pytest.mark.parametrize(("per_device", "micro_steps", "processes"), [(4, 2, 1), (2, 2, 2), (2, 1, 4), (1, 8, 1)])
+def test_the_global_batch_does_not_depend_on_its_division(per_device, micro_steps, processes):
+    whole = next(loader(per_device=8, flip=True).iterate(5, 6))
+    parts = {}
+    for rank in range(processes):
+        for batch in loader(per_device, micro_steps, processes, rank, flip=True).iterate(5, 6):
+            rows = BatchShape(per_device, micro_steps, processes, rank).rows(batch.micro_step)
+            parts |= {row: (batch, i) for i, row in enumerate(rows)}
+    assert sorted(parts) == list(range(8))
+    for row, (batch, i) in parts.items():
+        assert batch.indices[i] == whole.indices[row] and batch.uniforms[i] == whole.uniforms[row]
+        assert torch.equal(batch.noise[i], whole.noise[row]) and torch.equal(batch.images[i], whole.images[row])
+
+
+def test_an_epoch_visits_every_image_once():
+    batches = loader(per_device=8).iterate(0, 25)
+    assert sorted(np.concatenate([batch.indices for batch in batches])) == list(range(200))
+
+
+def test_batches_are_float32_in_the_range_of_the_model():
+    batch = next(loader().iterate(0, 1))
+    assert batch.images.dtype == batch.noise.dtype == torch.float32 and batch.images.shape == (4, 1, 4, 6)
+    assert torch.allclose(batch.images[:, 0, 0, 0], torch.from_numpy(batch.indices) / 127.5 - 1)
+
+
+def test_flips_mirror_about_half():
+    class Ramp(CountingImages):
+        def gather(self, indices, crops):
+            return np.tile(np.arange(6, dtype=np.uint8)[None, None, :, None], (len(indices), 4, 1, 1))
+
+    images = torch.cat([batch.images for batch in loader(8, images=Ramp(), flip=True).iterate(0, 40)])
+    mirrored = (images[:, 0, 0, 0] > images[:, 0, 0, -1]).float().mean()
+    assert 0.4 < mirrored < 0.6
+    straight = torch.cat([batch.images for batch in loader(8, images=Ramp()).iterate(0, 4)])
+    assert (straight[:, 0, 0, 0] < straight[:, 0, 0, -1]).all()
+
+
+def test_wider_images_are_cropped_anew_at_every_visit():
+    class Wide(CountingImages):
+        fixed_size = False
+        crops = []
+
+        def gather(self, indices, crops):
+            self.crops.append(crops)
+            return super().gather(indices, crops)
+
+    images = Wide()
+    list(loader(per_device=8, images=images).iterate(0, 50))
+    crops = np.concatenate(images.crops)
+    assert crops.shape == (400, 2) and crops.min() >= 0 and crops.max() < 1 and len(np.unique(crops[:, 0])) == 400
+    assert abs(np.corrcoef(crops.T)[0, 1]) < 0.15
+
+
+def test_sixteen_bits_keep_their_steps():
+    class Deep(CountingImages):
+        bit_depth = 16
+
+        def gather(self, indices, crops):
+            return np.full((len(indices), 4, 6, 1), 40001, dtype=np.uint16)
+
+    batch = next(loader(images=Deep()).iterate(0, 1))
+    assert batch.images[0, 0, 0, 0].item() == pytest.approx(40001 / 32767.5 - 1, abs=1e-6)
