@@ -1,10 +1,10 @@
 """The order of samples and every random draw of training, as pure functions of the seed and a position.
 
 Nothing here has a state to save: resuming at step s is asking for step s. The sample at position p of epoch e comes
-from a keyed permutation (a Feistel network over a domain just above N, walked until it lands inside: Black & Rogaway 2002,
-"Ciphers with Arbitrary Finite Domains"), in O(1) time and memory. Draws come from the counter-based generator Philox
-(Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"), on the CPU, so that they are the same on any device
-and for any division of the global batch among processes.
+from a keyed permutation, in O(1) time and memory: a Feistel network over a domain just above N, walked until it lands
+inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Draws come from the counter-based generator
+Philox (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"), on the CPU, so that they are the same on
+any device and for any division of the global batch among processes.
 """
 
 from enum import IntEnum
