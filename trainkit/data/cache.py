@@ -10,7 +10,6 @@ from trainkit.data.prepare import (
     dataset_fingerprint,
     parse_resolution,
     prepare,
-    read_preparation,
     settings_from_options,
     told_counts,
 )
@@ -35,11 +34,13 @@ def open_or_prepare(options) -> PreparedImages:
     fingerprint = dataset_fingerprint(source, settings)
     folder = cache_root(options) / "prepared" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', source.name)[:60]}-{fingerprint}"
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if read_preparation(folder) is None:
+    try:
+        images = PreparedImages(folder)
+    except UserError:  # not there, or damaged
         if is_first:
             print(f"preparing {len(source):,} files of {given} into {folder} (once; found there from then on)")
         prepare(source, settings, folder, options.num_proc, is_first, output_flag="--cache_dir")
-    images = PreparedImages(folder)
+        images = PreparedImages(folder)
     if is_first:
         print(f"prepared images: {folder}, {told_counts(images.preparation)}", flush=True)
     return images

@@ -18,7 +18,6 @@ from PIL import (
     ImageFile,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
-    MpoImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
     TgaImagePlugin,
@@ -28,31 +27,30 @@ from PIL import (
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a picture is a fault, not a picture
 
-PLUGINS = (
-    JpegImagePlugin,
-    PngImagePlugin,
-    WebPImagePlugin,
-    GifImagePlugin,
-    BmpImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    Jpeg2KImagePlugin,
-    MpoImagePlugin,
-    TgaImagePlugin,
-)
 # Only picture formats: Pillow would also open PostScript (it runs Ghostscript) whatever the file's name says.
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "JPEG2000", "MPO", "TGA"]
+PLUGINS = [
+    JpegImagePlugin.JpegImageFile,
+    PngImagePlugin.PngImageFile,
+    WebPImagePlugin.WebPImageFile,
+    GifImagePlugin.GifImageFile,
+    BmpImagePlugin.BmpImageFile,
+    BmpImagePlugin.DibImageFile,
+    PpmImagePlugin.PpmImageFile,
+    TiffImagePlugin.TiffImageFile,
+    Jpeg2KImagePlugin.Jpeg2KImageFile,
+    TgaImagePlugin.TgaImageFile,
+]
 try:
     from PIL import AvifImagePlugin
 
-    PLUGINS += (AvifImagePlugin,)
-    FORMATS.append("AVIF")
+    PLUGINS.append(AvifImagePlugin.AvifImageFile)
 except ImportError:  # Pillow before 11.3
     pass
+FORMATS = [plugin.format for plugin in PLUGINS if plugin.format in Image.OPEN]
 
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # one channel of more than 8 bits
-ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG, BITS_PER_SAMPLE_TAG = 0x0112, 0x0102
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -198,6 +196,8 @@ def _unit_samples(image: Image.Image) -> np.ndarray:
     top = float(samples.max(initial=0.0))
     if image.mode == "F":  # no range of its own: the smallest usual one that holds the samples
         full = next((full for full in (1.0, 255.0, 65535.0) if top <= full), top)
+    elif image.format == "TIFF" and image.mode != "I":
+        full = 2.0 ** image.tag_v2.get(BITS_PER_SAMPLE_TAG, (16,))[0] - 1
     else:
         full = 65535.0 if top <= 65535.0 else 2.0**31 - 1
     return np.clip(samples / full, 0.0, 1.0)

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from trainkit.data.shards import JoinJob, ShardWriter, SliceJob
+from trainkit.errors import UserError
 
 JOBS_IN_FLIGHT = 3  # for each process: one at work, two waiting
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -34,10 +35,10 @@ def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator
     and an item that kills its process every time is rejected.
     """
     if num_proc == 1:
-        with quiet_pillow():
-            while (job := next_job()) is not None:
+        while (job := next_job()) is not None:
+            with _quiet_decoders():
                 writer.run(job)
-                yield job
+            yield job
         return
     with _single_threaded_children():
         pool, in_flight = _start_pool(writer, num_proc), {}
@@ -74,22 +75,21 @@ def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator
 
 
 def _run_alone(writer: ShardWriter, job: SliceJob | JoinJob) -> None:
-    """Run a job that was in a pool when it broke; find the items that break one."""
-    if _survives(writer, [(_run, job)]) == []:
+    """Run a job that was in a pool when it broke; where it breaks one again, find and reject the items that do it."""
+    if not _deadly(writer, _run, [job]):
         return
-    if isinstance(job, JoinJob):
-        raise RuntimeError(f"writing {job.path} killed the process: out of memory?")
-    items = [job.items[position : position + 1] for position in range(len(job.items))]
-    crashing = _survives(writer, [(_probe, item) for item in items])
-    if _survives(writer, [(_run, job._replace(crashing=tuple(crashing)))]):
-        raise RuntimeError(f"writing {job.path} killed the process: out of memory?")
+    if isinstance(job, SliceJob):
+        deadly = _deadly(writer, _probe, [job.items[position : position + 1] for position in range(len(job.items))])
+        if not _deadly(writer, _run, [job._replace(deadly=deadly)]):
+            return
+    raise UserError(f"writing {job.path} killed the process; is there too little memory? try a smaller --num_proc")
 
 
-def _survives(writer: ShardWriter, calls: list[tuple[Callable, object]]) -> list[int]:
+def _deadly(writer: ShardWriter, function: Callable, arguments: list) -> tuple[int, ...]:
     """Make the calls one at a time in another process; returns the positions of those that killed it."""
     deadly, pool = [], _start_pool(writer, 1)
     try:
-        for position, (function, argument) in enumerate(calls):
+        for position, argument in enumerate(arguments):
             try:
                 pool.submit(function, argument).result()
             except BrokenProcessPool:
@@ -98,7 +98,7 @@ def _survives(writer: ShardWriter, calls: list[tuple[Callable, object]]) -> list
                 pool = _start_pool(writer, 1)
     finally:
         pool.shutdown()
-    return deadly
+    return tuple(deadly)
 
 
 def _start_pool(writer: ShardWriter, num_proc: int) -> ProcessPoolExecutor:
@@ -114,7 +114,6 @@ def _start_worker(writer: ShardWriter) -> None:
     global _writer
     _writer = writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -125,22 +124,28 @@ def _exit_with_parent() -> None:
 
 
 def _run(job: SliceJob | JoinJob) -> None:
-    _writer.run(job)
+    with _quiet_decoders():
+        _writer.run(job)
 
 
 def _probe(items) -> None:
-    _writer.probe(items)
+    with _quiet_decoders():
+        _writer.probe(items)
 
 
 @contextlib.contextmanager
-def quiet_pillow():
-    """Broken files are told in rejected.jsonl; Pillow's own log lines about them would flood the terminal."""
+def _quiet_decoders():
+    """Broken files are told in rejected.jsonl; what Pillow logs and C libraries print of them floods the screen."""
     logger = logging.getLogger("PIL")
-    level = logger.level
+    level, standard_error = logger.level, os.dup(2)
     logger.setLevel(logging.CRITICAL)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
         logger.setLevel(level)
 
 

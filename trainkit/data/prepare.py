@@ -102,7 +102,7 @@ def prepare(
         with FileLock(output_dir / LOCK_NAME):
             fingerprint = dataset_fingerprint(source, settings)
             preparation = read_preparation(output_dir)
-            if preparation and _is_current(preparation, fingerprint):
+            if preparation and _is_current(preparation, output_dir, fingerprint):
                 if show_progress:
                     print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
                 return preparation
@@ -237,11 +237,15 @@ def _finalize(source, writer: ShardWriter, output_dir: Path, shards: list[Path],
     shutil.rmtree(output_dir / WORK_FOLDER)
     for path in {*output_dir.glob("data-*.arrow"), *output_dir.glob("*.tmp")} - set(shards):
         path.unlink()
-    return preparation
+    return read_preparation(output_dir)
 
 
-def _is_current(preparation: dict, fingerprint: str) -> bool:
-    return preparation["fingerprint"] == fingerprint and not TRANSIENT_FAULTS & preparation["rejected"].keys()
+def _is_current(preparation: dict, folder: Path, fingerprint: str) -> bool:
+    """Whether a complete dataset is the one that is wanted, undamaged, and without faults that may be gone by now."""
+    if preparation["fingerprint"] != fingerprint or TRANSIENT_FAULTS & preparation["rejected"].keys():
+        return False
+    paths = {folder / shard["filename"]: shard["num_bytes"] for shard in preparation["shards"]}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
 def told_counts(preparation: dict) -> str:
@@ -255,13 +259,14 @@ def told_counts(preparation: dict) -> str:
 
 
 def _is_done(shard: Path) -> bool:
-    """Whether a former run left the unit's shard, with no fault in it that may be gone by now."""
+    """Whether a former run left the unit's shard, whole and with no fault in it that may be gone by now."""
     try:
         with open_stream(shard) as stream:
-            faults = {line["fault"] for line in read_summary(stream.schema)["rejected"]}
-    except (OSError, pa.ArrowInvalid):
+            summary = read_summary(stream.schema)
+            num_rows = sum(batch.num_rows for batch in stream)  # a shard cut short raises
+    except (OSError, pa.ArrowException, KeyError):
         return False
-    return not faults & TRANSIENT_FAULTS
+    return num_rows == summary["num_rows"] and not TRANSIENT_FAULTS & {line["fault"] for line in summary["rejected"]}
 
 
 def _claim_folder(folder: Path, output_flag: str) -> None:

@@ -25,11 +25,11 @@ SUMMARY_KEY = b"preparation"
 
 
 class SliceJob(NamedTuple):
-    """Decode `items` into `path`. `crashing`: positions of items that are known to kill the process."""
+    """Decode `items` into `path`. `deadly`: positions of items that are known to kill the process."""
 
     path: Path
     items: Sequence
-    crashing: tuple[int, ...] = ()
+    deadly: tuple[int, ...] = ()
 
 
 class JoinJob(NamedTuple):
@@ -81,17 +81,19 @@ class ShardWriter:
             path.unlink(missing_ok=True)
 
     def _decoded(self, job: SliceJob, rejected: list[dict]) -> Iterator[dict]:
-        for position, record in enumerate(self.reader.records(job.items)):
+        for position, item in enumerate(job.items):
+            name = self.reader.name(item)
             try:
-                if position in job.crashing:
-                    raise RejectedImage("crashed", "decoding it killed the process (or ran out of memory)")
+                if position in job.deadly:
+                    raise RejectedImage("crashed", "decoding it killed the process, by a fault or for want of memory")
+                record = self.reader.read(item)
                 if record.image is None:
                     raise RejectedImage("missing", "the row holds no image")
                 image = decode_image(record.image, self.settings)
             except RejectedImage as rejection:
-                rejected.append({"source": record.name, "fault": rejection.fault, "message": str(rejection)})
+                rejected.append({"source": name, "fault": rejection.fault, "message": str(rejection)})
                 continue
-            yield {"image": image, "source": _valid_text(record.name), "label": record.label, "text": record.text}
+            yield {"image": image, "source": _valid_text(name), "label": record.label, "text": record.text}
 
     @property
     def features(self) -> dict[str, dict]:
@@ -154,7 +156,7 @@ def open_stream(path: Path) -> pa.RecordBatchStreamReader:
 
 def read_summary(schema: pa.Schema) -> dict:
     """What the unit says of itself: num_rows, classes (label -> count), rejected (source, fault, message)."""
-    return json.loads(schema.metadata[SUMMARY_KEY])
+    return json.loads((schema.metadata or {})[SUMMARY_KEY])
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,25 +1,18 @@
 """Where images come from: a folder of files, or a dataset that `datasets` understands.
 
 A source lists itself without opening an image, cuts that listing into work units, and gives a small picklable
-`reader` with which any process turns a unit's items into `Record`s.
+`reader` with which any process names a unit's items and turns them into `Record`s.
 """
 
-import csv
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from trainkit.data.listing import CAPTION_COLUMNS, Entry, list_folder
 from trainkit.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga "
-    ".heic .heif".split()  # Pillow reads no HEIF: better rejected by name than passed over in silence
-)
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
-CAPTION_COLUMNS = ("text", "caption")
 UNIT_ITEMS = 2048  # mean length of a work unit
 NO_LABEL = -1  # ClassLabel of an image whose class nobody told
 
@@ -27,7 +20,6 @@ NO_LABEL = -1  # ClassLabel of an image whose class nobody told
 class Record(NamedTuple):
     """One image on its way to the decoder. `image`: path, bytes, or None where the source holds no image."""
 
-    name: str
     image: Path | bytes | None
     label: int
     text: str | None
@@ -38,17 +30,6 @@ class Unit(NamedTuple):
 
     identity: str
     items: Sequence
-
-
-class Entry(NamedTuple):
-    """One image file: path relative to the folder (posix), stat, and what is known of it besides the pixels."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    label: str | None = None
-    text: str | None = None
-    caption_file: tuple[int, int] | None = None  # size and mtime_ns of the NAME.txt beside it
 
 
 class ImageFolder:
@@ -79,12 +60,14 @@ class FolderReader(NamedTuple):
     folder: str
     label_ids: dict[str, int]
 
-    def records(self, entries: Sequence[Entry]) -> Iterator[Record]:
-        for entry in entries:
-            path, text = Path(self.folder, entry.path), entry.text
-            if text is None and entry.caption_file:
-                text = _read_caption(path.with_suffix(".txt"))
-            yield Record(entry.path, path, self.label_ids.get(entry.label, NO_LABEL), text)
+    def name(self, entry: Entry) -> str:
+        return entry.path
+
+    def read(self, entry: Entry) -> Record:
+        path, text = Path(self.folder, entry.path), entry.text
+        if text is None and entry.caption_file:
+            text = _read_caption(path.with_suffix(".txt"))
+        return Record(path, self.label_ids.get(entry.label, NO_LABEL), text)
 
 
 def _read_caption(path: Path) -> str | None:
@@ -110,136 +93,6 @@ def cut_by_name(entries: list[Entry], mean: int) -> Iterator[list[Entry]]:
             start = position
     if start < len(entries):
         yield entries[start:]
-
-
-def list_folder(folder: Path, flag: str) -> list[Entry]:
-    """Every image file under `folder` (hidden names skipped), sorted by relative path. Opens no image.
-
-    Raises `UserError` naming `flag`.
-    """
-    if not folder.exists():
-        raise UserError(f"{flag} {folder} does not exist; give a folder of images")
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is a file; give the folder that holds the images")
-    try:
-        files = _scan(folder)
-    except OSError as error:
-        raise UserError(f"{flag} {error.filename}: {error.strerror}; the folder must be readable") from None
-    metadata = {}
-    for path in sorted(files.metadata):
-        metadata.update(_read_metadata(folder, path))
-    if not files.images and not metadata:
-        held = ", ".join(sorted(files.other_extensions)[:5]) or "nothing"
-        raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...)")
-    for path in metadata.keys() - files.images.keys():  # another extension, or a row without its file
-        files.images[path] = _stat_or_missing(folder / path)
-    folder_labels = _folder_labels(files.images)
-    entries = []
-    for path in sorted(files.images):
-        size, mtime_ns = files.images[path]
-        label, text = metadata.get(path, (None, None))
-        label = folder_labels.get(path.rpartition("/")[0]) if label is None else label
-        caption_file = files.captions.get(path.rpartition(".")[0]) if text is None else None
-        entries.append(Entry(path, size, mtime_ns, label, text, caption_file))
-    return entries
-
-
-class _Files(NamedTuple):
-    images: dict[str, tuple[int, int]]  # relative path -> size, mtime_ns
-    captions: dict[str, tuple[int, int]]  # the same of NAME.txt, without its extension
-    metadata: list[str]
-    other_extensions: set[str]
-
-
-def _scan(root: Path) -> _Files:
-    files = _Files({}, {}, [], set())
-    pending, seen_links = [("", str(root))], set()
-    while pending:
-        prefix, folder = pending.pop()
-        with os.scandir(folder) as found:
-            for item in found:
-                name = item.name
-                if name.startswith("."):
-                    continue
-                if item.is_dir():
-                    if item.is_symlink():  # followed once: a link may lead back up
-                        target = os.path.realpath(item.path)
-                        if target in seen_links or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
-                            continue
-                        seen_links.add(target)
-                    pending.append((f"{prefix}{name}/", item.path))
-                    continue
-                stem, extension = os.path.splitext(name)
-                extension = extension.lower()
-                if extension in IMAGE_EXTENSIONS or extension == ".txt":
-                    try:
-                        stat = item.stat()
-                    except FileNotFoundError:  # a dangling link
-                        files.images.update({prefix + name: (-1, 0)} if extension != ".txt" else {})
-                        continue
-                    if extension == ".txt":
-                        files.captions[prefix + stem] = stat.st_size, stat.st_mtime_ns
-                    else:
-                        files.images[prefix + name] = stat.st_size, stat.st_mtime_ns
-                elif name in METADATA_NAMES:
-                    files.metadata.append(prefix + name)
-                else:
-                    files.other_extensions.add(extension or name)
-    return files
-
-
-def _stat_or_missing(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return -1, 0  # the decoder will say what is wrong with it
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _folder_labels(images: dict) -> dict[str, str]:
-    """Folder -> its own name as a class: where every image lies equally deep and there are several names."""
-    folders = {path.rpartition("/")[0] for path in images}
-    names = {folder.rpartition("/")[2] for folder in folders}
-    depths = {folder.count("/") for folder in folders}
-    if "" in folders or len(depths) > 1 or len(names) < 2:
-        return {}
-    return {folder: folder.rpartition("/")[2] for folder in folders}
-
-
-def _read_metadata(root: Path, metadata_path: str) -> dict[str, tuple[str | None, str | None]]:
-    """Relative path of an image -> (label, text), from one metadata.csv or metadata.jsonl."""
-    prefix = metadata_path.rpartition("/")[0]
-    where = root / metadata_path
-    found = {}
-    for line_number, row in _rows(where):
-        file_name = row.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
-            raise UserError(f"{where} line {line_number} has no `file_name`; every row must name its image")
-        path = os.path.normpath(os.path.join(prefix, file_name)).replace(os.sep, "/")
-        if path.startswith(("../", "/")):
-            raise UserError(f"{where} line {line_number}: {file_name} is outside of {root}; name files inside it")
-        label, text = row.get("label"), next((row[name] for name in CAPTION_COLUMNS if row.get(name)), None)
-        found[path] = None if label in (None, "") else str(label), None if text is None else str(text)
-    return found
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows = csv.DictReader(file)
-                yield from ((rows.line_num, row) for row in rows)
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is not an object")
-                    yield number, row
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it must be readable, or moved away") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _sorted_labels(names: set[str]) -> list[str]:
@@ -300,15 +153,18 @@ class DatasetReader(NamedTuple):
     label_column: str | None
     text_column: str | None
 
-    def records(self, rows: range) -> Iterator[Record]:
-        for row in rows:
-            item = self.dataset[row]
-            image, path = item[self.image_column] or {}, None
-            if image.get("bytes") is None and image.get("path"):
-                path = Path(image["path"])
-            label = item[self.label_column] if self.label_column else NO_LABEL
-            text = item[self.text_column] if self.text_column else None
-            yield Record(f"row {row}", path or image.get("bytes"), NO_LABEL if label is None else label, text)
+    def name(self, row: int) -> str:
+        return f"row {row}"
+
+    def read(self, row: int) -> Record:
+        item = self.dataset[row]
+        image = item[self.image_column] or {}
+        content = image.get("bytes")
+        if content is None and image.get("path"):
+            content = Path(image["path"])
+        label = item[self.label_column] if self.label_column else None
+        text = item[self.text_column] if self.text_column else None
+        return Record(content, NO_LABEL if label is None else label, text)
 
 
 def _load(name: str, config: str | None, split: str, cache_dir: str | None):
