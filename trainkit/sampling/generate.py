@@ -1,0 +1,89 @@
+"""Seeded generation: image i depends on (model, scheduler, steps, seed i) alone, not on batches or processes."""
+
+# N images, B batch, H/W pixels, C channels
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, SchedulerMixin, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from trainkit.sampling.schedulers import check_steps
+
+
+def generate(
+    unet: UNet2DModel,
+    scheduler: SchedulerMixin,
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield images (B, H, W, C) uint8, one for each of `seeds` in their order, `batch_size` at a time.
+
+    The noise comes from a CPU generator for each image, so it is the same on any device. Runs where `unet` is, under
+    the caller's autocast; the chain itself stays float32. `progress(B)` is called after each batch.
+
+    Raises:
+        UserError: `scheduler` cannot take `num_inference_steps`.
+    """
+    check_steps(scheduler, num_inference_steps)
+    pipeline = DDPMPipeline(unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    with _inference_mode(unet):
+        for start in range(0, len(seeds), batch_size):
+            batch = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
+            images = pipeline(len(batch), batch, num_inference_steps, output_type="pt").images
+            yield (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            if progress is not None:
+                progress(len(batch))
+
+
+def generate_over_processes(
+    accelerator: Accelerator,
+    unet: UNet2DModel,
+    scheduler: SchedulerMixin,
+    num_images: int,
+    seed: int,
+    num_inference_steps: int,
+    batch_size: int,
+) -> np.ndarray:
+    """Images (N, H, W, C) uint8 of the seeds `seed` to `seed + num_images - 1`, on every rank; each makes its share.
+
+    `batch_size` is a process's. Call it on every rank.
+    """
+    unet = accelerator.unwrap_model(unet)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    height, width = image_size(unet)
+    share = np.zeros((-(-num_images // world), height, width, unet.config.in_channels), dtype=np.uint8)
+    seeds = range(seed + rank, seed + num_images, world)
+    with accelerator.autocast():
+        filled = 0
+        for images in generate(unet, scheduler, seeds, num_inference_steps, min(batch_size, len(share))):
+            share[filled : filled + len(images)] = images
+            filled += len(images)
+    gathered = accelerator.gather(torch.from_numpy(share).to(accelerator.device)).cpu().numpy()
+    by_rank = gathered.reshape(world, *share.shape)
+    return by_rank.swapaxes(0, 1).reshape(-1, *share.shape[1:])[:num_images]
+
+
+def image_size(unet: UNet2DModel) -> tuple[int, int]:
+    """Height and width in pixels of what `unet` generates."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@contextmanager
+def _inference_mode(unet: UNet2DModel) -> Iterator[None]:
+    """Evaluation mode, and float32 output under autocast: the solvers cast the image to the type of the output."""
+    was_training = unet.training
+    unet.eval()
+    hook = unet.register_forward_hook(lambda module, inputs, output: UNet2DOutput(sample=output.sample.float()))
+    try:
+        yield
+    finally:
+        hook.remove()
+        unet.train(was_training)

@@ -1,0 +1,47 @@
+"""Images side by side in one picture, and pictures on disk."""
+
+# N images, H/W pixels, C channels (1 grey, 3 RGB, 4 RGBA)
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MINIMUM_WIDTH = 400
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """A picture of mode L, RGB or RGBA from (H, W, C) uint8 with 1, 3 or 4 channels."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def image_grid(
+    images: np.ndarray, columns: int | None = None, padding: int = 2, background: str = "white"
+) -> Image.Image:
+    """`images` (N, H, W, C) uint8 row by row in one picture, by default about square.
+
+    Tiny images are enlarged by whole numbers, so that the grid is about `MINIMUM_WIDTH` pixels wide or more. `padding`
+    is in pixels of the picture. Transparent images keep their alpha.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count * height / width))
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    scale = max(1, math.ceil(MINIMUM_WIDTH / (columns * (width + padding))))
+    cell_width, cell_height = width * scale + padding, height * scale + padding
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    grid = Image.new(mode, (columns * cell_width + padding, rows * cell_height + padding), background)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        cell = to_pil(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        grid.paste(cell, (padding + column * cell_width, padding + row * cell_height))
+    return grid
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write `image` as PNG under a temporary name, then rename it to `path`."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)

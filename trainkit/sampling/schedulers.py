@@ -1,0 +1,166 @@
+"""The schedulers that travel with a saved pipeline: each samples a pixel-space model, and runs in stock DDPMPipeline.
+
+The settings were chosen by sampling distributions whose exact denoiser is known (tests/test_schedulers.py). Other
+classes of diffusers raise in DDPMPipeline (UniPC, DEIS, Heun: no `generator` in `step`) or sample garbage without a
+word (Euler, EDM: the pipeline scales neither the noise nor the model's input).
+"""
+
+# T training timesteps, alpha_bar_t product of (1 - beta), sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SASolverScheduler, SchedulerMixin
+
+from trainkit.errors import UserError
+
+DEFAULT_SCHEDULER = "dpmsolver"
+SCHEDULER_NAMES = ("dpmsolver", "sde_dpmsolver", "sasolver", "ddim", "ddpm")
+SIGMA_MAX = 40.0
+TAIL_BETA = 1e-5
+CONFIG_NAME = "scheduler_config.json"
+
+
+def scheduler_bundle(noise_scheduler: DDPMScheduler) -> dict[str, SchedulerMixin]:
+    """Schedulers by name that sample a model trained with `noise_scheduler`; `DEFAULT_SCHEDULER` is the few-step one.
+
+    dpmsolver      DPM-Solver++(2M), deterministic: 10 to 50 steps (Lu et al. 2022)
+    sde_dpmsolver  SDE-DPM-Solver++(2M), stochastic: 20 steps and more (Lu et al. 2022)
+    sasolver       SA-Solver, stochastic where 200 <= t <= 800: 20 steps and more (Xue et al. 2023)
+    ddim           DDIM, deterministic, first order: steps that divide T, 50 and more (Song et al. 2021)
+    ddpm           ancestral sampling: 250 steps to T (Ho et al. 2020)
+    """
+    config = noise_scheduler.config
+    solver = {"prediction_type": config.prediction_type, "num_train_timesteps": config.num_train_timesteps}
+    if config.clip_sample:  # the solvers ignore `clip_sample`; thresholding at 1 is the same clamp to [-1, 1]
+        solver |= {"thresholding": True, "sample_max_value": 1.0}
+    capped = {"trained_betas": capped_betas(noise_scheduler)}
+    karras = solver | capped | {"use_karras_sigmas": True}
+    return {
+        "dpmsolver": DPMSolverMultistepScheduler(**karras),
+        "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras),
+        "sasolver": SASolverScheduler(
+            timestep_spacing="trailing",
+            lambda_min_clipped=_lambda_min(noise_scheduler),
+            **solver,
+            **_betas(noise_scheduler),
+        ),
+        # no clipping: DDIMScheduler clips the image but not the noise, and the two drift apart over hundreds of steps
+        "ddim": DDIMScheduler(
+            timestep_spacing="trailing",
+            clip_sample=False,
+            prediction_type=config.prediction_type,
+            num_train_timesteps=config.num_train_timesteps,
+            **capped,
+        ),
+        # linspace is the one spacing that is right for any number of steps: DDPMScheduler looks up its neighbours
+        "ddpm": DDPMScheduler.from_config(config, timestep_spacing="linspace"),
+    }
+
+
+def capped_betas(noise_scheduler: DDPMScheduler) -> list[float]:
+    """The training betas (T,), except that sigma stops rising at `SIGMA_MAX`, or one timestep before the end.
+
+    Cosine betas end at sigma 20,000, where dividing by sqrt(alpha_bar) turns the smallest error of the model into
+    noise, and where Karras spacing (Karras et al. 2022, Eq. 5), which starts at the last sigma, would spend its steps.
+    And diffusers raises where the first two steps round to one timestep: with a nearly flat tail they never do.
+    """
+    betas = noise_scheduler.betas.double().clone()
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    kept = min(int((sigmas <= SIGMA_MAX).sum()), len(betas) - 1)
+    betas[max(kept, 1) :] = TAIL_BETA
+    return betas.tolist()
+
+
+def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, flag: str = "--num_inference_steps") -> None:
+    """Raise `UserError` for a number of steps that the scheduler would take without a word, or crash on."""
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise UserError(f"{flag} {num_inference_steps} must be 1 to {num_train_timesteps}, the steps of training")
+    if not isinstance(scheduler, DDIMScheduler):
+        return
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps = scheduler.timesteps
+    # DDIMScheduler steps by the whole part of T / steps, whatever its timesteps are; rounding may add a step at -1
+    spacing = num_train_timesteps / num_inference_steps
+    if len(timesteps) != num_inference_steps or timesteps.min() < 0 or (spacing % 1) / spacing > 0.05:
+        divisors = [steps for steps in range(1, num_train_timesteps + 1) if num_train_timesteps % steps == 0]
+        nearest = min(divisors, key=lambda steps: abs(steps - num_inference_steps))
+        raise UserError(
+            f"{flag} {num_inference_steps}: DDIM samples garbage where its steps do not divide the "
+            f"{num_train_timesteps} of training; take {nearest}"
+        )
+
+
+def save_bundle(folder: Path, bundle: dict[str, SchedulerMixin]) -> None:
+    """Write `scheduler/` (the default) and `schedulers/<name>/`, each under a temporary name, then renamed."""
+    _save_scheduler(folder / "scheduler", bundle[DEFAULT_SCHEDULER])
+    for name, scheduler in bundle.items():
+        _save_scheduler(folder / "schedulers" / name, scheduler)
+
+
+def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
+    """The scheduler `name` of a saved pipeline, None for its default one.
+
+    A pipeline without `schedulers/` (any other DDPMPipeline) gets the bundle that fits the betas of its own scheduler.
+
+    Raises:
+        UserError: the folder holds no scheduler, or not the one asked for.
+    """
+    shipped = sorted(path.parent.name for path in folder.glob(f"schedulers/*/{CONFIG_NAME}"))
+    if shipped and name is not None:
+        if name not in shipped:
+            raise UserError(f"--scheduler {name}: {folder} ships {', '.join(shipped)}")
+        return _load(folder / "schedulers" / name)
+    own = _load(folder / "scheduler")
+    if shipped:
+        return own
+    noise_scheduler = DDPMScheduler.from_config(own.config)
+    # a pipeline of unknown origin: whatever its own scheduler is, its betas are what the model was trained with
+    bundle = scheduler_bundle(noise_scheduler)
+    if name is not None and name not in bundle:
+        raise UserError(f"--scheduler {name} is none of {', '.join(bundle)}")
+    return bundle[name or DEFAULT_SCHEDULER]
+
+
+def _betas(noise_scheduler: DDPMScheduler) -> dict:
+    """Constructor arguments that give every scheduler class the betas of `noise_scheduler`."""
+    config = noise_scheduler.config
+    known = config.beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
+    if not known or config.trained_betas is not None or config.rescale_betas_zero_snr:
+        return {"trained_betas": noise_scheduler.betas.double().tolist()}
+    return {key: config[key] for key in ("beta_schedule", "beta_start", "beta_end")}
+
+
+def _lambda_min(noise_scheduler: DDPMScheduler) -> float:
+    """Log signal-to-noise ratio below which SA-Solver takes no step: cosine betas reach -10, where it is unstable."""
+    last_alpha_bar = noise_scheduler.alphas_cumprod[-1].item()
+    cosine_like = last_alpha_bar * (5 * SIGMA_MAX) ** 2 < 1
+    return -float(torch.tensor(SIGMA_MAX).log()) if cosine_like else -float("inf")
+
+
+def _load(folder: Path) -> SchedulerMixin:
+    """A scheduler of diffusers' own, from the class name in its config: nothing in the folder is executed."""
+    try:
+        class_name = json.loads((folder / CONFIG_NAME).read_text())["_class_name"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--model_name_or_path: {folder} holds no readable {CONFIG_NAME}") from None
+    scheduler_class = getattr(diffusers, str(class_name), None)
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+        raise UserError(f"--model_name_or_path: {folder} names {class_name}, which is no scheduler of diffusers")
+    return scheduler_class.from_pretrained(folder)
+
+
+def _save_scheduler(folder: Path, scheduler: SchedulerMixin) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    scheduler.save_pretrained(staging)
+    folder.mkdir(exist_ok=True)
+    os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)  # the one file of a scheduler
+    staging.rmdir()
