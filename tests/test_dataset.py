@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -241,6 +242,22 @@ def test_a_prepared_folder_is_opened_as_it_is(photos, tmp_path, capsys):
     }.items():
         with pytest.raises(UserError, match=message[1]):
             open_or_prepare(Options(train_data_dir=str(output), **{contradiction: message[0]}))
+
+
+def test_an_unfinished_folder_is_told_from_one_of_images(photos, tmp_path):
+    prepared(photos, tmp_path / "out", PreparationSettings(8, 8))
+    (tmp_path / "out/preparation.json").unlink()
+    with pytest.raises(UserError, match="--train_data_dir .*out is an unfinished prepared dataset"):
+        open_or_prepare(Options(train_data_dir=str(tmp_path / "out")))
+
+
+def test_threads_may_gather_at_once(photos, tmp_path, many_batches):
+    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, center_crop=True))
+    expected = PreparedImages(images.folder).gather(np.arange(90))
+    orders = [np.random.default_rng(seed).permutation(90) for seed in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        for order, gathered in zip(orders, threads.map(images.gather, orders), strict=True):
+            assert (gathered == expected[order]).all()
 
 
 def test_a_source_must_be_given():

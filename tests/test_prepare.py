@@ -1,6 +1,7 @@
 """Preparing images: exact whatever happens to it, and no work done twice."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -77,14 +78,7 @@ def test_the_folder_says_what_was_done(photos, tmp_path):
     assert found == {"a/empty.jpg": "empty", "b/text.png": "not_an_image", "b/cut.jpg": "truncated"}
     preparation = read_preparation(tmp_path / "out")
     assert preparation["num_images"] == 700 and preparation["classes"] == {"a": 400, "b": 300}
-    assert preparation["settings"] == {
-        "height": 16,
-        "width": 16,
-        "center_crop": True,
-        "image_mode": "RGB",
-        "background": [255, 255, 255],
-        "bit_depth": 8,
-    }
+    assert preparation["settings"] == dataclasses.asdict(SETTINGS) | {"background": [255, 255, 255]}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".lock",
         "dataset_info.json",
@@ -162,14 +156,9 @@ def running_sessions() -> set[int]:
 
 def test_finished_slices_of_a_killed_run_are_not_decoded_again(photos, tmp_path, small_units, monkeypatch):
     source = ImageFolder(photos)
-    decoded = count_decoded(monkeypatch, stop_after=200)
-    with pytest.raises(Stopped):
+    with monkeypatch.context() as until_stopped, pytest.raises(Stopped):
+        first = count_decoded(until_stopped, stop_after=200)
         prepare(source, SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
-    first = decoded.copy()
-    decoded.clear()
-    monkeypatch.undo()
-    monkeypatch.setattr(sources, "UNIT_ITEMS", 32)
-    monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 8)
     decoded = count_decoded(monkeypatch)
     prepare(source, SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
     assert len(first) + len(decoded) <= len(source) + 8
@@ -288,6 +277,7 @@ def test_user_mistakes_are_one_line(photos, tmp_path):
         (["--output_dir", tmp_path / "file"], "--output_dir .*file cannot be written"),
         (["--resolution", "12x"], "--resolution 12x is not a size"),
         (["--resolution", "0"], "--resolution 0 is not a size"),
+        (["--num_proc", "-2"], "--num_proc -2 must be 0"),
         (["--background", "puce-ish"], "--background puce-ish is no colour"),
         (["--train_data_dir", tmp_path / "nowhere"], "--train_data_dir .*nowhere does not exist"),
     ]

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from trainkit.data.listing import Entry
-from trainkit.data.sources import HubDataset, ImageFolder, cut_by_name
+from trainkit.data.sources import HubDataset, ImageFolder, cut_by_name, open_source
 from trainkit.errors import UserError
+from trainkit.options import SourceOptions
 
 
 def write_image(path, value: int = 0) -> None:
@@ -248,6 +249,11 @@ def test_dataset_errors_name_the_flag(tmp_path, monkeypatch):
     datasets.Dataset.from_dict({"number": [1]}).save_to_disk(tmp_path / "numbers")
     with pytest.raises(UserError, match="has no image column; its columns: number"):
         HubDataset(str(tmp_path / "numbers"))
+    with pytest.raises(UserError, match="--train_data_dir .* has no image column"):
+        open_source(SourceOptions(train_data_dir=str(tmp_path / "numbers")))
+    (tmp_path / "numbers/preparation.json").write_text("{}")
+    with pytest.raises(UserError, match="is a prepared dataset already"):
+        open_source(SourceOptions(train_data_dir=str(tmp_path / "numbers")))
     saved_dataset(tmp_path / "parts" / "train")
     (tmp_path / "parts/dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
     with pytest.raises(UserError, match="--dataset_split test is not in"):

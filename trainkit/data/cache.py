@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.prepare import (
+    LOCK_NAME,
     PREPARATION_NAME,
     dataset_fingerprint,
     parse_resolution,
@@ -29,6 +30,8 @@ def open_or_prepare(options) -> PreparedImages:
         images = PreparedImages(given)
         _check_agreement(images, options, f"{flag} {given}")
         return images
+    if given is not None and Path(given, LOCK_NAME).is_file():
+        raise UserError(f"{flag} {given} is an unfinished prepared dataset; run its prepare_dataset.py again")
     settings = settings_from_options(options)
     source = open_source(options)
     fingerprint = dataset_fingerprint(source, settings)

@@ -4,6 +4,7 @@
 
 import bisect
 import json
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,7 @@ class PreparedImages:
         self._batches: dict[int, _Batch] = {}  # first row -> batch, of the shards touched so far
         self._batch_starts: list[int] = []  # sorted
         self._opened: set[int] = set()
+        self._opening = threading.Lock()  # loaders gather from several threads
 
     def __len__(self) -> int:
         return self._shard_starts[-1]
@@ -114,8 +116,10 @@ class PreparedImages:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"image {indices.min()} to {indices.max()} of {len(self)}")
         shards = np.searchsorted(self._shard_starts, indices, side="right") - 1
-        for number in set(shards.tolist()) - self._opened:
-            self._open_shard(number)
+        if not self._opened.issuperset(shards.tolist()):
+            with self._opening:
+                for number in set(shards.tolist()) - self._opened:
+                    self._open_shard(number)
         starts = self._batch_starts
         located = []
         for index in indices.tolist():

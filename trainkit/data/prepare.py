@@ -96,6 +96,8 @@ def prepare(
     Does nothing where the folder already holds just that. `num_proc` 0 takes every core. Of two runs at one folder
     the second waits and finds the work done. Raises `UserError` where nothing can be read or written.
     """
+    if num_proc < 0:
+        raise UserError(f"--num_proc {num_proc} must be 0 (every core) or more")
     output_dir = Path(output_dir)
     with _output_errors(output_dir, output_flag):
         _claim_folder(output_dir, output_flag)

@@ -118,11 +118,18 @@ def _digest(content: bytes) -> str:
 class HubDataset:
     """A dataset of the Hub, a folder of `save_to_disk`, or a local folder that `load_dataset` understands."""
 
-    def __init__(self, name: str, config: str | None = None, split: str = "train", cache_dir: str | None = None):
-        dataset = _load(name, config, split, cache_dir)
+    def __init__(
+        self,
+        name: str,
+        config: str | None = None,
+        split: str = "train",
+        cache_dir: str | None = None,
+        flag: str = "--dataset_name",
+    ):
+        dataset = _load(name, config, split, cache_dir, flag)
         columns = _image_columns(dataset)
         if not columns:
-            raise UserError(f"--dataset_name {name} has no image column; its columns: {', '.join(dataset.features)}")
+            raise UserError(f"{flag} {name} has no image column; its columns: {', '.join(dataset.features)}")
         self.name = Path(name).name
         self.fingerprint = dataset._fingerprint
         self.label_column = _label_column(dataset)
@@ -167,7 +174,7 @@ class DatasetReader(NamedTuple):
         return Record(content, NO_LABEL if label is None else label, text)
 
 
-def _load(name: str, config: str | None, split: str, cache_dir: str | None):
+def _load(name: str, config: str | None, split: str, cache_dir: str | None, flag: str):
     import datasets  # slow to import
 
     if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -184,17 +191,17 @@ def _load(name: str, config: str | None, split: str, cache_dir: str | None):
     except UserError:
         raise
     except Exception as error:  # each builder raises its own
-        raise UserError(_loading_message(name, split, error)) from error
+        raise UserError(_loading_message(f"{flag} {name}", split, error)) from error
 
 
-def _loading_message(name: str, split: str, error: Exception) -> str:
+def _loading_message(what: str, split: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     if "split" in reason.lower():
-        return f"--dataset_split {split} of --dataset_name {name}: {reason}"
+        return f"--dataset_split {split} of {what}: {reason}"
     if "config name" in reason.lower() or "BuilderConfig" in reason:
-        return f"--dataset_config_name for --dataset_name {name}: {reason}"
+        return f"--dataset_config_name for {what}: {reason}"
     hint = "check the spelling, the network (HF_ENDPOINT, HF_HUB_OFFLINE) and, if it is private, `hf auth login`"
-    return f"--dataset_name {name} cannot be loaded ({reason}): {hint}"
+    return f"{what} cannot be loaded ({reason}): {hint}"
 
 
 def _image_columns(dataset) -> list[str]:
@@ -229,6 +236,8 @@ def open_source(options) -> ImageFolder | HubDataset:
     if options.train_data_dir is None:
         raise UserError("give --train_data_dir FOLDER or --dataset_name NAME: where the images come from")
     folder = Path(options.train_data_dir)
+    if (folder / "preparation.json").is_file():
+        raise UserError(f"--train_data_dir {folder} is a prepared dataset already; train on it, or give raw images")
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return HubDataset(options.train_data_dir, None, options.dataset_split)
+        return HubDataset(options.train_data_dir, None, options.dataset_split, flag="--train_data_dir")
     return ImageFolder(folder)
