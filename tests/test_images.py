@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from trainkit.data.images import PreparationSettings, RejectedImage, covering_size, decode_image
+from trainkit.data.prepare import parse_resolution
+from trainkit.errors import UserError
 
 SQUARE = PreparationSettings(8, 8, center_crop=True)
 AS_IS = PreparationSettings(32, 32)
@@ -241,3 +243,11 @@ def test_postscript_is_never_run():
     with pytest.raises(RejectedImage) as rejection:
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", AS_IS)
     assert rejection.value.fault == "not_an_image"
+
+
+def test_resolution_is_a_side_or_height_by_width():
+    assert parse_resolution("64") == (64, 64)
+    assert parse_resolution("64x96") == (64, 96)
+    for wrong in ("", "x", "64x", "-3", "6.5", "1x2x3", "0x4"):
+        with pytest.raises(UserError, match="--resolution"):
+            parse_resolution(wrong)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from trainkit.data import prepare as prepare_module
 from trainkit.data import shards, sources
-from trainkit.data.prepare import PreparationSettings, parse_resolution, prepare, read_preparation
+from trainkit.data.prepare import PreparationSettings, prepare, read_preparation
 from trainkit.data.sources import FolderReader, ImageFolder
 from trainkit.errors import UserError
 
@@ -242,6 +242,17 @@ def test_a_file_that_kills_the_worker_is_rejected_and_nothing_else_is_lost(tmp_p
     assert done["num_images"] == 60 and done["rejected"] == {"crashed": 2}
 
 
+def test_a_program_read_from_a_pipe_may_prepare(photos, tmp_path):
+    """Workers must not ask for the main script: it may be no file, have no guard, or be slow to import."""
+    script = f"""
+from trainkit.data.prepare import PreparationSettings, prepare
+from trainkit.data.sources import ImageFolder
+prepare(ImageFolder({str(photos)!r}), PreparationSettings(16, 16), {str(tmp_path / "out")!r}, num_proc=2)
+"""
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and done.stderr == "" and "700 images" in done.stdout, done.stderr
+
+
 def test_two_runs_at_one_folder_do_the_work_once(photos, tmp_path):
     processes = [
         subprocess.Popen(command(photos, tmp_path / "out", "--num_proc", 2), stdout=subprocess.PIPE, text=True)
@@ -325,14 +336,6 @@ def test_file_names_need_not_be_utf_8(tmp_path):
         (tmp_path / "photos/\udcff.jpg").write_text("no image")
     done = prepare(ImageFolder(tmp_path / "photos"), SETTINGS, tmp_path / "out", show_progress=False)
     assert done["num_images"] == 3
-
-
-def test_resolution_is_a_side_or_height_by_width():
-    assert parse_resolution("64") == (64, 64)
-    assert parse_resolution("64x96") == (64, 96)
-    for wrong in ("", "x", "64x", "-3", "6.5", "1x2x3", "0x4"):
-        with pytest.raises(UserError, match="--resolution"):
-            parse_resolution(wrong)
 
 
 def test_help_answers_at_once():

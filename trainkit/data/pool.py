@@ -8,9 +8,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from trainkit.data.shards import JoinJob, ShardWriter, SliceJob
@@ -18,7 +20,7 @@ from trainkit.errors import UserError
 
 JOBS_IN_FLIGHT = 3  # for each process: one at work, two waiting
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-PRELOADED = ["numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "pyarrow", "yaml"]
+PRELOADED = ["numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "pyarrow"]
 
 _writer: ShardWriter | None = None  # of this worker process
 
@@ -49,7 +51,7 @@ def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator
                     if (job := next_job()) is None:
                         break
                     try:
-                        in_flight[pool.submit(_run, job)] = job
+                        in_flight[_submit(pool, _run, job)] = job
                     except BrokenProcessPool:
                         suspects.append(job)
                 if not in_flight and not suspects:
@@ -78,6 +80,8 @@ def _run_alone(writer: ShardWriter, job: SliceJob | JoinJob) -> None:
     """Run a job that was in a pool when it broke; where it breaks one again, find and reject the items that do it."""
     if not _deadly(writer, _run, [job]):
         return
+    if _deadly(writer, _do_nothing, [None]):
+        raise UserError("worker processes die as soon as they start; try --num_proc 1")
     if isinstance(job, SliceJob):
         deadly = _deadly(writer, _probe, [job.items[position : position + 1] for position in range(len(job.items))])
         if not _deadly(writer, _run, [job._replace(deadly=deadly)]):
@@ -91,7 +95,7 @@ def _deadly(writer: ShardWriter, function: Callable, arguments: list) -> tuple[i
     try:
         for position, argument in enumerate(arguments):
             try:
-                pool.submit(function, argument).result()
+                _submit(pool, function, argument).result()
             except BrokenProcessPool:
                 deadly.append(position)
                 pool.shutdown()
@@ -110,6 +114,19 @@ def _start_pool(writer: ShardWriter, num_proc: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(writer,))
 
 
+def _submit(pool: ProcessPoolExecutor, function: Callable, argument) -> Future:
+    """`pool.submit`, which starts the processes it lacks; they are kept from importing the main script.
+
+    It may import torch, or have no `if __name__ == "__main__":`, or be no file at all, and workers need nothing of it.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        return pool.submit(function, argument)
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _start_worker(writer: ShardWriter) -> None:
     global _writer
     _writer = writer
@@ -126,6 +143,10 @@ def _exit_with_parent() -> None:
 def _run(job: SliceJob | JoinJob) -> None:
     with _quiet_decoders():
         _writer.run(job)
+
+
+def _do_nothing(argument: None) -> None:
+    pass
 
 
 def _probe(items) -> None:
