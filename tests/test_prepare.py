@@ -22,7 +22,6 @@ from trainkit.data import prepare as prepare_module
 from trainkit.data import shards, sources
 from trainkit.data.prepare import PreparationSettings, prepare, read_preparation
 from trainkit.data.sources import FolderReader, ImageFolder
-from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = PreparationSettings(16, 16, center_crop=True)
