@@ -16,7 +16,10 @@ from training_helpers import STEPS, losses, same_training_state, same_weights, s
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # Losses of the run below on torch 2.13, CPU: a change of order, noise, timesteps, loss, optimizer or schedule moves
 # them.
-GOLDEN = [1.08, 1.05633, 1.07042, 1.02657, 1.00073, 0.95988, 0.97862, 0.90725, 0.9213, 0.85069, 0.89051, 0.85655, 0.85176, 0.86089, 0.85193, 0.80497, 0.84375, 0.83403, 0.76829, 0.74058]  # fmt: skip
+GOLDEN = [
+    1.08, 1.05633, 1.07042, 1.02657, 1.00073, 0.95988, 0.97862, 0.90725, 0.9213, 0.85069,
+    0.89051, 0.85655, 0.85176, 0.86089, 0.85193, 0.80497, 0.84375, 0.83403, 0.76829, 0.74058,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,7 @@ def test_killed_and_resumed_run_is_bit_equal(run_dir, image_folder, tiny_unet, c
 
 @pytest.fixture(scope="module")
 def two_process_run(image_folder, tiny_unet, cache_dir, tmp_path_factory):
-    """The same run on two processes, half the batch each, stopped by SIGTERM at some step, then resumed on one."""
+    """The same run on two processes, half the batch each."""
     output_dir = tmp_path_factory.mktemp("two")
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, output_dir, train_batch_size=4)
     launch("train_unconditional.py", *arguments, processes=2)
@@ -103,6 +106,10 @@ def two_process_run(image_folder, tiny_unet, cache_dir, tmp_path_factory):
 
 def test_two_processes_are_the_same_run(run_dir, two_process_run):
     assert losses(two_process_run) == pytest.approx(losses(run_dir), abs=1e-4)
+    rates = [json.loads(line)["lr"] for line in (two_process_run / "metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx(expected_rates())
+    states = {path.name for path in (two_process_run / "checkpoint-9").glob("random_states_*")}
+    assert states == {"random_states_0.pkl", "random_states_1.pkl"}  # every rank took part in the checkpoint
     same_weights(two_process_run / WEIGHTS, run_dir / WEIGHTS, tolerance=1e-3)
 
 
@@ -151,3 +158,24 @@ def test_full_disk_keeps_the_last_whole_checkpoint_and_the_training(image_folder
     assert done.stdout.count("could not be written to --output_dir") >= 5, done.stderr[-2000:]
     assert "error: --output_dir" in done.stderr and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_noise_is_added_in_float32_under_autocast(image_folder, tiny_unet, cache_dir, tmp_path):
+    code = """
+import sys
+import diffusers, torch
+seen, forward = set(), diffusers.UNet2DModel.forward
+def spy(self, sample, timestep, *arguments, **keywords):
+    if self.training:
+        seen.add((sample.dtype, torch.is_autocast_enabled("cpu")))
+    return forward(self, sample, timestep, *arguments, **keywords)
+diffusers.UNet2DModel.forward = spy
+import train_unconditional
+train_unconditional.main()
+assert seen == {(torch.float32, True)}, seen
+"""
+    flags = {"mixed_precision": "bf16", "max_train_steps": 2, "checkpointing_steps": 0}
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, **flags)
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
