@@ -13,6 +13,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from trainkit.sampling.schedulers import check_steps
 
+MAXIMUM_VALUES = 2**24 - 1  # in one batch: torch.quantile, which thresholding calls, has versions that take no more
+
 
 def generate(
     unet: UNet2DModel,
@@ -31,6 +33,8 @@ def generate(
         UserError: `scheduler` cannot take `num_inference_steps`.
     """
     check_steps(scheduler, num_inference_steps)
+    height, width = image_size(unet)
+    batch_size = max(1, min(batch_size, MAXIMUM_VALUES // (unet.config.in_channels * height * width)))
     pipeline = DDPMPipeline(unet=unet, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     with _inference_mode(unet):

@@ -22,14 +22,15 @@ def image_grid(
 ) -> Image.Image:
     """`images` (N, H, W, C) uint8 row by row in one picture, by default about square.
 
-    Tiny images are enlarged by whole numbers, so that the grid is about `MINIMUM_WIDTH` pixels wide or more. `padding`
+    Tiny images are enlarged by whole numbers, so that the grid is at least `MINIMUM_WIDTH` pixels wide. `padding`
     is in pixels of the picture. Transparent images keep their alpha.
     """
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count * height / width))
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    scale = max(1, math.ceil(MINIMUM_WIDTH / (columns * (width + padding))))
+    room = MINIMUM_WIDTH - padding * (columns + 1)
+    scale = max(1, math.ceil(room / (columns * width)))
     cell_width, cell_height = width * scale + padding, height * scale + padding
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     grid = Image.new(mode, (columns * cell_width + padding, rows * cell_height + padding), background)

@@ -7,7 +7,9 @@ word (Euler, EDM: the pipeline scales neither the noise nor the model's input).
 
 # T training timesteps, alpha_bar_t product of (1 - beta), sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)
 
+import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -97,6 +99,19 @@ def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, flag: str =
         )
 
 
+def describe_scheduler(scheduler: SchedulerMixin) -> dict:
+    """Class and configuration in plain JSON; a list of betas is given by its digest."""
+    described = {"class": type(scheduler).__name__}
+    for key, value in sorted(scheduler.config.items()):
+        if key == "trained_betas" and value is not None:
+            value = "sha256 " + hashlib.sha256(json.dumps(list(value)).encode()).hexdigest()
+        if isinstance(value, float) and not math.isfinite(value):
+            value = str(value)
+        if not key.startswith("_"):
+            described[key] = value
+    return described
+
+
 def save_bundle(folder: Path, bundle: dict[str, SchedulerMixin]) -> None:
     """Write `scheduler/` (the default) and `schedulers/<name>/`, each under a temporary name, then renamed."""
     _save_scheduler(folder / "scheduler", bundle[DEFAULT_SCHEDULER])
@@ -117,12 +132,10 @@ def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
         if name not in shipped:
             raise UserError(f"--scheduler {name}: {folder} ships {', '.join(shipped)}")
         return _load(folder / "schedulers" / name)
-    own = _load(folder / "scheduler")
+    own = _load(folder / "scheduler" if (folder / "scheduler").is_dir() else folder)
     if shipped:
         return own
-    noise_scheduler = DDPMScheduler.from_config(own.config)
-    # a pipeline of unknown origin: whatever its own scheduler is, its betas are what the model was trained with
-    bundle = scheduler_bundle(noise_scheduler)
+    bundle = scheduler_bundle(DDPMScheduler.from_config(own.config))
     if name is not None and name not in bundle:
         raise UserError(f"--scheduler {name} is none of {', '.join(bundle)}")
     return bundle[name or DEFAULT_SCHEDULER]
@@ -141,7 +154,7 @@ def _lambda_min(noise_scheduler: DDPMScheduler) -> float:
     """Log signal-to-noise ratio below which SA-Solver takes no step: cosine betas reach -10, where it is unstable."""
     last_alpha_bar = noise_scheduler.alphas_cumprod[-1].item()
     cosine_like = last_alpha_bar * (5 * SIGMA_MAX) ** 2 < 1
-    return -float(torch.tensor(SIGMA_MAX).log()) if cosine_like else -float("inf")
+    return -math.log(SIGMA_MAX) if cosine_like else -float("inf")
 
 
 def _load(folder: Path) -> SchedulerMixin:

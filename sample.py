@@ -1,0 +1,196 @@
+#!/usr/bin/env python
+"""Images from a saved unconditional pipeline, over all processes.
+
+    python sample.py --model_name_or_path ddpm-model-64 --output_dir samples --num_images 64
+    accelerate launch sample.py --model_name_or_path google/ddpm-cifar10-32 --output_dir samples \\
+        --num_images 10000 --sample_batch_size 256 --scheduler ddim --num_inference_steps 50
+
+Image i is made from seed + i: it is the same whatever the batch size and the number of processes. Writes
+000000.png ..., grid.png and sampling.json; started again, it makes only the images that are missing.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainkit.config import option, parse_options
+from trainkit.errors import UserError, run_script
+
+RECORD_NAME, GRID_NAME, GRID_IMAGES = "sampling.json", "grid.png", 100
+
+
+@dataclass
+class PipelineOptions:
+    """pipeline: what samples"""
+
+    model_name_or_path: str | None = option(None, "folder of a saved pipeline, or a Hub id; nothing in it is executed")
+    scheduler: str | None = option(
+        None,
+        "dpmsolver, sde_dpmsolver, sasolver, ddim or ddpm, or a name under schedulers/; default: the pipeline's own",
+    )
+    num_inference_steps: int = option(20, "steps of the scheduler: calls of the UNet for an image")
+
+
+@dataclass
+class OutputOptions:
+    """output: how many images, from which seeds, to where"""
+
+    output_dir: str = option("samples", "folder for 000000.png ..., grid.png and sampling.json")
+    num_images: int = option(64, "images in all, over all processes")
+    seed: int = option(0, "seed of the first image; image i has seed + i")
+
+
+@dataclass
+class ComputeOptions:
+    """hardware: batches, precision, threads"""
+
+    sample_batch_size: int = option(16, "images a process makes at once; does not change them")
+    mixed_precision: str | None = option(
+        None, "autocast of the UNet; default: what `accelerate launch` says, else no", choices=("no", "fp16", "bf16")
+    )
+    cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
+
+
+@dataclass
+class Options(PipelineOptions, OutputOptions, ComputeOptions):
+    pass
+
+
+def sample(options: Options) -> None:
+    import torch
+    from tqdm.auto import tqdm
+
+    from trainkit.sampling.generate import generate, image_size
+    from trainkit.sampling.grid import save_image, to_pil
+    from trainkit.sampling.load import find_pipeline, load_unet, weights_digest
+    from trainkit.sampling.schedulers import check_steps, describe_scheduler, load_scheduler
+    from trainkit.training.launch import start_accelerator
+
+    accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
+    with accelerator.main_process_first():
+        model_folder = find_pipeline(options.model_name_or_path)
+    scheduler = load_scheduler(model_folder, options.scheduler)
+    check_steps(scheduler, options.num_inference_steps)
+    unet = load_unet(model_folder)
+
+    folder = Path(options.output_dir)
+    settings = {
+        "weights_sha256": weights_digest(model_folder),
+        "scheduler": describe_scheduler(scheduler),
+        "num_inference_steps": options.num_inference_steps,
+        "seed": options.seed,
+        "mixed_precision": accelerator.mixed_precision,
+        "height_width": list(image_size(unet)),
+    }
+    earlier = read_record(folder, settings)
+    missing = [index for index in range(options.num_images) if not image_path(folder, index).exists()]
+    accelerator.wait_for_everyone()  # nobody writes before all have seen what is missing
+    record = settings | {
+        "model": options.model_name_or_path,
+        "scheduler_name": options.scheduler or "default",
+        "num_images": max(options.num_images, earlier.get("num_images", 0)),
+        "num_processes": accelerator.num_processes,
+        "sample_batch_size": options.sample_batch_size,
+        "versions": versions(),
+    }
+    if accelerator.is_main_process:
+        start_record(folder, record)
+    accelerator.wait_for_everyone()
+
+    share = missing[accelerator.process_index :: accelerator.num_processes]
+    seeds = [options.seed + index for index in share]
+    unet.to(accelerator.device)
+    started = time.perf_counter()
+    bar = tqdm(total=len(missing), unit="img", desc="sampling", disable=not accelerator.is_main_process)
+    written = iter(share)
+    with torch.inference_mode(), accelerator.autocast(), bar:
+        for images in generate(unet, scheduler, seeds, options.num_inference_steps, options.sample_batch_size):
+            for image in images:
+                save_image(to_pil(image), image_path(folder, next(written)))
+            bar.update(min(len(images) * accelerator.num_processes, len(missing) - bar.n))
+    accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        seconds = time.perf_counter() - started
+        rate = round(len(missing) / seconds, 2) if missing else earlier.get("images_per_second")
+        write_json(folder / RECORD_NAME, record | {"images_per_second": rate, "complete": True})
+        write_grid(folder, min(options.num_images, GRID_IMAGES))
+        speed = f", {rate:.1f} images/s" if missing else ""
+        print(
+            f"{folder}: {options.num_images} images, {len(missing)} of them made now{speed}; see {folder / GRID_NAME}"
+        )
+    accelerator.end_training()
+
+
+def image_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"
+
+
+def read_record(folder: Path, settings: dict) -> dict:
+    """What `folder` says of the images in it, {} for a new one; `UserError` where they were made otherwise."""
+    path = folder / RECORD_NAME
+    if not path.exists():
+        if any(folder.glob("[0-9]*.png")):
+            raise UserError(f"--output_dir {folder} holds images but no {RECORD_NAME}; give another folder")
+        return {}
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"--output_dir {folder}: {RECORD_NAME} is not readable; give another folder") from None
+    for name, value in settings.items():
+        if earlier.get(name) != value:
+            raise UserError(
+                f"--output_dir {folder} holds images made with another {name} ({brief(earlier.get(name))} there, "
+                f"{brief(value)} now); give another --output_dir, or delete this one"
+            )
+    return earlier
+
+
+def brief(value) -> str:
+    """A setting in a few words, for a message."""
+    return str(value.get("class")) if isinstance(value, dict) else str(value)[:60]
+
+
+def start_record(folder: Path, record: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".tmp-*.png"):
+        leftover.unlink()
+    write_json(folder / RECORD_NAME, record | {"complete": False})
+
+
+def write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def write_grid(folder: Path, count: int) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from trainkit.sampling.grid import image_grid, save_image
+
+    images = [np.asarray(Image.open(image_path(folder, index))) for index in range(count)]
+    save_image(image_grid(np.stack([image.reshape(*image.shape[:2], -1) for image in images])), folder / GRID_NAME)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "diffusers", "accelerate")}
+
+
+def main() -> None:
+    options = parse_options(Options, __doc__)
+    if options.model_name_or_path is None:
+        raise UserError("--model_name_or_path is missing: give the folder of a saved pipeline, or a Hub id")
+    for name in ("num_images", "num_inference_steps", "sample_batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
+    sample(options)
+
+
+if __name__ == "__main__":
+    run_script(main)

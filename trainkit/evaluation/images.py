@@ -1,0 +1,112 @@
+"""Images to score, from a folder or a prepared dataset, all brought to the size and mode of the feature extractor."""
+
+# N images, B batch, H/W pixels, C channels, S side of the extractor's input in pixels
+
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from trainkit.errors import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+PREPARATION_NAME, RECORD_NAME = "preparation.json", "sampling.json"
+
+
+class ImageFolder:
+    """The images in a folder and all folders below it, in the order of their names.
+
+    In an output folder of sample.py these are its numbered samples alone.
+    """
+
+    def __init__(self, folder: Path, flag: str):
+        files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+        if (folder / RECORD_NAME).is_file():
+            files = [path for path in files if path.parent == folder and re.fullmatch(r"\d{6,}", path.stem)]
+        self.files = sorted(path for path in files if not path.name.startswith("."))
+        if not self.files:
+            raise UserError(f"{flag} {folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
+        """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
+        with ThreadPoolExecutor(4) as pool:
+            for start in range(0, len(indices), batch_size):
+                files = [self.files[index] for index in indices[start : start + batch_size]]
+                yield np.stack(list(pool.map(lambda file: _read(file, side), files)))
+
+
+class PreparedFolder:
+    """The images of a prepared dataset."""
+
+    def __init__(self, folder: Path):
+        from trainkit.data.dataset import PreparedImages
+
+        self.images = PreparedImages(folder)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
+        """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
+        for start in range(0, len(indices), batch_size):
+            pixels = self.images.gather(np.asarray(indices[start : start + batch_size], dtype=np.int64), None)
+            if pixels.dtype == np.uint16:
+                pixels = (pixels >> 8).astype(np.uint8)
+            yield np.stack([_resized(_from_array(image), side) for image in pixels])
+
+
+def open_images(path: str, flag: str) -> ImageFolder | PreparedFolder:
+    """The images under `path`: a prepared dataset where it holds preparation.json, else an image folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path} is no folder; give a folder of images or a prepared dataset")
+    return PreparedFolder(folder) if (folder / PREPARATION_NAME).is_file() else ImageFolder(folder, flag)
+
+
+def read_sampling_record(path: str) -> dict:
+    """sampling.json of a folder that sample.py wrote, {} for any other.
+
+    Raises:
+        UserError: sampling is not finished there.
+    """
+    file = Path(path) / RECORD_NAME
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"--generated {path}: {RECORD_NAME} is not readable JSON; sample into a new folder") from None
+    if not record.get("complete"):
+        raise UserError(
+            f"--generated {path}: its {record.get('num_images')} samples are not complete; run sample.py again"
+        )
+    return record
+
+
+def _read(file: Path, side: int) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return _resized(ImageOps.exif_transpose(image), side)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} cannot be read ({error}); remove or replace it") from None
+
+
+def _from_array(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _resized(image: Image.Image, side: int) -> np.ndarray:
+    """(S, S, 3) uint8: transparency over white, grey repeated, bicubic with antialiasing."""
+    if image.mode.startswith("I"):  # 16 bits a channel
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))

@@ -1,0 +1,108 @@
+"""The parts of a saved pipeline, from a local folder or the Hub, without executing anything that lies in it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from diffusers import UNet2DModel
+
+from trainkit.errors import UserError
+
+FLAG = "--model_name_or_path"
+CONFIG_NAME, WEIGHTS_STEM = "config.json", "diffusion_pytorch_model"
+# What is fetched from the Hub. Older pipelines keep UNet and scheduler at the top of the repository.
+HUB_FILES = [
+    "model_index.json",
+    f"unet/{CONFIG_NAME}",
+    f"unet/{WEIGHTS_STEM}*.safetensors*",
+    "scheduler/*.json",
+    "schedulers/*/*.json",
+    CONFIG_NAME,
+    f"{WEIGHTS_STEM}*.safetensors*",
+    "scheduler_config.json",
+]
+PICKLED = [f"unet/{WEIGHTS_STEM}.bin", f"{WEIGHTS_STEM}.bin"]
+
+
+def find_pipeline(name_or_path: str) -> Path:
+    """The local folder of an unconditional pipeline; a Hub id is downloaded into the Hub's cache first.
+
+    Raises:
+        UserError: there is no such folder or repository, or it holds another kind of pipeline.
+    """
+    folder = Path(name_or_path) if Path(name_or_path).is_dir() else _download(name_or_path)
+    _check_pipeline_class(folder)
+    if not (_unet_folder(folder) / CONFIG_NAME).is_file():
+        raise UserError(f"{FLAG} {name_or_path}: no unet/{CONFIG_NAME} there; give the folder of a saved pipeline")
+    return folder
+
+
+def load_unet(folder: Path) -> UNet2DModel:
+    """The UNet of a saved pipeline, in evaluation mode, float32, on the CPU.
+
+    Raises:
+        UserError: it is no UNet2DModel that makes L, RGB or RGBA images, or its weights cannot be read.
+    """
+    source = _unet_folder(folder)
+    class_name = _read_json(source / CONFIG_NAME).get("_class_name")
+    if class_name != "UNet2DModel":
+        raise UserError(f"{FLAG} {folder}: its unet is a {class_name}; only a UNet2DModel samples without a condition")
+    try:
+        unet = UNet2DModel.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{FLAG} {folder}: the UNet cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    channels, out_channels = unet.config.in_channels, unet.config.out_channels
+    if channels not in (1, 3, 4) or channels != out_channels:
+        raise UserError(
+            f"{FLAG} {folder}: its UNet maps {channels} channels to {out_channels}; it must be 1, 3 or 4 to as many"
+        )
+    if unet.config.sample_size is None:
+        raise UserError(f"{FLAG} {folder}: its unet/{CONFIG_NAME} names no sample_size; write the resolution there")
+    return unet.eval()
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the UNet's configuration and weight files, to tell two models apart."""
+    digest, source = hashlib.sha256(), _unet_folder(folder)
+    for path in [source / CONFIG_NAME, *sorted(source.glob(f"{WEIGHTS_STEM}*"))]:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _unet_folder(folder: Path) -> Path:
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
+def _check_pipeline_class(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return
+    name = _read_json(index).get("_class_name")
+    if name not in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline"):  # the same two parts: unet and scheduler
+        raise UserError(f"{FLAG} {folder}: a {name}; this script samples unconditional pipelines (DDPMPipeline)")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{FLAG}: {path} is not readable JSON") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        if not any(_unet_folder(folder).glob(f"{WEIGHTS_STEM}*")):
+            folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + PICKLED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{FLAG} {name} is no local folder, and the Hub gave no such repository ({type(error).__name__}); "
+            "give the folder of a saved pipeline or a Hub id like google/ddpm-cifar10-32"
+        ) from None
+    return folder
