@@ -74,9 +74,11 @@ lint: $(DEV_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(DEV_READY)
-	@for script in $(wildcard benchmarks/prepare.py benchmarks/loading.py benchmarks/train.py); do \
-		echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+bench: export PYTHONPATH := .
+bench: $(RUN_READY)
+	$(BIN)/python benchmarks/prepare.py --num_images 500 --rounds 1
+	$(BIN)/python benchmarks/loading.py --num_images 500 --rounds 1
+	$(BIN)/python benchmarks/train.py --rounds 2 --steps 10
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache
