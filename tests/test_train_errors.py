@@ -16,7 +16,8 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path):
     import train_unconditional
 
     def call(monkeypatch, **flags):
-        arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", **flags)
+        output_dir = flags.pop("output_dir", tmp_path / "out")
+        arguments = tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags)
         monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
         train_unconditional.main()
 

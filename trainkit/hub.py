@@ -61,12 +61,11 @@ def model_card(options, height: int, width: int, step: int, global_batch: int) -
 def create_repository(options) -> str:
     """Create the repository that `--push_to_hub` needs, before training starts, and return its id."""
     from huggingface_hub import create_repo
-    from huggingface_hub.errors import HfHubHTTPError
 
     name = options.hub_model_id or Path(options.output_dir).resolve().name
     try:
         return create_repo(name, exist_ok=True, token=options.hub_token, private=options.hub_private_repo).repo_id
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of the Hub, of its HTTP library, of the name's form
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"--push_to_hub: repository {name} cannot be created ({reason}); check --hub_model_id and --hub_token, or "

@@ -32,6 +32,8 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 def truncate_metrics(output_dir: Path, last_step: int) -> None:
     """Drop the lines after optimizer step `last_step`, which a resumed run is about to write again."""
+    if not (output_dir / METRICS_FILE).exists():
+        return
     rows = [row for row in read_metrics(output_dir) if row["step"] <= last_step]
     temporary = output_dir / f".{METRICS_FILE}.tmp"
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
