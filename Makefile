@@ -60,6 +60,7 @@ demo/prepared/preparation.json: demo/mnist/source.json
 demo/.trained: demo/prepared/preparation.json
 	$(LAUNCH) train_unconditional.py --config recipes/mnist_demo.yaml --train_data_dir demo/prepared \
 		--output_dir demo/model --resume_from_checkpoint latest
+	@test -f demo/model/model_index.json || { echo "training was stopped: make demo goes on from there" >&2; exit 1; }
 	@touch $@
 
 demo/.sampled: demo/.trained
