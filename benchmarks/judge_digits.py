@@ -56,6 +56,7 @@ def main() -> None:
         "judge_accuracy_on_heldout": (probabilities(judge, heldout).argmax(1) == labels).float().mean().item(),
         "controls": {
             "real held-out digits": verdict(judge, heldout),
+            "real digits, faint noise": verdict(judge, faint_noise(heldout, generator)),
             "uniform noise": verdict(judge, torch.rand(heldout.shape, generator=generator)),
             "digits under heavy noise": verdict(judge, under_noise(heldout, generator)),
             "digits with patches shuffled": verdict(judge, shuffle_patches(heldout, 7, generator)),
@@ -141,14 +142,17 @@ def train(judge: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn by up to 10 degrees, scale by up to 10 %, shift by up to 2 pixels, add faint noise."""
+    """Turn by up to 10 degrees, scale by up to 10 %, shift by up to 2 pixels, add noise all can be read in."""
     turn, scale, *shift = (torch.rand(4, len(images), generator=generator) * 2 - 1) * torch.tensor(
         [[0.17], [0.1], [2 / 14], [2 / 14]]
     )
     cos, sin = turn.cos() * (1 + scale), turn.sin() * (1 + scale)
     theta = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)
     moved = F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), align_corners=False)
-    return (moved + 0.03 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    noise = (
+        torch.randn(images.shape, generator=generator) * 0.12 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    )
+    return (moved + noise).clamp(0, 1)
 
 
 def make_garbage(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -187,6 +191,11 @@ def shuffle_patches(images: Tensor, size: int, generator: torch.Generator) -> Te
 def under_noise(images: Tensor, generator: torch.Generator) -> Tensor:
     """Digits faded to 15 % under Gaussian noise of standard deviation 0.4."""
     return (0.15 * images + 0.4 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+def faint_noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Digits that still read well, as a few steps of a sampler may leave them."""
+    return (images + 0.08 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
 def make_blobs(count: int, generator: torch.Generator) -> Tensor:
