@@ -1,5 +1,6 @@
 """Who may import whom: scripts stand on trainkit and pipelines, which stand on nothing above them."""
 
+import re
 import sys
 from importlib.metadata import packages_distributions
 
@@ -66,6 +67,22 @@ SHIPPED = [file for folder in (*PACKAGES, "recipes", "benchmarks") for file in s
 def test_nothing_imports_what_is_ruled_out(file):
     for name in imports(file.read_text(), file.stem):
         assert top(name) not in FORBIDDEN, f"{file.name} imports {name}: {FORBIDDEN[top(name)]}"
+
+
+def test_what_is_imported_is_required():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {_normal(re.match(r"[\w.-]*", line)[0]) for line in lines if not line.startswith("#")}
+    distributions = packages_distributions()
+    ours = {*PACKAGES, *(file.stem for file in [*scripts(), *SHIPPED])}
+    for file in [*scripts(), *SHIPPED]:
+        for package in {top(name) for name in imports(file.read_text(), file.stem)} - {""}:
+            if package not in ours and package not in sys.stdlib_module_names:
+                installed_by = {_normal(name) for name in distributions.get(package, [package])}
+                assert installed_by & required, f"{file.name} imports {package}: put it into requirements.txt"
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def test_no_module_of_ours_shadows_a_distribution():
