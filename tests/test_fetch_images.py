@@ -11,7 +11,7 @@ from source_tree import ROOT
 
 @pytest.fixture
 def fetch(monkeypatch):
-    """fetch(*words) runs the script on 23 + 6 images of 3 classes; `fetch.reads` counts how often they were fetched."""
+    """fetch(*words) runs the script on 23 + 6 images of 3 classes; `fetch.reads` counts the fetches."""
     spec = importlib.util.spec_from_file_location("fetch_images", ROOT / "recipes" / "fetch_images.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

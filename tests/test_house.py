@@ -112,7 +112,7 @@ def fake_house(tmp_path):
 def _make(house: Path, target: str) -> tuple[int, list[str]]:
     """Exit status, and how python was called."""
     (house / "calls").write_text("")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "ARGS"))}
     done = subprocess.run(["make", target, "PYTHON=./python"], cwd=house, env=environment, capture_output=True)
     return done.returncode, (house / "calls").read_text().splitlines()
 
