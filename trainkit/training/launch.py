@@ -65,12 +65,14 @@ def _processes_asked_of_launcher() -> int:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return 1
-    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+    # `accelerate launch ...` or `python -m accelerate.commands.launch ...`
+    starts = [i for i, word in enumerate(words) if word == "launch" or word.endswith("accelerate.commands.launch")]
+    if not starts or not any("accelerate" in word for word in words[: starts[0] + 1]):
         return 1
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    arguments, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    arguments, _ = launch_command_parser().parse_known_args(words[starts[0] + 1 :])
     if arguments.num_processes is not None:
         return arguments.num_processes
     config_file = arguments.config_file or default_config_file
