@@ -74,7 +74,8 @@ def test_errors_leave_the_script_as_one_line(tmp_path):
     "launcher",
     [
         ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],  # nobody listens there
     ],
 )
 def test_processes_that_would_not_train_together_are_refused(launcher, image_folder, tiny_unet, cache_dir, tmp_path):
@@ -82,7 +83,7 @@ def test_processes_that_would_not_train_together_are_refused(launcher, image_fol
     environment = {name: value for name, value in launch_environment().items() if name != "ACCELERATE_USE_CPU"}
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "train_unconditional.py"), *arguments],
-        env=environment, capture_output=True, text=True,
+        env=environment, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode != 0
     assert "error: 2 processes were asked for" in done.stderr and "ACCELERATE_USE_CPU=true" in done.stderr
@@ -97,7 +98,7 @@ def test_config_file_with_cpu_processes_is_refused(image_folder, tiny_unet, cach
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out")
     done = subprocess.run(
         [*launcher, "--config_file", config, ROOT / "train_unconditional.py", *arguments],
-        env=launch_environment(), capture_output=True, text=True,
+        env=launch_environment(), capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert "error: 2 processes were asked for" in done.stderr, done.stderr[-2000:]
 

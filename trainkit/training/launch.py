@@ -5,6 +5,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 
 from trainkit.errors import UserError
 
@@ -20,11 +21,14 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
     Raises `UserError` when the launcher was asked for more processes than know of each other, and for a precision that
     the device lacks.
     """
+    asked = max(int(os.environ.get("WORLD_SIZE", 1)), _processes_asked_of_launcher())
+    if not torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        _check_processes(asked, 1, "cpu")  # before Accelerate looks for the others, which may take it half an hour
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision}: {error}") from None
-    _check_processes(accelerator)
+    _check_processes(asked, accelerator.num_processes, accelerator.device.type)
     if accelerator.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(cpu_threads or _default_threads(local_processes))
@@ -41,15 +45,14 @@ def _default_threads(local_processes: int) -> int:
     return asked if asked > 1 else max(1, cores // local_processes)
 
 
-def _check_processes(accelerator: Accelerator) -> None:
-    asked = max(int(os.environ.get("WORLD_SIZE", 1)), _processes_asked_of_launcher())
-    if asked <= accelerator.num_processes:
+def _check_processes(asked: int, num_processes: int, device_type: str) -> None:
+    if asked <= num_processes:
         return
     command = TWO_CPU_PROCESSES.format(n=asked, script=os.path.basename(sys.argv[0]))
-    if accelerator.device.type != "cpu":
+    if device_type != "cpu":
         command = f"accelerate launch --multi_gpu --num_processes {asked} {os.path.basename(sys.argv[0])} ..."
     raise UserError(
-        f"{asked} processes were asked for, but this one runs with {accelerator.num_processes}: they would not train "
+        f"{asked} processes were asked for, but this one runs with {num_processes}: they would not work "
         f"together. Start them with: {command}"
     )
 
