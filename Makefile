@@ -75,7 +75,6 @@ lint: $(DEV_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: export PYTHONPATH := .
 bench: $(RUN_READY)
 	$(BIN)/python benchmarks/prepare.py --num_images 500 --rounds 1
 	$(BIN)/python benchmarks/loading.py --num_images 500 --rounds 1

@@ -11,14 +11,17 @@ Prints images/s of each (median over rounds) and the ratios of the engine to bot
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainkit.config import option, parse_options
-from trainkit.errors import run_script
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trainkit.config import option, parse_options  # noqa: E402
+from trainkit.errors import run_script  # noqa: E402
 
 SIDE, NUM_IMAGES = 32, 2000
 UNET = {

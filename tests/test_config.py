@@ -206,3 +206,26 @@ def _attributes_of_options(source: str) -> set[str]:
         and isinstance(node.ctx, ast.Load)
         and getattr(node.value, "id", getattr(node.value, "attr", None)) == "options"
     }
+
+
+def test_commands_published_for_diffusers_example_run_unchanged():
+    """Every flag of diffusers' train_unconditional.py 0.42 parses, with its values as its README writes them."""
+    from train_unconditional import Options as TrainOptions
+
+    command = """
+        --dataset_name huggan/flowers-102-categories --dataset_config_name default
+        --model_config_name_or_path google/ddpm-cifar10-32 --train_data_dir photos --output_dir ddpm-ema-flowers-64
+        --overwrite_output_dir --cache_dir cache --resolution=64 --center_crop --random_flip --train_batch_size=16
+        --eval_batch_size 16 --dataloader_num_workers 0 --num_epochs=100 --save_images_epochs 10
+        --save_model_epochs 10 --gradient_accumulation_steps=1 --learning_rate=1e-4 --lr_scheduler cosine
+        --lr_warmup_steps=500 --adam_beta1 0.95 --adam_beta2 0.999 --adam_weight_decay 1e-6 --adam_epsilon 1e-08
+        --use_ema --ema_inv_gamma 1.0 --ema_power 0.75 --ema_max_decay 0.9999 --push_to_hub --hub_token token
+        --hub_model_id me/flowers --hub_private_repo --logger wandb --logging_dir logs --local_rank -1
+        --mixed_precision=no --prediction_type sample --ddpm_num_steps 1000 --ddpm_num_inference_steps 1000
+        --ddpm_beta_schedule linear --checkpointing_steps 500 --checkpoints_total_limit 3
+        --resume_from_checkpoint latest --enable_xformers_memory_efficient_attention --preserve_input_precision
+    """
+    options = parse_options(TrainOptions, "", command.split())
+    assert (options.resolution, options.num_epochs, options.learning_rate) == ("64", 100, 1e-4)
+    assert options.push_to_hub and options.use_ema and options.preserve_input_precision
+    assert options.hub_model_id == "me/flowers" and options.local_rank == -1 and options.checkpoints_total_limit == 3
