@@ -60,10 +60,12 @@ def train(options: Options) -> None:
     from trainkit.diffusion.objective import denoising_loss
     from trainkit.diffusion.unet import build_unet
     from trainkit.hub import create_repository
-    from trainkit.training.launch import start_accelerator
+    from trainkit.training.launch import make_deterministic, start_accelerator
     from trainkit.training.run import Run
 
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
+    if options.deterministic:
+        make_deterministic()
     accelerator = start_accelerator(
         options.mixed_precision,
         options.cpu_threads,
@@ -147,6 +149,7 @@ def main() -> None:
         "eval_batch_size",
         "logging_steps",
         "ddpm_num_steps",
+        "max_skipped_steps",
     ):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} must be at least 1")

@@ -45,7 +45,8 @@ def seconds_to_first_step(train_data_dir: Path, work: Path, name: str, resolutio
     """From starting the process until the line of the first optimizer step is in metrics.jsonl."""
     output_dir = work / name
     command = [
-        sys.executable, ROOT / "train_unconditional.py", "--train_data_dir", train_data_dir, "--resolution", resolution,
+        sys.executable, ROOT / "train_unconditional.py", "--train_data_dir", train_data_dir,
+        "--resolution", resolution,
         "--cache_dir", work / "cache", "--model_config_name_or_path", work / "unet", "--output_dir", output_dir,
         "--max_train_steps", 2, "--logging_steps", 1, "--checkpointing_steps", 0, "--logger", "none",
         "--eval_batch_size", 1, "--ddpm_num_inference_steps", 1,

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from trainkit.errors import UserError
@@ -10,7 +8,6 @@ def write(output_dir, step, content="weights"):
     staging = checkpoints.staging_folder(output_dir, step)
     (staging / "unet").mkdir(parents=True)
     (staging / "unet" / "weights").write_text(content)
-    (staging / checkpoints.STATE).write_text(json.dumps({"step": step}))
     final = output_dir / f"checkpoint-{step}"
     checkpoints.commit(staging, final)
     return final
@@ -18,7 +15,10 @@ def write(output_dir, step, content="weights"):
 
 def test_a_committed_checkpoint_is_whole_and_a_cut_one_is_not(tmp_path):
     folder = write(tmp_path, 5)
-    assert checkpoints.damage(folder) is None and checkpoints.read_state(folder) == {"step": 5}
+    assert checkpoints.damage(folder, checksums=True) is None
+    (folder / "unet" / "weights").write_text("weighty")
+    assert checkpoints.damage(folder) is None  # the sizes are right
+    assert checkpoints.damage(folder, checksums=True) == "unet/weights has changed since it was written"
     (folder / "unet" / "weights").write_text("wei")
     assert checkpoints.damage(folder) == "unet/weights has 3 bytes instead of 7"
     (folder / "unet" / "weights").unlink()
@@ -39,6 +39,18 @@ def test_rotation_keeps_the_newest_written(tmp_path):
     assert [path.name for path in checkpoints.checkpoint_folders(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
     checkpoints.rotate(tmp_path, None, newest)
     assert len(checkpoints.checkpoint_folders(tmp_path)) == 2
+
+
+def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-3" / "unet" / "weights").write_text("cut")
+    checkpoints.rotate(tmp_path, 2, write(tmp_path, 4))
+    kept = [checkpoints.checkpoint_step(path) for path in checkpoints.checkpoint_folders(tmp_path)]
+    assert kept == [2, 3, 4]  # two whole ones
+    checkpoints.rotate(tmp_path, 2, write(tmp_path, 5))
+    kept = [checkpoints.checkpoint_step(path) for path in checkpoints.checkpoint_folders(tmp_path)]
+    assert kept == [4, 5]
 
 
 def test_rotation_never_deletes_a_new_checkpoint_for_a_later_step(tmp_path):

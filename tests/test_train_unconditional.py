@@ -110,7 +110,10 @@ def test_two_processes_are_the_same_run(run_dir, two_process_run):
     rates = [json.loads(line)["lr"] for line in (two_process_run / "metrics.jsonl").read_text().splitlines()]
     assert rates == pytest.approx(expected_rates())
     states = {path.name for path in (two_process_run / "checkpoint-9").glob("random_states_*")}
-    assert states == {"random_states_0.pkl", "random_states_1.pkl"}  # every rank took part in the checkpoint
+    assert states == {
+        "random_states_0.safetensors",
+        "random_states_1.safetensors",
+    }  # every rank took part in the checkpoint
     same_weights(two_process_run / WEIGHTS, run_dir / WEIGHTS, tolerance=1e-3)
     grids = [np.asarray(Image.open(folder / "samples.png")).astype(int) for folder in (two_process_run, run_dir)]
     assert np.abs(grids[0] - grids[1]).mean() < 2  # each process made its half of the same samples

@@ -88,6 +88,7 @@ class OptimizationOptions:
 
     num_epochs: int = option(100, "passes over the data; --max_train_steps wins")
     max_train_steps: int | None = option(None, "optimizer steps in all; default: from --num_epochs")
+    max_train_images: int | None = option(None, "images in all, in the place of --max_train_steps: for any batch size")
     train_batch_size: int = option(16, "images a device and micro-step; the global batch is logged")
     gradient_accumulation_steps: int = option(1, "micro-steps to one optimizer step")
     learning_rate: float = option(1e-4, "peak learning rate, after warm-up")
@@ -104,6 +105,9 @@ class OptimizationOptions:
     adam_weight_decay: float = option(1e-6, "weight decay")
     adam_epsilon: float = option(1e-8, "added to the root of the running mean of squares")
     max_grad_norm: float = option(1.0, "clip the gradient's global L2 norm to this; 0 does not clip")
+    max_skipped_steps: int = option(
+        10, "steps in a row whose gradient is not finite (each is skipped) that end the run"
+    )
 
 
 @dataclass
@@ -114,6 +118,9 @@ class EmaOptions:
     ema_inv_gamma: float = option(1.0, "inverse gamma of the warm-up 1 - (1 + step / inv_gamma) ** -power")
     ema_power: float = option(0.75, "power of that warm-up")
     ema_max_decay: float = option(0.9999, "decay once warmed up, per optimizer step")
+    ema_half_life_images: int | None = option(
+        None, "images after which a weight counts half; in the place of --ema_max_decay, for any batch size"
+    )
 
 
 @dataclass
@@ -124,6 +131,8 @@ class HardwareOptions:
         None, "autocast of the forward pass; default: what `accelerate launch` says, else no",
         choices=("no", "fp16", "bf16"),
     )  # fmt: skip
+    deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
+    replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
     seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")
     dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
     cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
@@ -138,6 +147,9 @@ class CheckpointOptions:
     overwrite_output_dir: bool = option(False, "start again in a folder that holds checkpoints: deletes them")
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints; 0: only when stopped by a signal")
     checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; default: all")
+    async_checkpointing: bool = option(
+        True, "write checkpoints in the background: training waits for the copy to the CPU alone"
+    )
     resume_from_checkpoint: str | None = option(
         None, "checkpoint folder, or `latest`: the newest whole one in --output_dir (none there: start)"
     )

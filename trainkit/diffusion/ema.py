@@ -6,14 +6,25 @@ from contextlib import contextmanager
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 
+from trainkit.errors import UserError
 
-def build_ema(options, unet: UNet2DModel) -> EMAModel | None:
-    """The EMA that `EmaOptions` describe, or None; its decay rises as 1 - (1 + step / inv_gamma) ** -power."""
+
+def build_ema(options, unet: UNet2DModel, global_batch_size: int) -> EMAModel | None:
+    """The EMA that `EmaOptions` describe, or None; its decay rises as 1 - (1 + step / inv_gamma) ** -power.
+
+    A half-life in images means the same average at any batch size: decay = 0.5 ** (batch / half-life), as in the
+    training loop of EDM (Karras et al. 2022).
+    """
     if not options.use_ema:
         return None
+    decay, half_life = options.ema_max_decay, options.ema_half_life_images
+    if half_life is not None:
+        if half_life <= 0:
+            raise UserError(f"--ema_half_life_images {half_life} must be more than 0")
+        decay = 0.5 ** (global_batch_size / half_life)
     return EMAModel(
         unet.parameters(),
-        decay=options.ema_max_decay,
+        decay=decay,
         use_ema_warmup=True,
         inv_gamma=options.ema_inv_gamma,
         power=options.ema_power,

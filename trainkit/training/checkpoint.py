@@ -1,12 +1,14 @@
 """Checkpoint folders: staged by every rank, complete only when renamed, the oldest deleted only after that.
 
 checkpoint-500/
-  unet/  unet_ema/        weights, safetensors, each loadable by diffusers
-  optimizer.bin ...       Accelerate's own state
-  training_state.json     step, learning-rate schedule, what the run was
-  manifest.json           every other file and its size; written last
+  unet/  unet_ema/                weights, safetensors, each loadable by diffusers
+  optimizer.safetensors           the optimizer's state by parameter
+  random_states_<rank>.safetensors
+  training_state.json             step, learning-rate schedule, what the run was
+  manifest.json                   size and checksum of every other file; written last
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ from pathlib import Path
 from trainkit.errors import UserError
 
 PREFIX, STAGING_PREFIX = "checkpoint-", "tmp-checkpoint-"
-MANIFEST, STATE = "manifest.json", "training_state.json"
+MANIFEST = "manifest.json"
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
@@ -35,8 +37,11 @@ def staging_folder(output_dir: Path, step: int) -> Path:
 def commit(staging: Path, final: Path) -> None:
     """Make a fully written `staging` folder the checkpoint `final`: manifest, flush to disk, rename."""
     files = sorted(path for path in staging.rglob("*") if path.is_file())
-    sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in files}
-    (staging / MANIFEST).write_text(json.dumps({"files": sizes}, indent=1))
+    found = {
+        path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "blake2b": _checksum(path)}
+        for path in files
+    }
+    (staging / MANIFEST).write_text(json.dumps({"files": found}, indent=1))
     for path in [*files, staging / MANIFEST, *(path for path in staging.rglob("*") if path.is_dir()), staging]:
         _flush(path)
     if final.exists():  # left by a run that was resumed from an older step
@@ -50,32 +55,56 @@ def commit(staging: Path, final: Path) -> None:
     _flush(final.parent)
 
 
-def damage(folder: Path) -> str | None:
-    """Why the checkpoint in `folder` cannot be whole, in a few words; None where every file has its size."""
+def damage(folder: Path, checksums: bool = False) -> str | None:
+    """Why the checkpoint in `folder` cannot be whole, in a few words; None where every file is as it was written.
+
+    Sizes are compared always, contents only with `checksums`: that reads every byte.
+    """
     try:
-        sizes = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = {name: (told["bytes"], told["blake2b"]) for name, told in _manifest(folder).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
-    for name, size in sizes.items():
+    for name, (size, checksum) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        try:
+            if checksums and _checksum(path) != checksum:
+                return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
-def read_state(folder: Path) -> dict:
-    return json.loads((folder / STATE).read_text())
+def _manifest(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text())["files"]
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def rotate(output_dir: Path, total_limit: int | None, newest: Path) -> None:
-    """Delete the oldest checkpoints beyond `total_limit`, never `newest`; call it only once `newest` is whole."""
+    """Delete the oldest checkpoints, so that `total_limit` whole ones stay; call it only once `newest` is whole.
+
+    A damaged one does not count as kept: it goes when it is older than all that stay.
+    """
     if total_limit is None:
         return
-    others = [path for path in checkpoint_folders(output_dir) if path != newest]
-    for path in others[: max(0, len(others) - max(0, total_limit - 1))]:
-        shutil.rmtree(path)
+    kept = 1
+    for path in reversed(checkpoint_folders(output_dir)):
+        if path == newest:
+            continue
+        if kept >= max(1, total_limit):
+            shutil.rmtree(path)
+        elif damage(path) is None:
+            kept += 1
 
 
 def remove_leftovers(output_dir: Path) -> None:

@@ -82,3 +82,13 @@ def _processes_asked_of_launcher() -> int:
     if not os.path.isfile(config_file):
         return 1
     return load_config_from_file(config_file).num_processes or 1
+
+
+def make_deterministic() -> None:
+    """Refuse algorithms that add up in an order of chance (`--deterministic`); before the first CUDA call.
+
+    An operation that has no other way then raises, with its name.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)

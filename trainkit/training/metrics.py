@@ -1,6 +1,7 @@
 """What a run writes down about itself: metrics.jsonl, the tracker, the progress bar, loss.png."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -40,6 +41,13 @@ def truncate_metrics(output_dir: Path, last_step: int) -> None:
     os.replace(temporary, output_dir / METRICS_FILE)
 
 
+def _plain(row: dict) -> dict:
+    """JSON knows no NaN and no infinity: null stands for both."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
+
+
 def plot_loss(output_dir: Path) -> None:
     """Draw loss.png: the loss of every optimizer step and its running mean, with the learning rate beside it."""
     rows = read_metrics(output_dir)
@@ -50,9 +58,9 @@ def plot_loss(output_dir: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps, losses = np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows])
+    steps, losses = np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows], dtype=float)
     window = max(1, len(losses) // 50)
-    sums = np.cumsum(np.insert(losses, 0, 0.0))
+    sums = np.cumsum(np.insert(np.nan_to_num(losses, nan=np.nanmean(losses)), 0, 0.0))
     means = (sums[window:] - sums[:-window]) / window
     figure, loss_axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     loss_axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.6, label="loss of a step")
@@ -96,10 +104,13 @@ class StepLog:
         """Leave `seconds` of sampling or saving out of the training speed."""
         self._window_start += seconds
 
-    def flush(self, wait_s: float) -> None:
-        """Average the pending losses over processes and write them down; `wait_s`: seconds waited for data so far."""
+    def flush(self, wait_s: float) -> list[tuple[int, float]]:
+        """Average the pending losses over processes and write them down; `wait_s`: seconds waited for data so far.
+
+        Returns step and gradient norm of each, on all ranks.
+        """
         if not self._pending:
-            return
+            return []
         steps, losses, rates, norms = zip(*self._pending, strict=True)
         self._pending = []
         losses = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
@@ -113,17 +124,20 @@ class StepLog:
             for step, loss, rate, norm in zip(steps, losses, rates, norms, strict=True)
         ]
         rows[-1] |= {"images_per_s": round(images_per_s, 1), "data_wait_share": round(wait_share, 4)}
+        if self.accelerator.scaler is not None:
+            rows[-1]["loss_scale"] = self.accelerator.scaler.get_scale()
         if self.accelerator.is_main_process:
             self._write(rows)
         self.progress.set_postfix_str(
             f"loss {sum(losses) / len(losses):.4f}, lr {rates[-1]:.2e}, {images_per_s:.0f} images/s, "
             f"data wait {wait_share:.1%}"
         )
+        return list(zip(steps, norms, strict=True))
 
     def _write(self, rows: list[dict]) -> None:
         try:
             with (self.output_dir / METRICS_FILE).open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.writelines(json.dumps(_plain(row)) + "\n" for row in rows)
             for row in rows if self._tracked else ():
                 self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         except OSError as error:  # a full disk must not end the training

@@ -11,9 +11,7 @@ Steps are optimizer steps. The global batch of step s and all its randomness are
 """
 
 import contextlib
-import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,7 +19,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -30,10 +27,13 @@ from trainkit.data.dataset import PreparedImages
 from trainkit.data.loader import Batch, BatchLoader, BatchShape
 from trainkit.diffusion.ema import averaged_weights, build_ema
 from trainkit.errors import UserError
-from trainkit.training import checkpoint as checkpoints
+from trainkit.training.guards import SkippedSteps, check_replicas, step_if_finite
 from trainkit.training.metrics import StepLog, plot_loss, truncate_metrics
 from trainkit.training.optimization import build_lr_scheduler, build_optimizer
+from trainkit.training.resume import claim_output_dir, told_differences, whole_checkpoints
 from trainkit.training.signals import StopSignals
+from trainkit.training.state import read_facts, restore, restore_random_states, take_snapshot
+from trainkit.training.writer import CheckpointWriter
 
 
 class Run:
@@ -46,29 +46,32 @@ class Run:
         self.options, self.accelerator, self.images = options, accelerator, images
         self.output_dir = Path(options.output_dir)
         self.step, self.stopped = 0, False
-        self._prepare_output_dir()
-        candidates = self._resume_candidates()
+        claim_output_dir(options, accelerator)
+        candidates = whole_checkpoints(options, accelerator)
         self.shape = self._batch_shape(candidates)
-        self.max_train_steps = options.max_train_steps or math.ceil(
-            options.num_epochs * len(images) / self.shape.global_size
-        )
-        self.ema: EMAModel | None = build_ema(options, unet)
+        self.max_train_steps = self._steps_in_all()
+        self.ema: EMAModel | None = build_ema(options, unet, self.shape.global_size)
         optimizer = build_optimizer(options, unet.parameters())
         self.lr_scheduler = build_lr_scheduler(options, optimizer, self.max_train_steps)
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.unet: UNet2DModel = accelerator.unwrap_model(self.model)
         if self.ema is not None:
             self.ema.to(accelerator.device)
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
-        self._resume(candidates)
+        resumed = self._resume(candidates)
         self.loader = BatchLoader(
             images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers
         )
         self._micro_step = 0
-        self._unwritten: dict[str, str] = {}  # what could not be written, and why
+        self._unwritten: dict[str, str] = {}  # kind of file -> what could not be written, and why
         self._step_loss = torch.zeros((), device=accelerator.device)
-        self._saved_step = self.step if self.step else None
+        self.checkpoints = CheckpointWriter(
+            self.output_dir, accelerator, options.checkpoints_total_limit, options.async_checkpointing, self.writing
+        )
+        self.checkpoints.saved_step = self.step or None
+        self.skipped = SkippedSteps(
+            images, self.shape.global_size, options.seed, options.max_skipped_steps, self.output_dir,
+            accelerator.is_main_process, resumed.get("skipped_in_a_row", 0),
+        )  # fmt: skip
         self.log = StepLog(options, accelerator, self.output_dir, self.shape.global_size)
         self._announce()
 
@@ -89,11 +92,14 @@ class Run:
                 if self.end_of_step and signals.agreed():
                     self.stopped = True
                     break
-            self.log.flush(self.loader.wait_s)
-            if self.step != self._saved_step and (self.stopped or self.options.checkpointing_steps):
+            self._flush_log()
+            self.checkpoints.settle()
+            if self.step != self.checkpoints.saved_step and (self.stopped or self.options.checkpointing_steps):
                 self.save_checkpoint()
+                self.checkpoints.settle()
         finally:
             signals.close()
+            self.checkpoints.close()
             self.log.close()
 
     @property
@@ -108,20 +114,29 @@ class Run:
         if not self.end_of_step:
             return
         grad_norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.options.max_grad_norm or math.inf)
-        self.optimizer.step()
+        if self.accelerator.scaler is None:
+            step_if_finite(self.optimizer.optimizer, torch.as_tensor(grad_norm))
+        else:  # fp16: a step whose loss scale was too high is left out by the scaler
+            self.optimizer.step()
         self.optimizer.zero_grad()
         learning_rate = self.lr_scheduler.get_last_lr()[0]
-        if not self.accelerator.optimizer_step_was_skipped:  # fp16: the loss scale was too high
-            self.lr_scheduler.step()
-            if self.ema is not None:
-                self.ema.step(self.unet.parameters())
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self.unet.parameters())
         self.step += 1
         self.log.add(self.step, self._step_loss, learning_rate, grad_norm)
         self._step_loss = torch.zeros_like(self._step_loss)
         if self.step % self.options.logging_steps == 0 or self.step == self.max_train_steps:
-            self.log.flush(self.loader.wait_s)
+            self._flush_log()
+        if self.options.replica_check_steps and self.step % self.options.replica_check_steps == 0:
+            check_replicas(self.accelerator, self.unet, self.step)
         if self.options.checkpointing_steps and self.step % self.options.checkpointing_steps == 0:
             self.save_checkpoint()
+
+    def _flush_log(self) -> None:
+        scaler = self.accelerator.scaler  # fp16: it looks for its scale by letting steps overflow
+        for step, grad_norm in self.log.flush(self.loader.wait_s):
+            self.skipped.see(step, math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1))
 
     def due(self, steps: int | None = None, epochs: int | None = None) -> bool:
         """Whether the optimizer step that just ended completes `steps` steps or, without that, `epochs` epochs."""
@@ -145,11 +160,13 @@ class Run:
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
         """Around writing `what` into the output folder: a full disk there costs a warning, not the training."""
+        kind = what.partition("-")[0]  # a whole checkpoint makes up for one before it
         try:
             yield
-            self._unwritten.pop(what, None)
+            self._unwritten.pop(kind, None)
         except (OSError, RuntimeError, SafetensorError) as error:  # by the writer
-            self._unwritten[what] = reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300]
+            self._unwritten[kind] = f"{what} could not be written ({reason})"
             print(
                 f"\nWARNING: {what} could not be written to --output_dir {self.output_dir} ({reason}); training goes "
                 "on, and what was written before is kept. Is the disk full?",
@@ -163,9 +180,8 @@ class Run:
                 plot_loss(self.output_dir)
         self.accelerator.end_training()
         if self._unwritten:
-            what, reason = next(iter(self._unwritten.items()))
             raise UserError(
-                f"--output_dir {self.output_dir}: {what} could not be written ({reason}): free some space, then run "
+                f"--output_dir {self.output_dir}: {next(iter(self._unwritten.values()))}: free some space, then run "
                 "the same command with --resume_from_checkpoint latest"
             )
         if self.stopped:
@@ -178,93 +194,35 @@ class Run:
     # Checkpoints
 
     def save_checkpoint(self) -> None:
-        """Write checkpoint-<step>: staged by every rank, renamed when whole on all; a full disk only warns."""
+        """Write checkpoint-<step>: staged by every rank, renamed when whole; a full disk only warns."""
         started = time.perf_counter()
-        self.log.flush(self.loader.wait_s)
-        staging = checkpoints.staging_folder(self.output_dir, self.step)
-        final = self.output_dir / f"{checkpoints.PREFIX}{self.step}"
-        is_main = self.accelerator.is_main_process
-        if is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        name, written = final.name, False
-        with self.writing(name):
-            staging.mkdir(parents=True, exist_ok=True)
-            self.accelerator.save_state(str(staging), safe_serialization=True)
-            if is_main:
-                (staging / checkpoints.STATE).write_text(json.dumps(self._state(), indent=1))
-            written = True
-        whole = self._all_ranks(written)
-        if whole and is_main:
-            whole = False
-            with self.writing(name):
-                checkpoints.commit(staging, final)
-                checkpoints.rotate(self.output_dir, self.options.checkpoints_total_limit, final)
-                whole = True
-        if self._all_ranks(whole):
-            self._saved_step = self.step
-            self._unwritten.clear()
-        elif is_main:
-            shutil.rmtree(staging, ignore_errors=True)
+        self._flush_log()
+        self.checkpoints.save(
+            self.step, lambda: take_snapshot(self.unet, self.ema, self.optimizer.optimizer, self._facts())
+        )
         self.log.pause(time.perf_counter() - started)
 
-    def _state(self) -> dict:
+    def _facts(self) -> dict:
+        scaler = self.accelerator.scaler
         return {
             "step": self.step,
             "lr_scheduler": self.lr_scheduler.state_dict(),
+            "loss_scaler": None if scaler is None else scaler.state_dict(),
             "global_batch_size": self.shape.global_size,
+            "skipped_in_a_row": self.skipped.in_a_row,
             "dataset": self.images.fingerprint,
             "options": {name: value for name, value in asdict(self.options).items() if name != "hub_token"},
         }
 
-    def _all_ranks(self, whole: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return whole
-        failures = torch.tensor([0 if whole else 1], device=self.accelerator.device)
-        return self.accelerator.reduce(failures, "sum").item() == 0
-
-    def _save_weights(self, models: list, weights: list, folder: str) -> None:
-        weights.clear()  # written here, so that Accelerate does not write them a second time
-        if self.accelerator.is_main_process:
-            self.unet.save_pretrained(Path(folder) / "unet")
-            if self.ema is not None:
-                self.ema.save_pretrained(Path(folder) / "unet_ema")
-
-    def _load_weights(self, models: list, folder: str) -> None:
-        models.clear()
-        saved = UNet2DModel.from_pretrained(Path(folder) / "unet")
-        self.unet.load_state_dict(saved.state_dict())
-        if self.ema is not None:
-            self.ema.load_state_dict(EMAModel.from_pretrained(Path(folder) / "unet_ema", UNet2DModel).state_dict())
-            self.ema.to(self.accelerator.device)
-
-    def _resume_candidates(self) -> list[Path]:
-        """The checkpoints to resume from, best first, the same on every rank."""
-        if self.options.resume_from_checkpoint is None:
-            return []
-        candidates = checkpoints.resume_candidates(self.output_dir, self.options.resume_from_checkpoint)
-        whole = []
-        for folder in candidates:
-            problem = checkpoints.damage(folder)
-            if problem is None:
-                whole.append(folder)
-            elif self.accelerator.is_main_process:
-                print(f"WARNING: {folder} is damaged ({problem}); trying the one before", flush=True)
-        if candidates and not whole:
-            raise UserError(
-                f"--resume_from_checkpoint latest: every checkpoint in {self.output_dir} is damaged; "
-                "--overwrite_output_dir starts again"
-            )
-        if not whole and self.accelerator.is_main_process:
-            print(f"no checkpoint in {self.output_dir} yet: starting a new run", flush=True)
-        return broadcast_object_list([whole])[0]
-
-    def _resume(self, candidates: list[Path]) -> None:
+    def _resume(self, candidates: list[Path]) -> dict:
+        """Load the first of `candidates` that can be loaded; returns its training_state.json, {} for a new run."""
         for folder in candidates:
             try:
-                self.accelerator.load_state(str(folder))
-                state = checkpoints.read_state(folder)
-                self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+                facts = restore(folder, self.unet, self.ema, self.optimizer.optimizer)
+                self.lr_scheduler.load_state_dict(facts["lr_scheduler"])
+                if self.accelerator.scaler is not None and facts["loss_scaler"]:
+                    self.accelerator.scaler.load_state_dict(facts["loss_scaler"])
+                restore_random_states(folder, self.accelerator.process_index)
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 if folder == candidates[-1]:
@@ -275,44 +233,33 @@ class Run:
                 if self.accelerator.is_main_process:
                     print(f"WARNING: {folder} cannot be loaded ({reason}); trying the one before", flush=True)
                 continue
-            self.step = state["step"]
+            self.step = facts["step"]
             if self.accelerator.is_main_process:
-                truncate_metrics(self.output_dir, self.step)
-                print(f"resumed from {folder}: {self.step} of {self.max_train_steps} steps done", flush=True)
-                if state["dataset"] != self.images.fingerprint:
-                    print("WARNING: the dataset has changed since this checkpoint was made", flush=True)
-            return
+                self._tell_of_resume(folder, facts)
+            return facts
+        return {}
+
+    def _tell_of_resume(self, folder: Path, facts: dict) -> None:
+        truncate_metrics(self.output_dir, self.step)
+        print(f"resumed from {folder}: {self.step} of {self.max_train_steps} steps done", flush=True)
+        if facts["dataset"] != self.images.fingerprint:
+            print("WARNING: the dataset has changed since this checkpoint was made", flush=True)
+        differences = told_differences(facts["options"], asdict(self.options))
+        if differences:
+            print(
+                f"WARNING: resumed with other options, so this is another run: {differences}",
+                flush=True,
+            )
 
     # Start
 
-    def _prepare_output_dir(self) -> None:
-        problem = None
-        if self.accelerator.is_main_process:
-            try:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                (self.output_dir / ".write_test").touch()
-                (self.output_dir / ".write_test").unlink()
-                checkpoints.remove_leftovers(self.output_dir)
-                problem = self._refuse_earlier_run()
-            except OSError as error:
-                problem = f"--output_dir {self.output_dir} cannot be written ({error.strerror}): choose another folder"
-        problem = broadcast_object_list([problem])[0]
-        if problem:
-            raise UserError(problem)
-
-    def _refuse_earlier_run(self) -> str | None:
-        if self.options.resume_from_checkpoint is not None:
-            return None
-        earlier = checkpoints.checkpoint_folders(self.output_dir)
-        if earlier and not self.options.overwrite_output_dir:
-            return (
-                f"--output_dir {self.output_dir} holds {earlier[-1].name} of an earlier run: go on with "
-                "--resume_from_checkpoint latest, or start again with --overwrite_output_dir (deletes its checkpoints)"
-            )
-        for folder in earlier:
-            shutil.rmtree(folder)
-        truncate_metrics(self.output_dir, 0)
-        return None
+    def _steps_in_all(self) -> int:
+        options, size = self.options, self.shape.global_size
+        if options.max_train_steps and options.max_train_images:
+            raise UserError("--max_train_steps and --max_train_images both say how long to train: give one of them")
+        if options.max_train_images:
+            return math.ceil(options.max_train_images / size)
+        return options.max_train_steps or math.ceil(options.num_epochs * len(self.images) / size)
 
     def _batch_shape(self, candidates: list[Path]) -> BatchShape:
         """The division of the global batch; on resume the global batch stays, and the micro-steps follow."""
@@ -320,7 +267,7 @@ class Run:
         micro_steps = options.gradient_accumulation_steps
         once = options.train_batch_size * accelerator.num_processes
         if candidates:
-            kept = checkpoints.read_state(candidates[0])["global_batch_size"]
+            kept = read_facts(candidates[0])["global_batch_size"]
             if kept % once:
                 raise UserError(
                     f"--train_batch_size {options.train_batch_size} on {accelerator.num_processes} processes cannot "

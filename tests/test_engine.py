@@ -1,0 +1,231 @@
+"""The training engine under faults: broken gradients, replicas that drift, checkpoints in the background."""
+
+import json
+import math
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch, launch_environment
+from training_helpers import STEPS, losses, same_weights, start_and_signal, tiny_run
+
+from trainkit.data.order import sample_indices
+from trainkit.diffusion.ema import build_ema
+from trainkit.errors import UserError
+from trainkit.training.guards import step_if_finite
+from trainkit.training.state import Snapshot
+from trainkit.training.writer import CheckpointWriter
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
+    """Run the script's main in this process with flags over those of the tiny run; returns the output folder."""
+    import train_unconditional
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def call(name="out", **flags):
+        arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
+        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
+        train_unconditional.main()
+        return tmp_path / name
+
+    return call
+
+
+@pytest.fixture
+def broken_steps(monkeypatch):
+    """Makes the loss NaN at the given calls of the objective (one call a step in the tiny run)."""
+    import trainkit.diffusion.objective as objective
+
+    sound, calls = objective.denoising_loss, iter(range(10**6))
+
+    def break_at(*steps):
+        monkeypatch.setattr(
+            objective, "denoising_loss", lambda *a: sound(*a) * (math.nan if next(calls) in steps else 1)
+        )
+
+    return break_at
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_broken_gradient_leaves_weights_and_optimizer_as_they_are(fused):
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    for broken in (False, True, False):
+        before = weight.detach().clone()
+        state = {key: value.clone() for key, value in optimizer.state[weight].items()}
+        weight.grad = torch.full((4,), math.nan if broken else 1.0)
+        step_if_finite(optimizer, weight.grad.norm())
+        assert torch.equal(before, weight) == broken
+        if broken:
+            assert all(torch.equal(value, optimizer.state[weight][key]) for key, value in state.items())
+    assert optimizer.state[weight]["step"] == 2
+
+
+def test_a_broken_step_is_skipped_and_its_images_are_named(train, broken_steps, capsys, image_folder, cache_dir):
+    broken_steps(4)
+    output_dir = train(max_train_steps=8, checkpointing_steps=1)
+    told = [json.loads(line) for line in (output_dir / "skipped_steps.jsonl").read_text().splitlines()]
+    indices = sample_indices(np.arange(4 * 8, 5 * 8), 37, 7)  # positions of step 5, seed 7
+    assert [line["step"] for line in told] == [5] and told[0]["indices"] == indices.tolist()
+    assert all((image_folder / source).is_file() for source in told[0]["sources"])
+    assert f"step 5 was skipped, its gradient is not finite; its images: {told[0]['sources'][0]}" in (
+        capsys.readouterr().out
+    )
+    same_weights(output_dir / "checkpoint-4" / WEIGHTS, output_dir / "checkpoint-5" / WEIGHTS)
+    same_weights(output_dir / "checkpoint-4/optimizer.safetensors", output_dir / "checkpoint-5/optimizer.safetensors")
+    with pytest.raises(AssertionError):
+        same_weights(output_dir / "checkpoint-5" / WEIGHTS, output_dir / "checkpoint-6" / WEIGHTS)
+    values = losses(output_dir)
+    assert values[4] is None and all(math.isfinite(value) for value in values[:4] + values[5:])
+    assert (output_dir / "model_index.json").is_file() and (output_dir / "loss.png").is_file()
+
+
+def test_too_many_broken_steps_in_a_row_end_the_run(train, broken_steps):
+    broken_steps(1, 3, 4, 5)
+    with pytest.raises(UserError, match="--max_skipped_steps 3: the gradient of 3 steps in a row, up to 6"):
+        train(max_skipped_steps=3)
+
+
+DRIFTING = """
+import os, sys
+import torch
+from trainkit.training.run import Run
+update = Run.update
+def drift(run, loss):
+    update(run, loss)
+    if run.step == 3 and run.accelerator.process_index == 1:
+        with torch.no_grad():
+            dict(run.unet.named_parameters())["conv_out.weight"][0, 0, 0, 0] += 1e-6
+Run.update = drift
+import train_unconditional
+from trainkit.errors import run_script
+run_script(train_unconditional.main)
+"""
+
+
+def test_replicas_that_drift_apart_are_told_with_the_parameter(image_folder, tiny_unet, cache_dir, tmp_path):
+    (tmp_path / "drifting.py").write_text(DRIFTING)
+    flags = {"train_batch_size": 4, "replica_check_steps": 2, "checkpointing_steps": 0}
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", **flags)
+    done = launch(
+        tmp_path / "drifting.py", *arguments, processes=2, environment={"PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert done.returncode != 0
+    assert "after step 4, conv_out.weight of rank 1 is not that of rank 0 (1 of" in done.stderr
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(image_folder, tiny_unet, cache_dir, tmp_path):
+    """And the checkpoint of two processes goes on with one, and of one with two, as the uninterrupted run."""
+    import signal
+
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", train_batch_size=4)
+    status, output = start_and_signal(arguments, tmp_path / "out", 4, signal.SIGUSR1, processes=2)
+    assert status == 0 and "stopped by a signal at step" in output, output[-2000:]
+    stopped_at = len(losses(tmp_path / "out"))
+    assert 4 <= stopped_at < STEPS and (tmp_path / "out" / f"checkpoint-{stopped_at}").is_dir()
+    stop_later = [*arguments, "--resume_from_checkpoint", "latest", "--deterministic"]
+    launch("train_unconditional.py", *stop_later)
+    whole = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole")
+    launch("train_unconditional.py", *whole)
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    for step in (18, 20):
+        (tmp_path / "whole" / f"checkpoint-{step}").rename(tmp_path / f"moved-{step}")
+    halves = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole", train_batch_size=4)
+    before = losses(tmp_path / "whole")
+    output = launch("train_unconditional.py", *halves, "--resume_from_checkpoint", "latest", processes=2).stdout
+    assert "15 of 20 steps done" in output
+    assert losses(tmp_path / "whole") == pytest.approx(before, abs=1e-4)
+    same_weights(tmp_path / "whole" / "checkpoint-20" / WEIGHTS, tmp_path / "moved-20" / WEIGHTS, tolerance=1e-3)
+
+
+class _Alone:
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def wait_for_everyone(self):
+        pass
+
+
+def test_training_waits_for_no_more_than_the_copy(tmp_path, monkeypatch):
+    """The disk is slow: `save` is back before anything is written, and the next one waits for it."""
+    import contextlib
+
+    from trainkit.training import writer as module
+
+    disk_is_ready, write = threading.Event(), module.write_snapshot
+    monkeypatch.setattr(module, "write_snapshot", lambda *a: (disk_is_ready.wait(30), write(*a)))
+    writer = CheckpointWriter(tmp_path, _Alone(), 1, True, lambda what: contextlib.nullcontext())
+    snapshot = Snapshot({"unet": {}}, {"unet": {"w": torch.ones(3)}}, {"w/exp_avg": torch.zeros(3)}, {"step": 5})
+    writer.save(5, lambda: snapshot)
+    assert writer.saved_step is None and not (tmp_path / "checkpoint-5").exists()
+    disk_is_ready.set()
+    writer.save(6, lambda: snapshot)
+    assert writer.saved_step == 5
+    writer.settle()
+    assert writer.saved_step == 6 and [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+    writer.close()
+
+
+def test_a_snapshot_shares_nothing_with_the_training(train, monkeypatch):
+    """Checkpoints written in the background, while training goes on, are those written at once."""
+    at_once = train("at_once", max_train_steps=6, checkpointing_steps=1, async_checkpointing="false")
+    behind = train("behind", max_train_steps=6, checkpointing_steps=1)
+    for step in range(1, 7):
+        for file in (WEIGHTS, "unet_ema/diffusion_pytorch_model.safetensors", "optimizer.safetensors"):
+            same_weights(at_once / f"checkpoint-{step}" / file, behind / f"checkpoint-{step}" / file)
+
+
+def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_is_taken(train, capsys):
+    output_dir = train(max_train_steps=6)
+    file = output_dir / "checkpoint-6" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    train(max_train_steps=6, resume_from_checkpoint="latest")
+    output = capsys.readouterr().out
+    assert "checkpoint-6 is damaged (optimizer.safetensors has changed since it was written)" in output
+    assert "checkpoint-3: 3 of 6 steps done" in output
+
+
+def test_training_length_in_images(train):
+    assert len(losses(train(max_train_steps=None, max_train_images=44))) == 6  # of 8 images
+    with pytest.raises(UserError, match="--max_train_steps and --max_train_images"):
+        train("both", max_train_images=44)
+
+
+def test_half_life_in_images_is_the_same_average_at_any_batch_size():
+    options = SimpleNamespace(
+        use_ema=True, ema_max_decay=0.9999, ema_half_life_images=1000, ema_inv_gamma=1.0, ema_power=0.75
+    )
+    unet = torch.nn.Linear(1, 1)
+    unet.config = {}
+    for batch in (10, 50):
+        decay = build_ema(options, unet, batch).decay
+        assert decay ** (1000 / batch) == pytest.approx(0.5)
+    options.ema_half_life_images = 0
+    with pytest.raises(UserError, match="--ema_half_life_images 0 must be more than 0"):
+        build_ema(options, unet, 8)
+
+
+def test_deterministic_refuses_algorithms_of_chance(tmp_path):
+    code = (
+        "import torch\nfrom trainkit.training.launch import make_deterministic\nmake_deterministic()\n"
+        "assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=launch_environment(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_options_at_resume_are_told(train, capsys):
+    train(max_train_steps=3)
+    train(max_train_steps=6, learning_rate=1e-4, resume_from_checkpoint="latest")
+    output = capsys.readouterr().out
+    assert "--learning_rate 0.001 there, 0.0001 now" in output and "--max_train_steps 3 there, 6 now" in output
+    assert "--resume_from_checkpoint" not in output.partition("other options")[2]

@@ -1,0 +1,102 @@
+"""What a run finds in its output folder: nothing, a run to go on with, or one that must not be overwritten."""
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from trainkit.errors import UserError
+from trainkit.training import checkpoint as checkpoints
+from trainkit.training.metrics import truncate_metrics
+
+# Options that may differ between the parts of a run without making it another one.
+FREE_OPTIONS = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "train_batch_size", "gradient_accumulation_steps",
+    "checkpointing_steps", "checkpoints_total_limit", "async_checkpointing", "train_data_dir", "cache_dir", "num_proc",
+    "dataloader_num_workers", "cpu_threads", "local_rank", "logger", "logging_dir", "logging_steps", "hub_token",
+}  # fmt: skip
+
+
+def claim_output_dir(options, accelerator: Accelerator) -> None:
+    """Create `--output_dir`, or make sure that it may be written; an earlier run's checkpoints are not lost silently.
+
+    Raises `UserError` on all ranks.
+    """
+    output_dir, problem = Path(options.output_dir), None
+    if accelerator.is_main_process:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / ".write_test").touch()
+            (output_dir / ".write_test").unlink()
+            checkpoints.remove_leftovers(output_dir)
+            problem = _refuse_earlier_run(options, output_dir)
+        except OSError as error:
+            problem = f"--output_dir {output_dir} cannot be written ({error.strerror}): choose another folder"
+    problem = broadcast_object_list([problem])[0]
+    if problem:
+        raise UserError(problem)
+
+
+def _refuse_earlier_run(options, output_dir: Path) -> str | None:
+    if options.resume_from_checkpoint is not None:
+        return None
+    earlier = checkpoints.checkpoint_folders(output_dir)
+    if earlier and not options.overwrite_output_dir:
+        return (
+            f"--output_dir {output_dir} holds {earlier[-1].name} of an earlier run: go on with "
+            "--resume_from_checkpoint latest, or start again with --overwrite_output_dir (deletes its checkpoints)"
+        )
+    for folder in earlier:
+        shutil.rmtree(folder)
+    truncate_metrics(output_dir, 0)
+    return None
+
+
+def whole_checkpoints(options, accelerator: Accelerator) -> list[Path]:
+    """The checkpoints to resume from, best first, the same on every rank; every byte was compared with its checksum.
+
+    Empty for a new run. Raises `UserError` on all ranks where there are checkpoints and none is whole.
+    """
+    if options.resume_from_checkpoint is None:
+        return []
+    output_dir, whole, problem = Path(options.output_dir), [], None
+    if accelerator.is_main_process:
+        try:
+            whole = _whole_checkpoints(output_dir, options.resume_from_checkpoint)
+        except UserError as error:
+            problem = str(error)
+    whole, problem = broadcast_object_list([whole, problem])
+    if problem:
+        raise UserError(problem)
+    return whole
+
+
+def _whole_checkpoints(output_dir: Path, resume_from: str) -> list[Path]:
+    """The newest whole checkpoint, and behind it those that have their sizes, in case it cannot be loaded."""
+    candidates = checkpoints.resume_candidates(output_dir, resume_from)
+    whole = []
+    for folder in candidates:
+        problem = checkpoints.damage(folder, checksums=not whole)
+        if problem is None:
+            whole.append(folder)
+        else:
+            print(f"WARNING: {folder} is damaged ({problem}); trying the one before", flush=True)
+    if candidates and not whole:
+        raise UserError(
+            f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged; "
+            "--overwrite_output_dir starts again"
+        )
+    if not whole:
+        print(f"no checkpoint in {output_dir} yet: starting a new run", flush=True)
+    return whole
+
+
+def told_differences(there: dict, here: dict) -> str | None:
+    """Options that were given otherwise when the checkpoint was made, in a few words; None where all are the same."""
+    changed = [
+        f"--{name} {there[name]} there, {value} now"
+        for name, value in here.items()
+        if name not in FREE_OPTIONS and name in there and there[name] != value
+    ]
+    return "; ".join(changed) or None

@@ -1,0 +1,100 @@
+"""Writing a run's checkpoints: every rank stages its part, the main process commits, in the background where asked."""
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from trainkit.training import checkpoint as checkpoints
+from trainkit.training.state import Snapshot, write_random_states, write_snapshot
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time; every method is called on all ranks.
+
+    In the background, training waits for the copy to the CPU alone; how the writing ended is told at the next
+    checkpoint or at `settle`. `guard(what)` is around every write and turns a full disk into a warning.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        accelerator: Accelerator,
+        total_limit: int | None,
+        in_background: bool,
+        guard: Callable[[str], AbstractContextManager],
+    ):
+        self.output_dir, self.accelerator, self.total_limit, self.guard = output_dir, accelerator, total_limit, guard
+        self.saved_step: int | None = None  # of the newest checkpoint known to be whole
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
+        self._pending: tuple[int, Future | None] | None = None
+
+    def save(self, step: int, take_snapshot: Callable[[], Snapshot]) -> None:
+        """Begin to write checkpoint-<step>; without a background also end it."""
+        self.settle()
+        staging, is_main = checkpoints.staging_folder(self.output_dir, step), self.accelerator.is_main_process
+        name, staged = f"{checkpoints.PREFIX}{step}", False
+        if is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with self.guard(name):
+            staging.mkdir(parents=True, exist_ok=True)
+            write_random_states(staging, self.accelerator.process_index)
+            staged = True
+        if not self._on_all_ranks(staged):
+            if is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+            return
+        snapshot = take_snapshot()
+        future = None
+        if is_main:
+            future = self._run(lambda: self._write(snapshot, staging, self.output_dir / name))
+        self._pending = step, future
+        if self._executor is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that was begun is whole or has failed, and tell all ranks which."""
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        whole = future is None
+        if future is not None:
+            with self.guard(f"{checkpoints.PREFIX}{step}"):
+                future.result()
+                whole = True
+        if self._on_all_ranks(whole):
+            self.saved_step = step
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def _run(self, work: Callable[[], None]) -> Future:
+        if self._executor is not None:
+            return self._executor.submit(work)
+        future: Future = Future()
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def _write(self, snapshot: Snapshot, staging: Path, final: Path) -> None:
+        try:
+            write_snapshot(snapshot, staging)
+            checkpoints.commit(staging, final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        checkpoints.rotate(self.output_dir, self.total_limit, final)
+
+    def _on_all_ranks(self, value: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return value
+        failures = torch.tensor([0 if value else 1], device=self.accelerator.device)
+        return self.accelerator.reduce(failures, "sum").item() == 0
