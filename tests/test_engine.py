@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -229,3 +230,30 @@ def test_other_options_at_resume_are_told(train, capsys):
     output = capsys.readouterr().out
     assert "--learning_rate 0.001 there, 0.0001 now" in output and "--max_train_steps 3 there, 6 now" in output
     assert "--resume_from_checkpoint" not in output.partition("other options")[2]
+
+
+def test_muon_takes_the_inner_matrices_and_resumes_bit_for_bit(train, tiny_unet):
+    from diffusers import UNet2DModel
+
+    from trainkit.training.optimization import build_optimizer
+
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet))
+    options = SimpleNamespace(
+        optimizer="muon", learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-8, adam_weight_decay=0.1
+    )
+    names = {id(value): name for name, value in unet.named_parameters()}
+    inner, outer, vectors = (
+        [names[id(p)] for p in group["params"]] for group in build_optimizer(options, unet).param_groups
+    )
+    assert len(inner) + len(outer) + len(vectors) == len(names)
+    assert "down_blocks.0.resnets.0.conv1.weight" in inner and "mid_block.attentions.0.to_q.weight" in inner
+    assert {"conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"} <= set(outer)
+    assert not [name for name in vectors if "conv1.weight" in name]
+
+    whole = train("whole", max_train_steps=6, optimizer="muon")
+    parts = train("parts", max_train_steps=6, optimizer="muon")
+    shutil.rmtree(parts / "checkpoint-6")
+    train("parts", max_train_steps=6, optimizer="muon", resume_from_checkpoint="latest")
+    same_weights(whole / "checkpoint-6" / WEIGHTS, parts / "checkpoint-6" / WEIGHTS)
+    same_weights(whole / "checkpoint-6/optimizer.safetensors", parts / "checkpoint-6/optimizer.safetensors")
+    assert losses(parts) == losses(whole)

@@ -1,24 +1,61 @@
 """Optimizer and learning-rate schedule. Everything here counts optimizer steps."""
 
-from collections.abc import Iterable
-
 import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from trainkit.errors import UserError
 
+# Ends of the network and the embeddings of the timestep: Muon is for the matrices between them (Jordan et al. 2024).
+NOT_FOR_MUON = ("conv_in.", "conv_out.", "time_embedding.", "time_emb_proj.", "class_embedding.")
 
-def build_optimizer(options, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019), as `OptimizationOptions` say."""
+
+def build_optimizer(options, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that `OptimizationOptions` name. Norms and biases get no weight decay.
+
+    adamw  Loshchilov & Hutter 2019
+    adam   Kingma & Ba 2015
+    muon   Jordan et al. 2024, with the update scaled to AdamW's size (Liu et al. 2025, section 2.2), so that one
+           learning rate serves its weight matrices and, by AdamW, all else
+    """
+    matrices = {name: value for name, value in model.named_parameters() if value.ndim >= 2}
+    vectors = [value for value in model.parameters() if value.ndim < 2]
+    settings = {
+        "lr": options.learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+    }
+    decay = options.adam_weight_decay
+    if options.optimizer == "muon":
+        outside = [value for name, value in matrices.items() if _is_end_or_embedding(name)]
+        taken = {id(value) for value in outside}
+        inside = [value for value in matrices.values() if id(value) not in taken]
+        return _muon_class()(
+            [
+                {"params": inside, "use_muon": True, "lr": options.learning_rate, "weight_decay": decay},
+                settings | {"params": outside, "use_muon": False, "weight_decay": decay},
+                settings | {"params": vectors, "use_muon": False, "weight_decay": 0.0},
+            ],
+            use_adjusted_lr=True,
+        )
     optimizer_class = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[options.optimizer]
-    return optimizer_class(
-        parameters,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-    )
+    groups = [
+        {"params": list(matrices.values()), "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return optimizer_class(groups, **settings)
+
+
+def _is_end_or_embedding(name: str) -> bool:
+    return any(f".{part}" in f".{name}" for part in NOT_FOR_MUON)
+
+
+def _muon_class() -> type[torch.optim.Optimizer]:
+    try:
+        from pytorch_optimizer import Muon
+    except ImportError:
+        raise UserError("--optimizer muon needs a package: pip install pytorch-optimizer") from None
+    return Muon
 
 
 def build_lr_scheduler(options, optimizer: torch.optim.Optimizer, max_train_steps: int) -> LambdaLR:

@@ -51,7 +51,7 @@ class Run:
         self.shape = self._batch_shape(candidates)
         self.max_train_steps = self._steps_in_all()
         self.ema: EMAModel | None = build_ema(options, unet, self.shape.global_size)
-        optimizer = build_optimizer(options, unet.parameters())
+        optimizer = build_optimizer(options, unet)
         self.lr_scheduler = build_lr_scheduler(options, optimizer, self.max_train_steps)
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.unet: UNet2DModel = accelerator.unwrap_model(self.model)

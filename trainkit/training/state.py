@@ -86,6 +86,7 @@ def restore(folder: Path, unet: UNet2DModel, ema: EMAModel | None, optimizer: to
         state.setdefault(indices[name], {})[what] = value
     groups, first = [], 0
     for saved, group in zip(facts["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        saved = {key: _formed_like(group.get(key), value) for key, value in saved.items()}
         groups.append(saved | {"params": list(range(first, first + len(group["params"])))})
         first += len(group["params"])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -127,6 +128,13 @@ def _parameter_names(unet: UNet2DModel, optimizer: torch.optim.Optimizer) -> lis
     """The names of the optimizer's parameters in its own order, which its state dict numbers."""
     names = {id(parameter): name for name, parameter in unet.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _formed_like(form: Any, value: Any) -> Any:
+    """`value` with tuples where `form` has them: JSON knows lists alone, and optimizers tell them apart."""
+    if not isinstance(value, list) or not isinstance(form, (list, tuple)) or len(form) != len(value):
+        return value
+    return type(form)(_formed_like(*pair) for pair in zip(form, value, strict=True))
 
 
 def _copy(value: Tensor) -> Tensor:
