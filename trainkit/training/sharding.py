@@ -42,10 +42,13 @@ def shard(unet: UNet2DModel, mixed_precision: str | None, device: torch.device |
     every gathered weight until the forward pass ends, which would undo the sharding. Gradients are summed, and
     accumulated, in float32. Inputs are not cast, as a timestep of 999 would become 1000 in bfloat16.
 
-    Raises `UserError` for fp16: the loss scaler would judge each rank's part of the gradients by itself.
+    Raises `UserError` for fp16 (the loss scaler would judge each rank's part of the gradients by itself), and on a CPU
+    with a torch that cannot average gradients there.
     """
     if mixed_precision == "fp16":
         raise UserError("--mixed_precision fp16 does not work with sharded weights: use bf16, or do not shard")
+    if torch.device(device).type == "cpu":
+        _check_average_on_cpu()
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if mixed_precision == "bf16":
@@ -148,6 +151,14 @@ def unsharded_copy(unet: UNet2DModel) -> UNet2DModel:
         copy = UNet2DModel.from_config(unet.config)
     copy.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
     return copy.requires_grad_(False).train(unet.training)
+
+
+def _check_average_on_cpu() -> None:
+    """Refuse a gloo that sums where it is asked to average: torch 2.7 does so, and says nothing."""
+    average = torch.zeros(1)
+    dist.reduce_scatter_tensor(average, torch.ones(dist.get_world_size()), op=dist.ReduceOp.AVG)
+    if average.item() != 1:
+        raise UserError(f"torch {torch.__version__} cannot train sharded weights on a CPU: use a newer one (2.13 can)")
 
 
 def _to_rank0() -> StateDictOptions:
