@@ -4,8 +4,9 @@ import os
 import sys
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from trainkit.errors import UserError
 
@@ -24,15 +25,61 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
     asked = max(int(os.environ.get("WORLD_SIZE", 1)), _processes_asked_of_launcher())
     if not torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         _check_processes(asked, 1, "cpu")  # before Accelerate looks for the others, which may take it half an hour
+    store = _fresh_store()
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[ddp_kwargs()], **kwargs)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision}: {error}") from None
+    del store  # the process group holds it now
     _check_processes(asked, accelerator.num_processes, accelerator.device.type)
     if accelerator.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(cpu_threads or _default_threads(local_processes))
     return accelerator
+
+
+def ddp_kwargs() -> DistributedDataParallelKwargs:
+    """How the model is wrapped for several processes: gradients live in the buckets that are summed, without a copy.
+
+    A static graph is not asked for. DDP raises on it where the first micro-step is not summed (`no_sync`), which is
+    what accumulation does, and a resume on fewer processes may begin to accumulate. It has nothing to give either:
+    every parameter takes part in every step, and diffusers checkpoints activations in the way that does without it.
+    """
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+
+
+def _fresh_store() -> dist.TCPStore | None:
+    """After a restart by the launcher (`--max_restarts`), have the processes meet at a new place.
+
+    They find each other through a store that the launcher keeps, where the addresses of the killed
+    processes still stand: whoever reads those before they are overwritten fails or waits for ever. So rank 0 opens a
+    store of its own, and tells the others where under a name that no earlier start has used.
+
+    Returns what must live until the process group exists. Raises `UserError` for restarts over several machines whose
+    launchers keep their store: they count restarts each for itself, so that there is no such name.
+    """
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    if environment["LOCAL_WORLD_SIZE"] != environment["WORLD_SIZE"]:
+        if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise UserError(
+                "--max_restarts over several machines would let processes look for those that were killed: start every "
+                "launcher with --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+            )
+        return None
+    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts == 0:
+        return None
+    host, key = environment["MASTER_ADDR"], f"port_after_restart_{restarts}"
+    launchers_store = dist.TCPStore(host, int(environment["MASTER_PORT"]), is_master=False)
+    own_store = None
+    if environment["RANK"] == "0":
+        own_store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        launchers_store.set(key, str(own_store.port))
+    environment["MASTER_PORT"] = launchers_store.get(key).decode()
+    environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    return own_store
 
 
 def _default_threads(local_processes: int) -> int:

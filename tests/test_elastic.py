@@ -1,0 +1,115 @@
+"""Launches of several processes: accumulation, a rank that is killed and restarted by the launcher, two machines."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, launch, launch_command, launch_environment
+from training_helpers import losses, same_training_state, same_weights, tiny_run
+
+SCRIPT = "train_unconditional.py"
+STEPS = 12
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def arguments(image_folder, tiny_unet, cache_dir):
+    """Flags of one run of 8 images a step on two processes that accumulate twice, for an output folder."""
+
+    def build(output_dir, **flags):
+        flags = {"max_train_steps": STEPS, "train_batch_size": 2, "gradient_accumulation_steps": 2} | flags
+        return tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def two_process_run(arguments, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("two")
+    output = launch(SCRIPT, *arguments(output_dir), processes=2).stdout
+    assert "2 a device x 2 processes x 2 micro-steps" in output
+    return output_dir
+
+
+def test_two_processes_that_accumulate_are_the_run_of_one(two_process_run, arguments, tmp_path):
+    launch(SCRIPT, *arguments(tmp_path, train_batch_size=8, gradient_accumulation_steps=1))
+    assert losses(two_process_run) == pytest.approx(losses(tmp_path), abs=1e-4)
+    same_weights(two_process_run / WEIGHTS, tmp_path / WEIGHTS, tolerance=1e-3)
+
+
+def test_the_launcher_restarts_the_group_when_a_rank_is_killed(two_process_run, arguments, tmp_path):
+    """One command for all: the first start finds no checkpoint, the second goes on from the newest."""
+    command = launch_command(SCRIPT, *arguments(tmp_path), "--resume_from_checkpoint", "latest", processes=2)
+    command[command.index("--multi_gpu") : command.index("--multi_gpu")] = ["--max_restarts", "1"]
+    output = _run_and_kill([command], "1", tmp_path / "checkpoint-3")
+    assert "no checkpoint in" in output and "resumed from" in output
+    same_training_state(tmp_path / f"checkpoint-{STEPS}", two_process_run / f"checkpoint-{STEPS}")
+    same_weights(tmp_path / WEIGHTS, two_process_run / WEIGHTS)
+    assert losses(tmp_path) == losses(two_process_run)
+
+
+def test_two_machines_are_the_run_of_one_machine_and_outlive_a_killed_rank(two_process_run, arguments, tmp_path):
+    """The command of docs/scaling.md, once for each of two `machines` of one process; both agents start again."""
+    agent = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "2",
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{_free_port()}", "--rdzv_id", "pictures",
+        "--local_addr", "127.0.0.1",
+    ]  # fmt: skip
+    command = [*agent, str(ROOT / SCRIPT), *arguments(tmp_path), "--resume_from_checkpoint", "latest"]
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    output = _run_and_kill([command, command], "1", tmp_path / "checkpoint-3", environment)
+    assert "2 a device x 2 processes x 2 micro-steps" in output and "resumed from" in output
+    assert losses(tmp_path) == losses(two_process_run)
+    same_weights(tmp_path / WEIGHTS, two_process_run / WEIGHTS)
+
+
+def _run_and_kill(commands: list[list[str]], rank: str, checkpoint: Path, environment: dict | None = None) -> str:
+    """Start `commands` side by side, SIGKILL the training process of `rank` once `checkpoint` is there, and wait.
+
+    Returns their output; every one must end well.
+    """
+    environment = launch_environment(**(environment or {}))
+    logs = [checkpoint.parent.parent / f"launcher{i}.log" for i in range(len(commands))]
+    launchers = []
+    try:
+        for command, log in zip(commands, logs, strict=True):
+            with log.open("w") as file:
+                launchers.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+        deadline = time.monotonic() + 100
+        while not checkpoint.exists():
+            told = "\n".join(log.read_text()[-3000:] for log in logs)
+            assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers), told
+            time.sleep(0.01)
+        os.kill(_training_process(launchers, rank), signal.SIGKILL)
+        statuses = [launcher.wait(timeout=120) for launcher in launchers]
+        output = "\n".join(log.read_text() for log in logs)
+        assert statuses == [0] * len(commands), output[-6000:]
+        return output
+    finally:
+        for launcher in launchers:
+            if launcher.poll() is None:
+                launcher.terminate()  # it ends its own processes
+                launcher.wait(timeout=60)
+
+
+def _training_process(launchers: list[subprocess.Popen], rank: str) -> int:
+    for launcher in launchers:
+        for process in psutil.Process(launcher.pid).children(recursive=True):
+            try:
+                if process.environ().get("RANK") == rank and str(ROOT / SCRIPT) in process.cmdline():
+                    return process.pid
+            except psutil.Error:  # it has just ended
+                continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,103 @@
+"""The moving average of weights that may be divided among processes.
+
+diffusers' EMAModel steps on sharded parameters, but `copy_to`, `restore` and `save_pretrained` raise on them (torch
+has no `_foreach_copy_` for DTensor, and a stock model cannot take their parts). This one works on each rank's own
+part, without any communication, and does the very arithmetic of `EMAModel(foreach=True)`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from trainkit.training.sharding import full_weights, load_full_weights, local_parameters
+
+SETTINGS = (
+    "decay",
+    "min_decay",
+    "optimization_step",
+    "update_after_step",
+    "use_ema_warmup",
+    "inv_gamma",
+    "power",
+)
+
+
+class ShadowWeights:
+    """An exponential moving average of `model`'s parameters (sharded or not), float32, on their device.
+
+    Make it once `model` is where it trains, after `shard`. Settings mean what they mean in diffusers' EMAModel.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        decay: float = 0.9999,
+        min_decay: float = 0.0,
+        update_after_step: int = 0,
+        use_ema_warmup: bool = False,
+        inv_gamma: float = 1.0,
+        power: float = 2 / 3,
+    ):
+        self.model = model
+        self.decay, self.min_decay, self.update_after_step = decay, min_decay, update_after_step
+        self.use_ema_warmup, self.inv_gamma, self.power = use_ema_warmup, inv_gamma, power
+        self.optimization_step = 0
+        self._averages = [parameter.clone() for parameter in local_parameters(model)]
+
+    def decay_at(self, step: int) -> float:
+        """The decay of optimizer step `step`, from 1: rising to `decay`; 0 (a plain copy) at the first."""
+        past = step - self.update_after_step - 1
+        if past <= 0:
+            return 0.0
+        rising = 1 - (1 + past / self.inv_gamma) ** -self.power if self.use_ema_warmup else (1 + past) / (10 + past)
+        return max(min(rising, self.decay), self.min_decay)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take in the parameters as they are now; those that are not trained are copied."""
+        self.optimization_step += 1
+        rest = 1 - self.decay_at(self.optimization_step)
+        trained, frozen = [], []
+        parameters = zip(self._averages, local_parameters(self.model), self.model.parameters(), strict=True)
+        for average, parameter, whole in parameters:
+            (trained if whole.requires_grad else frozen).append((average, parameter))
+        for average, parameter in frozen:
+            average.copy_(parameter)
+        averages, parameters = [pair[0] for pair in trained], [pair[1] for pair in trained]
+        torch._foreach_sub_(averages, torch._foreach_sub(averages, parameters), alpha=rest)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[torch.nn.Module]:
+        """`model` with the averages in place of its weights inside the block. Do not train inside."""
+        self._swap()
+        try:
+            yield self.model
+        finally:
+            self._swap()
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """The whole averaged state dict, a copy, on the CPU of rank 0; {} on the other ranks. A collective."""
+        with self.swapped_in():
+            return full_weights(self.model)
+
+    def load_full_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Load the whole averaged state dict that rank 0 holds. A collective; raises `ValueError` as `model`'s."""
+        with self.swapped_in():
+            load_full_weights(self.model, weights)
+
+    def state_dict(self) -> dict[str, float]:
+        """The settings and the step, under the names that EMAModel has in the config.json that it saves."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take `state_dict()`, or what is like it in a config.json that EMAModel saved."""
+        for name in SETTINGS:
+            setattr(self, name, state[name])
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, parameter in zip(self._averages, local_parameters(self.model), strict=True):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)

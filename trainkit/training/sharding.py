@@ -1,0 +1,212 @@
+"""A UNet divided among processes (FSDP2), and its whole state put together and divided again.
+
+    shard(unet, mixed_precision, device)         # in place; then build the optimizer and the ShadowWeights
+    weights = full_weights(unet)                 # the whole state on rank 0, whatever the division
+    load_full_weights(unet, weights)
+
+Whole states are the same for any number of processes, sharded or not, with or without a process group, so that a
+checkpoint of one division is resumed on another. All functions here but `is_sharded` are collectives: call them on
+every rank.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import UNet2DModel
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from trainkit.errors import UserError
+
+
+def shard(unet: UNet2DModel, mixed_precision: str | None, device: torch.device | str) -> UNet2DModel:
+    """Divide the parameters of `unet` over all processes in place: block by block, and what is left at the root.
+
+    Each rank keeps its part of its own weights, float32, so every rank must have the same ones (the same seed), and
+    gathers a block's whole weights only while it computes with it. The optimizer must be made afterwards.
+
+    With `mixed_precision` "bf16" the forward pass stays under the caller's autocast, as without sharding, and blocks
+    are gathered in bfloat16: half the traffic of float32, and without the second copy that autocast would keep of
+    every gathered weight until the forward pass ends, which would undo the sharding. Gradients are summed, and
+    accumulated, in float32. Inputs are not cast, as a timestep of 999 would become 1000 in bfloat16.
+
+    Raises `UserError` for fp16 (the loss scaler would judge each rank's part of the gradients by itself), and on a CPU
+    with a torch that cannot average gradients there.
+    """
+    if mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16 does not work with sharded weights: use bf16, or do not shard")
+    if torch.device(device).type == "cpu":
+        _check_average_on_cpu()
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if mixed_precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
+        if block is not None:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(unet, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether `model` is divided among processes by FSDP2, by `shard` or by Accelerate."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def no_gradient_sync(model: torch.nn.Module) -> Iterator[None]:
+    """Around the forward and backward pass of every micro-step but the last: gradients stay on their rank.
+
+    They wait whole and in float32, so accumulation costs a rank the memory of all gradients.
+    """
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def gradient_norm_to_tensor(norm: torch.Tensor) -> torch.Tensor:
+    """The plain scalar of a norm that `clip_grad_norm_` returned for sharded parameters; others are left as is."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def local_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
+    """This rank's part of each parameter, in order, as plain tensors that share the parameters' memory."""
+    reshard(model)
+    with torch.no_grad():
+        return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Give up gathered weights. FSDP keeps the root's after a forward pass that no backward pass follows (sampling),
+    and would go on with them after the parts that they came from have changed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+# Whole states
+
+
+def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state dict of `model` on the CPU, a copy, on rank 0; {} on the others. Names are without wrappers."""
+    reshard(model)
+    return _copies(get_model_state_dict(model, options=_to_rank0()))
+
+
+def load_full_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Load into `model` the whole state dict that rank 0 holds; what the other ranks pass is not read.
+
+    Raises `ValueError` on every rank where names or shapes differ.
+    """
+    reshard(model)
+    expected = {name: tuple(value.shape) for name, value in get_model_state_dict(model).items()}
+    _on_all_ranks(lambda: _difference(expected, {name: tuple(value.shape) for name, value in weights.items()}))
+    set_model_state_dict(model, dict(weights) if _is_rank0() else {}, options=_from_rank0())
+
+
+def full_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The whole state of `model`'s `optimizer` on the CPU, a copy, on rank 0; {} on the other ranks.
+
+    {"state": {parameter name: {"step": ..., "exp_avg": ...}}, "param_groups": [{"lr": ..., "params": [names]}]}.
+    An optimizer that has no state yet is given one, by a step with the learning rate 0.
+    """
+    reshard(model)
+    return _copies(get_optimizer_state_dict(model, _unwrapped(optimizer), options=_to_rank0()))
+
+
+def load_full_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load into `model`'s `optimizer` the whole state that rank 0 holds; what the other ranks pass is not read.
+
+    Call it before the first backward pass. Raises `ValueError` on every rank where the parameters differ.
+    """
+    reshard(model)
+    expected = {name: tuple(value.shape) for name, value in get_model_state_dict(model).items()}
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    _on_all_ranks(lambda: _optimizer_difference(expected, len(trained), state))
+    set_optimizer_state_dict(model, _unwrapped(optimizer), state if _is_rank0() else {}, options=_from_rank0())
+
+
+def unsharded_copy(unet: UNet2DModel) -> UNet2DModel:
+    """A stock UNet2DModel with the whole weights of `unet`, on its device, on every rank.
+
+    For sampling, where each forward pass of a sharded UNet is a collective that ranks with fewer images would miss,
+    and for `save_pretrained`, which cannot read divided weights.
+    """
+    reshard(unet)
+    weights = get_model_state_dict(unet, options=StateDictOptions(full_state_dict=True))
+    with torch.device("meta"):
+        copy = UNet2DModel.from_config(unet.config)
+    copy.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+    return copy.requires_grad_(False).train(unet.training)
+
+
+def _check_average_on_cpu() -> None:
+    """Refuse a gloo that sums where it is asked to average: torch 2.7 does so, and says nothing."""
+    average = torch.zeros(1)
+    dist.reduce_scatter_tensor(average, torch.ones(dist.get_world_size()), op=dist.ReduceOp.AVG)
+    if average.item() != 1:
+        raise UserError(f"torch {torch.__version__} cannot train sharded weights on a CPU: use a newer one (2.13 can)")
+
+
+def _to_rank0() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _from_rank0() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+
+
+def _is_rank0() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What Accelerate's wrapper holds: the wrapper's own `step` leaves steps out."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _copies(state: dict[str, Any]) -> dict[str, Any]:
+    """`state` with its tensors copied: where nothing had to be moved or gathered, they are the model's own."""
+    return tree_map_only(torch.Tensor, torch.clone, state)
+
+
+def _difference(expected: dict[str, tuple], given: dict[str, tuple]) -> str | None:
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            return f"{name}: expected {expected.get(name, 'none')}, given {given.get(name, 'none')}"
+    return None
+
+
+def _optimizer_difference(expected: dict[str, tuple], num_trained: int, state: dict[str, Any]) -> str | None:
+    given = state["state"]
+    if len(given) != num_trained:
+        return f"state of {len(given)} parameters for an optimizer of {num_trained}"
+    for name, values in given.items():
+        if name not in expected:
+            return f"{name}: unknown parameter"
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.dim() and tuple(value.shape) != expected[name]:
+                return f"{name}: {key} of shape {tuple(value.shape)} for a parameter of {expected[name]}"
+    return None
+
+
+def _on_all_ranks(difference: Callable[[], str | None]) -> None:
+    """Raise `ValueError` everywhere where rank 0 finds a `difference`: alone, it would leave the others waiting."""
+    found = [difference() if _is_rank0() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[0]:
+        raise ValueError(f"the saved state does not fit the model: {found[0]}")
