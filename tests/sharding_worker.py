@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 
 from trainkit.errors import UserError
 from trainkit.training import sharding
-from trainkit.training.shadow import ShadowWeights
+from trainkit.training.ema import ShadowWeights
 
 BATCHES = 10  # steps of all, half of them before the resume
 MICRO_STEPS = 2

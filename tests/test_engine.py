@@ -15,8 +15,8 @@ from conftest import ROOT, launch, launch_environment
 from training_helpers import STEPS, losses, same_weights, start_and_signal, tiny_run
 
 from trainkit.data.order import sample_indices
-from trainkit.diffusion.ema import build_ema
 from trainkit.errors import UserError
+from trainkit.training.ema import build_ema
 from trainkit.training.guards import step_if_finite
 from trainkit.training.state import Snapshot
 from trainkit.training.writer import CheckpointWriter
@@ -257,3 +257,20 @@ def test_muon_takes_the_inner_matrices_and_resumes_bit_for_bit(train, tiny_unet)
     same_weights(whole / "checkpoint-6" / WEIGHTS, parts / "checkpoint-6" / WEIGHTS)
     same_weights(whole / "checkpoint-6/optimizer.safetensors", parts / "checkpoint-6/optimizer.safetensors")
     assert losses(parts) == losses(whole)
+
+
+def test_sharded_weights_are_the_same_run_and_resume_anywhere(image_folder, tiny_unet, cache_dir, tmp_path):
+    """Two processes with half of the weights each, and accumulation: their checkpoint goes on in one process."""
+    flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shard_weights": True, "preview_steps": 10}
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **flags)
+    launch("train_unconditional.py", *arguments, processes=2)
+    whole = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole")
+    launch("train_unconditional.py", *whole)
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    for file in (WEIGHTS, "checkpoint-20/optimizer.safetensors", "checkpoint-20/unet_ema/" + WEIGHTS[5:]):
+        same_weights(tmp_path / "sharded" / file, tmp_path / "whole" / file, tolerance=1e-3)
+    for step in (18, 20):
+        shutil.rmtree(tmp_path / "sharded" / f"checkpoint-{step}")
+    alone = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", resume_from_checkpoint="latest")
+    assert "15 of 20 steps done" in launch("train_unconditional.py", *alone).stdout
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)

@@ -134,6 +134,9 @@ class HardwareOptions:
         None, "autocast of the forward pass; default: what `accelerate launch` says, else no",
         choices=("no", "fp16", "bf16"),
     )  # fmt: skip
+    shard_weights: bool = option(
+        False, "divide weights, averages and optimizer state over the processes (FSDP2): for models too large for one"
+    )
     deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
     replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
     seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")

@@ -64,7 +64,7 @@ def _fresh_store() -> dist.TCPStore | None:
     if environment["LOCAL_WORLD_SIZE"] != environment["WORLD_SIZE"]:
         if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError(
-                "--max_restarts over several machines would let processes look for those that were killed: start every "
+                "--max_restarts over several machines would have processes look for killed ones: start every "
                 "launcher with --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
             )
         return None

@@ -20,17 +20,23 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.loader import Batch, BatchLoader, BatchShape
-from trainkit.diffusion.ema import averaged_weights, build_ema
 from trainkit.errors import UserError
+from trainkit.training.ema import ShadowWeights, build_ema
 from trainkit.training.guards import SkippedSteps, check_replicas, step_if_finite
 from trainkit.training.metrics import StepLog, plot_loss, truncate_metrics
 from trainkit.training.optimization import build_lr_scheduler, build_optimizer
 from trainkit.training.resume import claim_output_dir, told_differences, whole_checkpoints
+from trainkit.training.sharding import (
+    gradient_norm_to_tensor,
+    is_sharded,
+    no_gradient_sync,
+    shard,
+    unsharded_copy,
+)
 from trainkit.training.signals import StopSignals
 from trainkit.training.state import read_facts, restore, restore_random_states, take_snapshot
 from trainkit.training.writer import CheckpointWriter
@@ -50,13 +56,18 @@ class Run:
         candidates = whole_checkpoints(options, accelerator)
         self.shape = self._batch_shape(candidates)
         self.max_train_steps = self._steps_in_all()
-        self.ema: EMAModel | None = build_ema(options, unet, self.shape.global_size)
-        optimizer = build_optimizer(options, unet)
+        if options.shard_weights and accelerator.num_processes > 1:
+            unet = accelerator.prepare_model(unet, evaluation_mode=True)  # device and autocast, no DDP
+            shard(unet, accelerator.mixed_precision, accelerator.device)
+            optimizer = build_optimizer(options, unet)
+            self.model, self.optimizer = unet, accelerator.prepare_optimizer(optimizer)
+        else:
+            optimizer = build_optimizer(options, unet)
+            self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.lr_scheduler = build_lr_scheduler(options, optimizer, self.max_train_steps)
-        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.unet: UNet2DModel = accelerator.unwrap_model(self.model)
-        if self.ema is not None:
-            self.ema.to(accelerator.device)
+        self.sharded = is_sharded(self.unet)
+        self.ema: ShadowWeights | None = build_ema(options, self.unet, self.shape.global_size)
         resumed = self._resume(candidates)
         self.loader = BatchLoader(
             images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers
@@ -87,7 +98,7 @@ class Run:
                 self._micro_step = batch.micro_step
                 first_row = self.shape.rows(batch.micro_step).start
                 torch.manual_seed(hash((self.options.seed, batch.step, first_row)))  # dropout, where the model has any
-                with self.accelerator.no_sync(self.model) if not self.end_of_step else contextlib.nullcontext():
+                with contextlib.nullcontext() if self.end_of_step else self._no_gradient_sync():
                     yield batch
                 if self.end_of_step and signals.agreed():
                     self.stopped = True
@@ -102,6 +113,9 @@ class Run:
             self.checkpoints.close()
             self.log.close()
 
+    def _no_gradient_sync(self) -> contextlib.AbstractContextManager:
+        return no_gradient_sync(self.unet) if self.sharded else self.accelerator.no_sync(self.model)
+
     @property
     def end_of_step(self) -> bool:
         """Whether the current micro-step is the last one of its optimizer step."""
@@ -113,7 +127,8 @@ class Run:
         self._step_loss += loss.detach() / self.shape.micro_steps
         if not self.end_of_step:
             return
-        grad_norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.options.max_grad_norm or math.inf)
+        limit = self.options.max_grad_norm or math.inf
+        grad_norm = gradient_norm_to_tensor(self.accelerator.clip_grad_norm_(self.unet.parameters(), limit))
         if self.accelerator.scaler is None:
             step_if_finite(self.optimizer.optimizer, torch.as_tensor(grad_norm))
         else:  # fp16: a step whose loss scale was too high is left out by the scaler
@@ -122,13 +137,13 @@ class Run:
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         if self.ema is not None:
-            self.ema.step(self.unet.parameters())
+            self.ema.step()
         self.step += 1
         self.log.add(self.step, self._step_loss, learning_rate, grad_norm)
         self._step_loss = torch.zeros_like(self._step_loss)
         if self.step % self.options.logging_steps == 0 or self.step == self.max_train_steps:
             self._flush_log()
-        if self.options.replica_check_steps and self.step % self.options.replica_check_steps == 0:
+        if not self.sharded and self.options.replica_check_steps and self.step % self.options.replica_check_steps == 0:
             check_replicas(self.accelerator, self.unet, self.step)
         if self.options.checkpointing_steps and self.step % self.options.checkpointing_steps == 0:
             self.save_checkpoint()
@@ -151,10 +166,16 @@ class Run:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[UNet2DModel]:
-        """The UNet with its averaged weights, for sampling and saving; the time inside is not counted as training."""
+        """The whole UNet with its averaged weights (its own where there is no EMA), for sampling and saving.
+
+        In evaluation mode, on every rank; the time inside is not counted as training.
+        """
         started = time.perf_counter()
-        with averaged_weights(self.unet, self.ema) as unet:
+        with contextlib.nullcontext() if self.ema is None else self.ema.swapped_in():
+            unet = unsharded_copy(self.unet) if self.sharded else self.unet
+            unet.eval()
             yield unet
+        self.unet.train()
         self.log.pause(time.perf_counter() - started)
 
     @contextlib.contextmanager

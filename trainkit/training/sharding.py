@@ -19,13 +19,11 @@ from diffusers import UNet2DModel
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from trainkit.errors import UserError
@@ -121,22 +119,34 @@ def full_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimize
     """The whole state of `model`'s `optimizer` on the CPU, a copy, on rank 0; {} on the other ranks.
 
     {"state": {parameter name: {"step": ..., "exp_avg": ...}}, "param_groups": [{"lr": ..., "params": [names]}]}.
-    An optimizer that has no state yet is given one, by a step with the learning rate 0.
+    torch's own `get_optimizer_state_dict` would do it for its own optimizers, and fails on some of others.
     """
     reshard(model)
-    return _copies(get_optimizer_state_dict(model, _unwrapped(optimizer), options=_to_rank0()))
+    saved, names = _unwrapped(optimizer).state_dict(), _names_of(model, optimizer)
+    state = {names[index]: tree_map_only(torch.Tensor, _whole, values) for index, values in saved["state"].items()}
+    groups = [group | {"params": [names[index] for index in group["params"]]} for group in saved["param_groups"]]
+    return {"state": state, "param_groups": groups} if _is_rank0() else {}
 
 
 def load_full_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load into `model`'s `optimizer` the whole state that rank 0 holds; what the other ranks pass is not read.
 
-    Call it before the first backward pass. Raises `ValueError` on every rank where the parameters differ.
+    Raises `ValueError` on every rank where the parameters differ.
     """
     reshard(model)
-    expected = {name: tuple(value.shape) for name, value in get_model_state_dict(model).items()}
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    _on_all_ranks(lambda: _optimizer_difference(expected, len(trained), state))
-    set_optimizer_state_dict(model, _unwrapped(optimizer), state if _is_rank0() else {}, options=_from_rank0())
+    names, parameters = _names_of(model, optimizer), dict(model.named_parameters())
+    _on_all_ranks(lambda: _optimizer_difference(names, parameters, state))
+    indices = {name: index for index, name in enumerate(names)}
+    outline = _from_rank0_object(tree_map_only(torch.Tensor, lambda value: value.to("meta"), state))
+    numbered = {
+        indices[name]: {
+            what: _divided(value, state["state"][name][what] if _is_rank0() else None, parameters[name])
+            for what, value in values.items()
+        }
+        for name, values in outline["state"].items()
+    }
+    groups = [group | {"params": [indices[name] for name in group["params"]]} for group in outline["param_groups"]]
+    _unwrapped(optimizer).load_state_dict({"state": numbered, "param_groups": groups})
 
 
 def unsharded_copy(unet: UNet2DModel) -> UNet2DModel:
@@ -190,23 +200,53 @@ def _difference(expected: dict[str, tuple], given: dict[str, tuple]) -> str | No
     return None
 
 
-def _optimizer_difference(expected: dict[str, tuple], num_trained: int, state: dict[str, Any]) -> str | None:
-    given = state["state"]
-    if len(given) != num_trained:
-        return f"state of {len(given)} parameters for an optimizer of {num_trained}"
-    for name, values in given.items():
-        if name not in expected:
-            return f"{name}: unknown parameter"
+def _names_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the optimizer's parameters in its own order, which its state dict numbers."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.detach().to("cpu", copy=True).contiguous()
+
+
+def _divided(outline: Any, whole: torch.Tensor | None, parameter: torch.Tensor) -> Any:
+    """A value of the optimizer's state for `parameter`, from the whole one of rank 0: this rank's part, where it is
+    divided like the parameter. `outline` has its shape, or is the value itself where that is no tensor."""
+    if not isinstance(outline, torch.Tensor):
+        return outline
+    is_part = isinstance(parameter, DTensor) and outline.shape == parameter.shape
+    if not dist.is_initialized():
+        return whole
+    value = torch.empty(outline.shape, dtype=outline.dtype) if whole is None else whole
+    value = value.to(parameter.device)
+    dist.broadcast(value, 0)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements) if is_part else value
+
+
+def _optimizer_difference(names: list[str], parameters: dict[str, torch.Tensor], state: dict[str, Any]) -> str | None:
+    given = [name for group in state["param_groups"] for name in group["params"]]
+    if given != names:
+        return f"state of {len(given)} parameters, or in other groups, for an optimizer of {len(names)}"
+    for name, values in state["state"].items():
         for key, value in values.items():
-            if isinstance(value, torch.Tensor) and value.dim() and tuple(value.shape) != expected[name]:
-                return f"{name}: {key} of shape {tuple(value.shape)} for a parameter of {expected[name]}"
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[name].shape:
+                return (
+                    f"{name}: {key} of shape {tuple(value.shape)} for a parameter of {tuple(parameters[name].shape)}"
+                )
     return None
+
+
+def _from_rank0_object(value: Any) -> Any:
+    shared = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    return shared[0]
 
 
 def _on_all_ranks(difference: Callable[[], str | None]) -> None:
     """Raise `ValueError` everywhere where rank 0 finds a `difference`: alone, it would leave the others waiting."""
-    found = [difference() if _is_rank0() else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if found[0]:
-        raise ValueError(f"the saved state does not fit the model: {found[0]}")
+    found = _from_rank0_object(difference() if _is_rank0() else None)
+    if found:
+        raise ValueError(f"the saved state does not fit the model: {found}")

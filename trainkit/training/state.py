@@ -12,10 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import UNet2DModel
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from trainkit.training.ema import ShadowWeights
+from trainkit.training.sharding import (
+    full_optimizer_state,
+    full_weights,
+    load_full_optimizer_state,
+    load_full_weights,
+)
 
 UNET, EMA, WEIGHTS = "unet", "unet_ema", "diffusion_pytorch_model.safetensors"
 OPTIMIZER, STATE = "optimizer.safetensors", "training_state.json"
@@ -23,7 +31,7 @@ OPTIMIZER, STATE = "optimizer.safetensors", "training_state.json"
 
 @dataclass
 class Snapshot:
-    """All that a checkpoint holds, on the CPU, and none of it shared with the training that goes on."""
+    """All that a checkpoint holds, on the CPU of rank 0, and none of it shared with the training that goes on."""
 
     configs: dict[str, dict]  # folder -> config.json
     weights: dict[str, dict[str, Tensor]]  # folder -> tensors
@@ -32,25 +40,23 @@ class Snapshot:
 
 
 def take_snapshot(
-    unet: UNet2DModel, ema: EMAModel | None, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+    unet: UNet2DModel, ema: ShadowWeights | None, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
 ) -> Snapshot:
-    """Copy weights, averages and optimizer state to the CPU. `facts` is what else goes into training_state.json."""
+    """Copy weights, averages and optimizer state to the CPU of rank 0, whole; a collective.
+
+    `facts` is what else goes into training_state.json.
+    """
     config = json.loads(unet.to_json_string())
-    configs, weights = {UNET: config}, {UNET: {name: _copy(value) for name, value in unet.state_dict().items()}}
+    configs, weights = {UNET: config}, {UNET: full_weights(unet)}
     if ema is not None:
-        averages = ema.state_dict()
-        shadows = averages.pop("shadow_params")
-        # buffers have no average
-        named = {name: _copy(value) for (name, _), value in zip(unet.named_parameters(), shadows, strict=True)}
-        configs[EMA], weights[EMA] = config | averages, weights[UNET] | named
+        configs[EMA], weights[EMA] = config | ema.state_dict(), ema.full_weights()
+    saved = full_optimizer_state(unet, optimizer)
     tensors, numbers = {}, {}
-    saved, names = optimizer.state_dict(), _parameter_names(unet, optimizer)
-    for index, values in saved["state"].items():
+    for name, values in saved.get("state", {}).items():
         for what, value in values.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{names[index]}/{what}"] = value
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
-    facts = facts | {"optimizer": {"param_groups": groups, "numbers": numbers}}
-    return Snapshot(configs, weights, {key: _copy(value) for key, value in tensors.items()}, facts)
+            (tensors if isinstance(value, Tensor) else numbers)[f"{name}/{what}"] = value
+    facts = facts | {"optimizer": {"param_groups": saved.get("param_groups", []), "numbers": numbers}}
+    return Snapshot(configs, weights, tensors, facts)
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> None:
@@ -68,29 +74,32 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
-def restore(folder: Path, unet: UNet2DModel, ema: EMAModel | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load what `write_snapshot` wrote; returns the facts. Raises where names or shapes do not fit."""
+def restore(
+    folder: Path, unet: UNet2DModel, ema: ShadowWeights | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Load what `write_snapshot` wrote; returns the facts. A collective: rank 0 reads the weights for all.
+
+    Raises where names or shapes do not fit.
+    """
     facts = read_facts(folder)
-    unet.load_state_dict(load_file(folder / UNET / WEIGHTS))
+    load_full_weights(unet, _read_on_rank0(folder / UNET / WEIGHTS))
     if ema is not None:
-        averages = load_file(folder / EMA / WEIGHTS)
-        config = json.loads((folder / EMA / "config.json").read_text())
-        numbers = {key: config[key] for key in ema.state_dict() if key != "shadow_params"}
-        device = ema.shadow_params[0].device
-        shadows = [averages[name].to(device) for name, _ in unet.named_parameters()]
-        ema.load_state_dict(numbers | {"shadow_params": shadows})
-    names = _parameter_names(unet, optimizer)
-    indices, state = {name: index for index, name in enumerate(names)}, {}
-    for key, value in [*load_file(folder / OPTIMIZER).items(), *facts["optimizer"]["numbers"].items()]:
+        ema.load_full_weights(_read_on_rank0(folder / EMA / WEIGHTS))
+        ema.load_state_dict(json.loads((folder / EMA / "config.json").read_text()))
+    state: dict[str, dict] = {}
+    for key, value in [*_read_on_rank0(folder / OPTIMIZER).items(), *facts["optimizer"]["numbers"].items()]:
         name, _, what = key.rpartition("/")
-        state.setdefault(indices[name], {})[what] = value
-    groups, first = [], 0
-    for saved, group in zip(facts["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
-        saved = {key: _formed_like(group.get(key), value) for key, value in saved.items()}
-        groups.append(saved | {"params": list(range(first, first + len(group["params"])))})
-        first += len(group["params"])
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        state.setdefault(name, {})[what] = value
+    groups = [
+        saved | {key: _formed_like(own.get(key), value) for key, value in saved.items() if key != "params"}
+        for saved, own in zip(facts["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    load_full_optimizer_state(unet, optimizer, {"state": state, "param_groups": groups})
     return facts
+
+
+def _read_on_rank0(file: Path) -> dict[str, Tensor]:
+    return load_file(file) if not dist.is_initialized() or dist.get_rank() == 0 else {}
 
 
 def write_random_states(folder: Path, rank: int) -> None:
@@ -124,18 +133,8 @@ def restore_random_states(folder: Path, rank: int) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _parameter_names(unet: UNet2DModel, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The names of the optimizer's parameters in its own order, which its state dict numbers."""
-    names = {id(parameter): name for name, parameter in unet.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _formed_like(form: Any, value: Any) -> Any:
     """`value` with tuples where `form` has them: JSON knows lists alone, and optimizers tell them apart."""
     if not isinstance(value, list) or not isinstance(form, (list, tuple)) or len(form) != len(value):
         return value
     return type(form)(_formed_like(*pair) for pair in zip(form, value, strict=True))
-
-
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True).contiguous()

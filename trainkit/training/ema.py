@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from trainkit.errors import UserError
 from trainkit.training.sharding import full_weights, load_full_weights, local_parameters
 
 SETTINGS = (
@@ -21,6 +22,24 @@ SETTINGS = (
     "inv_gamma",
     "power",
 )
+
+
+def build_ema(options, model: torch.nn.Module, global_batch_size: int) -> "ShadowWeights | None":
+    """The average that `EmaOptions` describe, or None; its decay rises as 1 - (1 + step / inv_gamma) ** -power.
+
+    A half-life in images means the same average at any batch size: decay = 0.5 ** (batch / half-life), as in the
+    training loop of EDM (Karras et al. 2022).
+    """
+    if not options.use_ema:
+        return None
+    decay, half_life = options.ema_max_decay, options.ema_half_life_images
+    if half_life is not None:
+        if half_life <= 0:
+            raise UserError(f"--ema_half_life_images {half_life} must be more than 0")
+        decay = 0.5 ** (global_batch_size / half_life)
+    return ShadowWeights(
+        model, decay=decay, use_ema_warmup=True, inv_gamma=options.ema_inv_gamma, power=options.ema_power
+    )
 
 
 class ShadowWeights:
