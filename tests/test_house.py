@@ -78,14 +78,20 @@ def test_torch_is_pinned_and_torchvision_is_nowhere():
 @pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_accelerate_takes_each_config_and_every_line_is_explained(file):
     from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
 
     text = file.read_text()
     config, loaded = yaml.safe_load(text), load_config_from_file(str(file))
     assert (loaded.num_processes, loaded.num_machines) == (config["num_processes"], config["num_machines"])
     assert loaded.use_cpu is (file.stem == "cpu")
     assert f"--config_file accelerate_configs/{file.name}" in text, "the head shows the command"
-    unexplained = [line for line in text.splitlines() if re.match(r"\w+:", line) and "# " not in line]
+    unexplained = [line for line in text.splitlines() if re.match(r"\s*\w+:", line) and "# " not in line]
     assert all(re.match(r"num_(machines|processes): \d+$", line) for line in unexplained), unexplained
+    engine = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}.get(config["distributed_type"])
+    assert [name for name in config if name.endswith("_config") and name != "dynamo_config"] == [engine] * bool(engine)
+    if engine:  # a misspelt key would be ignored without a word
+        known = {action.dest for action in launch_command_parser()._actions}
+        assert config[engine].keys() <= known and getattr(loaded, engine) == config[engine]
 
 
 @pytest.fixture

@@ -107,3 +107,21 @@ def test_the_command_that_the_refusal_names_works(image_folder, tiny_unet, cache
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, max_train_steps=1)
     done = launch("train_unconditional.py", *arguments, processes=2)
     assert "8 a device x 2 processes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed keeps the float32 weights.*fsdp.yaml"),
+        (
+            {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3", "WORLD_SIZE": "16",
+             "LOCAL_WORLD_SIZE": "8", "ACCELERATE_USE_CPU": "true"},
+            "--max_restarts over several machines .*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ),
+    ],
+)  # fmt: skip
+def test_launches_that_cannot_work_are_refused(train, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        train(monkeypatch)

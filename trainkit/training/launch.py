@@ -19,9 +19,14 @@ TWO_CPU_PROCESSES = (
 def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, **kwargs) -> Accelerator:
     """The process's Accelerator, with the threads set that a CPU process computes with.
 
-    Raises `UserError` when the launcher was asked for more processes than know of each other, and for a precision that
-    the device lacks.
+    Raises `UserError` when the launcher was asked for more processes than know of each other, for a precision that
+    the device lacks, and for DeepSpeed.
     """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "DeepSpeed keeps the float32 weights and the accumulation of gradients to itself, out of reach of this "
+            "script's averages and checkpoints: launch with accelerate_configs/multi_gpu.yaml or fsdp.yaml"
+        )
     asked = max(int(os.environ.get("WORLD_SIZE", 1)), _processes_asked_of_launcher())
     if not torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         _check_processes(asked, 1, "cpu")  # before Accelerate looks for the others, which may take it half an hour
@@ -64,7 +69,7 @@ def _fresh_store() -> dist.TCPStore | None:
     if environment["LOCAL_WORLD_SIZE"] != environment["WORLD_SIZE"]:
         if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError(
-                "--max_restarts over several machines would have processes look for killed ones: start every "
+                "--max_restarts over several machines would let processes look for those that were killed: start each "
                 "launcher with --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
             )
         return None
