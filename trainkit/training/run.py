@@ -137,6 +137,7 @@ class Run:
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[UNet2DModel]:
         """The UNet with its averaged weights, for sampling and saving; the time inside is not counted as training."""
+        self.log.flush(self.loader.wait_s)  # trackers take no step below one they have seen
         started = time.perf_counter()
         with averaged_weights(self.unet, self.ema) as unet:
             yield unet
