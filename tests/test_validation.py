@@ -291,7 +291,7 @@ def test_validation_runs_on_averaged_weights_under_the_autocast_of_training(
     image_folder, held_out_folder, tiny_unet, cache_dir, tmp_path
 ):
     code = """
-import sys
+import sys, time
 import diffusers, torch
 from trainkit.training import validation
 inside, seen, forward, measure = [], set(), diffusers.UNet2DModel.forward, validation.HeldOutLoss.losses
@@ -303,6 +303,7 @@ def losses(self, unet):
     inside.append(True)
     averages = zip(self.run.ema.shadow_params, unet.parameters(), strict=True)
     assert all(torch.equal(average, used) for average, used in averages)
+    time.sleep(1)
     measured = measure(self, unet)
     inside.clear()
     assert measured.dtype == "float32" and measured.all()
@@ -312,9 +313,12 @@ import train_unconditional
 train_unconditional.main()
 assert seen == {(torch.float32, True, False, False)}, seen
 """
-    flags = {"mixed_precision": "bf16", "max_train_steps": 3, "checkpointing_steps": 0, "score_steps": None}
+    flags = {"mixed_precision": "bf16", "max_train_steps": 2, "checkpointing_steps": 0, "score_steps": None}
+    flags["validation_steps"] = 1
     arguments = watched_run(image_folder, held_out_folder, tiny_unet, cache_dir, tmp_path, **flags)
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert steps_with(tmp_path, "validation_loss") == [3]
+    assert steps_with(tmp_path, "validation_loss") == [1, 2]
+    # a validation takes a second, which the next step is not charged with
+    assert lines_with(tmp_path, "images_per_s")[2]["images_per_s"] > 8

@@ -4,6 +4,7 @@ Good for watching one run and for comparing runs of one data set; it is no publi
 """
 
 import numpy as np
+import torch
 from diffusers import DDPMScheduler
 
 from trainkit.data.dataset import PreparedImages
@@ -57,8 +58,6 @@ class SampleScore:
 
     def measure(self) -> None:
         """Measure, write down and print the score of the current step, unless that was done already."""
-        from trainkit.evaluation.metrics import kernel_distance  # takes a second to import
-
         run, options = self.run, self.run.options
         if self._measured_step == run.step:
             return
@@ -74,17 +73,17 @@ class SampleScore:
                 batch_size=options.eval_batch_size,
             )
             if run.accelerator.is_main_process:
-                features = self._features(ImageArray(samples), np.arange(len(samples)))
-                self._tell(kernel_distance(self.reference, features, options.seed))
+                self._tell(self._features(ImageArray(samples), np.arange(len(samples))))
 
-    def _features(self, images: ImageArray | PreparedFolder, indices: np.ndarray):
+    def _features(self, images: ImageArray | PreparedFolder, indices: np.ndarray) -> torch.Tensor:
         batches = images.batches(indices, FEATURE_BATCH_SIZE, INPUT_SIZE)
         return extract_features(self.extractor, batches, self.run.accelerator.device)
 
-    def _tell(self, distance: dict[str, float]) -> None:
-        from trainkit.evaluation.metrics import why_not_comparable
+    def _tell(self, features: torch.Tensor) -> None:
+        from trainkit.evaluation.metrics import kernel_distance, why_not_comparable  # a second to import
 
         run, options = self.run, self.run.options
+        distance = kernel_distance(self.reference, features, options.seed)
         run.log.values(
             run.step,
             distance
