@@ -31,6 +31,7 @@ from trainkit.options import (
     ObjectiveOptions,
     OptimizationOptions,
     SourceOptions,
+    ValidationOptions,
 )
 
 
@@ -46,6 +47,7 @@ class Options(
     HardwareOptions,
     CheckpointOptions,
     LoggingOptions,
+    ValidationOptions,
     HubOptions,
 ):
     """Everything train_unconditional.py can be told."""
@@ -57,13 +59,19 @@ def train(options: Options) -> None:
 
     from trainkit.data.cache import open_or_prepare
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
-    from trainkit.diffusion.objective import denoising_loss
+    from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.unet import build_unet
     from trainkit.hub import create_repository
     from trainkit.training.launch import make_deterministic, start_accelerator
     from trainkit.training.run import Run
+    from trainkit.training.score import SampleScore, check_score
+    from trainkit.training.trackers import check_tracker
+    from trainkit.training.validation import HeldOutLoss, open_validation_images
 
+    check_tracker(options.logger)
+    check_score(options)
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
+    held_out = open_validation_images(options, images)
     if options.deterministic:
         make_deterministic()
     accelerator = start_accelerator(
@@ -78,14 +86,22 @@ def train(options: Options) -> None:
     run = Run(options, accelerator, unet, images)
     repo_id = create_repository(options) if options.push_to_hub and accelerator.is_main_process else None
 
+    def losses(model, batch, timesteps):  # one an image, of training and of validation alike
+        noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)  # float32
+        prediction = model(noisy_images, timesteps).sample  # under autocast
+        return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, options.snr_gamma)
+
+    validation = None if held_out is None else HeldOutLoss(run, held_out, losses, options.ddpm_num_steps)
+    score = None if options.score_steps is None else SampleScore(run, held_out, noise_scheduler)
+
     for batch in run.batches():
         timesteps = uniform_timesteps(batch.uniforms, options.ddpm_num_steps)
-        noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)  # float32
-        prediction = run.model(noisy_images, timesteps).sample  # under autocast
-        run.update(
-            denoising_loss(noise_scheduler, prediction, batch.images, batch.noise, timesteps, options.snr_gamma)
-        )
+        run.update(losses(run.model, batch, timesteps).mean())
 
+        if run.due(steps=options.validation_steps):
+            validation.measure()
+        if run.due(steps=options.score_steps):
+            score.measure()
         if run.due(steps=options.preview_steps, epochs=options.save_images_epochs):
             preview(run, noise_scheduler)
         if run.due(epochs=options.save_model_epochs):
@@ -94,6 +110,9 @@ def train(options: Options) -> None:
     if not run.stopped:
         preview(run, noise_scheduler)
         save(run, noise_scheduler, repo_id)
+        for measurement in (validation, score):
+            if measurement is not None:
+                measurement.measure()
     run.finish()
 
 

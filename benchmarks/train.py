@@ -49,7 +49,7 @@ def engine(options, files: Path, work: Path) -> Iterator[None]:
     from train_unconditional import Options
     from trainkit.data.cache import open_or_prepare
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
-    from trainkit.diffusion.objective import denoising_loss
+    from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.unet import build_unet
     from trainkit.training.launch import start_accelerator
     from trainkit.training.run import Run
@@ -70,7 +70,8 @@ def engine(options, files: Path, work: Path) -> Iterator[None]:
         timesteps = uniform_timesteps(batch.uniforms, settings.ddpm_num_steps)
         noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)
         prediction = run.model(noisy_images, timesteps).sample
-        run.update(denoising_loss(noise_scheduler, prediction, batch.images, batch.noise, timesteps))
+        errors = denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps)
+        run.update(errors.mean())
         yield
 
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from trainkit.diffusion.noise_schedule import build_noise_scheduler, signal_to_noise, uniform_timesteps
-from trainkit.diffusion.objective import denoising_loss, loss_weights, prediction_target
+from trainkit.diffusion.objective import denoising_errors, loss_weights, prediction_target
 from trainkit.diffusion.unet import build_unet, check_resolution
 from trainkit.errors import UserError
 
@@ -20,7 +20,8 @@ def scheduler(prediction_type):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_the_exact_prediction_has_no_loss(prediction_type):
     target = prediction_target(scheduler(prediction_type), IMAGES, NOISE, TIMESTEPS)
-    assert denoising_loss(scheduler(prediction_type), target, IMAGES, NOISE, TIMESTEPS, snr_gamma=5.0) == 0
+    errors = denoising_errors(scheduler(prediction_type), target, IMAGES, NOISE, TIMESTEPS, snr_gamma=5.0)
+    assert not errors.any()
 
 
 @pytest.mark.parametrize("snr_gamma", [5.0, 1.0])
@@ -37,7 +38,8 @@ def test_min_snr_weighs_the_image_error_the_same_whatever_is_predicted(snr_gamma
     for prediction_type, error in errors.items():
         noise_scheduler = scheduler(prediction_type)
         prediction = prediction_target(noise_scheduler, IMAGES, NOISE, TIMESTEPS) + error
-        losses.append(denoising_loss(noise_scheduler, prediction, IMAGES, NOISE, TIMESTEPS, snr_gamma).item())
+        errors = denoising_errors(noise_scheduler, prediction, IMAGES, NOISE, TIMESTEPS, snr_gamma)
+        losses.append(errors.mean().item())
     expected = (snr.flatten().clamp(max=snr_gamma) * image_error.square().flatten(1).mean(1)).mean().item()
     assert losses == pytest.approx([expected] * 3, rel=1e-4)
 

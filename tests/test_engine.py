@@ -45,11 +45,11 @@ def broken_steps(monkeypatch):
     """Makes the loss NaN at the given calls of the objective (one call a step in the tiny run)."""
     import trainkit.diffusion.objective as objective
 
-    sound, calls = objective.denoising_loss, iter(range(10**6))
+    sound, calls = objective.denoising_errors, iter(range(10**6))
 
     def break_at(*steps):
         monkeypatch.setattr(
-            objective, "denoising_loss", lambda *a: sound(*a) * (math.nan if next(calls) in steps else 1)
+            objective, "denoising_errors", lambda *a: sound(*a) * (math.nan if next(calls) in steps else 1)
         )
 
     return break_at

@@ -39,6 +39,10 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path):
         ({"lr_scheduler": "cosin"}, "--lr_scheduler: invalid choice: 'cosin'"),
         ({"optimiser": "adamw"}, "unknown argument --optimiser: did you mean --optimizer?"),
         ({"lr_scheduler": "step", "lr_step_size": 0}, "--lr_step_size 0"),
+        ({"validation_steps": 5}, "--validation_steps 5 needs --validation_data_dir"),
+        ({"validation_data_dir": "/nowhere"}, "--validation_data_dir /nowhere"),
+        ({"validation_data_dir": "/nowhere", "validation_steps": 0}, "--validation_steps 0 must be at least 1"),
+        ({"score_steps": 5, "score_images": 3}, "--score_images 3 must be at least 4"),
     ],
 )
 def test_one_line_error(train, monkeypatch, flags, message):

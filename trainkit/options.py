@@ -169,9 +169,26 @@ class LoggingOptions:
     save_images_epochs: int = option(10, "epochs between sample grids (also at the end)")
     preview_steps: int | None = option(None, "optimizer steps between sample grids; wins over --save_images_epochs")
     eval_batch_size: int = option(16, "images in a sample grid, over all processes")
-    logger: str = option("tensorboard", "experiment tracker", choices=("tensorboard", "wandb", "none"))
+    logger: str = option("tensorboard", "experiment tracker", choices=("tensorboard", "wandb", "trackio", "none"))
     logging_dir: str = option("logs", "the tracker's folder inside --output_dir")
     logging_steps: int = option(10, "optimizer steps between log lines; the device is read only then")
+
+
+@dataclass
+class ValidationOptions:
+    """validation: how it does on images it never sees, and how good its samples are"""
+
+    validation_data_dir: str | None = option(
+        None, "folder of held-out images, or a prepared dataset of them: other images than the ones trained on"
+    )
+    validation_steps: int | None = option(
+        None, "optimizer steps between held-out losses (also at the end); default: only at the end"
+    )
+    validation_images: int = option(256, "held-out images to take the loss of, at most: the first in a fixed order")
+    score_steps: int | None = option(
+        None, "optimizer steps between scores (KID) of samples (also at the end); default: no scores"
+    )
+    score_images: int = option(200, "samples to a score")
 
 
 @dataclass

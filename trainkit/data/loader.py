@@ -20,6 +20,12 @@ from trainkit.data.dataset import PreparedImages
 from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
 
 
+def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
+    """Float32 images (B, C, H, W) in [-1, 1] from `pixels` (B, H, W, C) as stored, of `bit_depth` bits."""
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return images.div_((2**bit_depth - 1) / 2).sub_(1)
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """How the global batch of an optimizer step is divided among processes and micro-steps."""
@@ -123,9 +129,7 @@ class BatchLoader:
         images, noise, uniforms = (
             host_batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "uniforms")
         )
-        half_range = (2**self.images.bit_depth - 1) / 2
-        images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        images = images.div_(half_range).sub_(1)
+        images = to_model_range(images, self.images.bit_depth)
         if host_batch["flip"] is not None:
             flip = host_batch["flip"].to(self.device, non_blocking=True)
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)

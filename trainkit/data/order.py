@@ -7,6 +7,7 @@ Philox (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"), on t
 any device and for any division of the global batch among processes.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -22,6 +23,8 @@ class Purpose(IntEnum):
     FLIP = 2
     CROP_TOP = 3
     CROP_LEFT = 4
+    VALIDATION_NOISE = 16
+    VALIDATION_TIMESTEPS = 17
 
 
 def sample_indices(positions: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
@@ -43,11 +46,13 @@ def uniform_draws(seed: int, step: int, purpose: Purpose, count: int) -> np.ndar
     return _philox(seed, step, purpose).random(count)
 
 
-def normal_draws(seed: int, step: int, rows: range, shape: tuple[int, ...]) -> np.ndarray:
+def normal_draws(
+    seed: int, step: int, rows: Sequence[int], shape: tuple[int, ...], purpose: Purpose = Purpose.NOISE
+) -> np.ndarray:
     """Standard normal noise (len(rows), *shape) float32 for `rows` of the global batch of optimizer step `step`."""
     noise = np.empty((len(rows), *shape), dtype=np.float32)
     for out, row in zip(noise, rows, strict=True):
-        _philox(seed, step, Purpose.NOISE, row).standard_normal(dtype=np.float32, out=out)
+        _philox(seed, step, purpose, row).standard_normal(dtype=np.float32, out=out)
     return noise
 
 

@@ -26,7 +26,7 @@ def prediction_target(
     raise ValueError(f"unknown prediction_type {prediction_type}")
 
 
-def denoising_loss(
+def denoising_errors(
     scheduler: DDPMScheduler,
     prediction: torch.Tensor,
     images: torch.Tensor,
@@ -34,10 +34,10 @@ def denoising_loss(
     timesteps: torch.Tensor,
     snr_gamma: float | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of `prediction` (B, C, H, W) against its target, weighed by image; a float32 scalar."""
+    """Squared error of each `prediction` (B, C, H, W) against its target, mean over pixels, weighed: (B,) float32."""
     target = prediction_target(scheduler, images, noise, timesteps)
     errors = (prediction.float() - target).square().flatten(1).mean(1)
-    return (loss_weights(scheduler, timesteps, snr_gamma) * errors).mean()
+    return loss_weights(scheduler, timesteps, snr_gamma) * errors
 
 
 def loss_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:

@@ -62,6 +62,22 @@ class PreparedFolder:
             yield np.stack([_resized(_from_array(image), side) for image in pixels])
 
 
+class ImageArray:
+    """Images in memory, (N, H, W, C) uint8 of 1, 3 or 4 channels."""
+
+    def __init__(self, images: np.ndarray):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
+        """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
+        for start in range(0, len(indices), batch_size):
+            chosen = self.images[indices[start : start + batch_size]]
+            yield np.stack([_resized(_from_array(image), side) for image in chosen])
+
+
 def open_images(path: str, flag: str) -> ImageFolder | PreparedFolder:
     """The images under `path`: a prepared dataset where it holds preparation.json, else an image folder."""
     folder = Path(path)

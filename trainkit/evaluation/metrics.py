@@ -11,6 +11,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
 PUBLISHED_MINIMUM = 10_000
+ONE_RANK = {"sync_on_compute": False}  # features are whole where they are; torchmetrics would wait for other ranks
 
 
 class _AsTheyAre(nn.Module):
@@ -35,7 +36,7 @@ def kernel_distance(reference: torch.Tensor, generated: torch.Tensor, seed: int 
         warnings.simplefilter("ignore")  # that it keeps the features in memory
         torch.manual_seed(seed)
         metric = KernelInceptionDistance(
-            feature=_AsTheyAre(reference.shape[1]), subsets=KID_SUBSETS, subset_size=subset_size
+            feature=_AsTheyAre(reference.shape[1]), subsets=KID_SUBSETS, subset_size=subset_size, **ONE_RANK
         )
         metric.update(reference, real=True)
         metric.update(generated, real=False)
@@ -45,7 +46,7 @@ def kernel_distance(reference: torch.Tensor, generated: torch.Tensor, seed: int 
 
 def frechet_distance(reference: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
     """FID of features (N, D) and (M, D) (Heusel et al. 2017, Eq. 6): grows as N and M fall, much so below 2 D."""
-    metric = FrechetInceptionDistance(feature=_AsTheyAre(reference.shape[1]))
+    metric = FrechetInceptionDistance(feature=_AsTheyAre(reference.shape[1]), **ONE_RANK)
     metric.update(reference.double(), real=True)
     metric.update(generated.double(), real=False)
     return {"fid": metric.compute().item()}

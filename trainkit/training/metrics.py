@@ -5,20 +5,25 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm.auto import tqdm
+
+from trainkit.training.trackers import start_trackers
 
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, one an optimizer step; a last line cut short by a kill is left out."""
+    """The lines of metrics.jsonl: one an optimizer step (with `loss`), and one a validation or score between them.
+
+    A last line cut short by a kill is left out.
+    """
     path = output_dir / METRICS_FILE
     if not path.exists():
         return []
@@ -49,10 +54,12 @@ def _plain(row: dict) -> dict:
 
 
 def plot_loss(output_dir: Path) -> None:
-    """Draw loss.png: the loss of every optimizer step and its running mean, with the learning rate beside it."""
-    rows = read_metrics(output_dir)
+    """Draw loss.png: each optimizer step's loss, its running mean, the validation losses, and the learning rate."""
+    lines = read_metrics(output_dir)
+    rows = [row for row in lines if "loss" in row]
     if not rows:
         return
+    held_out = [(row["step"], row["validation_loss"]) for row in lines if "validation_loss" in row]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,11 +72,13 @@ def plot_loss(output_dir: Path) -> None:
     figure, loss_axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     loss_axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.6, label="loss of a step")
     loss_axis.plot(steps[window - 1 :], means, color="tab:blue", label=f"mean of {window} steps")
+    if held_out:
+        loss_axis.plot(*zip(*held_out, strict=True), "o", color="tab:red", markersize=4, label="validation loss")
     loss_axis.set(xlabel="optimizer step", ylabel="loss", yscale="log")
     rate_axis = loss_axis.twinx()
     rate_axis.plot(steps, [row["lr"] for row in rows], color="tab:orange", linewidth=1, label="learning rate")
     rate_axis.set(ylabel="learning rate", ylim=(0, None))
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     temporary = output_dir / ".loss.tmp.png"
     figure.savefig(temporary, dpi=120)
     plt.close(figure)
@@ -85,13 +94,12 @@ class StepLog:
         self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor]] = []
         self._tracked = options.logger != "none"
         if self._tracked:
-            settings = {key: value for key, value in asdict(options).items() if key != "hub_token"}
-            settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
-            accelerator.init_trackers(output_dir.name, config=settings)
+            start_trackers(accelerator, options, output_dir)
 
     def start(self, step: int, max_train_steps: int) -> None:
         """Start the clock and the progress bar at optimizer step `step`."""
         self._window_start, self._window_step, self._window_wait_s = time.perf_counter(), step, 0.0
+        self._max_train_steps = max_train_steps
         hidden = not self.accelerator.is_local_main_process
         self.progress = tqdm(total=max_train_steps, initial=step, desc="training", unit="step", disable=hidden)
 
@@ -116,7 +124,9 @@ class StepLog:
         losses = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
         norms = torch.stack([torch.as_tensor(norm) for norm in norms]).tolist()
         seconds = max(time.perf_counter() - self._window_start, 1e-9)
-        images_per_s = (steps[-1] - self._window_step) * self.global_batch_size / seconds
+        steps_per_s = (steps[-1] - self._window_step) / seconds
+        images_per_s = steps_per_s * self.global_batch_size
+        eta_s = (self._max_train_steps - steps[-1]) / steps_per_s
         wait_share = (wait_s - self._window_wait_s) / seconds
         self._window_start, self._window_step, self._window_wait_s = time.perf_counter(), steps[-1], wait_s
         rows = [
@@ -126,6 +136,7 @@ class StepLog:
         rows[-1] |= {"images_per_s": round(images_per_s, 1), "data_wait_share": round(wait_share, 4)}
         if self.accelerator.scaler is not None:
             rows[-1]["loss_scale"] = self.accelerator.scaler.get_scale()
+        rows[-1]["eta_s"] = round(eta_s, 1)
         if self.accelerator.is_main_process:
             self._write(rows)
         self.progress.set_postfix_str(
@@ -134,18 +145,32 @@ class StepLog:
         )
         return list(zip(steps, norms, strict=True))
 
+    def values(self, step: int, values: dict[str, float | str]) -> None:
+        """Write down what was measured at optimizer step `step` on a line of its own; numbers go to the trackers."""
+        if self.accelerator.is_main_process:
+            self._write([{"step": step} | values])
+
+    def last_step(self, name: str) -> int | None:
+        """The last optimizer step with a value `name` in metrics.jsonl, if any; call it on all ranks."""
+        rows = read_metrics(self.output_dir) if self.accelerator.is_main_process else []
+        steps = [row["step"] for row in rows if name in row]
+        return broadcast_object_list([max(steps, default=None)])[0]
+
     def _write(self, rows: list[dict]) -> None:
         try:
             with (self.output_dir / METRICS_FILE).open("a") as file:
                 file.writelines(json.dumps(_plain(row)) + "\n" for row in rows)
             for row in rows if self._tracked else ():
-                self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+                numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
+                self.accelerator.log(numbers, step=row["step"])
         except OSError as error:  # a full disk must not end the training
             print(f"\nWARNING: {METRICS_FILE} could not be written: {error.strerror}", file=sys.stderr, flush=True)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """Send a picture to the trackers."""
+        """Send a picture to the trackers that take some."""
         for tracker in self.accelerator.trackers:
+            if not hasattr(tracker, "log_images"):  # trackio
+                continue
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, **layout)
 

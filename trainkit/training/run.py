@@ -170,6 +170,7 @@ class Run:
 
         In evaluation mode, on every rank; the time inside is not counted as training.
         """
+        self._flush_log()  # trackers take no step below one they have seen
         started = time.perf_counter()
         with contextlib.nullcontext() if self.ema is None else self.ema.swapped_in():
             unet = unsharded_copy(self.unet) if self.sharded else self.unet

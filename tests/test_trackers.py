@@ -1,0 +1,119 @@
+"""Experiment trackers: refused early where they cannot work, told every step and setting, and no secret."""
+
+import json
+import struct
+import sys
+from types import SimpleNamespace
+
+import pytest
+from accelerate import tracking
+from conftest import launch
+from PIL import Image
+from training_helpers import tiny_run
+
+from trainkit.errors import UserError
+from trainkit.training.metrics import StepLog
+from trainkit.training.trackers import check_tracker, start_trackers
+
+SECRET = "hf_aSecretOfTheTest"
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_package_is_one_line_before_anything_is_prepared(logger, monkeypatch, tmp_path, tiny_unet):
+    import train_unconditional
+
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    arguments = tiny_run(tmp_path / "not looked at", tiny_unet, tmp_path / "cache", tmp_path / "out", logger=logger)
+    monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
+    with pytest.raises(UserError, match=f"--logger {logger}: .* pip install {logger}, or --logger none") as error:
+        train_unconditional.main()
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_what_is_installed_is_not_refused():
+    for logger in ("none", "tensorboard", "wandb"):
+        check_tracker(logger)
+
+
+def test_a_tracker_that_does_not_start_is_one_line(tmp_path):
+    from train_unconditional import Options
+
+    def refuse(*arguments, **keywords):
+        raise RuntimeError("No API key\nconfigured")
+
+    accelerator = SimpleNamespace(init_trackers=refuse, is_main_process=True)
+    options = Options(logger="wandb", output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"--logger wandb does not start \(No API key configured\): .*WANDB_MODE=off"):
+        start_trackers(accelerator, options, tmp_path)
+
+
+def test_a_tracker_without_pictures_gets_none():
+    taken = []
+    without = SimpleNamespace(name="trackio")
+    with_pictures = SimpleNamespace(name="wandb", log_images=lambda images, step: taken.append((*images, step)))
+    log = StepLog.__new__(StepLog)
+    log.accelerator = SimpleNamespace(trackers=[without, with_pictures])
+    log.image("samples", Image.new("L", (4, 4)), 3)
+    assert taken == [("samples", 3)]
+
+
+def wandb_records(file):
+    """The records of a wandb file: LevelDB's log format (32 KiB blocks of length-prefixed chunks) after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, pieces = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        room = 32768 - place % 32768
+        if room < 7:
+            place += room
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        pieces += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(pieces)
+            pieces = b""
+
+
+@pytest.fixture(scope="module")
+def offline_run(image_folder, tiny_unet, cache_dir, tmp_path_factory):
+    """Ten steps with Weights & Biases offline: previews and validations fall between two log lines."""
+    output_dir = tmp_path_factory.mktemp("wandb") / "model"
+    flags = {
+        "logger": "wandb", "max_train_steps": 10, "logging_steps": 4, "preview_steps": 3, "hub_token": SECRET,
+        "validation_steps": 5, "checkpointing_steps": 0,
+    }  # fmt: skip
+    flags["validation_data_dir"] = folder = tmp_path_factory.mktemp("held")
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 90, 120)).save(folder / f"{i}.png")
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags)
+    launch("train_unconditional.py", *arguments, environment={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    file = next((output_dir / "logs").rglob("*.wandb"))
+    return output_dir, list(wandb_records(file))
+
+
+def test_wandb_has_every_step_and_every_validation(offline_run):
+    output_dir, records = offline_run
+    history = {}
+    for record in records:
+        if record.HasField("history"):
+            items = record.history.item
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+            history[int(values["_step"])] = values
+    assert [step for step, values in history.items() if "loss" in values] == list(range(1, 11))
+    assert [step for step, values in history.items() if "validation_loss" in values] == [5, 10]
+    assert [step for step, values in history.items() if "samples" in values] == [3, 6, 9, 10]
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert history[5]["validation_loss"] == next(row["validation_loss"] for row in lines if "validation_loss" in row)
+
+
+def test_wandb_is_told_the_settings_but_no_token(offline_run):
+    output_dir, records = offline_run
+    config = {}
+    for record in records:
+        for part in (record.config, record.run.config):
+            config |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in part.update}
+    assert config["learning_rate"] == 1e-3 and config["max_train_steps"] == 10 and "hub_token" not in config
+    files = [file for file in output_dir.rglob("*") if file.is_file()]
+    assert [file for file in files if file.suffix == ".png" and "media" in file.parts]
+    assert not [file for file in files if SECRET.encode() in file.read_bytes()]  # the command line is stored too

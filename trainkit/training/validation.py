@@ -1,0 +1,167 @@
+"""The loss on images that are not trained on: always the same ones, with the same noise, at the same timesteps.
+
+The measured number is a function of the weights and the seed alone, so that two steps, two runs of one seed, or the
+same run on other processes differ by what was learned and not by what was drawn. Image i has a timestep from its own
+of N equal strata of the schedule: every noise level counts as evenly as in training, with far less variance.
+
+N validation images, B batch, C channels, H/W pixels, T timesteps of the noise schedule.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trainkit.data.cache import open_or_prepare
+from trainkit.data.dataset import PreparedImages
+from trainkit.data.loader import Batch, to_model_range
+from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
+from trainkit.data.prepare import PREPARATION_NAME
+from trainkit.diffusion.noise_schedule import uniform_timesteps
+from trainkit.errors import UserError
+
+NUM_BINS = 4
+
+
+def open_validation_images(options, images: PreparedImages) -> PreparedImages | None:
+    """Open what `--validation_data_dir` names, as the training `images` were opened; None where it is not given.
+
+    Raw images are prepared once, like the training images but for a centre crop. Raises `UserError` where they do not
+    fit the training images, or are the same.
+    """
+    given = options.validation_data_dir
+    if given is None:
+        if options.validation_steps is not None:
+            raise UserError(
+                f"--validation_steps {options.validation_steps} needs --validation_data_dir: a folder of other images"
+            )
+        return None
+    for name in ("validation_steps", "validation_images"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+    _refuse_training_images(options)
+    if Path(given, PREPARATION_NAME).is_file():
+        held_out = PreparedImages(given)
+    else:
+        settings = replace(
+            options,
+            train_data_dir=given,
+            dataset_name=None,
+            resolution=f"{images.height}x{images.width}",
+            center_crop=True,
+            image_mode=images.image_mode,
+            background="#{:02x}{:02x}{:02x}".format(*images.settings.background),
+            preserve_input_precision=images.bit_depth > 8,
+        )
+        try:
+            held_out = open_or_prepare(settings)
+        except UserError as error:
+            raise UserError(str(error).replace("--train_data_dir", "--validation_data_dir")) from None
+    shapes = [f"{opened.height}x{opened.width} {opened.image_mode}" for opened in (held_out, images)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"--validation_data_dir {given} holds images of {shapes[0]}, the training data of {shapes[1]}: prepare it "
+            "with the same settings, or give the raw images"
+        )
+    return held_out
+
+
+def stratified_uniforms(seed: int, count: int) -> np.ndarray:
+    """`count` numbers (N,) float64 in [0, 1), one in each of N equal strata, in a shuffled order."""
+    strata = np.argsort(uniform_draws(seed, 1, Purpose.VALIDATION_TIMESTEPS, count))
+    return (strata + uniform_draws(seed, 0, Purpose.VALIDATION_TIMESTEPS, count)) / count
+
+
+def loss_by_noise(losses: np.ndarray, timesteps: np.ndarray, num_train_timesteps: int) -> dict[str, float]:
+    """The mean of `losses` (N,) as `validation_loss`, and that of each quarter of the timesteps that has any.
+
+    `validation_loss_t0_250` is over timesteps 0 to 249 of 1000: the least noise.
+    """
+    values = {"validation_loss": float(np.mean(losses, dtype=np.float64))}
+    edges = [num_train_timesteps * number // NUM_BINS for number in range(NUM_BINS + 1)]
+    for low, high in zip(edges, edges[1:], strict=False):
+        inside = losses[(timesteps >= low) & (timesteps < high)]
+        if len(inside):
+            values[f"validation_loss_t{low}_{high}"] = float(np.mean(inside, dtype=np.float64))
+    return values
+
+
+class HeldOutLoss:
+    """Measures the loss of the averaged weights on the first `--validation_images` of `images` in a fixed order.
+
+    `loss_per_image(unet, batch, timesteps)` is the loss of training as (B,), its noise in `batch.noise`; the rows of
+    `images` are in `batch.indices`, for labels or texts. Make it, and call it, on every rank.
+    """
+
+    def __init__(
+        self,
+        run,
+        images: PreparedImages,
+        loss_per_image: Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor],
+        num_train_timesteps: int,
+    ):
+        self.run, self.images, self.loss_per_image = run, images, loss_per_image
+        self.num_train_timesteps = num_train_timesteps
+        seed, count = run.options.seed, min(len(images), run.options.validation_images)
+        self.indices = sample_indices(np.arange(count), len(images), seed)
+        self.uniforms = torch.from_numpy(stratified_uniforms(seed, count))
+        self.timesteps = uniform_timesteps(self.uniforms, num_train_timesteps)
+        self._measured_step = run.log.last_step("validation_loss")
+
+    def measure(self) -> None:
+        """Measure, write down and print the loss of the current step, unless that was done already."""
+        run = self.run
+        if self._measured_step == run.step:
+            return
+        self._measured_step = run.step
+        with run.averaged_weights() as unet, torch.no_grad(), run.accelerator.autocast():
+            values = loss_by_noise(self.losses(unet), self.timesteps.numpy(), self.num_train_timesteps)
+        run.log.values(run.step, values)
+        total, *bins = ((name.removeprefix("validation_loss_"), value) for name, value in values.items())
+        told = ", ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in bins)
+        run.accelerator.print(f"\nstep {run.step}: validation loss {total[1]:.4f} ({told})", flush=True)
+
+    def losses(self, unet: torch.nn.Module) -> np.ndarray:
+        """The loss of each validation image (N,) float32, on every rank; each computes its share."""
+        accelerator, batch_size = self.run.accelerator, self.run.options.eval_batch_size
+        share = range(accelerator.process_index, len(self.indices), accelerator.num_processes)
+        losses = torch.zeros(len(self.indices), device=accelerator.device)
+        for start in range(0, len(share), batch_size):
+            rows = share[start : start + batch_size]
+            batch = self._batch(rows)
+            timesteps = self.timesteps[list(rows)].to(accelerator.device)
+            losses[list(rows)] = self.loss_per_image(unet, batch, timesteps).float()
+        return accelerator.reduce(losses, "sum").cpu().numpy()
+
+    def _batch(self, rows: range) -> Batch:
+        device, images = self.run.accelerator.device, self.images
+        indices = self.indices[list(rows)]
+        pixels = images.gather(indices, None)  # the centre
+        if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
+            pixels = pixels.astype(np.int32)
+        shape = (images.channels, images.height, images.width)
+        noise = normal_draws(self.run.options.seed, 0, rows, shape, Purpose.VALIDATION_NOISE)
+        return Batch(
+            images=to_model_range(torch.from_numpy(pixels).to(device), images.bit_depth),
+            noise=torch.from_numpy(noise).to(device),
+            uniforms=self.uniforms[list(rows)].to(device),
+            indices=indices,
+            step=self.run.step,
+            micro_step=0,
+        )
+
+
+def _refuse_training_images(options) -> None:
+    """Images that are trained on say nothing about ones that are not."""
+    if options.train_data_dir is None or options.dataset_name is not None:
+        return
+    given, trained_on = Path(options.validation_data_dir).resolve(), Path(options.train_data_dir).resolve()
+    raw = not (trained_on / PREPARATION_NAME).is_file() and not (given / PREPARATION_NAME).is_file()
+    if given == trained_on or (raw and given.is_relative_to(trained_on)):
+        raise UserError(
+            f"--validation_data_dir {options.validation_data_dir} is part of --train_data_dir "
+            f"{options.train_data_dir}, whose images are trained on: move the held-out images elsewhere"
+        )
