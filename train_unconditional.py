@@ -65,6 +65,7 @@ def train(options: Options) -> None:
     from trainkit.training.launch import make_deterministic, start_accelerator
     from trainkit.training.run import Run
     from trainkit.training.score import SampleScore, check_score
+    from trainkit.training.speed import prepare_device
     from trainkit.training.trackers import check_tracker
     from trainkit.training.validation import HeldOutLoss, open_validation_images
 
@@ -72,6 +73,7 @@ def train(options: Options) -> None:
     check_score(options)
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
     held_out = open_validation_images(options, images)
+    prepare_device(options)
     if options.deterministic:
         make_deterministic()
     accelerator = start_accelerator(

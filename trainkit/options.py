@@ -134,6 +134,21 @@ class HardwareOptions:
         None, "autocast of the forward pass; default: what `accelerate launch` says, else no",
         choices=("no", "fp16", "bf16"),
     )  # fmt: skip
+    find_batch_size: bool = option(
+        False, "use the largest micro-batch that fits, at the global batch that the flags give; accumulation follows"
+    )
+    compile: bool = option(False, "compile the UNet (torch.compile): minutes at the start, faster steps on GPUs")
+    compile_mode: str = option(
+        "default", "how: reduce-overhead uses CUDA graphs, max-autotune also tries out kernels",
+        choices=("default", "reduce-overhead", "max-autotune"),
+    )  # fmt: skip
+    channels_last: str = option(
+        "auto", "layout of images and weights in memory; auto: yes on CUDA", choices=("auto", "yes", "no")
+    )
+    allow_tf32: bool = option(True, "TensorFloat-32 for what is computed in float32, on GPUs that have it")
+    gradient_checkpointing: bool = option(
+        False, "compute activations a second time in the backward pass: less memory, about a third slower"
+    )
     shard_weights: bool = option(
         False, "divide weights, averages and optimizer state over the processes (FSDP2): for models too large for one"
     )

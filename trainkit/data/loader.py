@@ -71,9 +71,10 @@ class BatchLoader:
         random_flip: bool,
         device: torch.device,
         num_threads: int,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ):
         self.images, self.shape, self.seed, self.random_flip = images, shape, seed, random_flip
-        self.device, self.num_threads = device, num_threads
+        self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
         self.wait_s = 0.0
 
     def iterate(self, first_step: int, end_step: int) -> Iterator[Batch]:
@@ -133,4 +134,5 @@ class BatchLoader:
         if host_batch["flip"] is not None:
             flip = host_batch["flip"].to(self.device, non_blocking=True)
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        images, noise = (x.contiguous(memory_format=self.memory_format) for x in (images, noise))
         return Batch(images, noise, uniforms, host_batch["indices"], host_batch["step"], host_batch["micro_step"])

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm.auto import tqdm
 
+from trainkit.training.throughput import Throughput
 from trainkit.training.trackers import start_trackers
 
 METRICS_FILE = "metrics.jsonl"
@@ -88,9 +89,11 @@ def plot_loss(output_dir: Path) -> None:
 class StepLog:
     """The log of the optimizer steps: kept on the device, read and written down only by `flush`, on all ranks."""
 
-    def __init__(self, options, accelerator: Accelerator, output_dir: Path, global_batch_size: int):
+    def __init__(
+        self, options, accelerator: Accelerator, output_dir: Path, global_batch_size: int, throughput: Throughput
+    ):
         self.accelerator, self.output_dir, self.global_batch_size = accelerator, output_dir, global_batch_size
-        self.progress = None
+        self.throughput, self.progress = throughput, None
         self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor]] = []
         self._tracked = options.logger != "none"
         if self._tracked:
@@ -133,7 +136,7 @@ class StepLog:
             {"step": step, "images": step * self.global_batch_size, "loss": loss, "lr": rate, "grad_norm": norm}
             for step, loss, rate, norm in zip(steps, losses, rates, norms, strict=True)
         ]
-        rows[-1] |= {"images_per_s": round(images_per_s, 1), "data_wait_share": round(wait_share, 4)}
+        rows[-1] |= self.throughput.values(images_per_s) | {"data_wait_share": round(wait_share, 4)}
         if self.accelerator.scaler is not None:
             rows[-1]["loss_scale"] = self.accelerator.scaler.get_scale()
         rows[-1]["eta_s"] = round(eta_s, 1)

@@ -1,21 +1,28 @@
 """What a run finds in its output folder: nothing, a run to go on with, or one that must not be overwritten."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from trainkit.errors import UserError
+from trainkit.options import (
+    AugmentationOptions,
+    EmaOptions,
+    ImageOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizationOptions,
+)
 from trainkit.training import checkpoint as checkpoints
 from trainkit.training.metrics import truncate_metrics
 
-# Options that may differ between the parts of a run without making it another one.
-FREE_OPTIONS = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "train_batch_size", "gradient_accumulation_steps",
-    "checkpointing_steps", "checkpoints_total_limit", "async_checkpointing", "train_data_dir", "cache_dir", "num_proc",
-    "dataloader_num_workers", "cpu_threads", "local_rank", "logger", "logging_dir", "logging_steps", "hub_token",
-}  # fmt: skip
+# What a run learns depends on these rooms and options; the rest may differ between its parts.
+ROOMS = (ImageOptions, AugmentationOptions, ModelOptions, ObjectiveOptions, OptimizationOptions, EmaOptions)
+BOUND = {field.name for room in ROOMS for field in fields(room)} | {"seed", "mixed_precision"}
+FREE = {"train_batch_size", "gradient_accumulation_steps", "max_skipped_steps"}  # the global batch is kept by itself
 
 
 def claim_output_dir(options, accelerator: Accelerator) -> None:
@@ -97,6 +104,6 @@ def told_differences(there: dict, here: dict) -> str | None:
     changed = [
         f"--{name} {there[name]} there, {value} now"
         for name, value in here.items()
-        if name not in FREE_OPTIONS and name in there and there[name] != value
+        if name in BOUND - FREE and name in there and there[name] != value
     ]
     return "; ".join(changed) or None

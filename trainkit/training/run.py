@@ -38,7 +38,16 @@ from trainkit.training.sharding import (
     unsharded_copy,
 )
 from trainkit.training.signals import StopSignals
+from trainkit.training.speed import (
+    compile_unet,
+    largest_micro_batch,
+    lay_out,
+    memory_format,
+    memory_trial,
+    uncompiled,
+)
 from trainkit.training.state import read_facts, restore, restore_random_states, take_snapshot
+from trainkit.training.throughput import Throughput, flops_of_image
 from trainkit.training.writer import CheckpointWriter
 
 
@@ -54,8 +63,13 @@ class Run:
         self.step, self.stopped = 0, False
         claim_output_dir(options, accelerator)
         candidates = whole_checkpoints(options, accelerator)
-        self.shape = self._batch_shape(candidates)
+        unet = lay_out(unet, options, accelerator.device)
+        self.shape = self._batch_shape(candidates, unet)
         self.max_train_steps = self._steps_in_all()
+        image_flops = flops_of_image(unet, (images.channels, images.height, images.width))
+        throughput = Throughput(
+            image_flops, accelerator.device, accelerator.mixed_precision, accelerator.num_processes
+        )
         if options.shard_weights and accelerator.num_processes > 1:
             unet = accelerator.prepare_model(unet, evaluation_mode=True)  # device and autocast, no DDP
             shard(unet, accelerator.mixed_precision, accelerator.device)
@@ -66,12 +80,14 @@ class Run:
             self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.lr_scheduler = build_lr_scheduler(options, optimizer, self.max_train_steps)
         self.unet: UNet2DModel = accelerator.unwrap_model(self.model)
+        compile_unet(self.unet, options)
         self.sharded = is_sharded(self.unet)
         self.ema: ShadowWeights | None = build_ema(options, self.unet, self.shape.global_size)
         resumed = self._resume(candidates)
         self.loader = BatchLoader(
-            images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers
-        )
+            images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers,
+            memory_format(options, accelerator.device),
+        )  # fmt: skip
         self._micro_step = 0
         self._unwritten: dict[str, str] = {}  # kind of file -> what could not be written, and why
         self._step_loss = torch.zeros((), device=accelerator.device)
@@ -83,8 +99,8 @@ class Run:
             images, self.shape.global_size, options.seed, options.max_skipped_steps, self.output_dir,
             accelerator.is_main_process, resumed.get("skipped_in_a_row", 0),
         )  # fmt: skip
-        self.log = StepLog(options, accelerator, self.output_dir, self.shape.global_size)
-        self._announce()
+        self.log = StepLog(options, accelerator, self.output_dir, self.shape.global_size, throughput)
+        self._announce(throughput)
 
     # The loop
 
@@ -175,7 +191,8 @@ class Run:
         with contextlib.nullcontext() if self.ema is None else self.ema.swapped_in():
             unet = unsharded_copy(self.unet) if self.sharded else self.unet
             unet.eval()
-            yield unet
+            with uncompiled(unet):
+                yield unet
         self.unet.train()
         self.log.pause(time.perf_counter() - started)
 
@@ -283,16 +300,21 @@ class Run:
             return math.ceil(options.max_train_images / size)
         return options.max_train_steps or math.ceil(options.num_epochs * len(self.images) / size)
 
-    def _batch_shape(self, candidates: list[Path]) -> BatchShape:
+    def _batch_shape(self, candidates: list[Path], unet: UNet2DModel) -> BatchShape:
         """The division of the global batch; on resume the global batch stays, and the micro-steps follow."""
         options, accelerator = self.options, self.accelerator
-        micro_steps = options.gradient_accumulation_steps
-        once = options.train_batch_size * accelerator.num_processes
-        if candidates:
-            kept = read_facts(candidates[0])["global_batch_size"]
+        micro_steps, per_device = options.gradient_accumulation_steps, options.train_batch_size
+        kept = read_facts(candidates[0])["global_batch_size"] if candidates else None
+        if options.find_batch_size:
+            rows = (kept or per_device * micro_steps * accelerator.num_processes) // accelerator.num_processes
+            image_shape = (self.images.channels, self.images.height, self.images.width)
+            per_device = largest_micro_batch(rows, memory_trial(accelerator, unet, image_shape))
+            micro_steps = rows // per_device
+        once = per_device * accelerator.num_processes
+        if kept is not None:
             if kept % once:
                 raise UserError(
-                    f"--train_batch_size {options.train_batch_size} on {accelerator.num_processes} processes cannot "
+                    f"--train_batch_size {per_device} on {accelerator.num_processes} processes cannot "
                     f"make up the global batch of {kept} images that {candidates[0].name} was trained with: choose a "
                     f"divisor of {kept // math.gcd(kept, accelerator.num_processes)}"
                 )
@@ -300,15 +322,15 @@ class Run:
                 print(f"--gradient_accumulation_steps {kept // once} keeps the global batch of {kept}", flush=True)
             micro_steps = kept // once
         accelerator.gradient_accumulation_steps = micro_steps
-        return BatchShape(options.train_batch_size, micro_steps, accelerator.num_processes, accelerator.process_index)
+        return BatchShape(per_device, micro_steps, accelerator.num_processes, accelerator.process_index)
 
-    def _announce(self) -> None:
+    def _announce(self, throughput: Throughput) -> None:
         parameters = sum(p.numel() for p in self.unet.parameters())
         shape, size = self.shape, f"{self.images.height}x{self.images.width}"
         self.accelerator.print(
             f"{len(self.images):,} images {size}, {parameters / 1e6:.1f} M parameters, "
             f"{self.max_train_steps:,} steps of {shape.global_size} images = "
             f"{shape.per_device} a device x {shape.num_processes} processes x {shape.micro_steps} micro-steps, "
-            f"{self.accelerator.device.type} with mixed precision {self.accelerator.mixed_precision}",
+            f"mixed precision {self.accelerator.mixed_precision}; {throughput}",
             flush=True,
         )

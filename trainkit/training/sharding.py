@@ -190,7 +190,7 @@ def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def _copies(state: dict[str, Any]) -> dict[str, Any]:
     """`state` with its tensors copied: where nothing had to be moved or gathered, they are the model's own."""
-    return tree_map_only(torch.Tensor, torch.clone, state)
+    return tree_map_only(torch.Tensor, lambda value: value.clone(memory_format=torch.contiguous_format), state)
 
 
 def _difference(expected: dict[str, tuple], given: dict[str, tuple]) -> str | None:

@@ -1,0 +1,150 @@
+"""Speed and memory options: the run stays the same run, weights keep their names, nothing waits for the device."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_UNET
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_helpers import losses, same_weights, tiny_run
+
+from trainkit.errors import UserError
+from trainkit.training.speed import largest_micro_batch, lay_out, memory_format
+from trainkit.training.throughput import Throughput, flops_of_image, memory_peak_mib, peak_tflops
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
+    """Run the script's main in this process with flags over those of a run of four steps; returns its folder."""
+    import train_unconditional
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def call(name, **flags):
+        flags = {"max_train_steps": 4, "checkpointing_steps": 2} | flags
+        arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
+        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
+        train_unconditional.main()
+        return tmp_path / name
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"channels_last": "yes"}, {"gradient_checkpointing": True}, {"compile": True}],
+    ids=["channels_last", "gradient_checkpointing", "compile"],
+)
+def test_what_is_learned_and_saved_stays_the_same(train, flags):
+    plain, other = train("plain"), train("other", **flags)
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-4)
+    same_weights(plain / WEIGHTS, other / WEIGHTS, tolerance=1e-4)
+    same_weights(plain / "checkpoint-4" / WEIGHTS, other / "checkpoint-4" / WEIGHTS, tolerance=1e-4)
+
+
+def test_each_option_reaches_the_unet():
+    config = {key: value for key, value in TINY_UNET.items() if not key.startswith("_")}
+    options = SimpleNamespace(gradient_checkpointing=True, channels_last="yes")
+    unet = lay_out(UNet2DModel(**config), options, torch.device("cpu"))
+    assert unet.is_gradient_checkpointing
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(
+        isinstance(module.processor, AttnProcessor2_0) for module in unet.modules() if hasattr(module, "processor")
+    )
+    options.channels_last = "auto"
+    assert memory_format(options, torch.device("cpu")) == torch.contiguous_format
+    assert memory_format(options, torch.device("cuda")) == torch.channels_last
+
+
+def test_compile_is_asked_of_torch(train, monkeypatch):
+    asked = []
+    monkeypatch.setattr(UNet2DModel, "compile", lambda unet, **settings: asked.append(settings))
+    train("compiled", compile=True, compile_mode="max-autotune")
+    assert asked == [{"mode": "max-autotune", "dynamic": False}]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what `.item()` and `float()` of a tensor call: on a GPU, each waits for all that was asked of it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.count += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_micro_step_does_not_wait_for_the_device(train, monkeypatch):
+    from trainkit.training.run import Run
+
+    update, counts = Run.update, []
+
+    def counted(run, loss):
+        with HostReads() as reads:
+            update(run, loss)
+        counts.append((run.end_of_step, reads.count))
+
+    monkeypatch.setattr(Run, "update", counted)
+    train("run", logging_steps=4, train_batch_size=4, gradient_accumulation_steps=2, checkpointing_steps=0)
+    assert [count for end, count in counts if not end] == [0] * 4
+
+
+@pytest.mark.parametrize("most, expected", [(1, 1), (5, 4), (12, 12), (13, 12), (24, 24), (99, 24)])
+def test_the_largest_micro_batch_is_a_divisor_that_fits(most, expected):
+    assert largest_micro_batch(24, lambda size: size <= most) == expected
+
+
+def test_no_image_fits():
+    with pytest.raises(UserError, match="--find_batch_size: not even one image fits"):
+        largest_micro_batch(24, lambda size: False)
+
+
+def test_finding_the_batch_size_keeps_the_run(train, monkeypatch, capsys):
+    """Memory for three images: two are taken at once, and eight still make an optimizer step."""
+    plain = train("plain")
+    forward = UNet2DModel.forward
+
+    def limited(unet, sample, *arguments, **keywords):
+        if len(sample) > 3 and torch.is_grad_enabled():
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return forward(unet, sample, *arguments, **keywords)
+
+    monkeypatch.setattr(UNet2DModel, "forward", limited)
+    found = train("found", find_batch_size=True)
+    assert "4 steps of 8 images = 2 a device x 1 processes x 4 micro-steps" in capsys.readouterr().out
+    assert losses(found) == pytest.approx(losses(plain), abs=1e-4)
+
+
+def test_flops_of_a_convolution_and_of_attention_are_counted():
+    class Network(torch.nn.Conv2d):
+        def forward(self, image, timestep):
+            return super().forward(image)
+
+    # 8 x 8 pixels, 5 outputs of 3 x 3 x 2 products each, two FLOPs a product, three times for training
+    assert flops_of_image(Network(2, 5, 3, padding=1), (2, 8, 8)) == 3 * 2 * 8 * 8 * 5 * 9 * 2
+    config = {key: value for key, value in TINY_UNET.items() if not key.startswith("_")}
+    without = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    shape = (3, 16, 16)
+    assert flops_of_image(UNet2DModel(**config), shape) > 1.1 * flops_of_image(UNet2DModel(**config | without), shape)
+
+
+def test_utilisation_is_a_share_of_the_named_peak():
+    assert peak_tflops("NVIDIA H100 80GB HBM3", "bf16") == 989 and peak_tflops("NVIDIA H100 PCIe", "bf16") == 756
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "no") == 156 and peak_tflops("cpu", "bf16") is None
+    throughput = Throughput(10**9, torch.device("cpu"), "bf16", num_processes=2)
+    assert "mfu" not in throughput.values(100) and "no peak known" in str(throughput)
+    throughput.peak_tflops = 0.1
+    values = throughput.values(100)
+    assert values["images_per_s_per_device"] == 50 and values["model_tflops_per_s"] == 0.05 and values["mfu"] == 0.5
+    assert 50 < values["memory_peak_mib"] == pytest.approx(memory_peak_mib(torch.device("cpu")), rel=0.1)
+
+
+def test_the_log_says_what_the_hardware_does(train):
+    rows = [json.loads(line) for line in (train("run") / "metrics.jsonl").read_text().splitlines()]
+    assert {"images_per_s", "images_per_s_per_device", "model_tflops_per_s", "memory_peak_mib"} <= rows[-1].keys()

@@ -1,0 +1,100 @@
+"""Speed and memory: what is done to the UNet, the device and the micro-batch; what is learned stays the same."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from diffusers import UNet2DModel
+
+from trainkit.errors import UserError
+
+
+def prepare_device(options) -> None:
+    """`--allow_tf32`: on CUDA, products of float32 matrices and convolutions in TensorFloat-32 (10 bits mantissa)."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if options.allow_tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = options.allow_tf32
+
+
+def memory_format(options, device: torch.device) -> torch.memory_format:
+    """How images and weights lie in memory; `--channels_last auto` is no on a CPU, where it gains nothing."""
+    wanted = options.channels_last == "yes" or (options.channels_last == "auto" and device.type == "cuda")
+    return torch.channels_last if wanted else torch.contiguous_format
+
+
+def lay_out(unet: UNet2DModel, options, device: torch.device) -> UNet2DModel:
+    """Move `unet` to `device` in its memory format; activations computed twice instead of kept, where asked."""
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet.to(device=device, memory_format=memory_format(options, device))
+
+
+def compile_unet(unet: UNet2DModel, options) -> None:
+    """`--compile`: in place, so that weights keep their names; the first step takes a minute or more."""
+    if options.compile:
+        # one shape is trained on; guessing at others would only slow that one down
+        unet.compile(mode=options.compile_mode, dynamic=False)
+
+
+@contextmanager
+def uncompiled(unet: UNet2DModel) -> Iterator[None]:
+    """Around sampling: batches of other shapes, and evaluation mode, would be compiled anew each."""
+    compiled, unet._compiled_call_impl = unet._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        unet._compiled_call_impl = compiled
+
+
+def largest_micro_batch(rows: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor of `rows` (the images of an optimizer step on a process) that `fits` into memory.
+
+    Raises `UserError` where a single image does not.
+    """
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    low, high = -1, len(sizes)  # sizes[low] fits, sizes[high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    if low < 0:
+        raise UserError(
+            "--find_batch_size: not even one image fits into memory; try --gradient_checkpointing, --mixed_precision "
+            "bf16, --shard_weights or a smaller UNet"
+        )
+    return sizes[low]
+
+
+def memory_trial(accelerator: Accelerator, unet: UNet2DModel, shape: tuple[int, int, int]) -> Callable[[int], bool]:
+    """A function that tells whether forward and backward pass of n images (C, H, W) `shape` fit, on all ranks.
+
+    It sets aside what the optimizer and the averages will take, and leaves weights, gradients and random state alone.
+    """
+
+    def fits(size: int) -> bool:
+        fitted, reserved = True, []
+        with torch.random.fork_rng():
+            try:
+                # two Adam moments, one average, and the gradients while they are summed
+                reserved += [torch.empty_like(p) for p in unet.parameters() for _ in range(4)]
+                images = torch.zeros(size, *shape, device=accelerator.device)
+                timesteps = torch.zeros(size, dtype=torch.long, device=accelerator.device)
+                with accelerator.autocast():
+                    prediction = unet(images, timesteps).sample
+                prediction.float().square().mean().backward()
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not should_reduce_batch_size(error):
+                    raise
+                fitted = False
+            finally:
+                reserved.clear()
+                unet.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if accelerator.num_processes == 1:
+            return fitted
+        failures = torch.tensor([0 if fitted else 1], device=accelerator.device)
+        return accelerator.reduce(failures, "sum").item() == 0
+
+    return fits
