@@ -2,6 +2,7 @@
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from trainkit.errors import UserError
@@ -43,7 +44,9 @@ def build_optimizer(options, model: torch.nn.Module) -> torch.optim.Optimizer:
         {"params": list(matrices.values()), "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return optimizer_class(groups, **settings)
+    parts = [*matrices.values(), *vectors]
+    fused = parts[0].device.type == "cuda" and not any(isinstance(part, DTensor) for part in parts)
+    return optimizer_class(groups, **settings, fused=fused or None)
 
 
 def _is_end_or_embedding(name: str) -> bool:
