@@ -274,3 +274,22 @@ def test_sharded_weights_are_the_same_run_and_resume_anywhere(image_folder, tiny
     alone = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", resume_from_checkpoint="latest")
     assert "15 of 20 steps done" in launch("train_unconditional.py", *alone).stdout
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_a_checkpoint_does_not_bring_its_kernels_along(tiny_unet, tmp_path):
+    """Fused where it was written, not where it is read: the state moves, the choice stays."""
+    from diffusers import UNet2DModel
+
+    from trainkit.training.state import restore, take_snapshot, write_snapshot
+
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet))
+    fused = torch.optim.AdamW(unet.parameters(), lr=1e-3, fused=True)
+    for parameter in unet.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    fused.step()
+    write_snapshot(take_snapshot(unet, None, fused, {"step": 1}), tmp_path)
+    plain = torch.optim.AdamW(unet.parameters(), lr=9.0)
+    restore(tmp_path, unet, None, plain)
+    assert plain.param_groups[0]["fused"] is None and plain.param_groups[0]["lr"] == 1e-3
+    first = next(unet.parameters())
+    assert torch.equal(plain.state[first]["exp_avg"], fused.state[first]["exp_avg"])

@@ -27,6 +27,7 @@ from trainkit.training.sharding import (
 
 UNET, EMA, WEIGHTS = "unet", "unet_ema", "diffusion_pytorch_model.safetensors"
 OPTIMIZER, STATE = "optimizer.safetensors", "training_state.json"
+KERNELS = ("fused", "foreach")  # a checkpoint of another device brings its numbers, not its choice of these
 
 
 @dataclass
@@ -90,10 +91,10 @@ def restore(
     for key, value in [*_read_on_rank0(folder / OPTIMIZER).items(), *facts["optimizer"]["numbers"].items()]:
         name, _, what = key.rpartition("/")
         state.setdefault(name, {})[what] = value
-    groups = [
-        saved | {key: _formed_like(own.get(key), value) for key, value in saved.items() if key != "params"}
-        for saved, own in zip(facts["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
-    ]
+    groups = []
+    for saved, own in zip(facts["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        formed = {key: _formed_like(own.get(key), value) for key, value in saved.items()}
+        groups.append(formed | {key: own[key] for key in KERNELS if key in own})
     load_full_optimizer_state(unet, optimizer, {"state": state, "param_groups": groups})
     return facts
 
