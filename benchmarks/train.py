@@ -3,14 +3,17 @@
     python benchmarks/train.py --rounds 6 --steps 20
 
 The three take turns on the same images, UNet, batch, optimizer, EMA and precision, `--steps` optimizer steps a turn:
-- plain: images in memory as float tensors, autocast, AdamW, clipping, EMA, nothing else
+- plain: images in the device's memory as float tensors, autocast, AdamW, clipping, EMA, nothing else
 - example: the loop of diffusers' train_unconditional.py, its DataLoader over PNG files included
-- engine: this project's Run, as train_unconditional.py drives it
-Prints images/s of each (median over rounds) and the ratios of the engine to both.
+- engine: this project's Run, as train_unconditional.py drives it; on CUDA with --compile (--no_compile here: without)
+Prints images/s of each (median over rounds) and the ratios of the engine to both, the share of its time that the
+engine waits for data, FLOP/s and, on a device whose peak is known, the share of that. Memory is the peak of a process
+that runs one loop alone, a few steps of it: of the device on CUDA, else all of the process.
 """
 
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,14 +27,25 @@ from trainkit.config import option, parse_options  # noqa: E402
 from trainkit.errors import run_script  # noqa: E402
 
 SIDE, NUM_IMAGES = 32, 2000
-UNET = {
-    "sample_size": SIDE,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64, 128),
-    "down_block_types": ("DownBlock2D",) * 3,
-    "up_block_types": ("UpBlock2D",) * 3,
-    "norm_num_groups": 8,
+UNETS = {
+    "small": {
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64, 128),
+        "down_block_types": ("DownBlock2D",) * 3,
+        "up_block_types": ("UpBlock2D",) * 3,
+        "norm_num_groups": 8,
+    },
+    # Ho et al. 2020, appendix B: 35.7 M parameters, one head of attention at 16 pixels.
+    "ddpm_cifar10": {
+        "layers_per_block": 2,
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": None,
+        "dropout": 0.1,
+    },
 }
+LOOPS = ("engine", "plain", "example")
 
 
 @dataclass
@@ -40,12 +54,27 @@ class BenchmarkOptions:
 
     rounds: int = option(6, "turns each loop takes")
     steps: int = option(20, "optimizer steps a turn")
-    batch_size: int = option(32, "images a step")
+    unet: str | None = option(None, "the UNet; default: ddpm_cifar10 on CUDA, else small", choices=tuple(UNETS))
+    batch_size: int | None = option(None, "images a step; default: 128 on CUDA, else 32")
     mixed_precision: str = option("bf16", "autocast of all three", choices=("no", "bf16"))
+    compile: bool | None = option(None, "let the engine compile its UNet; default: on CUDA")
+    memory: bool = option(True, "measure memory, each loop in a process of its own")
+    only: str | None = option(None, "run this loop alone and print its peak memory in MiB", choices=LOOPS)
+
+    def settle(self) -> None:
+        """Fill in what depends on the device."""
+        import torch
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        on_cuda = self.device.type == "cuda"
+        self.unet = self.unet or ("ddpm_cifar10" if on_cuda else "small")
+        self.batch_size = self.batch_size or (128 if on_cuda else 32)
+        self.compile = on_cuda if self.compile is None else self.compile
+        self.unet_config = {"sample_size": SIDE} | UNETS[self.unet]
 
 
-def engine(options, files: Path, work: Path) -> Iterator[None]:
-    """Optimizer steps of this project's Run, one a `next`."""
+def engine(options, files: Path, work: Path) -> Iterator[float]:
+    """Optimizer steps of this project's Run, one a `next`, which gives the seconds waited for data so far."""
     from train_unconditional import Options
     from trainkit.data.cache import open_or_prepare
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
@@ -55,12 +84,12 @@ def engine(options, files: Path, work: Path) -> Iterator[None]:
     from trainkit.training.run import Run
 
     (work / "unet").mkdir()
-    (work / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | UNET))
+    (work / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | options.unet_config))
     settings = Options(
         train_data_dir=str(files), cache_dir=str(work / "cache"), resolution=str(SIDE), center_crop=True,
         model_config_name_or_path=str(work / "unet"), output_dir=str(work / "model"),
         train_batch_size=options.batch_size, max_train_steps=10**6, checkpointing_steps=0, logger="none",
-        mixed_precision=options.mixed_precision,
+        mixed_precision=options.mixed_precision, compile=options.compile,
     )  # fmt: skip
     images = open_or_prepare(settings)
     accelerator = start_accelerator(settings.mixed_precision)
@@ -72,11 +101,11 @@ def engine(options, files: Path, work: Path) -> Iterator[None]:
         prediction = run.model(noisy_images, timesteps).sample
         errors = denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps)
         run.update(errors.mean())
-        yield
+        yield run.loader.wait_s
 
 
-def plain(options, files: Path, work: Path) -> Iterator[None]:
-    """A textbook loop over images that are already float tensors in memory."""
+def plain(options, files: Path, work: Path) -> Iterator[float]:
+    """A textbook loop over images that are already float tensors in the device's memory."""
     import numpy as np
     import torch
     from diffusers import DDPMScheduler, UNet2DModel
@@ -84,25 +113,25 @@ def plain(options, files: Path, work: Path) -> Iterator[None]:
     from PIL import Image
 
     images = np.stack([np.array(Image.open(path)) for path in sorted(files.iterdir())])
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    unet, scheduler = UNet2DModel(**UNET), DDPMScheduler()
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).to(options.device).float() / 127.5 - 1
+    unet, scheduler, device = UNet2DModel(**options.unet_config).to(options.device), DDPMScheduler(), options.device
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     ema = EMAModel(unet.parameters(), use_ema_warmup=True, power=0.75)
     while True:
-        batch = images[torch.randint(len(images), (options.batch_size,))]
-        noise, timesteps = torch.randn_like(batch), torch.randint(1000, (options.batch_size,))
+        batch = images[torch.randint(len(images), (options.batch_size,), device=device)]
+        noise, timesteps = torch.randn_like(batch), torch.randint(1000, (options.batch_size,), device=device)
         noisy_images = scheduler.add_noise(batch, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.mixed_precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
             prediction = unet(noisy_images, timesteps).sample
         torch.nn.functional.mse_loss(prediction.float(), noise).backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())
-        yield
+        yield 0.0
 
 
-def example(options, files: Path, work: Path) -> Iterator[None]:
+def example(options, files: Path, work: Path) -> Iterator[float]:
     """What diffusers' example does in a step, torchvision's transforms told in Pillow and torch."""
     import numpy as np
     import torch
@@ -123,7 +152,7 @@ def example(options, files: Path, work: Path) -> Iterator[None]:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
 
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    unet, scheduler = UNet2DModel(**UNET), DDPMScheduler()
+    unet, scheduler = UNet2DModel(**options.unet_config), DDPMScheduler()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     loader = torch.utils.data.DataLoader(Images(), batch_size=options.batch_size, shuffle=True, drop_last=True)
     rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**6)
@@ -131,7 +160,8 @@ def example(options, files: Path, work: Path) -> Iterator[None]:
     ema = EMAModel(unet.parameters(), use_ema_warmup=True, power=0.75)
     while True:
         for batch in loader:
-            noise, timesteps = torch.randn_like(batch), torch.randint(1000, (options.batch_size,)).long()
+            noise = torch.randn_like(batch)
+            timesteps = torch.randint(1000, (options.batch_size,), device=batch.device).long()
             noisy_images = scheduler.add_noise(batch, noise, timesteps)
             with accelerator.accumulate(unet):
                 prediction = unet(noisy_images, timesteps).sample
@@ -143,14 +173,65 @@ def example(options, files: Path, work: Path) -> Iterator[None]:
                 optimizer.zero_grad()
             ema.step(unet.parameters())
             loss.detach().item()
-            yield
+            yield 0.0
+
+
+def turn(loop: Iterator[float], options) -> tuple[float, float]:
+    """images/s of `--steps` steps, and the seconds that the loop has waited for data by their end."""
+    import torch
+
+    started = time.perf_counter()
+    for _ in range(options.steps):
+        waited = next(loop)
+    if options.device.type == "cuda":
+        torch.cuda.synchronize()
+    return options.steps * options.batch_size / (time.perf_counter() - started), waited
+
+
+def peak_memory_mib(options, name: str) -> float:
+    """The memory peak of a process of its own that runs the loop `name`."""
+    command = [sys.executable, __file__, "--only", name, "--rounds", 1, "--steps", 3, "--unet", options.unet]
+    command += ["--batch_size", options.batch_size, "--mixed_precision", options.mixed_precision]
+    command += ["--compile", str(options.compile).lower()]
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def report(options, speeds: dict, wait_share: float, memory: dict) -> None:
+    import torch
+    from diffusers import UNet2DModel
+
+    from trainkit.training.throughput import flops_of_image, peak_tflops
+
+    device_name = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
+    peak = peak_tflops(device_name, options.mixed_precision)
+    flops = flops_of_image(UNet2DModel(**options.unet_config), (3, SIDE, SIDE))
+    print(
+        f"{device_name}, {options.mixed_precision}, UNet {options.unet}, {options.batch_size} images a step, "
+        f"{flops / 1e9:.2f} GFLOPs an image, engine {'compiled' if options.compile else 'not compiled'}"
+    )
+    for name, values in speeds.items():
+        speed = statistics.median(values)
+        words = [f"{name:8} {speed:8.1f} images/s (from {min(values):.1f} to {max(values):.1f})"]
+        words += [f"{speed * flops / 1e12:.3g} TFLOP/s"]
+        words += [f"MFU {speed * flops / (peak * 1e12):.1%}"] if peak else []
+        words += [f"peak memory {memory[name]:,.0f} MiB"] if memory else []
+        print(", ".join(words))
+    for peer in ("plain", "example"):
+        ratio = statistics.median(a / b for a, b in zip(speeds["engine"], speeds[peer], strict=True))
+        print(f"engine / {peer}: {ratio:.3f} (median over {options.rounds} turns)")
+    print(f"engine waits for data: {wait_share:.2%} of its time")
 
 
 def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
+    options.settle()
     import numpy as np
     from PIL import Image
 
+    from trainkit.training.throughput import memory_peak_mib
+
+    memory = {name: peak_memory_mib(options, name) for name in LOOPS} if options.memory and not options.only else {}
     with tempfile.TemporaryDirectory() as folder:
         work, files = Path(folder), Path(folder) / "images"
         files.mkdir()
@@ -158,22 +239,25 @@ def main() -> None:
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(files / f"{i:05d}.png")
         loops = {loop.__name__: loop(options, files, work) for loop in (engine, plain, example)}
+        loops = {name: loop for name, loop in loops.items() if options.only in (None, name)}
         speeds: dict[str, list[float]] = {name: [] for name in loops}
-        for turn in range(options.rounds + 1):
+        wait_shares: list[float] = []
+        waited_before = 0.0
+        for round_number in range(options.rounds + 1):
             for name, loop in loops.items():
-                started = time.perf_counter()
-                for _ in range(options.steps):
-                    next(loop)
-                if turn:  # the first turn warms up
-                    speeds[name].append(options.steps * options.batch_size / (time.perf_counter() - started))
+                speed, waited = turn(loop, options)
+                if round_number:  # the first turn warms up
+                    speeds[name].append(speed)
+                if name == "engine":
+                    seconds = options.steps * options.batch_size / speed
+                    wait_shares.append((waited - waited_before) / seconds)
+                    waited_before = waited
         for loop in loops.values():
             loop.close()
-    median = {name: statistics.median(values) for name, values in speeds.items()}
-    for name, values in speeds.items():
-        print(f"{name:8} {median[name]:7.1f} images/s (from {min(values):.1f} to {max(values):.1f})")
-    for peer in ("plain", "example"):
-        ratio = statistics.median(a / b for a, b in zip(speeds["engine"], speeds[peer], strict=True))
-        print(f"engine / {peer}: {ratio:.3f} (median over {options.rounds} turns)")
+    if options.only:
+        print(f"{memory_peak_mib(options.device):.1f}")
+    else:
+        report(options, speeds, statistics.median(wait_shares[1:]), memory)
 
 
 if __name__ == "__main__":

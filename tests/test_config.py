@@ -229,3 +229,11 @@ def test_commands_published_for_diffusers_example_run_unchanged():
     assert (options.resolution, options.num_epochs, options.learning_rate) == ("64", 100, 1e-4)
     assert options.push_to_hub and options.use_ema and options.preserve_input_precision
     assert options.hub_model_id == "me/flowers" and options.local_rank == -1 and options.checkpoints_total_limit == 3
+
+
+def test_a_bare_no_in_a_recipe_is_the_word_where_a_flag_has_it(tmp_path):
+    from train_unconditional import Options as TrainOptions
+
+    (tmp_path / "recipe.yaml").write_text("mixed_precision: no\nchannels_last: yes\nuse_ema: no\n")
+    options = parse_options(TrainOptions, "", ["--config", str(tmp_path / "recipe.yaml")])
+    assert (options.mixed_precision, options.channels_last, options.use_ema) == ("no", "yes", False)

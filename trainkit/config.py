@@ -176,13 +176,22 @@ def _yaml_value(path: Path, parser: argparse.ArgumentParser, action: argparse.Ac
         return None
     if isinstance(value, list) != (action.nargs == "+"):
         raise UserError(f"--config {path}: '{action.dest}' takes {'a list' if action.nargs == '+' else 'one value'}")
+    words = [_word(item, action.choices) for item in (value if isinstance(value, list) else [value])]
     try:
-        converted = [parser._get_value(action, str(item)) for item in (value if isinstance(value, list) else [value])]
+        converted = [parser._get_value(action, word) for word in words]
         for item in converted:
             parser._check_value(action, item)
     except argparse.ArgumentError as error:
         raise UserError(f"--config {path}: '{action.dest}': {error.message}") from None
     return converted if isinstance(value, list) else converted[0]
+
+
+def _word(item: Any, choices: tuple | None) -> str:
+    """What one would have typed: YAML reads a bare `no` or `yes` as a boolean, also where a flag has it as a word."""
+    if not isinstance(item, bool):
+        return str(item)
+    words = TRUE_WORDS if item else FALSE_WORDS
+    return next((word for word in words if word in (choices or ())), words[0])
 
 
 def _nearest(name: str, known: list[str]) -> str:
