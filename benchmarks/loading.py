@@ -63,10 +63,10 @@ def prepared_rate(images: PreparedImages, batch_size: int, visits: int) -> float
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
                 crops = None if images.fixed_size else np.random.random((len(indices), 2))
-                pixels = images.gather(indices, crops)
-                flip = np.random.random(len(indices)) < 0.5
-                pixels[flip] = pixels[flip, :, ::-1]
-                torch.from_numpy(pixels).permute(0, 3, 1, 2).div(127.5).sub_(1)  # float32
+                batch = torch.from_numpy(images.gather(indices, crops)).permute(0, 3, 1, 2).float()
+                batch = batch.div_(127.5).sub_(1)
+                flip = torch.from_numpy(np.random.random(len(indices)) < 0.5)
+                batch[flip] = batch[flip].flip(3)
         return visits * len(images)
 
     return images_per_second(epoch)
