@@ -154,10 +154,13 @@ def brief(value) -> str:
 
 
 def start_record(folder: Path, record: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".tmp-*.png"):
-        leftover.unlink()
-    write_json(folder / RECORD_NAME, record | {"complete": False})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".tmp-*.png"):
+            leftover.unlink()
+        write_json(folder / RECORD_NAME, record | {"complete": False})
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from None
 
 
 def write_json(path: Path, content: dict) -> None:

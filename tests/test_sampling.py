@@ -132,6 +132,13 @@ def test_a_retrained_model_does_not_mix_into_a_folder(samples, tmp_path):
         sample(tmp_path, samples)
 
 
+def test_an_output_folder_that_cannot_be_written_is_one_line(model_folder, tmp_path):
+    (tmp_path / "a_file").touch()
+    for folder in ("/proc/samples", tmp_path / "a_file"):
+        with pytest.raises(UserError, match="--output_dir .* cannot be written .*choose another folder"):
+            sample(model_folder, folder)
+
+
 @pytest.mark.parametrize("what", ["missing", "empty", "conditional"])
 def test_what_is_no_unconditional_pipeline_is_refused_in_one_line(tmp_path, what):
     folder = tmp_path / "model"
