@@ -60,7 +60,7 @@ def train(options: Options) -> None:
     from trainkit.data.cache import open_or_prepare
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
     from trainkit.diffusion.objective import denoising_errors
-    from trainkit.diffusion.unet import build_unet
+    from trainkit.diffusion.unet import build_unet, check_before_preparation
     from trainkit.hub import create_repository
     from trainkit.training.launch import make_deterministic, start_accelerator
     from trainkit.training.run import Run
@@ -71,6 +71,7 @@ def train(options: Options) -> None:
 
     check_tracker(options.logger)
     check_score(options)
+    check_before_preparation(options)
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
     held_out = open_validation_images(options, images)
     prepare_device(options)

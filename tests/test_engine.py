@@ -224,6 +224,17 @@ def test_deterministic_refuses_algorithms_of_chance(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_deterministic_flag_is_heard(train, monkeypatch):
+    from trainkit.training import launch as module
+
+    asked = []
+    monkeypatch.setattr(module, "make_deterministic", lambda: asked.append(True))
+    train("plain", max_train_steps=1)
+    assert not asked
+    train("deterministic", max_train_steps=1, deterministic=True)
+    assert asked
+
+
 def test_other_options_at_resume_are_told(train, capsys):
     train(max_train_steps=3)
     train(max_train_steps=6, learning_rate=1e-4, resume_from_checkpoint="latest")
@@ -293,3 +304,24 @@ def test_a_checkpoint_does_not_bring_its_kernels_along(tiny_unet, tmp_path):
     assert plain.param_groups[0]["fused"] is None and plain.param_groups[0]["lr"] == 1e-3
     first = next(unet.parameters())
     assert torch.equal(plain.state[first]["exp_avg"], fused.state[first]["exp_avg"])
+
+
+UNREADABLE = """
+import sys
+from pathlib import Path
+from trainkit.training import checkpoint
+checkpoint.damage = lambda folder, checksums=False: None  # sizes and checksums were right, and reading fails
+import train_unconditional
+from trainkit.errors import run_script
+run_script(train_unconditional.main)
+"""
+
+
+def test_a_file_that_rank_0_cannot_read_stops_no_rank_for_ever(image_folder, tiny_unet, cache_dir, tmp_path):
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", train_batch_size=4, max_train_steps=6)
+    launch("train_unconditional.py", *arguments, processes=2)
+    (tmp_path / "out" / "checkpoint-6" / "optimizer.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "unreadable.py").write_text(UNREADABLE)
+    again = [*arguments, "--resume_from_checkpoint", "latest"]
+    done = launch(tmp_path / "unreadable.py", *again, processes=2, environment={"PYTHONPATH": str(ROOT)})
+    assert "checkpoint-6 cannot be loaded" in done.stdout and "checkpoint-3: 3 of 6 steps done" in done.stdout

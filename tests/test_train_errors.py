@@ -17,7 +17,7 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path):
 
     def call(monkeypatch, **flags):
         output_dir = flags.pop("output_dir", tmp_path / "out")
-        arguments = tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags)
+        arguments = tiny_run(image_folder, tiny_unet, flags.pop("cache_dir", cache_dir), output_dir, **flags)
         monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
         train_unconditional.main()
 
@@ -59,6 +59,13 @@ def test_empty_folder_and_no_readable_image(train, monkeypatch, tmp_path):
     (tmp_path / "broken" / "a.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match="no readable image"):
         train(monkeypatch, train_data_dir=tmp_path / "broken")
+
+
+@pytest.mark.parametrize("flags", [{"resolution": 17}, {"model_config_name_or_path": "/nowhere"}])
+def test_what_the_unet_cannot_take_is_said_before_anything_is_prepared(train, monkeypatch, tmp_path, flags):
+    with pytest.raises(UserError, match="--resolution 17|--model_config_name_or_path /nowhere"):
+        train(monkeypatch, cache_dir=tmp_path / "cache", **flags)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_earlier_run_is_not_overwritten(train, monkeypatch, tmp_path):

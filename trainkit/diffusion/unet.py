@@ -4,6 +4,7 @@ from pathlib import Path
 
 from diffusers import UNet2DModel
 
+from trainkit.data.prepare import parse_resolution
 from trainkit.errors import UserError
 
 # The UNet of diffusers' train_unconditional.py: 113.7 M parameters at 3 channels.
@@ -23,7 +24,7 @@ def build_unet(options, height: int, width: int, channels: int) -> UNet2DModel:
     Raises `UserError` where the config cannot be read or does not fit the images.
     """
     name = options.model_config_name_or_path
-    config = dict(EXAMPLE_UNET) if name is None else dict(load_unet_config(name))
+    config = _config(options)
     if name is not None and config.get("in_channels", 3) != channels:
         raise UserError(
             f"--model_config_name_or_path {name} has in_channels {config.get('in_channels', 3)}, but --image_mode "
@@ -42,6 +43,18 @@ def build_unet(options, height: int, width: int, channels: int) -> UNet2DModel:
         except (ImportError, ValueError, NotImplementedError) as error:
             raise UserError(f"--enable_xformers_memory_efficient_attention: {error}; leave the flag out") from None
     return unet
+
+
+def check_before_preparation(options) -> None:
+    """Refuse a config that cannot be read, or a `--resolution` that its UNet cannot halve, while it costs nothing."""
+    config = _config(options)
+    if options.resolution is not None:
+        check_resolution(*parse_resolution(options.resolution), len(config["block_out_channels"]) - 1)
+
+
+def _config(options) -> dict:
+    name = options.model_config_name_or_path
+    return dict(EXAMPLE_UNET) if name is None else dict(load_unet_config(name))
 
 
 def load_unet_config(name_or_path: str) -> dict:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import UNet2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -83,12 +84,14 @@ def restore(
     Raises where names or shapes do not fit.
     """
     facts = read_facts(folder)
-    load_full_weights(unet, _read_on_rank0(folder / UNET / WEIGHTS))
+    names = [f"{UNET}/{WEIGHTS}", OPTIMIZER] + ([] if ema is None else [f"{EMA}/{WEIGHTS}"])
+    files = _read_on_rank0(folder, names)
+    load_full_weights(unet, files[f"{UNET}/{WEIGHTS}"])
     if ema is not None:
-        ema.load_full_weights(_read_on_rank0(folder / EMA / WEIGHTS))
+        ema.load_full_weights(files[f"{EMA}/{WEIGHTS}"])
         ema.load_state_dict(json.loads((folder / EMA / "config.json").read_text()))
     state: dict[str, dict] = {}
-    for key, value in [*_read_on_rank0(folder / OPTIMIZER).items(), *facts["optimizer"]["numbers"].items()]:
+    for key, value in [*files[OPTIMIZER].items(), *facts["optimizer"]["numbers"].items()]:
         name, _, what = key.rpartition("/")
         state.setdefault(name, {})[what] = value
     groups = []
@@ -99,8 +102,22 @@ def restore(
     return facts
 
 
-def _read_on_rank0(file: Path) -> dict[str, Tensor]:
-    return load_file(file) if not dist.is_initialized() or dist.get_rank() == 0 else {}
+def _read_on_rank0(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file, on rank 0; raises on every rank: alone, it would leave the others waiting."""
+    files: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    problem = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            files = {name: load_file(folder / name) for name in names}
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+    if dist.is_initialized():
+        shared = [problem]
+        dist.broadcast_object_list(shared)
+        problem = shared[0]
+    if problem is not None:
+        raise OSError(problem)
+    return files
 
 
 def write_random_states(folder: Path, rank: int) -> None:
