@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from trainkit.data.dataset import PreparedImages
+from trainkit.data.listing import IMAGE_EXTENSIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,15 +24,9 @@ def fetch_pillow_source(folder: Path) -> Path:
     file = folder / f"pillow-{PIL.__version__}.tar.gz"
     if not file.is_file():
         tools = folder / "build_tools"  # pip asks the source for its dependencies, which it needs these to answer
-        download = [
-            "download",
-            "--no-binary",
-            "pillow",
-            "--no-deps",
-            "--no-build-isolation",
-            f"pillow=={PIL.__version__}",
-        ]
-        for arguments in (["install", "--target", tools, "pybind11", "setuptools"], [*download, "--dest", folder]):
+        download = ["download", "--no-binary", "pillow", "--no-deps", "--no-build-isolation"]
+        download += [f"pillow=={PIL.__version__}", "--dest", folder]
+        for arguments in (["install", "--target", tools, "pybind11", "setuptools"], download):
             command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, arguments)]
             done = subprocess.run(
                 command, env=os.environ | {"PYTHONPATH": str(tools)}, capture_output=True, text=True, timeout=300
@@ -43,17 +38,15 @@ def fetch_pillow_source(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(request, tmp_path_factory) -> Path:
-    """All files of Tests/images flat in one folder, whatever they are, each under a name that is listed as an image."""
+    """All files of Tests/images in one folder, whatever they are, each under a name that is listed as an image."""
     folder = tmp_path_factory.mktemp("corpus")
     with tarfile.open(fetch_pillow_source(request.config.cache.mkdir("pillow-source"))) as archive:
         for member in archive:
             _, _, inner = member.name.partition("/Tests/images/")
             if inner and member.isfile():
                 name = inner.replace("/", "__")
-                known = name.lower().endswith(
-                    (".png", ".jpg", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".tga", ".jp2")
-                )
-                (folder / (name if known else f"{name}.png")).write_bytes(archive.extractfile(member).read())
+                name = name if Path(name).suffix in IMAGE_EXTENSIONS else f"{name}.png"
+                (folder / name).write_bytes(archive.extractfile(member).read())
     assert len(list(folder.iterdir())) > 1000
     return folder
 
@@ -92,7 +85,7 @@ def test_every_file_is_taken_or_told_of(corpus, tmp_path, arguments, image_mode)
 
 def test_what_is_taken_looks_as_pillow_shows_it(corpus, tmp_path):
     """Pillow's own conversion, where it has one: it clips 16 bits, and knows nothing of profiles."""
-    images = prepared(corpus, tmp_path / "out", "--resolution", "16", "--resize_mode", "stretch")
+    images = prepared(corpus, tmp_path / "out", "--resolution", "32", "--resize_mode", "stretch")
     indices = np.arange(len(images))
     compared, different = 0, []
     with warnings.catch_warnings():
@@ -101,8 +94,8 @@ def test_what_is_taken_looks_as_pillow_shows_it(corpus, tmp_path):
             with Image.open(corpus / name) as image:
                 if image.mode.startswith(("I", "F", "LAB")) or "icc_profile" in image.info:
                     continue
-                whole = ImageOps.exif_transpose(image).convert("RGBA").resize((16, 16), Image.Resampling.BILINEAR)
-            shown = np.asarray(Image.alpha_composite(Image.new("RGBA", (16, 16), "white"), whole).convert("RGB"))
+                whole = ImageOps.exif_transpose(image).convert("RGBA").resize((32, 32), Image.Resampling.BILINEAR)
+            shown = np.asarray(Image.alpha_composite(Image.new("RGBA", (32, 32), "white"), whole).convert("RGB"))
             compared += 1
             if np.abs(shown - pixels.astype(float)).mean() > 6:
                 different.append(name)
