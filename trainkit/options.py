@@ -152,6 +152,9 @@ class HardwareOptions:
     shard_weights: bool = option(
         False, "divide weights, averages and optimizer state over the processes (FSDP2): for models too large for one"
     )
+    reshard_after_forward: bool = option(
+        True, "with --shard_weights: free gathered weights after the forward pass (ZeRO-3), or keep them (ZeRO-2)"
+    )
     deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
     replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
     seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")

@@ -72,7 +72,7 @@ class Run:
         )
         if options.shard_weights and accelerator.num_processes > 1:
             unet = accelerator.prepare_model(unet, evaluation_mode=True)  # device and autocast, no DDP
-            shard(unet, accelerator.mixed_precision, accelerator.device)
+            shard(unet, accelerator.mixed_precision, accelerator.device, options.reshard_after_forward)
             optimizer = build_optimizer(options, unet)
             self.model, self.optimizer = unet, accelerator.prepare_optimizer(optimizer)
         else:
@@ -80,7 +80,7 @@ class Run:
             self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.lr_scheduler = build_lr_scheduler(options, optimizer, self.max_train_steps)
         self.unet: UNet2DModel = accelerator.unwrap_model(self.model)
-        compile_unet(self.unet, options)
+        compile_unet(self.unet, options, self.shape.micro_steps)
         self.sharded = is_sharded(self.unet)
         self.ema: ShadowWeights | None = build_ema(options, self.unet, self.shape.global_size)
         resumed = self._resume(candidates)
@@ -324,6 +324,10 @@ class Run:
         accelerator.gradient_accumulation_steps = micro_steps
         return BatchShape(per_device, micro_steps, accelerator.num_processes, accelerator.process_index)
 
+    def _told_division(self) -> str:
+        stage = "ZeRO-3" if self.options.reshard_after_forward else "ZeRO-2"
+        return f"weights divided over them ({stage}), " if self.sharded else ""
+
     def _announce(self, throughput: Throughput) -> None:
         parameters = sum(p.numel() for p in self.unet.parameters())
         shape, size = self.shape, f"{self.images.height}x{self.images.width}"
@@ -331,6 +335,6 @@ class Run:
             f"{len(self.images):,} images {size}, {parameters / 1e6:.1f} M parameters, "
             f"{self.max_train_steps:,} steps of {shape.global_size} images = "
             f"{shape.per_device} a device x {shape.num_processes} processes x {shape.micro_steps} micro-steps, "
-            f"mixed precision {self.accelerator.mixed_precision}; {throughput}",
+            f"{self._told_division()}mixed precision {self.accelerator.mixed_precision}; {throughput}",
             flush=True,
         )
