@@ -178,6 +178,8 @@ def main() -> None:
     ):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
+    if options.shuffle_block_size < 0:
+        raise UserError(f"--shuffle_block_size {options.shuffle_block_size} must be 0 (all images) or more")
     train(options)
 
 

@@ -159,6 +159,10 @@ class HardwareOptions:
     replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
     seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")
     dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
+    shuffle_block_size: int = option(
+        0,
+        "images to a block: shuffles blocks, then within 16 of them, for data beyond memory on slow disks; 0: all",
+    )
     cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
     local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag")
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
+from trainkit.data.order import Purpose, SampleOrder, normal_draws, uniform_draws
 
 
 def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
@@ -72,8 +72,10 @@ class BatchLoader:
         device: torch.device,
         num_threads: int,
         memory_format: torch.memory_format = torch.contiguous_format,
+        shuffle_block_size: int = 0,
     ):
         self.images, self.shape, self.seed, self.random_flip = images, shape, seed, random_flip
+        self.order = SampleOrder(len(images), seed, shuffle_block_size)
         self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
         self.wait_s = 0.0
 
@@ -108,7 +110,7 @@ class BatchLoader:
         def uniforms(purpose: Purpose) -> np.ndarray:
             return uniform_draws(self.seed, step, purpose, total)[here]
 
-        indices = sample_indices(step * total + np.arange(rows.start, rows.stop), len(self.images), self.seed)
+        indices = self.order.indices(step * total + np.arange(rows.start, rows.stop))
         crops = None
         if not self.images.fixed_size:
             crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)

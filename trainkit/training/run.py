@@ -86,7 +86,7 @@ class Run:
         resumed = self._resume(candidates)
         self.loader = BatchLoader(
             images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers,
-            memory_format(options, accelerator.device),
+            memory_format(options, accelerator.device), options.shuffle_block_size,
         )  # fmt: skip
         self._micro_step = 0
         self._unwritten: dict[str, str] = {}  # kind of file -> what could not be written, and why
@@ -96,7 +96,7 @@ class Run:
         )
         self.checkpoints.saved_step = self.step or None
         self.skipped = SkippedSteps(
-            images, self.shape.global_size, options.seed, options.max_skipped_steps, self.output_dir,
+            images, self.loader.order, self.shape.global_size, options.max_skipped_steps, self.output_dir,
             accelerator.is_main_process, resumed.get("skipped_in_a_row", 0),
         )  # fmt: skip
         self.log = StepLog(options, accelerator, self.output_dir, self.shape.global_size, throughput)
