@@ -30,7 +30,8 @@ def main() -> None:
     options = parse_options(Options, __doc__.partition("\n")[0])
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
-    from trainkit.data.prepare import prepare, settings_from_options
+    from trainkit.data.prepare import prepare
+    from trainkit.data.settings import settings_from_options
     from trainkit.data.sources import open_source
 
     settings = settings_from_options(options)

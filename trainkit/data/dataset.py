@@ -1,6 +1,6 @@
 """A prepared dataset, opened by memory map: pixels come straight from the Arrow buffers in the page cache."""
 
-# B batch, H/W target height and width, h/w an image's own, C channels
+# B batch, H/W height and width of the stored window, h/w an image's own, C channels
 
 import bisect
 import json
@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from trainkit.data.images import PreparationSettings
-from trainkit.data.prepare import PREPARATION_NAME, read_preparation
+from trainkit.data.prepare import FORMAT, PREPARATION_NAME, read_preparation
+from trainkit.data.settings import PreparationSettings
 from trainkit.data.shards import open_stream
+from trainkit.data.storage import decode
 from trainkit.errors import UserError
 
 NO_LABEL = -1
@@ -23,19 +24,21 @@ class _Batch(NamedTuple):
     """One record batch: `columns` are Arrow's, the rest are views of its buffers."""
 
     columns: pa.RecordBatch
-    pixels: np.ndarray  # (rows, H, W, C) of a fixed size, else flat
-    offsets: np.ndarray | None  # where each image starts in flat pixels
-    heights: np.ndarray | None
-    widths: np.ndarray | None
+    pixels: np.ndarray  # (rows, H, W, C) of a fixed size, else flat; the bytes of encoded images, flat
+    offsets: list[int] | None  # where each image starts in what is flat, and where the last one ends
+    heights: list[int] | None  # of flat pixels
+    widths: list[int] | None
 
 
 class PreparedImages:
     """The images of a prepared dataset by number, 0 to `len() - 1`. Raises `UserError` where it is not whole.
 
     Opening reads two small files and looks at the size of each shard; a shard is mapped when first touched.
+    `stored_height` and `stored_width` are those of what `gather` gives, `height` and `width` those of training (its
+    `resolution`), which are smaller where the dataset was prepared so.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, resolution: tuple[int, int] | None = None):
         self.folder = Path(folder)
         preparation = read_preparation(self.folder)
         if preparation is None:
@@ -43,15 +46,21 @@ class PreparedImages:
                 f"{folder} is no complete prepared dataset ({PREPARATION_NAME} is missing or of another run); "
                 "run prepare_dataset.py with the same --output_dir again"
             )
+        if preparation["format"] != FORMAT:
+            raise UserError(f"{folder} was prepared by another version of these scripts; prepare the images again")
         info = json.loads((self.folder / "dataset_info.json").read_text())
         self.settings = PreparationSettings(
             **{**preparation["settings"], "background": tuple(preparation["settings"]["background"])}
         )
         self.fingerprint: str = preparation["fingerprint"]
         self.preparation = preparation
-        self.height, self.width = self.settings.height, self.settings.width
+        self.stored_height, self.stored_width = self.settings.height, self.settings.width
+        self.height = self.settings.train_height or self.stored_height
+        self.width = self.settings.train_width or self.stored_width
+        if resolution is not None:
+            self.height, self.width = resolution
         self.channels, self.bit_depth = self.settings.channels, self.settings.bit_depth
-        self.image_mode, self.fixed_size = self.settings.image_mode, self.settings.center_crop
+        self.image_mode, self.fixed_size = self.settings.image_mode, self.settings.fixed_size
         self.label_names: list[str] | None = info["features"].get("label", {}).get("names")
         self.has_text = "text" in info["features"]
         self._shards = [shard for shard in preparation["shards"] if shard["num_rows"]]
@@ -67,31 +76,37 @@ class PreparedImages:
         return self._shard_starts[-1]
 
     def __reduce__(self):  # another process maps the files itself
-        return PreparedImages, (self.folder,)
+        return PreparedImages, (self.folder, (self.height, self.width))
 
     def gather(self, indices: np.ndarray, crops: np.ndarray | None = None) -> np.ndarray:
         """Copy images out, in the order of `indices` (B,): (B, H, W, C) uint8, or uint16 at 16 bits.
 
-        `crops` (B, 2) in [0, 1) places the target window along height and width in images stored with their own
-        aspect; None takes the centre. Images of a fixed size have nothing to crop.
+        `crops` (B, 2) in [0, 1) places the stored window along height and width in images stored with their own
+        aspect; None takes the centre. Images of a fixed size have nothing to crop. Encoded ones are decoded here, so
+        that the threads that gather decode side by side.
         """
-        shape = (len(indices), self.height, self.width, self.channels)
-        images = np.empty(shape, dtype=self.settings.dtype)
-        if self.fixed_size:
+        height, width = self.stored_height, self.stored_width
+        images = np.empty((len(indices), height, width, self.channels), dtype=self.settings.dtype)
+        if self.fixed_size and self.settings.storage == "pixels":
             for position, (batch, row) in enumerate(self._located(indices)):
                 images[position] = batch.pixels[row]
             return images
         for position, (batch, row) in enumerate(self._located(indices)):
-            height, width = batch.heights[row], batch.widths[row]
-            start = batch.offsets[row]
-            image = batch.pixels[start : start + height * width * self.channels].reshape(height, width, self.channels)
+            image = self._whole_image(batch, row)
             if crops is None:
-                top, left = round((height - self.height) / 2), round((width - self.width) / 2)
+                top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
             else:
-                top = int(crops[position, 0] * (height - self.height + 1))
-                left = int(crops[position, 1] * (width - self.width + 1))
-            images[position] = image[top : top + self.height, left : left + self.width]
+                top = int(crops[position, 0] * (image.shape[0] - height + 1))
+                left = int(crops[position, 1] * (image.shape[1] - width + 1))
+            images[position] = image[top : top + height, left : left + width]
         return images
+
+    def _whole_image(self, batch: _Batch, row: int) -> np.ndarray:
+        """(h, w, C), of the image's own size."""
+        flat = batch.pixels[batch.offsets[row] : batch.offsets[row + 1]]
+        if self.settings.storage != "pixels":
+            return decode(flat.tobytes(), self.settings)
+        return flat.reshape(batch.heights[row], batch.widths[row], self.channels)
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
         """Class numbers (B,) int64 into `label_names`; -1 where an image's class is not known."""
@@ -145,9 +160,13 @@ class PreparedImages:
 
     def _views(self, batch: pa.RecordBatch) -> _Batch:
         images = batch.column("image")
+        if self.settings.storage != "pixels":
+            encoded = images.field("bytes")
+            content = np.frombuffer(encoded.buffers()[2], dtype=np.uint8)
+            return _Batch(batch, content, np.frombuffer(encoded.buffers()[1], dtype=np.int32).tolist(), None, None)
         pixels = np.frombuffer(images.values.buffers()[1], dtype=self.settings.dtype)
         if self.fixed_size:
-            pixels = pixels.reshape(batch.num_rows, self.height, self.width, self.channels)
+            pixels = pixels.reshape(batch.num_rows, self.stored_height, self.stored_width, self.channels)
             return _Batch(batch, pixels, None, None, None)
         offsets, heights, widths = (
             column.to_numpy().astype(np.int64).tolist()

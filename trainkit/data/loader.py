@@ -26,6 +26,13 @@ def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
     return images.div_((2**bit_depth - 1) / 2).sub_(1)
 
 
+def to_training_size(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Shrink `images` (B, C, H, W) from the stored to the training `size` (height, width), antialiased bilinear."""
+    if images.shape[-2:] == size:
+        return images
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """How the global batch of an optimizer step is divided among processes and micro-steps."""
@@ -133,6 +140,7 @@ class BatchLoader:
             host_batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "uniforms")
         )
         images = to_model_range(images, self.images.bit_depth)
+        images = to_training_size(images, (self.images.height, self.images.width))
         if host_batch["flip"] is not None:
             flip = host_batch["flip"].to(self.device, non_blocking=True)
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
