@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from trainkit.data.files import RemotePath, location, open_stream, read_text, size, sizes
 from trainkit.data.images import PreparationSettings
 from trainkit.data.prepare import PREPARATION_NAME, read_preparation
-from trainkit.data.shards import open_stream
 from trainkit.errors import UserError
 
 NO_LABEL = -1
@@ -32,18 +32,19 @@ class _Batch(NamedTuple):
 class PreparedImages:
     """The images of a prepared dataset by number, 0 to `len() - 1`. Raises `UserError` where it is not whole.
 
-    Opening reads two small files and looks at the size of each shard; a shard is mapped when first touched.
+    Opening reads three small files and the sizes in the folder; a shard is mapped when first touched. From a URL
+    (with `storage_options`, JSON) it is fetched whole then, and kept.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path | RemotePath, storage_options: str | None = None):
+        self.folder = location(folder, storage_options)
         preparation = read_preparation(self.folder)
         if preparation is None:
             raise UserError(
                 f"{folder} is no complete prepared dataset ({PREPARATION_NAME} is missing or of another run); "
                 "run prepare_dataset.py with the same --output_dir again"
             )
-        info = json.loads((self.folder / "dataset_info.json").read_text())
+        info = json.loads(read_text(self.folder / "dataset_info.json"))
         self.settings = PreparationSettings(
             **{**preparation["settings"], "background": tuple(preparation["settings"]["background"])}
         )
@@ -55,8 +56,9 @@ class PreparedImages:
         self.label_names: list[str] | None = info["features"].get("label", {}).get("names")
         self.has_text = "text" in info["features"]
         self._shards = [shard for shard in preparation["shards"] if shard["num_rows"]]
+        present = sizes(self.folder)
         for shard in self._shards:
-            self._check_size(shard)
+            self._check_size(shard, present.get(shard["filename"]))
         self._shard_starts = np.cumsum([0] + [shard["num_rows"] for shard in self._shards]).tolist()
         self._batches: dict[int, _Batch] = {}  # first row -> batch, of the shards touched so far
         self._batch_starts: list[int] = []  # sorted
@@ -67,7 +69,7 @@ class PreparedImages:
         return self._shard_starts[-1]
 
     def __reduce__(self):  # another process maps the files itself
-        return PreparedImages, (self.folder,)
+        return type(self), (self.folder,)
 
     def gather(self, indices: np.ndarray, crops: np.ndarray | None = None) -> np.ndarray:
         """Copy images out, in the order of `indices` (B,): (B, H, W, C) uint8, or uint16 at 16 bits.
@@ -130,8 +132,8 @@ class PreparedImages:
     def _open_shard(self, number: int) -> None:
         shard, start = self._shards[number], self._shard_starts[number]
         path = self.folder / shard["filename"]
-        self._check_size(shard)
         try:
+            self._check_size(shard, size(path))
             batches = list(open_stream(path))
         except (OSError, pa.ArrowException) as error:
             raise self._broken(path, " ".join(str(error).split())) from None
@@ -155,14 +157,10 @@ class PreparedImages:
         )
         return _Batch(batch, pixels, offsets, heights, widths)
 
-    def _check_size(self, shard: dict) -> None:
-        path = self.folder / shard["filename"]
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise self._broken(path, error.strerror) from None
-        if size != shard["num_bytes"]:
-            raise self._broken(path, f"{size} bytes instead of {shard['num_bytes']}")
+    def _check_size(self, shard: dict, num_bytes: int | None) -> None:
+        if num_bytes != shard["num_bytes"]:
+            found = "No such file" if num_bytes is None else f"{num_bytes} bytes instead of {shard['num_bytes']}"
+            raise self._broken(self.folder / shard["filename"], found)
 
-    def _broken(self, path: Path, reason: str) -> UserError:
+    def _broken(self, path: Path | RemotePath, reason: str) -> UserError:
         return UserError(f"{path} is damaged ({reason}); delete it and run the preparation again: only it is redone")
