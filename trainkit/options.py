@@ -24,6 +24,7 @@ class SourceOptions:
     cache_dir: str | None = option(
         None, "folder for downloads and prepared datasets (default: $TRAINKIT_CACHE, else ~/.cache/trainkit)"
     )
+    storage_options: str | None = option(None, "JSON of options for fsspec URLs, such as endpoint and keys")
     num_proc: int = option(0, "processes that decode images; 0 takes one for each core")
 
 

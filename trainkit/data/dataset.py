@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from trainkit.data.files import RemotePath, location, open_stream, read_text, size, sizes
 from trainkit.data.prepare import FORMAT, PREPARATION_NAME, read_preparation
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.shards import open_stream
 from trainkit.data.storage import decode
 from trainkit.errors import UserError
 
@@ -43,13 +43,19 @@ class _Shard(NamedTuple):
 class PreparedImages:
     """The images of a prepared dataset by number, 0 to `len() - 1`. Raises `UserError` where it is not whole.
 
-    Opening reads two small files and looks at the size of each shard; a shard is mapped when first touched.
+    Opening reads three small files and the sizes in the folder; a shard is mapped when first touched. From a URL
+    (with `storage_options`, JSON) it is fetched whole then, and kept.
     `stored_height` and `stored_width` are those of what `gather` gives, `height` and `width` those of training (its
     `resolution`), which are smaller where the dataset was prepared so.
     """
 
-    def __init__(self, folder: str | Path, resolution: tuple[int, int] | None = None):
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path | RemotePath,
+        resolution: tuple[int, int] | None = None,
+        storage_options: str | None = None,
+    ):
+        self.folder = location(folder, storage_options)
         preparation = read_preparation(self.folder)
         if preparation is None:
             raise UserError(
@@ -58,7 +64,7 @@ class PreparedImages:
             )
         if preparation.get("format") != FORMAT:
             raise UserError(f"{folder} was prepared by another version of these scripts; prepare the images again")
-        info = json.loads((self.folder / "dataset_info.json").read_text())
+        info = json.loads(read_text(self.folder / "dataset_info.json"))
         self.settings = PreparationSettings(
             **{**preparation["settings"], "background": tuple(preparation["settings"]["background"])}
         )
@@ -74,13 +80,13 @@ class PreparedImages:
         self.label_names: list[str] | None = info["features"].get("label", {}).get("names")
         self.has_text = "text" in info["features"]
         self._shards = [shard for shard in preparation["shards"] if shard["num_rows"]]
+        present = sizes(self.folder)
         for shard in self._shards:
-            self._check_size(shard)
+            self._check_size(shard, present.get(shard["filename"]))
         self._shard_starts = np.cumsum([0] + [shard["num_rows"] for shard in self._shards])
         self._shards_open: dict[int, _Shard] = {}  # those touched so far
-        self._addresses = np.zeros(
-            len(self._shards), dtype=np.int64
-        )  # of their first pixel; 0: not yet, or no single one
+        # Where the first pixel of each lies; 0: not open yet, or in several batches.
+        self._addresses = np.zeros(len(self._shards), dtype=np.int64)
         self._being_opened: dict[int, Future[_Shard]] = {}
         self._opening = threading.Lock()  # loaders gather from several threads
 
@@ -202,8 +208,8 @@ class PreparedImages:
     def _open_shard(self, number: int) -> _Shard:
         shard = self._shards[number]
         path = self.folder / shard["filename"]
-        self._check_size(shard)
         try:
+            self._check_size(shard, size(path))
             batches = list(open_stream(path))
         except (OSError, pa.ArrowException) as error:
             raise self._broken(path, " ".join(str(error).split())) from None
@@ -231,16 +237,12 @@ class PreparedImages:
         )
         return _Batch(batch, pixels, offsets, heights, widths)
 
-    def _check_size(self, shard: dict) -> None:
-        path = self.folder / shard["filename"]
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise self._broken(path, error.strerror) from None
-        if size != shard["num_bytes"]:
-            raise self._broken(path, f"{size} bytes instead of {shard['num_bytes']}")
+    def _check_size(self, shard: dict, num_bytes: int | None) -> None:
+        if num_bytes != shard["num_bytes"]:
+            found = "No such file" if num_bytes is None else f"{num_bytes} bytes instead of {shard['num_bytes']}"
+            raise self._broken(self.folder / shard["filename"], found)
 
-    def _broken(self, path: Path, reason: str) -> UserError:
+    def _broken(self, path: Path | RemotePath, reason: str) -> UserError:
         return UserError(f"{path} is damaged ({reason}); delete it and run the preparation again: only it is redone")
 
 
