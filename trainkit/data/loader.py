@@ -82,6 +82,7 @@ class BatchLoader:
         self.order = SampleOrder(len(images), seed, shuffle_block_size)
         self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
         self.augmentation, self.wait_s = augmentation, 0.0
+        self._window: tuple[int, int] | None = None  # of positions, that was read ahead for
 
     def iterate(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """The micro-batches of optimizer steps `first_step` to `end_step` - 1, made ahead by threads."""
@@ -114,7 +115,9 @@ class BatchLoader:
         def uniforms(purpose: Purpose) -> np.ndarray:
             return uniform_draws(self.seed, step, purpose, total)[here]
 
-        indices = self.order.indices(step * total + np.arange(rows.start, rows.stop))
+        positions = step * total + np.arange(rows.start, rows.stop)
+        self._read_ahead(int(positions[-1]))
+        indices = self.order.indices(positions)
         crops = None
         if not self.images.fixed_size:
             crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
@@ -138,6 +141,13 @@ class BatchLoader:
         if self.device.type == "cuda":
             host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
         return host_batch | {"indices": indices, "step": step, "micro_step": micro_step}
+
+    def _read_ahead(self, position: int) -> None:
+        """With blocks: have the window of `position` and the one behind it read, when it is first entered."""
+        if self.order.block_size == 0 or (self._window is not None and position < self._window[1]):
+            return
+        self._window = first, end = self.order.window(position)
+        self.images.read_ahead(self.order.ranges(first, end) + self.order.ranges(*self.order.window(end)))
 
     def _to_device(self, host_batch: dict) -> Batch:
         images, noise, uniforms = (
