@@ -69,6 +69,20 @@ class ImageOptions:
 
 
 @dataclass
+class LoadingOptions:
+    """loading: how batches come from the prepared dataset"""
+
+    dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
+    shuffle_block_size: int = option(
+        0,
+        "images to a block: shuffles blocks, then within 16 of them, for data beyond memory on slow disks; 0: all",
+    )
+    streaming: bool = option(
+        False, "read a prepared dataset at a URL block by block, in the place of a copy in --cache_dir"
+    )
+
+
+@dataclass
 class ModelOptions:
     """model: the UNet2DModel"""
 
@@ -173,7 +187,7 @@ class EmaOptions:
 
 @dataclass
 class HardwareOptions:
-    """hardware: precision, seeds, loading"""
+    """hardware: precision, memory, seeds"""
 
     mixed_precision: str | None = option(
         None, "autocast of the forward pass; default: what `accelerate launch` says, else no",
@@ -203,11 +217,6 @@ class HardwareOptions:
     deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
     replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
     seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")
-    dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
-    shuffle_block_size: int = option(
-        0,
-        "images to a block: shuffles blocks, then within 16 of them, for data beyond memory on slow disks; 0: all",
-    )
     cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
     local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag")
 

@@ -4,11 +4,12 @@
 
 import bisect
 import ctypes
+import errno
 import json
 import mmap
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from trainkit.data.storage import decode
 from trainkit.errors import UserError
 
 NO_LABEL = -1
+FETCHES = 4  # shards of about 25 MB at once
 
 
 class _Batch(NamedTuple):
@@ -43,8 +45,8 @@ class _Shard(NamedTuple):
 class PreparedImages:
     """The images of a prepared dataset by number, 0 to `len() - 1`. Raises `UserError` where it is not whole.
 
-    Opening reads three small files and the sizes in the folder; a shard is mapped when first touched. From a URL
-    (with `storage_options`, JSON) it is fetched whole then, and kept.
+    Opening reads three small files and the sizes in the folder; a shard is mapped when first touched. From a URL (with
+    `storage_options`, JSON) it is fetched whole then, and kept until `read_ahead` tells that others are wanted.
     `stored_height` and `stored_width` are those of what `gather` gives, `height` and `width` those of training (its
     `resolution`), which are smaller where the dataset was prepared so.
     """
@@ -88,6 +90,8 @@ class PreparedImages:
         # Where the first pixel of each lies; 0: not open yet, or in several batches.
         self._addresses = np.zeros(len(self._shards), dtype=np.int64)
         self._being_opened: dict[int, Future[_Shard]] = {}
+        self._fetchers: ThreadPoolExecutor | None = None  # of shards that are wanted soon, from a URL
+        self._wanted: set[int] = set()
         self._opening = threading.Lock()  # loaders gather from several threads
 
     def __len__(self) -> int:
@@ -155,10 +159,32 @@ class PreparedImages:
         return [batch.columns.column(column)[row].as_py() for batch, row in self._located(indices)]
 
     def read_ahead(self, ranges: list[tuple[int, int]]) -> None:
-        """Have the disk begin to read the images of `ranges` (first, end), from front to back; does not wait."""
+        """Begin to read the images of `ranges` (first, end), from front to back; does not wait.
+
+        From a URL their shards are fetched, and kept besides those that the call before asked for; others are let go.
+        """
+        if isinstance(self.folder, RemotePath):
+            self._fetch_ahead(ranges)
+            return
         for first, end in ranges:
             for batch, start, stop in self._parts(first, end):
                 _will_need(batch.pixels, start, stop, batch.offsets)
+
+    def _fetch_ahead(self, ranges: list[tuple[int, int]]) -> None:
+        ends = [self._shards_and_rows(np.array([first, end - 1]))[0].tolist() for first, end in ranges]
+        numbers = dict.fromkeys(number for first, last in ends for number in range(first, last + 1))
+        if self._fetchers is None:
+            self._fetchers = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
+        with self._opening:
+            kept, self._wanted = self._wanted | set(numbers), set(numbers)
+            self._shards_open = {number: shard for number, shard in self._shards_open.items() if number in kept}
+        for number in numbers:
+            if number not in self._shards_open:
+                self._fetchers.submit(self._fetch, number)
+
+    def _fetch(self, number: int) -> None:
+        if number in self._wanted:  # still
+            self._shard(number)  # what goes wrong is told to whoever gathers from it
 
     def _parts(self, first: int, end: int) -> Iterator[tuple[_Batch, int, int]]:
         """The batches that hold rows `first` to `end` - 1, each with the rows in it."""
@@ -212,12 +238,17 @@ class PreparedImages:
             self._check_size(shard, size(path))
             batches = list(open_stream(path))
         except (OSError, pa.ArrowException) as error:
-            raise self._broken(path, " ".join(str(error).split())) from None
+            reason = " ".join(str(error).split())
+            if isinstance(path, RemotePath) and getattr(error, "errno", None) == errno.EIO:
+                raise UserError(
+                    f"{path} cannot be fetched ({reason}); when the store answers, go on from a checkpoint"
+                ) from None
+            raise self._broken(path, reason) from None
         if sum(batch.num_rows for batch in batches) != shard["num_rows"]:
             raise self._broken(path, f"it should hold {shard['num_rows']} images")
         starts = list(accumulate((batch.num_rows for batch in batches[:-1]), initial=0))
         views = [self._views(batch) for batch in batches]
-        if len(views) == 1:
+        if len(views) == 1 and isinstance(path, Path):  # what is fetched does not stay
             self._addresses[number] = views[0].pixels.ctypes.data
         return _Shard(starts, views)
 
