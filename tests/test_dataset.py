@@ -23,13 +23,13 @@ from trainkit.data.images import PreparationSettings, decode_image
 from trainkit.data.prepare import prepare
 from trainkit.data.sources import HubDataset, ImageFolder
 from trainkit.errors import UserError
-from trainkit.options import ImageOptions, SourceOptions
+from trainkit.options import ImageOptions, LoadingOptions, SourceOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass
-class Options(SourceOptions, ImageOptions):
+class Options(SourceOptions, ImageOptions, LoadingOptions):
     pass
 
 
@@ -128,9 +128,9 @@ def test_another_process_opens_the_files_itself(photos, tmp_path):
 
 def test_shards_open_only_when_touched(photos, tmp_path, many_batches):
     images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, resize_mode="crop"))
-    assert not images._opened
+    assert not images._shards_open
     images.gather(np.array([0]))
-    assert len(images._opened) == 1
+    assert len(images._shards_open) == 1
 
 
 def test_a_damaged_folder_is_a_user_error_naming_the_file(photos, tmp_path):
