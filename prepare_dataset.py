@@ -44,7 +44,8 @@ def main() -> None:
     from trainkit.data.cache import cache_root
     from trainkit.data.files import location
     from trainkit.data.pool import run_jobs
-    from trainkit.data.prepare import prepare, settings_from_options
+    from trainkit.data.prepare import prepare
+    from trainkit.data.settings import settings_from_options
     from trainkit.data.sources import open_source
 
     settings = settings_from_options(options)

@@ -171,6 +171,12 @@ def written(path: Path | RemotePath) -> Iterator[Path]:
             fs.put_file(str(temporary), key)
 
 
+def fetch(path: RemotePath, copy: Path) -> None:
+    """Copy an object to a local file."""
+    with written(copy) as temporary, _remote(path) as (fs, key):
+        fs.get_file(key, str(temporary))
+
+
 def write_text(path: Path | RemotePath, content: str) -> None:
     with written(path) as temporary:
         temporary.write_text(content, encoding="utf-8")

@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
-from PIL import ImageColor
 from tqdm import tqdm
 
 from trainkit.data.files import (
@@ -35,14 +34,13 @@ from trainkit.data.files import (
     write_json,
     write_text,
 )
-from trainkit.data.images import PreparationSettings
 from trainkit.data.plan import TRANSIENT_FAULTS, Plan
 from trainkit.data.pool import run_jobs
+from trainkit.data.settings import PreparationSettings
 from trainkit.data.shards import BATCH_BYTES, SLICE_ITEMS, ShardWriter, SliceJob, read_summary
 from trainkit.errors import UserError
 
-FORMAT = 1  # raise it when the same file and settings would give other pixels or another layout
-DEFAULT_RESOLUTION = "64"
+FORMAT = 2  # raise it when the same file and settings would give other pixels or another layout
 WORK_FOLDER, LOCK_NAME, PREPARATION_NAME = "work", ".lock", "preparation.json"
 REJECTED_NAME = "rejected.jsonl"
 OUTPUT_ERRORS = {
@@ -51,28 +49,9 @@ OUTPUT_ERRORS = {
 }
 
 
-def settings_from_options(options) -> PreparationSettings:
-    """What a script's `ImageOptions` ask for. Raises `UserError` naming the flag."""
-    height, width = parse_resolution(options.resolution or DEFAULT_RESOLUTION)
-    try:
-        background = ImageColor.getrgb(options.background)[:3]
-    except ValueError:
-        raise UserError(f"--background {options.background} is no colour; give a name or #rrggbb") from None
-    bit_depth = 16 if options.preserve_input_precision else 8
-    return PreparationSettings(height, width, options.center_crop, options.image_mode, background, bit_depth)
-
-
-def parse_resolution(resolution: str) -> tuple[int, int]:
-    """'64' -> (64, 64); '64x96' -> height 64, width 96. Raises `UserError`."""
-    sides = str(resolution).lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise UserError(f"--resolution {resolution} is not a size; give pixels, or HEIGHTxWIDTH as in 64x96")
-    return int(sides[0]), int(sides[-1])
-
-
 def dataset_fingerprint(source, settings: PreparationSettings) -> str:
     """Names the result: the same images (by path, size and time of change) and settings give the same one."""
-    return _digest(FORMAT, dataclasses.astuple(settings), source.fingerprint, source.label_names, source.has_text)
+    return _digest(FORMAT, settings.identity, source.fingerprint, source.label_names, source.has_text)
 
 
 def read_preparation(folder: Path | RemotePath) -> dict | None:
@@ -114,7 +93,7 @@ def prepare(
         with FileLock(work / LOCK_NAME) if isinstance(work, Path) else contextlib.nullcontext():
             fingerprint = dataset_fingerprint(source, settings)
             preparation = read_preparation(output_dir)
-            if preparation and _is_current(preparation, output_dir, fingerprint):
+            if preparation and _is_current(preparation, output_dir, fingerprint, settings):
                 if show_progress:
                     print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
                 delete_folder(work / WORK_FOLDER)  # a run was killed after all was done
@@ -128,7 +107,7 @@ def prepare(
 def _prepare(source, settings, output_dir, work, engine: Callable, show_progress: bool, fingerprint: str) -> dict:
     started = time.monotonic()
     writer = ShardWriter(source.reader, settings, source.label_names, source.has_text)
-    about_all = (FORMAT, dataclasses.astuple(settings), source.label_names, source.has_text)
+    about_all = (FORMAT, settings.identity, source.label_names, source.has_text)
     units = [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
     plan = Plan(units, work, slice_items(settings))
     if plan.num_missing <= SLICE_ITEMS:
@@ -217,9 +196,12 @@ def _sweep(output_dir: Path | RemotePath, preparation: dict, replaced: dict | No
         delete(output_dir / name)
 
 
-def _is_current(preparation: dict, folder: Path | RemotePath, fingerprint: str) -> bool:
+def _is_current(preparation: dict, folder: Path | RemotePath, fingerprint: str, settings: PreparationSettings) -> bool:
     """Whether a complete dataset is the one that is wanted, undamaged, and without faults that may be gone by now."""
+    training_size = settings.train_height, settings.train_width  # no part of the fingerprint
     if preparation["fingerprint"] != fingerprint or TRANSIENT_FAULTS & preparation["rejected"].keys():
+        return False
+    if tuple(preparation["settings"][name] for name in ("train_height", "train_width")) != training_size:
         return False
     present = sizes(folder)
     return all(present.get(shard["filename"]) == shard["num_bytes"] for shard in preparation["shards"])
