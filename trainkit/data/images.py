@@ -100,8 +100,10 @@ class RejectedImage(Exception):
         self.fault = fault
 
 
-def decode_image(image: bytes | str | Path, settings: PreparationSettings) -> np.ndarray:
+def decode_image(image: bytes | str | Path | np.ndarray, settings: PreparationSettings) -> np.ndarray:
     """Decode the (first frame of the) image in a file, or in the bytes of one, at its target size.
+
+    An image may also be an array (height, width, 1 to 4 channels) of uint8, uint16 or floats in [0, 1].
 
     Returns (H, W, C) with `settings.center_crop`; without it the image's own aspect is kept and (H, W) is covered.
     uint8, or uint16 at `bit_depth` 16 (8-bit samples times 257). Raises `RejectedImage`.
@@ -120,7 +122,10 @@ def decode_image(image: bytes | str | Path, settings: PreparationSettings) -> np
             raise _rejection(image, error) from None
 
 
-def _open(image: bytes | str | Path) -> Image.Image:
+def _open(image: bytes | str | Path | np.ndarray) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        pixels = image if image.dtype == np.uint8 else np.rint(_unit_array(image) * 255).astype(np.uint8)
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
 
 
@@ -132,7 +137,7 @@ def _rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
         return RejectedImage("missing", "the file is not there")
     if isinstance(error, (PermissionError, IsADirectoryError)) or getattr(error, "errno", None):
         return RejectedImage("unreadable", error.strerror or message)
-    size = len(image) if isinstance(image, bytes) else Path(image).stat().st_size
+    size = Path(image).stat().st_size if isinstance(image, str | Path) else len(image)
     if size == 0:
         return RejectedImage("empty", "the file has no bytes")
     if isinstance(error, Image.UnidentifiedImageError):
@@ -140,6 +145,12 @@ def _rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
     if isinstance(error, (OSError, EOFError)) and "truncated" in message.lower() or isinstance(error, EOFError):
         return RejectedImage("truncated", message)
     return RejectedImage("corrupt", message)
+
+
+def _unit_array(array: np.ndarray) -> np.ndarray:
+    """An array's samples in [0, 1], float32."""
+    full = np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1
+    return array.astype(np.float32) / np.float32(full)
 
 
 def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
@@ -206,7 +217,7 @@ def _unit_samples(image: Image.Image) -> np.ndarray:
 
 def _decode_deep(image: Image.Image, source: bytes | str | Path, settings: PreparationSettings) -> np.ndarray:
     """16 bits a channel, in float32: Pillow has no 16-bit colour mode."""
-    tile_args = image.tile[0][3] if len(image.tile) == 1 else None
+    tile_args = image.tile[0][3] if len(getattr(image, "tile", ())) == 1 else None
     image.load()
     orientation = _orientation(image)
     samples = _deep_samples(image, tile_args, source)  # (H, W, 1, 3 or 4) in [0, 1]
@@ -238,6 +249,8 @@ def _deep_samples(image: Image.Image, tile_args, source: bytes | str | Path) -> 
     Pillow reads 16-bit grey whole, but of 16-bit colour only the high bytes; the low ones are had by reading it
     a second time with the other byte order.
     """
+    if isinstance(source, np.ndarray):
+        return _unit_array(source)
     if image.mode in DEEP_MODES:
         return _unit_samples(image)[..., None]
     raw_mode = tile_args[0] if isinstance(tile_args, tuple) else tile_args

@@ -5,16 +5,19 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
+from trainkit.data.vectors import vector_bytes
 from trainkit.errors import UserError
 
 IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga "
     ".heic .heif".split()  # Pillow reads no HEIF: better rejected by name than passed over in silence
 )
+SIDECAR_EXTENSIONS = (".txt", ".npy")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 CAPTION_COLUMNS = ("text", "caption")
+NOTHING_TOLD = (None, None, None)  # label, text, vector
 
 
 class Entry(NamedTuple):
@@ -26,9 +29,11 @@ class Entry(NamedTuple):
     label: str | None = None
     text: str | None = None
     caption_file: tuple[int, int] | None = None  # size and mtime_ns of the NAME.txt beside it
+    vector: bytes | None = None  # float32
+    vector_file: tuple[int, int] | None = None  # the same as caption_file, of NAME.npy
 
 
-def list_folder(folder: Path, flag: str) -> list[Entry]:
+def list_folder(folder: Path, flag: str, vector_column: str = "vector") -> list[Entry]:
     """Every image file under `folder` (hidden names skipped), sorted by relative path. Opens no image.
 
     Raises `UserError` naming `flag`.
@@ -43,33 +48,36 @@ def list_folder(folder: Path, flag: str) -> list[Entry]:
         raise UserError(f"{flag} {error.filename}: {error.strerror}; the folder must be readable") from None
     metadata = {}
     for path in sorted(files.metadata):
-        metadata.update(_read_metadata(folder, path))
+        metadata.update(_read_metadata(folder, path, vector_column))
     if not files.images and not metadata:
         held = ", ".join(sorted(files.other_extensions)[:5]) or "nothing"
         raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...)")
     for path in metadata.keys() - files.images.keys():  # another extension, or a row without its file
         files.images[path] = _stat_or_missing(folder / path)
-    told_labels = any(label is not None for label, _ in metadata.values())
-    folder_labels = {} if told_labels else _folder_labels(files.images)
+    told_labels = any(label is not None for label, _, _ in metadata.values())
+    folder_labels = {} if told_labels else class_folders(files.images)
     entries = []
     for path in sorted(files.images):
         size, mtime_ns = files.images[path]
-        label, text = metadata.get(path, (None, None))
+        label, text, vector = metadata.get(path, NOTHING_TOLD)
         label = folder_labels.get(path.rpartition("/")[0]) if label is None else label
-        caption_file = files.captions.get(path.rpartition(".")[0]) if text is None else None
-        entries.append(Entry(path, size, mtime_ns, label, text, caption_file))
+        stem = path.rpartition(".")[0]
+        caption_file = files.captions.get(stem) if text is None else None
+        vector_file = files.vectors.get(stem) if vector is None else None
+        entries.append(Entry(path, size, mtime_ns, label, text, caption_file, vector, vector_file))
     return entries
 
 
 class _Files(NamedTuple):
     images: dict[str, tuple[int, int]]  # relative path -> size, mtime_ns
     captions: dict[str, tuple[int, int]]  # the same of NAME.txt, without its extension
+    vectors: dict[str, tuple[int, int]]  # the same of NAME.npy
     metadata: list[str]
     other_extensions: set[str]
 
 
 def _scan(root: Path) -> _Files:
-    files = _Files({}, {}, [], set())
+    files = _Files({}, {}, {}, [], set())
     pending, seen_links = [("", str(root))], set()
     while pending:
         prefix, folder = pending.pop()
@@ -88,14 +96,15 @@ def _scan(root: Path) -> _Files:
                     continue
                 stem, extension = os.path.splitext(name)
                 extension = extension.lower()
-                if extension in IMAGE_EXTENSIONS or extension == ".txt":
+                if extension in IMAGE_EXTENSIONS or extension in SIDECAR_EXTENSIONS:
                     try:
                         stat = item.stat()
                     except FileNotFoundError:  # a dangling link
-                        files.images.update({prefix + name: (-1, 0)} if extension != ".txt" else {})
+                        files.images.update({prefix + name: (-1, 0)} if extension in IMAGE_EXTENSIONS else {})
                         continue
-                    if extension == ".txt":
-                        files.captions[prefix + stem] = stat.st_size, stat.st_mtime_ns
+                    if extension in SIDECAR_EXTENSIONS:
+                        beside = files.captions if extension == ".txt" else files.vectors
+                        beside[prefix + stem] = stat.st_size, stat.st_mtime_ns
                     else:
                         files.images[prefix + name] = stat.st_size, stat.st_mtime_ns
                 elif name in METADATA_NAMES:
@@ -113,7 +122,7 @@ def _stat_or_missing(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _folder_labels(images: dict) -> dict[str, str]:
+def class_folders(images: dict) -> dict[str, str]:
     """Folder -> its own name as a class: where every image lies equally deep and there are several names."""
     folders = {path.rpartition("/")[0] for path in images}
     names = {folder.rpartition("/")[2] for folder in folders}
@@ -123,12 +132,20 @@ def _folder_labels(images: dict) -> dict[str, str]:
     return {folder: folder.rpartition("/")[2] for folder in folders}
 
 
-def _read_metadata(root: Path, metadata_path: str) -> dict[str, tuple[str | None, str | None]]:
-    """Relative path of an image -> (label, text), from one metadata.csv or metadata.jsonl."""
-    prefix = metadata_path.rpartition("/")[0]
-    where = root / metadata_path
+def _read_metadata(root: Path, metadata_path: str, vector_column: str) -> dict[str, tuple]:
+    """Relative path of an image -> (label, text, vector), from one metadata.csv or metadata.jsonl."""
+    try:
+        with open(root / metadata_path, encoding="utf-8-sig", newline="") as file:
+            return told_by_metadata(file, metadata_path, root, vector_column)
+    except OSError as error:
+        raise UserError(f"{root / metadata_path}: {error.strerror}; it must be readable, or moved away") from None
+
+
+def told_by_metadata(file: TextIO, metadata_path: str, root: Path, vector_column: str) -> dict[str, tuple]:
+    """Path below `root` of an image -> (label, text, vector), from an open metadata.csv or metadata.jsonl."""
+    prefix, where = metadata_path.rpartition("/")[0], root / metadata_path
     found = {}
-    for line_number, row in _rows(where):
+    for line_number, row in _rows(file, where):
         file_name = row.get("file_name")
         if not isinstance(file_name, str) or not file_name:
             raise UserError(f"{where} line {line_number} has no `file_name`; every row must name its image")
@@ -136,24 +153,22 @@ def _read_metadata(root: Path, metadata_path: str) -> dict[str, tuple[str | None
         if path.startswith(("../", "/")):
             raise UserError(f"{where} line {line_number}: {file_name} is outside of {root}; name files inside it")
         label, text = row.get("label"), next((row[name] for name in CAPTION_COLUMNS if row.get(name)), None)
-        found[path] = None if label in (None, "") else str(label), None if text is None else str(text)
+        label, text = None if label in (None, "") else str(label), None if text is None else str(text)
+        found[path] = label, text, vector_bytes(row.get(vector_column))
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _rows(file: TextIO, where: Path) -> Iterator[tuple[int, dict]]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows = csv.DictReader(file)
-                yield from ((rows.line_num, row) for row in rows)
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is not an object")
-                    yield number, row
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it must be readable, or moved away") from None
+        if where.suffix == ".csv":
+            rows = csv.DictReader(file)
+            yield from ((rows.line_num, row) for row in rows)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is not an object")
+                yield number, row
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from None

@@ -70,7 +70,8 @@ def parse_resolution(resolution: str) -> tuple[int, int]:
 
 def dataset_fingerprint(source, settings: PreparationSettings) -> str:
     """Names the result: the same images (by path, size and time of change) and settings give the same one."""
-    return _digest(FORMAT, dataclasses.astuple(settings), source.fingerprint, source.label_names, source.has_text)
+    columns = (source.label_names, source.has_text, source.vector_length)
+    return _digest(FORMAT, dataclasses.astuple(settings), source.fingerprint, *columns)
 
 
 def read_preparation(folder: Path) -> dict | None:
@@ -113,7 +114,7 @@ def prepare(
 
 def _prepare(source, settings, output_dir: Path, num_proc: int, show_progress: bool, fingerprint: str) -> dict:
     started = time.monotonic()
-    writer = ShardWriter(source.reader, settings, source.label_names, source.has_text)
+    writer = ShardWriter(source.reader, settings, source.label_names, source.has_text, source.vector_length)
     plan = _Plan(source, settings, output_dir)
     num_proc = 1 if plan.num_missing <= SLICE_ITEMS else num_proc or num_cores()
     already = len(source) - plan.num_missing
@@ -140,7 +141,8 @@ class _Plan:
         self.work.mkdir(exist_ok=True)
         self.shards, self.num_missing = [], 0
         missing_units = []
-        about_all = (FORMAT, dataclasses.astuple(settings), source.label_names, source.has_text)
+        columns = (source.label_names, source.has_text, source.vector_length)
+        about_all = (FORMAT, dataclasses.astuple(settings), *columns)
         for unit in source.units():
             path = output_dir / f"data-{_digest(about_all, unit.identity)}.arrow"
             self.shards.append(path)

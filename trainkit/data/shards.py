@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainkit.data.images import PreparationSettings, RejectedImage, decode_image
+from trainkit.data.vectors import check_vector
 
 SLICE_ITEMS = 128  # images decoded at one go by one process
 BATCH_BYTES = 64 * 2**20  # of pixels in a record batch: far from what int32 offsets can hold
@@ -47,6 +48,7 @@ class ShardWriter:
     settings: PreparationSettings
     label_names: list[str] | None
     has_text: bool
+    vector_length: int | None = None
 
     def run(self, job: SliceJob | JoinJob) -> None:
         if isinstance(job, JoinJob):
@@ -89,11 +91,13 @@ class ShardWriter:
                 record = self.reader.read(item)
                 if record.image is None:
                     raise RejectedImage("missing", "the row holds no image")
+                vector = None if self.vector_length is None else check_vector(record.vector, self.vector_length)
                 image = decode_image(record.image, self.settings)
             except RejectedImage as rejection:
                 rejected.append({"source": name, "fault": rejection.fault, "message": str(rejection)})
                 continue
-            yield {"image": image, "source": _valid_text(name), "label": record.label, "text": record.text}
+            known = {"label": record.label, "text": record.text, "vector": vector}
+            yield {"image": image, "source": _valid_text(name), **known}
 
     @property
     def features(self) -> dict[str, dict]:
@@ -110,6 +114,9 @@ class ShardWriter:
             features["label"] = {"names": self.label_names, "_type": "ClassLabel"}
         if self.has_text:
             features["text"] = {"dtype": "string", "_type": "Value"}
+        if self.vector_length is not None:
+            number = {"dtype": "float32", "_type": "Value"}
+            features["vector"] = {"feature": number, "length": self.vector_length, "_type": "List"}
         return features | {"source": {"dtype": "string", "_type": "Value"}}
 
     @property
@@ -117,6 +124,7 @@ class ShardWriter:
         pixel = pa.from_numpy_dtype(self.settings.dtype)
         length = self.features["image"].get("length", -1)
         types = {"image": pa.list_(pixel, length), "height": pa.int32(), "width": pa.int32(), "label": pa.int64()}
+        types["vector"] = pa.list_(pa.float32(), self.vector_length or 0)
         metadata = {"huggingface": json.dumps({"info": {"features": self.features}})}
         return pa.schema([(name, types.get(name, pa.string())) for name in self.features], metadata)
 
@@ -135,6 +143,9 @@ class ShardWriter:
             columns["label"] = pa.array([row["label"] for row in rows], pa.int64())
         if self.has_text:
             columns["text"] = pa.array([row["text"] for row in rows], pa.string())
+        if self.vector_length is not None:
+            numbers = pa.array(np.concatenate([row["vector"] for row in rows]), pa.float32())
+            columns["vector"] = pa.FixedSizeListArray.from_arrays(numbers, self.vector_length)
         return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
     def _summary(self, batches: list[pa.RecordBatch], rejected: list[dict]) -> dict:
