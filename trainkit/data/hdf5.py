@@ -170,7 +170,10 @@ class _Blocks:
             row_bytes = max(8, int(np.prod(array.shape[1:])) * array.dtype.itemsize)
             rows = max(1, min(sources.UNIT_ITEMS, BLOCK_BYTES // row_bytes))
             start = row - row % rows
-            block = array[start : start + rows]
+            try:
+                block = array[start : start + rows]
+            except (OSError, RuntimeError):  # one damaged chunk must not cost its neighbours
+                return array[row]
             self._blocks[name] = start, block
         return block[row - start]
 

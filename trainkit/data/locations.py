@@ -171,6 +171,7 @@ def _local_stamp(path: Path) -> tuple[int, str]:
 
 def _find_remote(names: list[str], storage_options: str, flag: str) -> list[DataFile]:
     filesystem, _ = _filesystem(names[0], storage_options, flag)
+    filesystem.invalidate_cache()  # fsspec keeps listings for the life of the process
     found = {}
     try:
         for name in names:

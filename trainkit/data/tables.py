@@ -140,10 +140,10 @@ class _Forward:
         group = int(np.searchsorted(self._ends, number, side="right"))
         row = number - (int(self._ends[group - 1]) if group else 0)
         try:
-            if group != self._group or row < self._start:
+            if (group, columns) != self._group or row < self._start:
                 names = [name for name in columns if name]
                 self._batches = self._parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=names)
-                self._group, self._start, self._batch = group, 0, next(self._batches)
+                self._group, self._start, self._batch = (group, columns), 0, next(self._batches)
             while row >= self._start + self._batch.num_rows:
                 self._start += self._batch.num_rows
                 self._batch = next(self._batches)
