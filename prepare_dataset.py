@@ -44,7 +44,8 @@ def main() -> None:
         return
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
-    from trainkit.data.prepare import prepare, settings_from_options
+    from trainkit.data.prepare import prepare
+    from trainkit.data.settings import settings_from_options
     from trainkit.data.sources import open_source
 
     settings = settings_from_options(options)
@@ -52,8 +53,10 @@ def main() -> None:
         from trainkit.data.export import check_export
 
         check_export(Path(options.export_hdf5))
-        if not settings.center_crop:
-            raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
+        if not settings.fixed_size:
+            raise UserError(
+                f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop (or --resize_mode)"
+            )
     prepare(open_source(options), settings, options.output_dir, options.num_proc)
     if options.export_hdf5 is not None:
         export(options, options.output_dir)

@@ -62,7 +62,8 @@ def train(options: Options) -> None:
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.unet import build_unet, check_before_preparation
     from trainkit.hub import create_repository
-    from trainkit.training.launch import make_deterministic, start_accelerator
+    from trainkit.training.launch import make_deterministic, shard_as_launched, start_accelerator
+    from trainkit.training.resume import check_output_dir
     from trainkit.training.run import Run
     from trainkit.training.score import SampleScore, check_score
     from trainkit.training.speed import prepare_device
@@ -72,11 +73,13 @@ def train(options: Options) -> None:
     check_tracker(options.logger)
     check_score(options)
     check_before_preparation(options)
+    check_output_dir(options)
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
     held_out = open_validation_images(options, images)
     prepare_device(options)
     if options.deterministic:
         make_deterministic()
+    shard_as_launched(options)
     accelerator = start_accelerator(
         options.mixed_precision,
         options.cpu_threads,
@@ -175,6 +178,8 @@ def main() -> None:
     ):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
+    if options.shuffle_block_size < 0:
+        raise UserError(f"--shuffle_block_size {options.shuffle_block_size} must be 0 (all images) or more")
     train(options)
 
 

@@ -87,13 +87,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_photographs(folder / "photographs", arguments.num_images)
-        for center_crop in (True, False):
-            settings = PreparationSettings(SIDE, SIDE, center_crop=center_crop)
-            output = folder / f"prepared-{center_crop}"
+        for resize_mode in ("crop", "random_crop"):
+            settings = PreparationSettings(SIDE, SIDE, resize_mode)
+            output = folder / f"prepared-{resize_mode}"
             prepare(ImageFolder(folder / "photographs"), settings, output, show_progress=False)
             images = PreparedImages(output)
             prepared_rate(images, arguments.batch_size, 1)
-            print("stored centre-cropped:" if center_crop else "stored whole, cropped at random in training:")
+            print("stored centre-cropped:" if resize_mode == "crop" else "stored whole, cropped at random:")
             ratios = []
             for _ in range(arguments.rounds):
                 ours = prepared_rate(images, arguments.batch_size, 20)

@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image
 
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.prepare import PreparationSettings, prepare
+from trainkit.data.prepare import prepare
+from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources import open_source
 from trainkit.options import SourceOptions
 
-SETTINGS = PreparationSettings(16, 16, center_crop=True)
+SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 
 
 class Prepared(NamedTuple):

@@ -14,7 +14,7 @@ from source_files import assert_same, files_of, open_given, prepared, write_phot
 from trainkit.data import prepare as prepare_module
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.export import export_hdf5
-from trainkit.data.prepare import PreparationSettings
+from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,7 @@ def test_arrays_are_resized_like_files(tmp_path):
     wanted = prepared(tmp_path / "files", tmp_path / "wanted").pixels
     assert np.array_equal(prepared(path, tmp_path / "out").pixels, wanted)
     grey = write_hdf5(tmp_path / "grey.h5", digits=large[..., :1], other=np.zeros(3))
-    settings = PreparationSettings(16, 16, center_crop=True, image_mode="L")
+    settings = PreparationSettings(16, 16, resize_mode="crop", image_mode="L")
     assert prepared(grey, tmp_path / "grey", settings).pixels.shape == (5, 16, 16, 1)
 
 
@@ -153,7 +153,7 @@ def test_there_and_back_in_every_mode(tmp_path, image_mode, bit_depth):
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 4), dtype=np.uint8)
         Image.fromarray(pixels, "RGBA").save(tmp_path / f"photos/{number}.png")
-    settings = PreparationSettings(4, 4, True, image_mode, bit_depth=bit_depth)
+    settings = PreparationSettings(4, 4, "crop", image_mode, bit_depth=bit_depth)
     wanted = prepared(tmp_path / "photos", tmp_path / "out", settings)
     export_hdf5(PreparedImages(tmp_path / "out"), tmp_path / "x.h5")
     assert np.array_equal(prepared(tmp_path / "x.h5", tmp_path / "back", settings).pixels, wanted.pixels)

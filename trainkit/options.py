@@ -44,13 +44,36 @@ class ImageOptions:
     resolution: str | None = option(
         None, "side of the training images in pixels, or HxW; default: that of the prepared dataset, else 64"
     )
+    stored_resolution: str | None = option(
+        None, "side (or HxW) in pixels to store the images at, larger than --resolution; default: --resolution"
+    )
+    resize_mode: str | None = option(
+        None, "how an image gets to that size: cut out its centre, cut anew at each visit (random_crop, the default), "
+        "fit it inside with --background around, or stretch it", choices=("crop", "random_crop", "pad", "stretch"),
+    )  # fmt: skip
     center_crop: bool = option(
-        False, "crop the centre once, when the data is prepared; without it training takes a random crop each time"
+        False, "--resize_mode crop: crop the centre once, when the data is prepared, in the place of random_crop"
     )
     image_mode: str = option("RGB", "colour mode the images are converted to", choices=("RGB", "L", "RGBA"))
-    background: str = option("white", "colour behind transparent pixels where the mode has no alpha (name or #rrggbb)")
+    background: str = option(
+        "white",
+        "colour behind transparent pixels in RGB and L, and around padded images (name or #rrggbb)",
+    )
     preserve_input_precision: bool = option(
         False, "keep 16 bits a channel where the source has more than 8, instead of reducing it to 8"
+    )
+    storage: str = option(
+        "pixels", "how they lie on disk: pixels load the fastest, png is as exact, jpeg and webp are the smallest",
+        choices=("pixels", "png", "jpeg", "webp"),
+    )  # fmt: skip
+    storage_quality: int = option(95, "quality of --storage jpeg and webp, 1 to 100; webp is lossless at 100")
+    min_size: int = option(0, "reject images whose shorter side has fewer pixels")
+    max_aspect_ratio: float = option(0.0, "reject images whose longer side is over this times the shorter; 0: none")
+    animated: str = option(
+        "first", "of images of several frames or pages: take the first, or reject them", choices=("first", "reject")
+    )
+    max_image_pixels: int = option(
+        89_478_485, "reject images of more pixels (width x height), before room is made for them; 0: none"
     )
 
 
@@ -162,10 +185,17 @@ class HardwareOptions:
     shard_weights: bool = option(
         False, "divide weights, averages and optimizer state over the processes (FSDP2): for models too large for one"
     )
+    reshard_after_forward: bool = option(
+        True, "with --shard_weights: free gathered weights after the forward pass (ZeRO-3), or keep them (ZeRO-2)"
+    )
     deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
     replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
     seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")
     dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
+    shuffle_block_size: int = option(
+        0,
+        "images to a block: shuffles blocks, then within 16 of them, for data beyond memory on slow disks; 0: all",
+    )
     cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
     local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag")
 

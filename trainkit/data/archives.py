@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from trainkit.data import sources
-from trainkit.data.images import RejectedImage
+from trainkit.data.limits import RejectedImage
 from trainkit.data.listing import METADATA_NAMES, class_folders
 from trainkit.data.locations import DataFile, Location, open_file, opened, read_range, read_whole
 from trainkit.data.members import CONTENT_EXTENSIONS, SAMPLE_EXTENSIONS, File, Member, Span, clean_path, collect

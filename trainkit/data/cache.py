@@ -9,10 +9,14 @@ from trainkit.data.prepare import (
     LOCK_NAME,
     PREPARATION_NAME,
     dataset_fingerprint,
-    parse_resolution,
     prepare,
-    settings_from_options,
     told_counts,
+)
+from trainkit.data.settings import (
+    check_training_size,
+    parse_resolution,
+    resize_mode_from_options,
+    settings_from_options,
 )
 from trainkit.data.sources import open_source
 from trainkit.errors import UserError
@@ -27,7 +31,8 @@ def open_or_prepare(options) -> PreparedImages:
     flag = "--train_data_dir" if options.dataset_name is None else "--dataset_name"
     given = options.train_data_dir if options.dataset_name is None else options.dataset_name
     if given is not None and Path(given, PREPARATION_NAME).is_file():
-        images = PreparedImages(given)
+        resolution = None if options.resolution is None else parse_resolution(options.resolution)
+        images = PreparedImages(given, resolution)
         _check_agreement(images, options, f"{flag} {given}")
         return images
     if given is not None and Path(given, LOCK_NAME).is_file():
@@ -36,14 +41,15 @@ def open_or_prepare(options) -> PreparedImages:
     source = open_source(options)
     fingerprint = dataset_fingerprint(source, settings)
     folder = cache_root(options) / "prepared" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', source.name)[:60]}-{fingerprint}"
+    resolution = None if settings.train_height is None else (settings.train_height, settings.train_width)
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        images = PreparedImages(folder)
+        images = PreparedImages(folder, resolution)
     except UserError:  # not there, or damaged
         if is_first:
             print(f"preparing {len(source):,} files of {given} into {folder} (once; found there from then on)")
         prepare(source, settings, folder, options.num_proc, is_first, output_flag="--cache_dir")
-        images = PreparedImages(folder)
+        images = PreparedImages(folder, resolution)
     if is_first:
         print(f"prepared images: {folder}, {told_counts(images.preparation)}", flush=True)
     return images
@@ -56,9 +62,21 @@ def cache_root(options) -> Path:
 
 def _check_agreement(images: PreparedImages, options, what: str) -> None:
     """What was asked for against what was prepared."""
-    if options.resolution is not None and parse_resolution(options.resolution) != (images.height, images.width):
-        held = f"{images.height}x{images.width}"
+    stored = images.stored_height, images.stored_width
+    held = f"{stored[0]}x{stored[1]}"
+    if images.settings.train_height is not None:
+        check_training_size((images.height, images.width), stored)
+    elif (images.height, images.width) != stored:
         raise UserError(f"--resolution {options.resolution}, but {what} was prepared at {held}: leave the flag out")
+    if options.stored_resolution is not None:
+        if parse_resolution(options.stored_resolution, "--stored_resolution") != stored:
+            raise UserError(f"--stored_resolution {options.stored_resolution}, but {what} holds {held}: leave it out")
+    resize_mode = resize_mode_from_options(options)
+    if resize_mode not in (None, images.settings.resize_mode):
+        raise UserError(
+            f"--resize_mode {resize_mode} (--center_crop is crop), but {what} was prepared with "
+            f"{images.settings.resize_mode}: leave the flag out, or prepare the images again"
+        )
     if options.image_mode != images.image_mode:
         raise UserError(
             f"--image_mode {options.image_mode}, but {what} holds {images.image_mode}: give --image_mode "

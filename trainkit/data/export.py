@@ -67,7 +67,7 @@ def _held(h5py: Any, path: Path) -> str | None:
 
 
 def _write(h5py: Any, file: Any, images: PreparedImages, compression: str) -> None:
-    count, shape = len(images), (images.height, images.width, images.channels)
+    count, shape = len(images), (images.stored_height, images.stored_width, images.channels)
     packed = {} if compression == "none" else {"compression": compression}
     data = file.create_dataset("data", (count, *shape), images.settings.dtype, chunks=(1, *shape), **packed)
     data.attrs["layout"] = "NHWC"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainkit.data import sources
-from trainkit.data.images import RejectedImage
+from trainkit.data.limits import RejectedImage
 from trainkit.data.locations import DataFile, Location, is_url, open_file, opened, optional_module
 from trainkit.data.sources import NO_LABEL, Record, Unit, digest, sorted_labels
 from trainkit.errors import UserError

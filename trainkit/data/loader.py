@@ -17,13 +17,20 @@ import numpy as np
 import torch
 
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
+from trainkit.data.order import Purpose, SampleOrder, normal_draws, uniform_draws
 
 
 def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
     """Float32 images (B, C, H, W) in [-1, 1] from `pixels` (B, H, W, C) as stored, of `bit_depth` bits."""
     images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return images.div_((2**bit_depth - 1) / 2).sub_(1)
+
+
+def to_training_size(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Shrink `images` (B, C, H, W) from the stored to the training `size` (height, width), antialiased bilinear."""
+    if images.shape[-2:] == size:
+        return images
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 @dataclass(frozen=True)
@@ -72,10 +79,13 @@ class BatchLoader:
         device: torch.device,
         num_threads: int,
         memory_format: torch.memory_format = torch.contiguous_format,
+        shuffle_block_size: int = 0,
     ):
         self.images, self.shape, self.seed, self.random_flip = images, shape, seed, random_flip
+        self.order = SampleOrder(len(images), seed, shuffle_block_size)
         self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
         self.wait_s = 0.0
+        self._window: tuple[int, int] | None = None  # of positions, that was read ahead for
 
     def iterate(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """The micro-batches of optimizer steps `first_step` to `end_step` - 1, made ahead by threads."""
@@ -108,7 +118,9 @@ class BatchLoader:
         def uniforms(purpose: Purpose) -> np.ndarray:
             return uniform_draws(self.seed, step, purpose, total)[here]
 
-        indices = sample_indices(step * total + np.arange(rows.start, rows.stop), len(self.images), self.seed)
+        positions = step * total + np.arange(rows.start, rows.stop)
+        self._read_ahead(int(positions[-1]))
+        indices = self.order.indices(positions)
         crops = None
         if not self.images.fixed_size:
             crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
@@ -126,11 +138,19 @@ class BatchLoader:
             host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
         return host_batch | {"indices": indices, "step": step, "micro_step": micro_step}
 
+    def _read_ahead(self, position: int) -> None:
+        """With blocks: have the window of `position` and the one behind it read, when it is first entered."""
+        if self.order.block_size == 0 or (self._window is not None and position < self._window[1]):
+            return
+        self._window = first, end = self.order.window(position)
+        self.images.read_ahead(self.order.ranges(first, end) + self.order.ranges(*self.order.window(end)))
+
     def _to_device(self, host_batch: dict) -> Batch:
         images, noise, uniforms = (
             host_batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "uniforms")
         )
         images = to_model_range(images, self.images.bit_depth)
+        images = to_training_size(images, (self.images.height, self.images.width))
         if host_batch["flip"] is not None:
             flip = host_batch["flip"].to(self.device, non_blocking=True)
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)

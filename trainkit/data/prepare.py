@@ -20,11 +20,10 @@ from pathlib import Path
 
 import pyarrow as pa
 from filelock import FileLock
-from PIL import ImageColor
 from tqdm import tqdm
 
-from trainkit.data.images import PreparationSettings
 from trainkit.data.pool import num_cores, run_jobs
+from trainkit.data.settings import PreparationSettings
 from trainkit.data.shards import (
     BATCH_BYTES,
     SLICE_ITEMS,
@@ -38,8 +37,7 @@ from trainkit.data.shards import (
 )
 from trainkit.errors import UserError
 
-FORMAT = 1  # raise it when the same file and settings would give other pixels or another layout
-DEFAULT_RESOLUTION = "64"
+FORMAT = 2  # raise it when the same file and settings would give other pixels or another layout
 WORK_FOLDER, LOCK_NAME, PREPARATION_NAME = "work", ".lock", "preparation.json"
 REJECTED_NAME = "rejected.jsonl"
 TRANSIENT_FAULTS = {"unreadable", "crashed"}  # may be gone the next time though no file changed: tried again
@@ -49,29 +47,10 @@ OUTPUT_ERRORS = {
 }
 
 
-def settings_from_options(options) -> PreparationSettings:
-    """What a script's `ImageOptions` ask for. Raises `UserError` naming the flag."""
-    height, width = parse_resolution(options.resolution or DEFAULT_RESOLUTION)
-    try:
-        background = ImageColor.getrgb(options.background)[:3]
-    except ValueError:
-        raise UserError(f"--background {options.background} is no colour; give a name or #rrggbb") from None
-    bit_depth = 16 if options.preserve_input_precision else 8
-    return PreparationSettings(height, width, options.center_crop, options.image_mode, background, bit_depth)
-
-
-def parse_resolution(resolution: str) -> tuple[int, int]:
-    """'64' -> (64, 64); '64x96' -> height 64, width 96. Raises `UserError`."""
-    sides = str(resolution).lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise UserError(f"--resolution {resolution} is not a size; give pixels, or HEIGHTxWIDTH as in 64x96")
-    return int(sides[0]), int(sides[-1])
-
-
 def dataset_fingerprint(source, settings: PreparationSettings) -> str:
     """Names the result: the same images (by path, size and time of change) and settings give the same one."""
     columns = (source.label_names, source.has_text, source.vector_length)
-    return _digest(FORMAT, dataclasses.astuple(settings), source.fingerprint, *columns)
+    return _digest(FORMAT, settings.identity, source.fingerprint, *columns)
 
 
 def read_preparation(folder: Path) -> dict | None:
@@ -105,7 +84,7 @@ def prepare(
         with FileLock(output_dir / LOCK_NAME):
             fingerprint = dataset_fingerprint(source, settings)
             preparation = read_preparation(output_dir)
-            if preparation and _is_current(preparation, output_dir, fingerprint):
+            if preparation and _is_current(preparation, output_dir, fingerprint, settings):
                 if show_progress:
                     print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
                 return preparation
@@ -142,7 +121,7 @@ class _Plan:
         self.shards, self.num_missing = [], 0
         missing_units = []
         columns = (source.label_names, source.has_text, source.vector_length)
-        about_all = (FORMAT, dataclasses.astuple(settings), *columns)
+        about_all = (FORMAT, settings.identity, *columns)
         for unit in source.units():
             path = output_dir / f"data-{_digest(about_all, unit.identity)}.arrow"
             self.shards.append(path)
@@ -244,9 +223,12 @@ def _finalize(source, writer: ShardWriter, output_dir: Path, shards: list[Path],
     return read_preparation(output_dir)
 
 
-def _is_current(preparation: dict, folder: Path, fingerprint: str) -> bool:
+def _is_current(preparation: dict, folder: Path, fingerprint: str, settings: PreparationSettings) -> bool:
     """Whether a complete dataset is the one that is wanted, undamaged, and without faults that may be gone by now."""
+    training_size = settings.train_height, settings.train_width  # no part of the fingerprint
     if preparation["fingerprint"] != fingerprint or TRANSIENT_FAULTS & preparation["rejected"].keys():
+        return False
+    if tuple(preparation["settings"][name] for name in ("train_height", "train_width")) != training_size:
         return False
     paths = {folder / shard["filename"]: shard["num_bytes"] for shard in preparation["shards"]}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())

@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from trainkit.data.images import PreparationSettings, RejectedImage, decode_image
+from trainkit.data.images import decode_image
+from trainkit.data.limits import RejectedImage
+from trainkit.data.settings import PreparationSettings
+from trainkit.data.storage import image_columns, image_features, image_types
 from trainkit.data.vectors import check_vector
 
 SLICE_ITEMS = 128  # images decoded at one go by one process
@@ -102,14 +105,7 @@ class ShardWriter:
     @property
     def features(self) -> dict[str, dict]:
         """The columns as `datasets` writes features; spelled out here, since importing it takes a second."""
-        settings = self.settings
-        pixel = {"dtype": settings.dtype.name, "_type": "Value"}
-        if settings.center_crop:
-            size = settings.height * settings.width * settings.channels
-            features = {"image": {"feature": pixel, "length": size, "_type": "List"}}
-        else:
-            side = {"dtype": "int32", "_type": "Value"}
-            features = {"image": {"feature": pixel, "_type": "List"}, "height": side, "width": side}
+        features = image_features(self.settings)
         if self.label_names is not None:
             features["label"] = {"names": self.label_names, "_type": "ClassLabel"}
         if self.has_text:
@@ -121,24 +117,14 @@ class ShardWriter:
 
     @property
     def schema(self) -> pa.Schema:
-        pixel = pa.from_numpy_dtype(self.settings.dtype)
-        length = self.features["image"].get("length", -1)
-        types = {"image": pa.list_(pixel, length), "height": pa.int32(), "width": pa.int32(), "label": pa.int64()}
+        types = {**image_types(self.settings), "label": pa.int64()}
         types["vector"] = pa.list_(pa.float32(), self.vector_length or 0)
         metadata = {"huggingface": json.dumps({"info": {"features": self.features}})}
         return pa.schema([(name, types.get(name, pa.string())) for name in self.features], metadata)
 
     def _batch(self, rows: list[dict]) -> pa.RecordBatch:
-        images = [row["image"] for row in rows]
-        pixels = pa.array(np.concatenate([image.reshape(-1) for image in images]))
-        columns = {"source": pa.array([row["source"] for row in rows], pa.string())}
-        if self.settings.center_crop:
-            columns["image"] = pa.FixedSizeListArray.from_arrays(pixels, images[0].size)
-        else:
-            offsets = np.cumsum([0] + [image.size for image in images], dtype=np.int64).astype(np.int32)
-            columns["image"] = pa.ListArray.from_arrays(pa.array(offsets), pixels)
-            columns["height"] = pa.array([image.shape[0] for image in images], pa.int32())
-            columns["width"] = pa.array([image.shape[1] for image in images], pa.int32())
+        columns = image_columns([row["image"] for row in rows], self.settings)
+        columns["source"] = pa.array([row["source"] for row in rows], pa.string())
         if self.label_names is not None:
             columns["label"] = pa.array([row["label"] for row in rows], pa.int64())
         if self.has_text:

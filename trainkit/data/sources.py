@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainkit.data.images import RejectedImage
+from trainkit.data.limits import RejectedImage
 from trainkit.data.listing import CAPTION_COLUMNS, Entry, list_folder
 from trainkit.data.vectors import MAX_VECTOR_BYTES, as_vector, parse_npy
 from trainkit.errors import UserError

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trainkit.data.images import RejectedImage
+from trainkit.data.limits import RejectedImage
 
 MAX_VECTOR_BYTES = 16 * 2**20
 

@@ -73,7 +73,7 @@ class Run:
         )
         if options.shard_weights and accelerator.num_processes > 1:
             unet = accelerator.prepare_model(unet, evaluation_mode=True)  # device and autocast, no DDP
-            shard(unet, accelerator.mixed_precision, accelerator.device)
+            shard(unet, accelerator.mixed_precision, accelerator.device, options.reshard_after_forward)
             optimizer = build_optimizer(options, unet)
             self.model, self.optimizer = unet, accelerator.prepare_optimizer(optimizer)
         else:
@@ -81,13 +81,13 @@ class Run:
             self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.lr_scheduler = build_lr_scheduler(options, optimizer, self.max_train_steps)
         self.unet: UNet2DModel = accelerator.unwrap_model(self.model)
-        compile_unet(self.unet, options)
+        compile_unet(self.unet, options, self.shape.micro_steps)
         self.sharded = is_sharded(self.unet)
         self.ema: ShadowWeights | None = build_ema(options, self.unet, self.shape.global_size)
         resumed = self._resume(candidates)
         self.loader = BatchLoader(
             images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers,
-            memory_format(options, accelerator.device),
+            memory_format(options, accelerator.device), options.shuffle_block_size,
         )  # fmt: skip
         self._micro_step = 0
         self._unwritten: dict[str, str] = {}  # kind of file -> what could not be written, and why
@@ -97,7 +97,7 @@ class Run:
         )
         self.checkpoints.saved_step = self.step or None
         self.skipped = SkippedSteps(
-            images, self.shape.global_size, options.seed, options.max_skipped_steps, self.output_dir,
+            images, self.loader.order, self.shape.global_size, options.max_skipped_steps, self.output_dir,
             accelerator.is_main_process, resumed.get("skipped_in_a_row", 0),
         )  # fmt: skip
         self.log = StepLog(options, accelerator, self.output_dir, self.shape.global_size, throughput)
@@ -325,6 +325,10 @@ class Run:
         accelerator.gradient_accumulation_steps = micro_steps
         return BatchShape(per_device, micro_steps, accelerator.num_processes, accelerator.process_index)
 
+    def _told_division(self) -> str:
+        stage = "ZeRO-3" if self.options.reshard_after_forward else "ZeRO-2"
+        return f"weights divided over them ({stage}), " if self.sharded else ""
+
     def _announce(self, throughput: Throughput) -> None:
         parameters = sum(p.numel() for p in self.unet.parameters())
         shape, size = self.shape, f"{self.images.height}x{self.images.width}"
@@ -332,6 +336,6 @@ class Run:
             f"{len(self.images):,} images {size}, {parameters / 1e6:.1f} M parameters, "
             f"{self.max_train_steps:,} steps of {shape.global_size} images = "
             f"{shape.per_device} a device x {shape.num_processes} processes x {shape.micro_steps} micro-steps, "
-            f"mixed precision {self.accelerator.mixed_precision}; {throughput}",
+            f"{self._told_division()}mixed precision {self.accelerator.mixed_precision}; {throughput}",
             flush=True,
         )

@@ -16,7 +16,7 @@ import torch
 
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.loader import Batch, to_model_range
+from trainkit.data.loader import Batch, to_model_range, to_training_size
 from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
 from trainkit.data.prepare import PREPARATION_NAME
 from trainkit.diffusion.noise_schedule import uniform_timesteps
@@ -51,7 +51,9 @@ def open_validation_images(options, images: PreparedImages) -> PreparedImages | 
             train_data_dir=given,
             dataset_name=None,
             resolution=f"{images.height}x{images.width}",
-            center_crop=True,
+            stored_resolution=None,
+            center_crop=False,
+            resize_mode=images.settings.resize_mode if images.fixed_size else "crop",
             image_mode=images.image_mode,
             background="#{:02x}{:02x}{:02x}".format(*images.settings.background),
             preserve_input_precision=images.bit_depth > 8,
@@ -145,7 +147,9 @@ class HeldOutLoss:
         shape = (images.channels, images.height, images.width)
         noise = normal_draws(self.run.options.seed, 0, rows, shape, Purpose.VALIDATION_NOISE)
         return Batch(
-            images=to_model_range(torch.from_numpy(pixels).to(device), images.bit_depth),
+            images=to_training_size(
+                to_model_range(torch.from_numpy(pixels).to(device), images.bit_depth), (images.height, images.width)
+            ),
             noise=torch.from_numpy(noise).to(device),
             uniforms=self.uniforms[list(rows)].to(device),
             indices=indices,
