@@ -125,6 +125,8 @@ class ArchiveReader(NamedTuple):
             raise
         except FileNotFoundError:
             raise RejectedImage("missing", "it is not there any more") from None
+        except (ValueError, OverflowError) as error:  # an offset that is none
+            raise RejectedImage("corrupt", f"the archive is damaged: {error}") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise RejectedImage("truncated", f"the archive is damaged: {error}") from None
         except Exception as error:  # each store raises its own; it may be gone the next time

@@ -5,6 +5,8 @@ Every process opens the file for itself, so any number of workers may read.
 
 # N images, H/W height and width, C channels
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +43,7 @@ class Hdf5File:
     def __init__(self, file: DataFile, name: str, vector_column: str):
         self.name, self.file = name, file
         self._where = f"--train_data_dir {file.location.path}"
-        with _open(file.location) as opened_file:
+        with _damage_told(file.location), _open(file.location) as opened_file:
             image, layout = self._find_images(opened_file)
             self._count = len(opened_file[image])
             label, text = (self._find(opened_file, names) for names in (LABEL_NAMES, TEXT_NAMES))
@@ -188,8 +190,21 @@ def _open(location: Location) -> Any:
     except FileNotFoundError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--train_data_dir {location.path} is no whole HDF5 file ({reason})") from None
+        raise _not_whole(location, error) from None
+
+
+@contextlib.contextmanager
+def _damage_told(location: Location) -> Iterator[None]:
+    """Whatever a damaged file makes h5py raise while it is looked through, as one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _not_whole(location, error) from None
+
+
+def _not_whole(location: Location, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"--train_data_dir {location.path} is no whole HDF5 file ({reason})")
 
 
 def _text(value: Any) -> str:

@@ -48,6 +48,14 @@ class ParquetFiles:
 
     def __init__(self, files: list[DataFile], name: str, vector_column: str):
         self.name, self.files = name, files
+        try:
+            self._list(vector_column)
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--train_data_dir {name}: labels or vectors cannot be read ({reason})") from None
+
+    def _list(self, vector_column: str) -> None:
+        files, name = self.files, self.name
         self.columns = None
         self._group_rows, labels = [], set()
         for file in files:
@@ -158,7 +166,7 @@ class _Forward:
 def _open(file: DataFile) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(open_file(file.location))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--train_data_dir {file.location.path} is no whole Parquet file ({reason})") from None
 
