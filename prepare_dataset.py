@@ -21,7 +21,16 @@ from trainkit.options import ImageOptions, SourceOptions
 class OutputOptions:
     """output: where the prepared dataset goes"""
 
-    output_dir: str | None = option(None, "folder for the prepared dataset, a new or empty one (required)")
+    output_dir: str | None = option(
+        None,
+        "folder for the prepared dataset, a new or empty one, or an fsspec URL such as s3://bucket/set (required)",
+    )
+    engine: str = option(
+        "processes", "what decodes: processes of this machine, or a Ray cluster", choices=("processes", "ray")
+    )
+    ray_address: str | None = option(
+        None, "with --engine ray: HOST:PORT of the cluster, or auto; default: one started on this machine for the run"
+    )
     export_hdf5: str | None = option(
         None, "FILE.h5 to write the prepared dataset to as well (--train_data_dir may be one that is prepared)"
     )
@@ -44,6 +53,11 @@ def main() -> None:
         return
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
+    if options.ray_address is not None and options.engine != "ray":
+        raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
+    from trainkit.data.cache import cache_root
+    from trainkit.data.files import location
+    from trainkit.data.pool import run_jobs
     from trainkit.data.prepare import prepare
     from trainkit.data.settings import settings_from_options
     from trainkit.data.sources import open_source
@@ -57,7 +71,13 @@ def main() -> None:
             raise UserError(
                 f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop (or --resize_mode)"
             )
-    prepare(open_source(options), settings, options.output_dir, options.num_proc)
+    output_dir = location(options.output_dir, options.storage_options)
+    engine, work_dir = run_jobs, cache_root(options) / "work"
+    if options.engine == "ray":
+        from trainkit.data.ray_engine import ray_engine
+
+        engine, work_dir = ray_engine(options.ray_address), None  # its workers share no folder of this machine
+    prepare(open_source(options), settings, output_dir, options.num_proc, engine=engine, work_dir=work_dir)
     if options.export_hdf5 is not None:
         export(options, options.output_dir)
 

@@ -24,7 +24,7 @@ from prepare import write_photographs  # noqa: E402
 
 from trainkit.data.dataset import PreparedImages  # noqa: E402
 from trainkit.data.export import export_hdf5  # noqa: E402
-from trainkit.data.locations import optional_module  # noqa: E402
+from trainkit.data.optional import load_package  # noqa: E402
 from trainkit.data.prepare import prepare  # noqa: E402
 from trainkit.data.settings import PreparationSettings  # noqa: E402
 from trainkit.data.sources import ImageFolder  # noqa: E402
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    h5py = optional_module("h5py", "this benchmark")
+    h5py = load_package("h5py", "this benchmark")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_photographs(folder / "photographs", options.num_images)

@@ -98,7 +98,7 @@ def test_what_is_ambiguous_is_refused_in_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="x.h5 is no whole HDF5 file"):
             open_given(tmp_path / "x.h5")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(UserError, match="needs a package that is missing: pip install h5py"):
+    with pytest.raises(UserError, match="needs the package h5py: pip install h5py"):
         open_given(tmp_path / "x.h5")
 
 

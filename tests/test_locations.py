@@ -105,7 +105,7 @@ def test_libraries_get_a_copy_of_the_storage_options(monkeypatch):
         options["client_kwargs"].clear()
         raise FileNotFoundError
 
-    core = locations.optional_module("fsspec.core", "")
+    core = locations.load_package("fsspec.core", "")
     monkeypatch.setattr(core, "url_to_fs", greedy)
     text = read_storage_options('{"client_kwargs": {"region_name": "x"}}')
     with pytest.raises(UserError):

@@ -78,6 +78,20 @@ class ImageOptions:
 
 
 @dataclass
+class LoadingOptions:
+    """loading: how batches come from the prepared dataset"""
+
+    dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
+    shuffle_block_size: int = option(
+        0,
+        "images to a block: shuffles blocks, then within 16 of them, for data beyond memory on slow disks; 0: all",
+    )
+    streaming: bool = option(
+        False, "read a prepared dataset at a URL block by block, in the place of a copy in --cache_dir"
+    )
+
+
+@dataclass
 class ModelOptions:
     """model: the UNet2DModel"""
 
@@ -113,6 +127,27 @@ class AugmentationOptions:
     """augmentation: on the device, drawn anew for every visit"""
 
     random_flip: bool = option(False, "mirror each image left-right with probability 1/2")
+    random_rotation: float = option(0.0, "turn by up to so many degrees either way, at most 180")
+    random_translation: float = option(0.0, "shift by up to this part of width and height, at most 1")
+    random_scale: float = option(
+        0.0, "zoom by a factor of 1 / (1 + X) to 1 + X, at most 4: 1 is half to twice the size"
+    )
+    random_resized_crop: list[float] | None = option(
+        None, "cut out a part and resize it: its smallest and largest area, as parts of the stored image's", nargs="+"
+    )
+    random_resized_crop_aspect: list[float] = option(
+        [0.75, 1.3333], "least and greatest width to height of that part, relative to the image's own", nargs="+"
+    )
+    random_brightness: float = option(0.0, "lighten or darken by up to this part of the range from black to white")
+    random_contrast: float = option(0.0, "multiply the distance from mid-grey by 1 - X to 1 + X, at most 1")
+    random_saturation: float = option(0.0, "multiply the distance from grey by 1 - X to 1 + X, at most 1")
+    random_hue: float = option(0.0, "turn the colour circle by up to so many degrees either way, at most 180")
+    augmentation_probability: float = option(
+        1.0, "chance that an image gets each kind of augmentation (but --random_flip)"
+    )
+    augmentation_conditioning: bool = option(
+        False, "tell the UNet in training what was done to each image, so that samples do not show it (non-leaking)"
+    )
 
 
 @dataclass
@@ -161,7 +196,7 @@ class EmaOptions:
 
 @dataclass
 class HardwareOptions:
-    """hardware: precision, seeds, loading"""
+    """hardware: precision, memory, seeds"""
 
     mixed_precision: str | None = option(
         None, "autocast of the forward pass; default: what `accelerate launch` says, else no",
@@ -191,11 +226,6 @@ class HardwareOptions:
     deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
     replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
     seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")
-    dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
-    shuffle_block_size: int = option(
-        0,
-        "images to a block: shuffles blocks, then within 16 of them, for data beyond memory on slow disks; 0: all",
-    )
     cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
     local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag")
 

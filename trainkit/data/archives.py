@@ -19,9 +19,18 @@ import numpy as np
 
 from trainkit.data import sources
 from trainkit.data.limits import RejectedImage
-from trainkit.data.listing import METADATA_NAMES, class_folders
 from trainkit.data.locations import DataFile, Location, open_file, opened, read_range, read_whole
-from trainkit.data.members import CONTENT_EXTENSIONS, SAMPLE_EXTENSIONS, File, Member, Span, clean_path, collect
+from trainkit.data.members import (
+    CONTENT_EXTENSIONS,
+    SAMPLE_EXTENSIONS,
+    File,
+    Member,
+    Span,
+    class_folders,
+    clean_path,
+    collect,
+)
+from trainkit.data.metadata import METADATA_NAMES
 from trainkit.data.sources import NO_LABEL, Record, Unit, cut_by_name, digest, first_length, sorted_labels
 from trainkit.data.vectors import parse_npy
 from trainkit.errors import UserError
@@ -50,7 +59,7 @@ class Archives:
             found = f"{len(faults)} rejected, the first {faults[0]}" if faults else "no image file found inside"
             raise UserError(f"--train_data_dir {root or name} holds no image that can be read ({found})")
         if not any(member.label for member in self.members):
-            folders = class_folders({member.path: None for member in self.members if not _is_damage(member)})
+            folders = class_folders(member.path for member in self.members if not _is_damage(member))
             self.members = [
                 member._replace(label=folders.get(member.path.rpartition("/")[0])) for member in self.members
             ]

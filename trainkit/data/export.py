@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.locations import optional_module
+from trainkit.data.optional import load_package
 from trainkit.errors import UserError
 
 BATCH_BYTES = 16 * 2**20  # of pixels, copied at a time
@@ -26,7 +26,7 @@ def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "no
     check_export(path)
     if not images.fixed_size:
         raise UserError(f"--export_hdf5 {path} needs images of one size: prepare them again with --center_crop")
-    h5py = optional_module("h5py", "--export_hdf5")
+    h5py = load_package("h5py", "--export_hdf5")
     mark = f"{images.fingerprint} {compression}"
     if _held(h5py, path) == mark:
         print(f"{path} is up to date")
@@ -46,7 +46,7 @@ def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "no
 
 def check_export(path: Path) -> None:
     """Raises `UserError` where the file cannot be written, or is not one that an export left."""
-    h5py = optional_module("h5py", "--export_hdf5")
+    h5py = load_package("h5py", "--export_hdf5")
     if path.suffix.lower() not in (".h5", ".hdf5"):
         raise UserError(f"--export_hdf5 {path} must end in .h5 or .hdf5")
     if path.exists() and _held(h5py, path) is None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from trainkit.data import sources
 from trainkit.data.limits import RejectedImage
-from trainkit.data.locations import DataFile, Location, is_url, open_file, opened, optional_module
+from trainkit.data.locations import DataFile, Location, is_url, open_file, opened
+from trainkit.data.optional import load_package
 from trainkit.data.sources import NO_LABEL, Record, Unit, digest, sorted_labels
 from trainkit.errors import UserError
 
@@ -182,7 +183,7 @@ class _Blocks:
 
 def _open(location: Location) -> Any:
     """The file, opened for reading. Raises `UserError` where it is no HDF5 file, OSError where it is not there."""
-    h5py = optional_module("h5py", f"--train_data_dir {location.path}")
+    h5py = load_package("h5py", f"--train_data_dir {location.path}")
     try:
         if is_url(location.path):
             return h5py.File(open_file(location), "r", rdcc_nbytes=CHUNK_CACHE_BYTES)

@@ -4,7 +4,6 @@ A location is small, hashable and picklable; whatever is open belongs to one thr
 """
 
 import functools
-import importlib
 import itertools
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from trainkit.data.listing import IMAGE_EXTENSIONS
+from trainkit.data.optional import load_package
 from trainkit.errors import UserError
 
 KINDS = {
@@ -54,16 +54,6 @@ class DataFile(NamedTuple):
     @property
     def stamp(self) -> str:
         return f"{self.size} {self.location.version}"
-
-
-def optional_module(name: str, needed_for: str) -> Any:
-    """Import a package that only some users need, or raise `UserError` with what to install."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(
-            f"{needed_for} needs a package that is missing: pip install {name.partition('.')[0]}"
-        ) from None
 
 
 def is_url(path: str) -> bool:
@@ -223,7 +213,7 @@ def _named(described: list[tuple[str, int, str]], storage_options: str) -> list[
 
 
 def _filesystem(url: str, storage_options: str, flag: str) -> tuple[Any, str]:
-    core = optional_module("fsspec.core", f"{flag} {url}")
+    core = load_package("fsspec.core", f"{flag} {url}")
     try:
         return core.url_to_fs(url, **json.loads(storage_options))
     except ImportError as error:

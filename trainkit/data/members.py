@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainkit.data.listing import CAPTION_COLUMNS, IMAGE_EXTENSIONS, METADATA_NAMES, NOTHING_TOLD, told_by_metadata
+from trainkit.data.listing import IMAGE_EXTENSIONS
+from trainkit.data.metadata import CAPTION_COLUMNS, METADATA_NAMES, Told, told_lines
 from trainkit.data.vectors import vector_bytes
 
 LABEL_KEYS = ("label", "cls", "class")
@@ -91,13 +92,23 @@ def collect(files: Iterable[File], container: int, where: str, vector_column: st
     told = {}
     for file in metadata:
         text = io.TextIOWrapper(io.BytesIO(file.content), encoding="utf-8-sig", newline="")
-        told |= told_by_metadata(text, file.span.path, Path(where), vector_column)
+        told |= {line.path: line for line in told_lines(text, file.span.path, Path(where), vector_column)}
     for path in told.keys() - images.keys():  # another extension, or a row without its file
         missing = File(Span(path, "missing"), fault=("missing", "a metadata file names it, but it is not there"))
         images[path] = others.get(path, missing)
     _drop_other_parts(images, others)
     found = [_member(container, path, file, told, others, vector_column) for path, file in images.items()]
     return sorted([*found, *rejected], key=lambda member: (member.span.offset, member.path))
+
+
+def class_folders(paths: Iterable[str]) -> dict[str, str]:
+    """Folder -> its own name as a class: where every image lies equally deep and there are several names."""
+    folders = {path.rpartition("/")[0] for path in paths}
+    names = {folder.rpartition("/")[2] for folder in folders}
+    depths = {folder.count("/") for folder in folders}
+    if "" in folders or len(depths) > 1 or len(names) < 2:
+        return {}
+    return {folder: folder.rpartition("/")[2] for folder in folders}
 
 
 def _drop_other_parts(images: dict[str, File], others: dict[str, File]) -> None:
@@ -114,7 +125,7 @@ def _drop_other_parts(images: dict[str, File], others: dict[str, File]) -> None:
 
 def _member(container: int, path: str, file: File, told: dict, others: dict[str, File], vector_column: str) -> Member:
     stem = path.rpartition(".")[0]
-    label, text, vector = told.get(path, NOTHING_TOLD)
+    _, label, text, vector = told.get(path) or Told(path)
     sample = _json_object(others.get(stem + ".json"))
     if label is None:
         label = _first(sample, LABEL_KEYS)

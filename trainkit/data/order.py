@@ -25,8 +25,20 @@ class Purpose(IntEnum):
     FLIP = 2
     CROP_TOP = 3
     CROP_LEFT = 4
+    ROTATION = 5
+    TRANSLATION_X = 6
+    TRANSLATION_Y = 7
+    SCALE = 8
+    BRIGHTNESS = 9
+    CONTRAST = 10
+    SATURATION = 11
+    HUE = 12
+    RESIZED_CROP_AREA = 13
+    RESIZED_CROP_ASPECT = 14
+    RESIZED_CROP_TOP = 15
     VALIDATION_NOISE = 16
     VALIDATION_TIMESTEPS = 17
+    RESIZED_CROP_LEFT = 18
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from trainkit.data.limits import RejectedImage
-from trainkit.data.listing import CAPTION_COLUMNS, Entry, list_folder
+from trainkit.data.listing import Entry, list_folder
+from trainkit.data.metadata import CAPTION_COLUMNS
 from trainkit.data.vectors import MAX_VECTOR_BYTES, as_vector, parse_npy
 from trainkit.errors import UserError
 
@@ -48,12 +49,11 @@ class ImageFolder:
     def __init__(self, folder: str | Path, flag: str = "--train_data_dir", vector_column: str = "vector"):
         self.folder = Path(folder)
         self.name = self.folder.resolve().name or "images"
-        self.entries = list_folder(self.folder, flag, vector_column)
-        names = {entry.label for entry in self.entries} - {None}
-        self.label_names = sorted_labels(names) if names else None
-        self.has_text = any(entry.text is not None or entry.caption_file for entry in self.entries)
-        self.vector_length = first_length(_read_entry_vector(self.folder, entry) for entry in self.entries)
-        self.fingerprint = digest(_identity(self.entries))
+        self.entries, labels, self.has_text, has_vector = list_folder(self.folder, flag, vector_column)
+        self.label_names = sorted_labels(labels) if labels else None
+        vectors = (_entry_vector(self.folder, entry) for entry in self.entries) if has_vector else ()
+        self.vector_length = first_length(vectors)
+        self.fingerprint = _identity(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -64,7 +64,8 @@ class ImageFolder:
         return FolderReader(str(self.folder.resolve()), label_ids)
 
     def units(self) -> list[Unit]:
-        return [Unit(digest(_identity(entries)), entries) for entries in cut_by_name(self.entries, UNIT_ITEMS)]
+        parts = [self.entries.part(*bounds) for bounds in cuts(self.entries.paths(), UNIT_ITEMS)]
+        return [Unit(_identity(part), part) for part in parts]
 
 
 class FolderReader(NamedTuple):
@@ -80,11 +81,11 @@ class FolderReader(NamedTuple):
             text = _read_caption(path.with_suffix(".txt"))
         vector = None
         if entry.vector is not None or entry.vector_file:
-            vector = _read_entry_vector(self.folder, entry)()
+            vector = _entry_vector(self.folder, entry)()
         return Record(path, self.label_ids.get(entry.label, NO_LABEL), text, vector)
 
 
-def _read_entry_vector(folder: str | Path, entry: Entry) -> Callable[[], np.ndarray] | None:
+def _entry_vector(folder: str | Path, entry: Entry) -> Callable[[], np.ndarray] | None:
     """A function that reads it; None for an entry that has none."""
     if entry.vector is not None:
         return lambda: np.frombuffer(entry.vector, np.float32)
@@ -122,21 +123,26 @@ def _read_caption(path: Path) -> str | None:
 
 
 def cut_by_name(entries: list[Entry], mean: int) -> Iterator[list[Entry]]:
-    """Cut a sorted listing into runs of about `mean`, of at least half and at most four times as many.
+    """The runs of `cuts`, as lists."""
+    return (entries[start:stop] for start, stop in cuts((entry.path for entry in entries), mean))
+
+
+def cuts(paths: Iterable[str], mean: int) -> Iterator[tuple[int, int]]:
+    """Cut a sorted listing into runs of about `mean`, of at least half and at most four times as many: (start, stop).
 
     A run ends where a hash of the path says so, not at a count: an added file changes its own run, no other.
     """
-    start = 0
-    for position, entry in enumerate(entries, 1):
-        count = position - start
+    start, stop = 0, 0
+    for stop, path in enumerate(paths, 1):
+        count = stop - start
         if count < mean // 2:
             continue
-        path_hash = hashlib.blake2b(_bytes(entry.path), digest_size=8).digest()
+        path_hash = hashlib.blake2b(_bytes(path), digest_size=8).digest()
         if count == 4 * mean or int.from_bytes(path_hash, "little") % (mean - mean // 2) == 0:
-            yield entries[start:position]
-            start = position
-    if start < len(entries):
-        yield entries[start:]
+            yield start, stop
+            start = stop
+    if start < stop:
+        yield start, stop
 
 
 def sorted_labels(names: set[str]) -> list[str]:
@@ -147,8 +153,12 @@ def sorted_labels(names: set[str]) -> list[str]:
         return sorted(names)
 
 
-def _identity(entries: list[Entry]) -> bytes:
-    return _bytes("\n".join(map(repr, map(tuple, entries))))
+def _identity(entries: Iterable[Entry]) -> str:
+    digest, separator = hashlib.blake2b(digest_size=8), ""
+    for entry in entries:
+        digest.update(_bytes(separator + repr(tuple(entry))))
+        separator = "\n"
+    return digest.hexdigest()
 
 
 def _bytes(text: str) -> bytes:
@@ -324,6 +334,6 @@ def open_source(options):
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         flag, split = "--train_data_dir", options.dataset_split
         return HubDataset(str(folder), None, split, flag=flag, vector_column=vector_column)
-    from trainkit.data.files import open_files  # it stands on this module
+    from trainkit.data.opening import open_files  # it stands on this module
 
     return open_files(options) or ImageFolder(folder, vector_column=vector_column)

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from trainkit.data import sources
 from trainkit.data.limits import RejectedImage
-from trainkit.data.listing import CAPTION_COLUMNS
 from trainkit.data.locations import DataFile, open_file, opened
+from trainkit.data.metadata import CAPTION_COLUMNS
 from trainkit.data.sources import Columns, Record, Unit, as_vector, digest, first_length, label_id, sorted_labels
 from trainkit.errors import UserError
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffusers import UNet2DModel
 
-from trainkit.data.prepare import parse_resolution
+from trainkit.data.settings import parse_resolution
 from trainkit.errors import UserError
 
 # The UNet of diffusers' train_unconditional.py: 113.7 M parameters at 3 channels.

@@ -22,8 +22,10 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
 
+from trainkit.data.augment import build_augmentation
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.loader import Batch, BatchLoader, BatchShape
+from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.errors import UserError
 from trainkit.options import SECRET_OPTIONS
 from trainkit.training.ema import ShadowWeights, build_ema
@@ -88,6 +90,7 @@ class Run:
         self.loader = BatchLoader(
             images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers,
             memory_format(options, accelerator.device), options.shuffle_block_size,
+            build_augmentation(options, images.channels),
         )  # fmt: skip
         self._micro_step = 0
         self._unwritten: dict[str, str] = {}  # kind of file -> what could not be written, and why
@@ -190,10 +193,11 @@ class Run:
         self._flush_log()  # trackers take no step below one they have seen
         started = time.perf_counter()
         with contextlib.nullcontext() if self.ema is None else self.ema.swapped_in():
-            unet = unsharded_copy(self.unet) if self.sharded else self.unet
-            unet.eval()
-            with uncompiled(unet):
-                yield unet
+            with without_augmentation_input(self.unet):
+                unet = unsharded_copy(self.unet) if self.sharded else self.unet
+                unet.eval()
+                with uncompiled(unet):
+                    yield unet
         self.unet.train()
         self.log.pause(time.perf_counter() - started)
 

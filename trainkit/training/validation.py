@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trainkit.data.augment import to_training_size
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.loader import Batch, to_model_range, to_training_size
+from trainkit.data.loader import Batch, to_model_range
 from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
 from trainkit.data.prepare import PREPARATION_NAME
 from trainkit.diffusion.noise_schedule import uniform_timesteps
@@ -50,6 +51,7 @@ def open_validation_images(options, images: PreparedImages) -> PreparedImages | 
             options,
             train_data_dir=given,
             dataset_name=None,
+            streaming=False,
             resolution=f"{images.height}x{images.width}",
             stored_resolution=None,
             center_crop=False,
