@@ -68,9 +68,7 @@ def main() -> None:
 
         check_export(Path(options.export_hdf5))
         if not settings.fixed_size:
-            raise UserError(
-                f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop (or --resize_mode)"
-            )
+            raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
     output_dir = location(options.output_dir, options.storage_options)
     engine, work_dir = run_jobs, cache_root(options) / "work"
     if options.engine == "ray":
@@ -83,14 +81,18 @@ def main() -> None:
 
 
 def is_prepared(options: Options) -> bool:
-    return options.train_data_dir is not None and Path(options.train_data_dir, "preparation.json").is_file()
+    from trainkit.data.files import exists, location
+
+    given = options.train_data_dir
+    return given is not None and exists(location(given, options.storage_options) / "preparation.json")
 
 
 def export(options: Options, folder: str) -> None:
     from trainkit.data.dataset import PreparedImages
     from trainkit.data.export import export_hdf5
 
-    export_hdf5(PreparedImages(folder), options.export_hdf5, options.hdf5_compression)
+    images = PreparedImages(folder, storage_options=options.storage_options)
+    export_hdf5(images, options.export_hdf5, options.hdf5_compression)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from trainkit.data.files import location
 from trainkit.data.listing import IMAGE_EXTENSIONS
 from trainkit.data.optional import load_package
 from trainkit.errors import UserError
@@ -66,14 +67,8 @@ def kind_of(name: str) -> str | None:
 
 
 def read_storage_options(text: str | None) -> str:
-    """`--storage_options` checked, as JSON text; the message tells no value: they hold credentials."""
-    try:
-        options = json.loads(text or "{}")
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise UserError("--storage_options is not a JSON object; give for instance '{\"anon\": true}'")
-    return json.dumps(options, sort_keys=True)
+    """`--storage_options` checked, as JSON text. Raises `UserError`."""
+    return location("memory://", text).storage_options
 
 
 def find_files(given: str, storage_options: str, flag: str) -> list[DataFile] | None:
