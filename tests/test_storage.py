@@ -16,11 +16,11 @@ from trainkit.data.prepare import prepare
 from trainkit.data.settings import PreparationSettings, settings_from_options
 from trainkit.data.sources import ImageFolder
 from trainkit.errors import UserError
-from trainkit.options import ImageOptions, SourceOptions
+from trainkit.options import ImageOptions, LoadingOptions, SourceOptions
 
 
 @dataclasses.dataclass
-class Options(SourceOptions, ImageOptions):
+class Options(SourceOptions, ImageOptions, LoadingOptions):
     pass
 
 
