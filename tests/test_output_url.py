@@ -25,7 +25,7 @@ from trainkit.data.sources import ImageFolder
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = PreparationSettings(16, 16, center_crop=True)
+SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 
 
 @pytest.fixture(scope="module")
