@@ -18,7 +18,16 @@ from trainkit.options import ImageOptions, SourceOptions
 class OutputOptions:
     """output: where the prepared dataset goes"""
 
-    output_dir: str | None = option(None, "folder for the prepared dataset, a new or empty one (required)")
+    output_dir: str | None = option(
+        None,
+        "folder for the prepared dataset, a new or empty one, or an fsspec URL such as s3://bucket/set (required)",
+    )
+    engine: str = option(
+        "processes", "what decodes: processes of this machine, or a Ray cluster", choices=("processes", "ray")
+    )
+    ray_address: str | None = option(
+        None, "with --engine ray: HOST:PORT of the cluster, or auto; default: one started on this machine for the run"
+    )
 
 
 @dataclass
@@ -30,12 +39,23 @@ def main() -> None:
     options = parse_options(Options, __doc__.partition("\n")[0])
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
+    if options.ray_address is not None and options.engine != "ray":
+        raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
+    from trainkit.data.cache import cache_root
+    from trainkit.data.files import location
+    from trainkit.data.pool import run_jobs
     from trainkit.data.prepare import prepare
     from trainkit.data.settings import settings_from_options
     from trainkit.data.sources import open_source
 
     settings = settings_from_options(options)
-    prepare(open_source(options), settings, options.output_dir, options.num_proc)
+    output_dir = location(options.output_dir, options.storage_options)
+    engine, work_dir = run_jobs, cache_root(options) / "work"
+    if options.engine == "ray":
+        from trainkit.data.ray_engine import ray_engine
+
+        engine, work_dir = ray_engine(options.ray_address), None  # its workers share no folder of this machine
+    prepare(open_source(options), settings, output_dir, options.num_proc, engine=engine, work_dir=work_dir)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from trainkit.options import (
     HardwareOptions,
     HubOptions,
     ImageOptions,
+    LoadingOptions,
     LoggingOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -39,6 +40,7 @@ from trainkit.options import (
 class Options(
     SourceOptions,
     ImageOptions,
+    LoadingOptions,
     AugmentationOptions,
     ModelOptions,
     ObjectiveOptions,

@@ -23,13 +23,13 @@ from trainkit.data.images import PreparationSettings, decode_image
 from trainkit.data.prepare import prepare
 from trainkit.data.sources import HubDataset, ImageFolder
 from trainkit.errors import UserError
-from trainkit.options import ImageOptions, SourceOptions
+from trainkit.options import ImageOptions, LoadingOptions, SourceOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass
-class Options(SourceOptions, ImageOptions):
+class Options(SourceOptions, ImageOptions, LoadingOptions):
     pass
 
 

@@ -24,6 +24,7 @@ class SourceOptions:
     cache_dir: str | None = option(
         None, "folder for downloads and prepared datasets (default: $TRAINKIT_CACHE, else ~/.cache/trainkit)"
     )
+    storage_options: str | None = option(None, "JSON of options for fsspec URLs, such as endpoint and keys")
     num_proc: int = option(0, "processes that decode images; 0 takes one for each core")
 
 
@@ -64,6 +65,20 @@ class ImageOptions:
     )
     max_image_pixels: int = option(
         89_478_485, "reject images of more pixels (width x height), before room is made for them; 0: none"
+    )
+
+
+@dataclass
+class LoadingOptions:
+    """loading: how batches come from the prepared dataset"""
+
+    dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
+    shuffle_block_size: int = option(
+        0,
+        "images to a block: shuffles blocks, then within 16 of them, for data beyond memory on slow disks; 0: all",
+    )
+    streaming: bool = option(
+        False, "read a prepared dataset at a URL block by block, in the place of a copy in --cache_dir"
     )
 
 
@@ -172,7 +187,7 @@ class EmaOptions:
 
 @dataclass
 class HardwareOptions:
-    """hardware: precision, seeds, loading"""
+    """hardware: precision, memory, seeds"""
 
     mixed_precision: str | None = option(
         None, "autocast of the forward pass; default: what `accelerate launch` says, else no",
@@ -202,11 +217,6 @@ class HardwareOptions:
     deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
     replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
     seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")
-    dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
-    shuffle_block_size: int = option(
-        0,
-        "images to a block: shuffles blocks, then within 16 of them, for data beyond memory on slow disks; 0: all",
-    )
     cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
     local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag")
 

@@ -4,12 +4,16 @@ import os
 import re
 from pathlib import Path
 
+from filelock import FileLock
+
 from trainkit.data.dataset import PreparedImages
+from trainkit.data.files import RemotePath, exists, fetch, for_each, location, sizes
 from trainkit.data.prepare import (
     LOCK_NAME,
     PREPARATION_NAME,
     dataset_fingerprint,
     prepare,
+    read_preparation,
     told_counts,
 )
 from trainkit.data.settings import (
@@ -23,19 +27,24 @@ from trainkit.errors import UserError
 
 
 def open_or_prepare(options) -> PreparedImages:
-    """Open what `--train_data_dir` or `--dataset_name` names (`SourceOptions` and `ImageOptions`).
+    """Open what `--train_data_dir` or `--dataset_name` names (`SourceOptions`, `ImageOptions`, `LoadingOptions`).
 
     A prepared dataset is opened as it is. Anything else is prepared in the cache first, unless it is there already;
     every process of a run may call this at once: one prepares, the others wait for it. Raises `UserError`.
     """
     flag = "--train_data_dir" if options.dataset_name is None else "--dataset_name"
     given = options.train_data_dir if options.dataset_name is None else options.dataset_name
-    if given is not None and Path(given, PREPARATION_NAME).is_file():
+    place = given and location(given, options.storage_options)
+    if options.streaming:
+        _check_streaming(options, place, f"{flag} {given}")
+    if place and exists(place / PREPARATION_NAME):
         resolution = None if options.resolution is None else parse_resolution(options.resolution)
-        images = PreparedImages(given, resolution)
+        if isinstance(place, RemotePath) and not options.streaming:
+            place = local_copy(place, cache_root(options) / "copies")
+        images = PreparedImages(place, resolution)
         _check_agreement(images, options, f"{flag} {given}")
         return images
-    if given is not None and Path(given, LOCK_NAME).is_file():
+    if place and exists(place / LOCK_NAME):
         raise UserError(f"{flag} {given} is an unfinished prepared dataset; run its prepare_dataset.py again")
     settings = settings_from_options(options)
     source = open_source(options)
@@ -53,6 +62,50 @@ def open_or_prepare(options) -> PreparedImages:
     if is_first:
         print(f"prepared images: {folder}, {told_counts(images.preparation)}", flush=True)
     return images
+
+
+def _check_streaming(options, place: Path | RemotePath | None, what: str) -> None:
+    if not isinstance(place, RemotePath):
+        raise UserError(f"--streaming reads a prepared dataset from a URL, and {what} is none: leave it out")
+    if not exists(place / PREPARATION_NAME):
+        raise UserError(
+            f"--streaming: {what} is no prepared dataset; make one with prepare_dataset.py --output_dir URL"
+        )
+    if options.shuffle_block_size == 0:
+        raise UserError(
+            "--streaming fetches whole shards: add --shuffle_block_size 1024, so that each is used at once"
+        )
+
+
+def local_copy(folder: RemotePath, root: Path) -> Path:
+    """A copy of a prepared dataset at a URL in `root`, made once; what a killed run has copied is not copied again.
+
+    Raises `UserError` where it cannot be read or written.
+    """
+    preparation = read_preparation(folder)
+    if preparation is None:
+        raise UserError(
+            f"{folder} is no complete prepared dataset; run prepare_dataset.py with that --output_dir again"
+        )
+    copy = root / f"{folder.name[:60]}-{preparation['fingerprint']}"
+    names = [shard["filename"] for shard in preparation["shards"]]
+    wanted = {shard["filename"]: shard["num_bytes"] for shard in preparation["shards"]}
+    try:
+        copy.mkdir(parents=True, exist_ok=True)
+        with FileLock(copy / LOCK_NAME):
+            if read_preparation(copy) is not None:
+                return copy
+            present = sizes(copy)
+            missing = [name for name in names if present.get(name) != wanted[name]]
+            print(
+                f"copying {len(missing):,} shards of {folder} to {copy} (once; --streaming makes no copy)", flush=True
+            )
+            list(for_each(lambda path: fetch(path, copy / path.name), [folder / name for name in missing]))
+            for name in ("dataset_info.json", "state.json", PREPARATION_NAME):
+                fetch(folder / name, copy / name)
+    except OSError as error:
+        raise UserError(f"copying {folder} to --cache_dir {copy}: {error.strerror or error}") from None
+    return copy
 
 
 def cache_root(options) -> Path:

@@ -4,11 +4,12 @@
 
 import bisect
 import ctypes
+import errno
 import json
 import mmap
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from trainkit.data.files import RemotePath, location, open_stream, read_text, size, sizes
 from trainkit.data.prepare import FORMAT, PREPARATION_NAME, read_preparation
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.shards import open_stream
 from trainkit.data.storage import decode
 from trainkit.errors import UserError
 
 NO_LABEL = -1
+FETCHES = 4  # shards of about 25 MB at once
 
 
 class _Batch(NamedTuple):
@@ -43,13 +45,19 @@ class _Shard(NamedTuple):
 class PreparedImages:
     """The images of a prepared dataset by number, 0 to `len() - 1`. Raises `UserError` where it is not whole.
 
-    Opening reads two small files and looks at the size of each shard; a shard is mapped when first touched.
+    Opening reads three small files and the sizes in the folder; a shard is mapped when first touched. From a URL (with
+    `storage_options`, JSON) it is fetched whole then, and kept until `read_ahead` tells that others are wanted.
     `stored_height` and `stored_width` are those of what `gather` gives, `height` and `width` those of training (its
     `resolution`), which are smaller where the dataset was prepared so.
     """
 
-    def __init__(self, folder: str | Path, resolution: tuple[int, int] | None = None):
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path | RemotePath,
+        resolution: tuple[int, int] | None = None,
+        storage_options: str | None = None,
+    ):
+        self.folder = location(folder, storage_options)
         preparation = read_preparation(self.folder)
         if preparation is None:
             raise UserError(
@@ -58,7 +66,7 @@ class PreparedImages:
             )
         if preparation.get("format") != FORMAT:
             raise UserError(f"{folder} was prepared by another version of these scripts; prepare the images again")
-        info = json.loads((self.folder / "dataset_info.json").read_text())
+        info = json.loads(read_text(self.folder / "dataset_info.json"))
         self.settings = PreparationSettings(
             **{**preparation["settings"], "background": tuple(preparation["settings"]["background"])}
         )
@@ -74,14 +82,16 @@ class PreparedImages:
         self.label_names: list[str] | None = info["features"].get("label", {}).get("names")
         self.has_text = "text" in info["features"]
         self._shards = [shard for shard in preparation["shards"] if shard["num_rows"]]
+        present = sizes(self.folder)
         for shard in self._shards:
-            self._check_size(shard)
+            self._check_size(shard, present.get(shard["filename"]))
         self._shard_starts = np.cumsum([0] + [shard["num_rows"] for shard in self._shards])
         self._shards_open: dict[int, _Shard] = {}  # those touched so far
-        self._addresses = np.zeros(
-            len(self._shards), dtype=np.int64
-        )  # of their first pixel; 0: not yet, or no single one
+        # Where the first pixel of each lies; 0: not open yet, or in several batches.
+        self._addresses = np.zeros(len(self._shards), dtype=np.int64)
         self._being_opened: dict[int, Future[_Shard]] = {}
+        self._fetchers: ThreadPoolExecutor | None = None  # of shards that are wanted soon, from a URL
+        self._wanted: set[int] = set()
         self._opening = threading.Lock()  # loaders gather from several threads
 
     def __len__(self) -> int:
@@ -149,10 +159,32 @@ class PreparedImages:
         return [batch.columns.column(column)[row].as_py() for batch, row in self._located(indices)]
 
     def read_ahead(self, ranges: list[tuple[int, int]]) -> None:
-        """Have the disk begin to read the images of `ranges` (first, end), from front to back; does not wait."""
+        """Begin to read the images of `ranges` (first, end), from front to back; does not wait.
+
+        From a URL their shards are fetched, and kept besides those that the call before asked for; others are let go.
+        """
+        if isinstance(self.folder, RemotePath):
+            self._fetch_ahead(ranges)
+            return
         for first, end in ranges:
             for batch, start, stop in self._parts(first, end):
                 _will_need(batch.pixels, start, stop, batch.offsets)
+
+    def _fetch_ahead(self, ranges: list[tuple[int, int]]) -> None:
+        ends = [self._shards_and_rows(np.array([first, end - 1]))[0].tolist() for first, end in ranges]
+        numbers = dict.fromkeys(number for first, last in ends for number in range(first, last + 1))
+        if self._fetchers is None:
+            self._fetchers = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
+        with self._opening:
+            kept, self._wanted = self._wanted | set(numbers), set(numbers)
+            self._shards_open = {number: shard for number, shard in self._shards_open.items() if number in kept}
+        for number in numbers:
+            if number not in self._shards_open:
+                self._fetchers.submit(self._fetch, number)
+
+    def _fetch(self, number: int) -> None:
+        if number in self._wanted:  # still
+            self._shard(number)  # what goes wrong is told to whoever gathers from it
 
     def _parts(self, first: int, end: int) -> Iterator[tuple[_Batch, int, int]]:
         """The batches that hold rows `first` to `end` - 1, each with the rows in it."""
@@ -202,16 +234,21 @@ class PreparedImages:
     def _open_shard(self, number: int) -> _Shard:
         shard = self._shards[number]
         path = self.folder / shard["filename"]
-        self._check_size(shard)
         try:
+            self._check_size(shard, size(path))
             batches = list(open_stream(path))
         except (OSError, pa.ArrowException) as error:
-            raise self._broken(path, " ".join(str(error).split())) from None
+            reason = " ".join(str(error).split())
+            if isinstance(path, RemotePath) and getattr(error, "errno", None) == errno.EIO:
+                raise UserError(
+                    f"{path} cannot be fetched ({reason}); when the store answers, go on from a checkpoint"
+                ) from None
+            raise self._broken(path, reason) from None
         if sum(batch.num_rows for batch in batches) != shard["num_rows"]:
             raise self._broken(path, f"it should hold {shard['num_rows']} images")
         starts = list(accumulate((batch.num_rows for batch in batches[:-1]), initial=0))
         views = [self._views(batch) for batch in batches]
-        if len(views) == 1:
+        if len(views) == 1 and isinstance(path, Path):  # what is fetched does not stay
             self._addresses[number] = views[0].pixels.ctypes.data
         return _Shard(starts, views)
 
@@ -231,16 +268,12 @@ class PreparedImages:
         )
         return _Batch(batch, pixels, offsets, heights, widths)
 
-    def _check_size(self, shard: dict) -> None:
-        path = self.folder / shard["filename"]
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise self._broken(path, error.strerror) from None
-        if size != shard["num_bytes"]:
-            raise self._broken(path, f"{size} bytes instead of {shard['num_bytes']}")
+    def _check_size(self, shard: dict, num_bytes: int | None) -> None:
+        if num_bytes != shard["num_bytes"]:
+            found = "No such file" if num_bytes is None else f"{num_bytes} bytes instead of {shard['num_bytes']}"
+            raise self._broken(self.folder / shard["filename"], found)
 
-    def _broken(self, path: Path, reason: str) -> UserError:
+    def _broken(self, path: Path | RemotePath, reason: str) -> UserError:
         return UserError(f"{path} is damaged ({reason}); delete it and run the preparation again: only it is redone")
 
 

@@ -106,6 +106,8 @@ class BatchLoader:
                 yield self._to_device(host_batch)
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
+            if self.order.block_size:
+                self.images.read_ahead([])  # what was asked for and not begun is not wanted any more
 
     def make(self, step: int, micro_step: int) -> dict:
         """The batch of one micro-step on the host: `images` (B, H, W, C) as stored, noise, uniforms, and the rest."""

@@ -11,36 +11,38 @@ import errno
 import hashlib
 import json
 import platform
-import shutil
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
-from trainkit.data.pool import num_cores, run_jobs
-from trainkit.data.settings import PreparationSettings
-from trainkit.data.shards import (
-    BATCH_BYTES,
-    SLICE_ITEMS,
-    JoinJob,
-    ShardWriter,
-    SliceJob,
-    open_stream,
-    read_summary,
+from trainkit.data.files import (
+    RemotePath,
+    delete,
+    delete_folder,
+    for_each,
+    location,
+    make_folder,
+    read_schema,
+    read_text,
+    sizes,
     write_json,
     write_text,
 )
+from trainkit.data.plan import TRANSIENT_FAULTS, Plan
+from trainkit.data.pool import run_jobs
+from trainkit.data.settings import PreparationSettings
+from trainkit.data.shards import BATCH_BYTES, SLICE_ITEMS, ShardWriter, SliceJob, read_summary
 from trainkit.errors import UserError
 
 FORMAT = 2  # raise it when the same file and settings would give other pixels or another layout
 WORK_FOLDER, LOCK_NAME, PREPARATION_NAME = "work", ".lock", "preparation.json"
 REJECTED_NAME = "rejected.jsonl"
-TRANSIENT_FAULTS = {"unreadable", "crashed"}  # may be gone the next time though no file changed: tried again
 OUTPUT_ERRORS = {
     getattr(errno, name)
     for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR EEXIST ENOENT ENAMETOOLONG".split()
@@ -52,11 +54,11 @@ def dataset_fingerprint(source, settings: PreparationSettings) -> str:
     return _digest(FORMAT, settings.identity, source.fingerprint, source.label_names, source.has_text)
 
 
-def read_preparation(folder: Path) -> dict | None:
+def read_preparation(folder: Path | RemotePath) -> dict | None:
     """preparation.json of a complete prepared dataset; None where there is none, or its writing was cut short."""
     try:
-        preparation = json.loads((folder / PREPARATION_NAME).read_text())
-        state = json.loads((folder / "state.json").read_text())
+        preparation = json.loads(read_text(folder / PREPARATION_NAME))
+        state = json.loads(read_text(folder / "state.json"))
     except (OSError, ValueError):
         return None
     return preparation if state.get("_fingerprint") == preparation.get("fingerprint") else None
@@ -65,43 +67,59 @@ def read_preparation(folder: Path) -> dict | None:
 def prepare(
     source,
     settings: PreparationSettings,
-    output_dir: str | Path,
+    output_dir: str | Path | RemotePath,
     num_proc: int = 0,
     show_progress: bool = True,
     output_flag: str = "--output_dir",
+    engine: Callable = run_jobs,
+    work_dir: Path | None = None,
 ) -> dict:
     """Write `source` as a prepared dataset; returns what its preparation.json says.
 
-    Does nothing where the folder already holds just that. `num_proc` 0 takes every core. Of two runs at one folder
-    the second waits and finds the work done. Raises `UserError` where nothing can be read or written.
+    Does nothing where the folder already holds just that. `num_proc` 0 takes every core. `engine` runs the jobs, as
+    `run_jobs` does. `work_dir` is a folder for what is half done where `output_dir` is at a URL (None: there too).
+    Of two runs at one folder the second waits and finds the work done; so do two of one machine at a URL, while those
+    of two machines do the same work twice. Raises `UserError` where nothing can be read or written.
     """
     if num_proc < 0:
         raise UserError(f"--num_proc {num_proc} must be 0 (every core) or more")
-    output_dir = Path(output_dir)
+    output_dir = location(output_dir)
+    work = output_dir
+    if isinstance(output_dir, RemotePath) and work_dir is not None:
+        work = work_dir / _digest(output_dir.url)
     with _output_errors(output_dir, output_flag):
         _claim_folder(output_dir, output_flag)
-        with FileLock(output_dir / LOCK_NAME):
+        make_folder(work)
+        with FileLock(work / LOCK_NAME) if isinstance(work, Path) else contextlib.nullcontext():
             fingerprint = dataset_fingerprint(source, settings)
             preparation = read_preparation(output_dir)
             if preparation and _is_current(preparation, output_dir, fingerprint, settings):
                 if show_progress:
                     print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
+                delete_folder(work / WORK_FOLDER)  # a run was killed after all was done
+                _sweep(output_dir, preparation, None)
                 return preparation
-            return _prepare(source, settings, output_dir, num_proc, show_progress, fingerprint)
+            make_folder(work / WORK_FOLDER)
+            run = partial(engine, num_proc=num_proc)
+            return _prepare(source, settings, output_dir, work / WORK_FOLDER, run, show_progress, fingerprint)
 
 
-def _prepare(source, settings, output_dir: Path, num_proc: int, show_progress: bool, fingerprint: str) -> dict:
+def _prepare(source, settings, output_dir, work, engine: Callable, show_progress: bool, fingerprint: str) -> dict:
     started = time.monotonic()
     writer = ShardWriter(source.reader, settings, source.label_names, source.has_text)
-    plan = _Plan(source, settings, output_dir)
-    num_proc = 1 if plan.num_missing <= SLICE_ITEMS else num_proc or num_cores()
+    about_all = (FORMAT, settings.identity, source.label_names, source.has_text)
+    units = [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
+    plan = Plan(units, work, slice_items(settings))
+    if plan.num_missing <= SLICE_ITEMS:
+        engine = partial(run_jobs, num_proc=1)
     already = len(source) - plan.num_missing
     with tqdm(total=len(source), initial=already, unit=" images", disable=None if show_progress else True) as bar:
-        for job in run_jobs(writer, plan.next_job, num_proc):
+        for job in engine(writer, plan.next_job):
             plan.finished(job)
             if isinstance(job, SliceJob):
                 bar.update(len(job.items))
-    preparation = _finalize(source, writer, output_dir, plan.shards, fingerprint)
+    preparation = _finalize(source, writer, output_dir, [shard for shard, _ in units], fingerprint)
+    delete_folder(work)
     if show_progress:
         seconds = time.monotonic() - started
         megabytes = sum(shard["num_bytes"] for shard in preparation["shards"]) / 1e6
@@ -111,75 +129,21 @@ def _prepare(source, settings, output_dir: Path, num_proc: int, show_progress: b
     return preparation
 
 
-class _Plan:
-    """The slices and shards still to be made, in order; `shards` are the paths of all, in the source's order."""
-
-    def __init__(self, source, settings: PreparationSettings, output_dir: Path):
-        self.work = output_dir / WORK_FOLDER
-        self.work.mkdir(exist_ok=True)
-        self.shards, self.num_missing = [], 0
-        missing_units = []
-        about_all = (FORMAT, settings.identity, source.label_names, source.has_text)
-        for unit in source.units():
-            path = output_dir / f"data-{_digest(about_all, unit.identity)}.arrow"
-            self.shards.append(path)
-            if not _is_done(path):
-                missing_units.append((path, unit.items))
-                self.num_missing += len(unit.items)
-        self._slice_items = slice_items(settings)
-        self._slices = self._missing_slices(missing_units)
-        self._joins = deque()
-        self._unfinished = {}  # slice -> the unit it is part of
-
-    def next_job(self) -> SliceJob | JoinJob | None:
-        """A job that can be done now; None while all that is left waits for others to be finished."""
-        job = None if self._joins else next(self._slices, None)
-        return self._joins.popleft() if self._joins and job is None else job
-
-    def finished(self, job: SliceJob | JoinJob) -> None:
-        if isinstance(job, SliceJob):
-            unit = self._unfinished.pop(job.path)
-            unit.missing.discard(job.path)
-            if not unit.missing:
-                self._joins.append(JoinJob(unit.shard, unit.slices))
-
-    def _missing_slices(self, units: list[tuple[Path, Sequence]]) -> Iterator[SliceJob]:
-        finished = {path.name for path in self.work.iterdir()}  # by a run that was killed
-        for shard, items in units:
-            starts = range(0, len(items), self._slice_items)
-            slices = [self.work / f"{shard.stem}-{number:05d}.arrow" for number in range(len(starts))]
-            unit = _Unit(shard, slices, {path for path in slices if path.name not in finished})
-            if not unit.missing:
-                self._joins.append(JoinJob(shard, slices))
-            self._unfinished.update(dict.fromkeys(unit.missing, unit))
-            for path, start in zip(slices, starts, strict=True):
-                if path in unit.missing:
-                    yield SliceJob(path, items[start : start + self._slice_items])
-
-
-@dataclasses.dataclass
-class _Unit:
-    shard: Path
-    slices: list[Path]
-    missing: set[Path]
-
-
 def slice_items(settings: PreparationSettings) -> int:
     """Images to a slice: fewer where they are large, so that one holds about `BATCH_BYTES` of pixels."""
     image_bytes = settings.height * settings.width * settings.channels * settings.dtype.itemsize
     return max(1, min(SLICE_ITEMS, BATCH_BYTES // image_bytes))
 
 
-def _finalize(source, writer: ShardWriter, output_dir: Path, shards: list[Path], fingerprint: str) -> dict:
+def _finalize(source, writer: ShardWriter, output_dir: Path | RemotePath, shards: list, fingerprint: str) -> dict:
     """Write what makes the shards a dataset, the mark of completeness last; then sweep out what is not part of it."""
     rejected, classes, shard_files = [], Counter(), []
-    for path in shards:
-        with open_stream(path) as stream:
-            summary = read_summary(stream.schema)
+    replaced, present = read_preparation(output_dir), sizes(output_dir)
+    for path, schema in zip(shards, for_each(read_schema, shards), strict=True):
+        summary = read_summary(schema)
         rejected += summary["rejected"]
         classes.update(summary["classes"])
-        size = path.stat().st_size
-        shard_files.append({"filename": path.name, "num_rows": summary["num_rows"], "num_bytes": size})
+        shard_files.append({"filename": path.name, "num_rows": summary["num_rows"], "num_bytes": present[path.name]})
     write_text(output_dir / REJECTED_NAME, "".join(json.dumps(line) + "\n" for line in rejected))
     num_images = sum(shard["num_rows"] for shard in shard_files)
     if num_images == 0:
@@ -215,21 +179,32 @@ def _finalize(source, writer: ShardWriter, output_dir: Path, shards: list[Path],
     write_json(output_dir / "dataset_info.json", info)
     write_json(output_dir / "state.json", state)
     write_json(output_dir / PREPARATION_NAME, preparation)
-    shutil.rmtree(output_dir / WORK_FOLDER)
-    for path in {*output_dir.glob("data-*.arrow"), *output_dir.glob("*.tmp")} - set(shards):
-        path.unlink()
+    _sweep(output_dir, preparation, replaced)
     return read_preparation(output_dir)
 
 
-def _is_current(preparation: dict, folder: Path, fingerprint: str, settings: PreparationSettings) -> bool:
+def _sweep(output_dir: Path | RemotePath, preparation: dict, replaced: dict | None) -> None:
+    """Delete what is no part of the result.
+
+    At a URL, where no lock keeps others away, only what belonged to the dataset that was there before.
+    """
+    if isinstance(output_dir, RemotePath):
+        names = {shard["filename"] for shard in (replaced or {}).get("shards", ())}
+    else:
+        names = {path.name for pattern in ("data-*.arrow", "*.tmp") for path in output_dir.glob(pattern)}
+    for name in names - {shard["filename"] for shard in preparation["shards"]}:
+        delete(output_dir / name)
+
+
+def _is_current(preparation: dict, folder: Path | RemotePath, fingerprint: str, settings: PreparationSettings) -> bool:
     """Whether a complete dataset is the one that is wanted, undamaged, and without faults that may be gone by now."""
     training_size = settings.train_height, settings.train_width  # no part of the fingerprint
     if preparation["fingerprint"] != fingerprint or TRANSIENT_FAULTS & preparation["rejected"].keys():
         return False
     if tuple(preparation["settings"][name] for name in ("train_height", "train_width")) != training_size:
         return False
-    paths = {folder / shard["filename"]: shard["num_bytes"] for shard in preparation["shards"]}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+    present = sizes(folder)
+    return all(present.get(shard["filename"]) == shard["num_bytes"] for shard in preparation["shards"])
 
 
 def told_counts(preparation: dict) -> str:
@@ -242,27 +217,18 @@ def told_counts(preparation: dict) -> str:
     return told
 
 
-def _is_done(shard: Path) -> bool:
-    """Whether a former run left the unit's shard, whole and with no fault in it that may be gone by now."""
-    try:
-        with open_stream(shard) as stream:
-            summary = read_summary(stream.schema)
-            num_rows = sum(batch.num_rows for batch in stream)  # a shard cut short raises
-    except (OSError, pa.ArrowException, KeyError):
-        return False
-    return num_rows == summary["num_rows"] and not TRANSIENT_FAULTS & {line["fault"] for line in summary["rejected"]}
-
-
-def _claim_folder(folder: Path, output_flag: str) -> None:
+def _claim_folder(folder: Path | RemotePath, output_flag: str) -> None:
     """Create it, or make sure that it is one of ours: what is not part of the result gets deleted there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in folder.iterdir()}
+    make_folder(folder)
+    names = sizes(folder).keys()
     if names and not names & {LOCK_NAME, WORK_FOLDER, PREPARATION_NAME}:
         raise UserError(f"{output_flag} {folder} holds other files; give a new or empty folder")
+    if isinstance(folder, RemotePath) and LOCK_NAME not in names:
+        write_text(folder / LOCK_NAME, "")  # no lock there, but a mark that the place is ours
 
 
 @contextlib.contextmanager
-def _output_errors(folder: Path, output_flag: str) -> Iterator[None]:
+def _output_errors(folder: Path | RemotePath, output_flag: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,13 +1,12 @@
 """The files of a prepared dataset: a slice of a work unit, and the shard that its slices are joined into.
 
-Both are Arrow IPC streams, as `datasets.load_from_disk` memory-maps them, written under a temporary name and renamed.
+Both are Arrow IPC streams, as `datasets.load_from_disk` memory-maps them, which appear under their names when whole.
 Beside the features, the schema's metadata carries what the unit says of itself: rows, class counts, rejected files.
 """
 
 # H/W height and width, C channels, pixels in HWC order
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from trainkit.data.files import RemotePath, delete, exists, open_stream, written
 from trainkit.data.images import decode_image
 from trainkit.data.limits import RejectedImage
 from trainkit.data.settings import PreparationSettings
@@ -29,7 +29,7 @@ SUMMARY_KEY = b"preparation"
 class SliceJob(NamedTuple):
     """Decode `items` into `path`. `deadly`: positions of items that are known to kill the process."""
 
-    path: Path
+    path: Path | RemotePath
     items: Sequence
     deadly: tuple[int, ...] = ()
 
@@ -37,8 +37,8 @@ class SliceJob(NamedTuple):
 class JoinJob(NamedTuple):
     """Join the slices of a unit, in order, into its shard, and delete them."""
 
-    path: Path
-    slices: list[Path]
+    path: Path | RemotePath
+    slices: list[Path | RemotePath]
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,17 @@ class ShardWriter:
         _write_stream(job.path, self.schema, batches, self._summary(batches, rejected))
 
     def join(self, job: JoinJob) -> None:
-        streams = [open_stream(path) for path in job.slices]
+        try:
+            streams = [open_stream(path) for path in job.slices]
+        except FileNotFoundError:
+            if exists(job.path):  # another run at the same URL was first: its shard has the same bytes
+                return
+            raise
         rejected = [line for stream in streams for line in read_summary(stream.schema)["rejected"]]
         batches = [batch for stream in streams for batch in stream]
         _write_stream(job.path, self.schema, _regrouped(batches), self._summary(batches, rejected))
         for path in job.slices:
-            path.unlink(missing_ok=True)
+            delete(path)
 
     def _decoded(self, job: SliceJob, rejected: list[dict]) -> Iterator[dict]:
         for position, item in enumerate(job.items):
@@ -134,36 +139,19 @@ class ShardWriter:
         }
 
 
-def open_stream(path: Path) -> pa.RecordBatchStreamReader:
-    """Raises OSError or pa.ArrowInvalid where the file is missing, empty or not an Arrow stream."""
-    return pa.ipc.open_stream(pa.memory_map(str(path)))
-
-
 def read_summary(schema: pa.Schema) -> dict:
     """What the unit says of itself: num_rows, classes (label -> count), rejected (source, fault, message)."""
     return json.loads((schema.metadata or {})[SUMMARY_KEY])
 
 
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=True) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
-
-
-def _write_stream(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: dict) -> None:
+def _write_stream(
+    path: Path | RemotePath, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: dict
+) -> None:
     schema = schema.with_metadata({**schema.metadata, SUMMARY_KEY: json.dumps(summary)})
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+    with written(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        with pa.ipc.new_stream(file, schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _regrouped(batches: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

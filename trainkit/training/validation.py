@@ -51,6 +51,7 @@ def open_validation_images(options, images: PreparedImages) -> PreparedImages | 
             options,
             train_data_dir=given,
             dataset_name=None,
+            streaming=False,
             resolution=f"{images.height}x{images.width}",
             stored_resolution=None,
             center_crop=False,
