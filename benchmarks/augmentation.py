@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from trainkit.data.augment import augment  # noqa: E402
 from trainkit.data.augment_draws import Augmentation, draw_parameters  # noqa: E402
+from trainkit.data.optional import load_package  # noqa: E402
+from trainkit.errors import run_script  # noqa: E402
 
 GEOMETRY = {"rotation": 15, "translation": 0.1, "scale": 0.25, "crop_area": (0.5, 1.0), "crop_aspect": (0.75, 1.33)}
 COLOUR = {"brightness": 0.2, "contrast": 0.3, "saturation": 0.4, "hue": 30}
@@ -49,10 +51,7 @@ def flip_alone(images: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def kornias(images: torch.Tensor) -> Callable[[], torch.Tensor]:
-    try:
-        from kornia import augmentation as kornia
-    except ImportError:
-        sys.exit("the peer is missing: pip install kornia")
+    kornia = load_package("kornia", "the peer").augmentation
     sequence = kornia.AugmentationSequential(
         kornia.RandomHorizontalFlip(p=0.5),
         kornia.RandomAffine(15, (0.1, 0.1), (0.8, 1.25), padding_mode="reflection", p=1.0),
@@ -108,10 +107,9 @@ def main() -> None:
         rate = np.median(found)
         print(f"  {name:20} {rate:10,.0f} images/s, {1000 * len(images) / rate:8.2f} ms a batch")
     ratios = np.divide(rates["all of them"], rates["kornia, all of them"])
-    print(
-        f"  {np.median(ratios):.1f} times kornia (by round: {', '.join(f'{ratio:.1f}' for ratio in sorted(ratios))})"
-    )
+    by_round = ", ".join(f"{ratio:.1f}" for ratio in sorted(ratios))
+    print(f"  {np.median(ratios):.1f} times kornia (by round: {by_round})")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
