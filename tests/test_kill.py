@@ -21,7 +21,7 @@ from trainkit.data.prepare import prepare, read_preparation
 from trainkit.data.sources import ImageFolder
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = PreparationSettings(16, 16, center_crop=True)
+SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,9 @@ def test_moving_source_and_output_costs_nothing(photos, tmp_path, monkeypatch):
 
 def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, small_units, monkeypatch):
     output = tmp_path / "out"
-    prepare(ImageFolder(photos), PreparationSettings(8, 8, True), output, num_proc=1, show_progress=False)
+    prepare(
+        ImageFolder(photos), PreparationSettings(8, 8, resize_mode="crop"), output, num_proc=1, show_progress=False
+    )
     with monkeypatch.context() as stopped, pytest.raises(InterruptedError):
         stopped.setattr(prepare_module, "_sweep", lambda *given: interrupted(None, None))
         prepare(ImageFolder(photos), SETTINGS, output, num_proc=1, show_progress=False)
@@ -165,6 +167,6 @@ def test_two_runs_with_other_settings_at_one_folder_take_turns(photos, tmp_path)
     both = [subprocess.Popen([*script, side], stdout=subprocess.DEVNULL) for side in ("8", "16")]
     assert [process.wait(timeout=60) for process in both] == [0, 0]
     last = read_preparation(tmp_path / "out")
-    settings = PreparationSettings(last["settings"]["height"], last["settings"]["width"], center_crop=True)
+    settings = PreparationSettings(last["settings"]["height"], last["settings"]["width"], resize_mode="crop")
     prepare(ImageFolder(photos), settings, tmp_path / "alone", num_proc=1, show_progress=False)
     assert contents(tmp_path / "alone") == contents(tmp_path / "out")

@@ -25,7 +25,7 @@ from trainkit.data.sources import ImageFolder
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = PreparationSettings(16, 16, center_crop=True)
+SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_s3_holds_the_same_bytes_and_datasets_opens_it(photos, local, store, tmp
     assert contents(location("s3://bucket/whole", store)) == contents(local)
     images = datasets.load_from_disk("s3://bucket/whole", storage_options=json.loads(store))
     assert len(images) == 3000 and images[2999]["source"] == "2999.bmp"
-    ours, theirs = PreparedImages("s3://bucket/whole", store), PreparedImages(local)
+    ours, theirs = PreparedImages("s3://bucket/whole", storage_options=store), PreparedImages(local)
     assert (ours.gather(np.arange(0, 3000, 99)) == theirs.gather(np.arange(0, 3000, 99))).all()
 
 
