@@ -149,7 +149,9 @@ def test_moving_source_and_output_costs_nothing(photos, tmp_path, monkeypatch):
 
 def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, small_units, monkeypatch):
     output = tmp_path / "out"
-    prepare(ImageFolder(photos), PreparationSettings(8, 8, True), output, num_proc=1, show_progress=False)
+    prepare(
+        ImageFolder(photos), PreparationSettings(8, 8, resize_mode="crop"), output, num_proc=1, show_progress=False
+    )
     with monkeypatch.context() as stopped, pytest.raises(InterruptedError):
         stopped.setattr(prepare_module, "_sweep", lambda *given: interrupted(None, None))
         prepare(ImageFolder(photos), SETTINGS, output, num_proc=1, show_progress=False)
