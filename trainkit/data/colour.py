@@ -17,7 +17,11 @@ GREY_MODES = ("1", "L", "LA", "La")
 def standard_mode(image: Image.Image, image_mode: str) -> Image.Image:
     """L, RGB, or RGBA where there is transparency (also that of a palette or of one marked colour), in sRGB."""
     if image.mode in DEEP_MODES:
-        return Image.fromarray(np.rint(unit_samples(image) * 255).astype(np.uint8))
+        grey = Image.fromarray(np.rint(unit_samples(image) * 255).astype(np.uint8))
+        seen = seen_samples(image)
+        if seen is None:
+            return grey
+        return Image.merge("LA", (grey, Image.fromarray(seen.astype(np.uint8) * 255))).convert("RGBA")
     if image.mode == "LAB":
         return _apply(image, _lab_transform())
     transform = _transform_of(image)
@@ -39,16 +43,27 @@ def is_srgb(image: Image.Image) -> bool:
 
 
 def unit_samples(image: Image.Image) -> np.ndarray:
-    """The samples (H, W) of one deep channel, scaled to [0, 1] in float32: by its range, never by clipping it."""
-    samples = np.nan_to_num(np.asarray(image).astype(np.float32))
-    top = float(samples.max(initial=0.0))
+    """The samples (H, W) of one deep channel, scaled to [0, 1] in float32: by its range, never by clipping it.
+
+    Where there are negative ones, 0 becomes 1/2.
+    """
+    samples = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
+    top, bottom = float(samples.max(initial=0.0)), float(samples.min(initial=0.0))
+    top = max(top, -bottom)
     if image.mode == "F":  # no range of its own: the smallest usual one that holds the samples
         full = next((full for full in (1.0, 255.0, 65535.0) if top <= full), top)
     elif image.format == "TIFF" and image.mode != "I":
         full = 2.0 ** image.tag_v2.get(BITS_PER_SAMPLE_TAG, (16,))[0] - 1
     else:
         full = 65535.0 if top <= 65535.0 else 2.0**31 - 1
-    return np.clip(samples / full, 0.0, 1.0)
+    samples = np.clip(samples / full, -1.0, 1.0)
+    return (samples + 1) / 2 if bottom < 0 else samples
+
+
+def seen_samples(image: Image.Image) -> np.ndarray | None:
+    """Which samples (H, W) of one deep channel are not the grey that a PNG marks as transparent; None: all are."""
+    transparent = image.info.get("transparency")
+    return np.asarray(image) != transparent if isinstance(transparent, int) else None
 
 
 def _transform_of(image: Image.Image):

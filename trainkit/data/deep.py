@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from trainkit.data.colour import DEEP_MODES, standard_mode, unit_samples
+from trainkit.data.colour import DEEP_MODES, seen_samples, standard_mode, unit_samples
 from trainkit.data.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
 from trainkit.data.settings import PreparationSettings
 
@@ -96,7 +96,8 @@ def both_bytes(image: Image.Image, tile_args, open_again: Callable[[], Image.Ima
 def _deep_samples(image: Image.Image, tile_args, open_again: Callable[[], Image.Image]) -> np.ndarray:
     """The samples (H, W, C) of a loaded image in [0, 1], at the file's precision where Pillow can reach it."""
     if image.mode in DEEP_MODES:
-        return unit_samples(image)[..., None]
+        grey, seen = unit_samples(image)[..., None], seen_samples(image)
+        return grey if seen is None else np.concatenate([grey, grey, grey, seen[..., None]], axis=2, dtype=np.float32)
     deep = both_bytes(image, tile_args, open_again)
     if deep is not None:
         return deep / np.float32(65535)

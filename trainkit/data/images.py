@@ -7,6 +7,7 @@ Plain Pillow and numpy, no torch: worker processes import this and must start fa
 
 import io
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import (
@@ -50,6 +51,7 @@ try:
     PLUGINS.append(AvifImagePlugin.AvifImageFile)
 except ImportError:  # Pillow before 11.3
     pass
+TGA_EXTENSIONS, TGA_FOOTER = (".tga", ".icb", ".vda", ".vst"), b"TRUEVISION-XFILE.\x00"
 FORMATS = [plugin.format for plugin in PLUGINS if plugin.format in Image.OPEN]
 
 
@@ -79,7 +81,23 @@ def _open(image: bytes | str | Path | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         pixels = image if image.dtype == np.uint8 else np.rint(unit_array(image) * 255).astype(np.uint8)
         return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
+    opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
+    if opened.format == "TGA" and not _is_targa(image, opened.fp):
+        opened.close()
+        raise Image.UnidentifiedImageError
+    return opened
+
+
+def _is_targa(image: bytes | str | Path, file: BinaryIO) -> bool:
+    """TGA has no mark at its start, so that other files look like it: told by its name or by the mark at its end."""
+    if not isinstance(image, bytes) and Path(image).suffix.lower() in TGA_EXTENSIONS:
+        return True
+    position = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(max(0, end - len(TGA_FOOTER)))
+    footer = file.read()
+    file.seek(position)
+    return footer == TGA_FOOTER
 
 
 def _decode(image: Image.Image, settings: PreparationSettings) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Which files are taken: limits that the header of an image must keep, and what is wrong with a file that is not."""
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from trainkit.data.settings import PreparationSettings
+
+WORKER_BYTES, BYTES_PER_PIXEL = 2**30, 64  # of memory: a worker by itself; an image while 16 bits are made of it
 
 
 class RejectedImage(Exception):
@@ -33,6 +36,20 @@ def pillow_limits(max_image_pixels: int) -> Iterator[None]:
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+def limit_memory(max_image_pixels: int) -> None:
+    """Bound what this process may allocate by what an image of `max_image_pixels` needs (0: no bound; Linux alone).
+
+    A file that asks for more in spite of its header then ends in a MemoryError, not in the death of some process.
+    """
+    if max_image_pixels == 0 or sys.platform != "linux":
+        return
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    wanted = WORKER_BYTES + BYTES_PER_PIXEL * max_image_pixels
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def check_header(image: Image.Image, settings: PreparationSettings) -> None:

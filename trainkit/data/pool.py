@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
+from trainkit.data.limits import limit_memory
 from trainkit.data.shards import JoinJob, ShardWriter, SliceJob
 from trainkit.errors import UserError
 
@@ -149,6 +150,7 @@ def _submit(pool: ProcessPoolExecutor, function: Callable, argument) -> Future:
 def _start_worker(writer: ShardWriter) -> None:
     global _writer
     _writer = writer
+    limit_memory(writer.settings.max_image_pixels)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

@@ -96,7 +96,8 @@ def _cluster(ray, address: str | None, num_proc: int) -> Iterator[None]:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"--ray_address {address}: no Ray cluster can be reached there ({reason}); start one with "
-                "`ray start --head` and give its HOST:PORT, or leave the flag out"
+                "`ray start --head` and give its HOST:PORT (where it asks for a token, set RAY_AUTH_MODE=token as "
+                "there), or leave the flag out"
             ) from None
     try:
         yield
