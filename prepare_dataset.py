@@ -8,6 +8,7 @@ The training scripts take the raw folder too, and then prepare it in the cache b
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainkit.config import option, parse_options
 from trainkit.errors import UserError, run_script
@@ -19,10 +20,30 @@ class OutputOptions:
     """output: where the prepared dataset goes"""
 
     output_dir: str | None = option(None, "folder for the prepared dataset, a new or empty one (required)")
+    overwrite_output_dir: bool = option(
+        False, "replace a dataset that --output_dir holds of other images or of other settings"
+    )
 
 
 @dataclass
-class Options(SourceOptions, ImageOptions, OutputOptions):
+class HygieneOptions:
+    """hygiene: which images stay, and for what"""
+
+    deduplicate: str = option(
+        "none", "drop what repeats an earlier image: exact is the same pixels once prepared, near looks the same too",
+        choices=("none", "exact", "near"),
+    )  # fmt: skip
+    near_distance: int = option(4, "with --deduplicate near: bits of the 64 of two perceptual hashes that may differ")
+    validation_fraction: float = option(
+        0.0, "fraction of the images, by a hash of their pixels, that goes to --output_dir/validation instead"
+    )
+    max_rejected_fraction: float = option(
+        0.9, "fraction of the files that may be unreadable: with more (after the first 1,000) the run stops; 1: never"
+    )
+
+
+@dataclass
+class Options(SourceOptions, ImageOptions, HygieneOptions, OutputOptions):
     pass
 
 
@@ -30,11 +51,22 @@ def main() -> None:
     options = parse_options(Options, __doc__.partition("\n")[0])
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
-    from trainkit.data.prepare import prepare, settings_from_options
+    from trainkit.data.hygiene import hygiene_from_options
+    from trainkit.data.prepare import check_output, prepare, settings_from_options
     from trainkit.data.sources import open_source
 
-    settings = settings_from_options(options)
-    prepare(open_source(options), settings, options.output_dir, options.num_proc)
+    settings, hygiene = settings_from_options(options), hygiene_from_options(options)
+    output_dir, overwrite = Path(options.output_dir), options.overwrite_output_dir
+    check_output(output_dir, settings, hygiene, overwrite)  # before a listing that may take long
+    prepare(
+        open_source(options),
+        settings,
+        output_dir,
+        options.num_proc,
+        hygiene=hygiene,
+        max_rejected_fraction=options.max_rejected_fraction,
+        overwrite=overwrite,
+    )
 
 
 if __name__ == "__main__":

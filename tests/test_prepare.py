@@ -218,7 +218,7 @@ def test_a_moved_folder_needs_no_new_work(tmp_path, monkeypatch):
 def test_other_settings_replace_the_dataset(photos, tmp_path):
     output = tmp_path / "out"
     first = prepare(ImageFolder(photos), SETTINGS, output, show_progress=False)
-    second = prepare(ImageFolder(photos), PreparationSettings(8, 8), output, show_progress=False)
+    second = prepare(ImageFolder(photos), PreparationSettings(8, 8), output, show_progress=False, overwrite=True)
     assert not {shard["filename"] for shard in first["shards"]} & {path.name for path in output.iterdir()}
     assert second["settings"]["height"] == 8 and second["fingerprint"] != first["fingerprint"]
 

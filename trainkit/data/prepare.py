@@ -10,38 +10,47 @@ import dataclasses
 import errno
 import hashlib
 import json
-import platform
-import shutil
+import tempfile
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-import pyarrow as pa
 from filelock import FileLock
 from PIL import ImageColor
 from tqdm import tqdm
 
+from trainkit.data.finalize import (
+    EARLY_FILES,
+    FORMAT,
+    LOCK_NAME,
+    PREPARATION_NAME,
+    REJECTED_NAME,
+    WORK_FOLDER,
+    Rejections,
+    finalize,
+    read_preparation,
+)
+from trainkit.data.hygiene import AS_IT_IS, TRAIN, HygieneSettings
 from trainkit.data.images import PreparationSettings
+from trainkit.data.pieces import Pieces
 from trainkit.data.pool import num_cores, run_jobs
 from trainkit.data.shards import (
     BATCH_BYTES,
     SLICE_ITEMS,
+    UNITS_FOLDER,
+    VALIDATION_FOLDER,
     JoinJob,
     ShardWriter,
     SliceJob,
     open_stream,
+    read_shard,
     read_summary,
-    write_json,
-    write_text,
+    side_path,
 )
 from trainkit.errors import UserError
 
-FORMAT = 1  # raise it when the same file and settings would give other pixels or another layout
 DEFAULT_RESOLUTION = "64"
-WORK_FOLDER, LOCK_NAME, PREPARATION_NAME = "work", ".lock", "preparation.json"
-REJECTED_NAME = "rejected.jsonl"
 TRANSIENT_FAULTS = {"unreadable", "crashed"}  # may be gone the next time though no file changed: tried again
 OUTPUT_ERRORS = {
     getattr(errno, name)
@@ -68,19 +77,10 @@ def parse_resolution(resolution: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def dataset_fingerprint(source, settings: PreparationSettings) -> str:
+def dataset_fingerprint(source, settings: PreparationSettings, hygiene: HygieneSettings = AS_IT_IS) -> str:
     """Names the result: the same images (by path, size and time of change) and settings give the same one."""
-    return _digest(FORMAT, dataclasses.astuple(settings), source.fingerprint, source.label_names, source.has_text)
-
-
-def read_preparation(folder: Path) -> dict | None:
-    """preparation.json of a complete prepared dataset; None where there is none, or its writing was cut short."""
-    try:
-        preparation = json.loads((folder / PREPARATION_NAME).read_text())
-        state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return preparation if state.get("_fingerprint") == preparation.get("fingerprint") else None
+    asked = dataclasses.astuple(settings), dataclasses.astuple(hygiene)
+    return _digest(FORMAT, *asked, source.fingerprint, source.label_names, source.has_text)
 
 
 def prepare(
@@ -90,39 +90,94 @@ def prepare(
     num_proc: int = 0,
     show_progress: bool = True,
     output_flag: str = "--output_dir",
+    *,
+    hygiene: HygieneSettings = AS_IT_IS,
+    max_rejected_fraction: float = 1.0,
+    overwrite: bool = False,
 ) -> dict:
     """Write `source` as a prepared dataset; returns what its preparation.json says.
 
     Does nothing where the folder already holds just that. `num_proc` 0 takes every core. Of two runs at one folder
-    the second waits and finds the work done. Raises `UserError` where nothing can be read or written.
+    the second waits and finds the work done. A dataset of another source or of other settings is replaced only with
+    `overwrite`. Raises `UserError` where nothing can be read or written, or more than `max_rejected_fraction` of the
+    files are rejected.
     """
     if num_proc < 0:
         raise UserError(f"--num_proc {num_proc} must be 0 (every core) or more")
+    if not 0 <= max_rejected_fraction <= 1:
+        raise UserError(f"--max_rejected_fraction {max_rejected_fraction:g} must be 0 to 1")
     output_dir = Path(output_dir)
+    check_output(output_dir, settings, hygiene, overwrite, output_flag)
+    with _output_errors(output_dir, output_flag), FileLock(output_dir / LOCK_NAME):
+        fingerprint = dataset_fingerprint(source, settings, hygiene)
+        preparation = read_preparation(output_dir)
+        if preparation and _is_current(preparation, output_dir, fingerprint):
+            if show_progress:
+                print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
+            return preparation
+        if preparation and preparation["source"]["name"] != source.name and not overwrite:
+            held = f"a dataset of other images ({preparation['source']['name']}, now {source.name})"
+            raise _replacing(output_dir, output_flag, held)
+        plan = _Plan(source, settings, hygiene, output_dir)
+        preparation = _prepare(source, plan, num_proc, show_progress, fingerprint, max_rejected_fraction)
+    return preparation
+
+
+def check_output(
+    output_dir: Path,
+    settings: PreparationSettings,
+    hygiene: HygieneSettings,
+    overwrite: bool,
+    output_flag: str = "--output_dir",
+) -> None:
+    """Make the folder, and raise a `UserError` where it cannot be written, or holds what must not be replaced.
+
+    Quick, and needs no source: so a mistake is found before a long listing.
+    """
     with _output_errors(output_dir, output_flag):
         _claim_folder(output_dir, output_flag)
-        with FileLock(output_dir / LOCK_NAME):
-            fingerprint = dataset_fingerprint(source, settings)
-            preparation = read_preparation(output_dir)
-            if preparation and _is_current(preparation, output_dir, fingerprint):
-                if show_progress:
-                    print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
-                return preparation
-            return _prepare(source, settings, output_dir, num_proc, show_progress, fingerprint)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    held = read_preparation(output_dir)
+    if held is None or overwrite:
+        return
+    before = held["settings"] | held.get("hygiene", {})
+    now = json.loads(json.dumps(dataclasses.asdict(settings) | dataclasses.asdict(hygiene)))
+    changed = [
+        f"{name} {before[name]}, now {value}" for name, value in now.items() if before.get(name, value) != value
+    ]
+    if changed:
+        raise _replacing(output_dir, output_flag, f"a dataset of other settings ({'; '.join(changed)})")
 
 
-def _prepare(source, settings, output_dir: Path, num_proc: int, show_progress: bool, fingerprint: str) -> dict:
+def _replacing(folder: Path, output_flag: str, held: str) -> UserError:
+    return UserError(
+        f"{output_flag} {folder} holds {held}: give another folder, or --overwrite_output_dir to replace it"
+    )
+
+
+def _prepare(
+    source, plan: "_Plan", num_proc: int, show_progress: bool, fingerprint: str, max_rejected_fraction: float
+) -> dict:
     started = time.monotonic()
-    writer = ShardWriter(source.reader, settings, source.label_names, source.has_text)
-    plan = _Plan(source, settings, output_dir)
+    rejections, num_seen = Rejections(max_rejected_fraction, len(source)), 0
+    for num_files, rejected in plan.told_before():
+        rejections.add(rejected)
+        num_seen += num_files
     num_proc = 1 if plan.num_missing <= SLICE_ITEMS else num_proc or num_cores()
     already = len(source) - plan.num_missing
     with tqdm(total=len(source), initial=already, unit=" images", disable=None if show_progress else True) as bar:
-        for job in run_jobs(writer, plan.next_job, num_proc):
-            plan.finished(job)
+        for job in run_jobs(plan.writer, plan.next_job, num_proc):
             if isinstance(job, SliceJob):
+                with open_stream(job.path) as stream:
+                    rejections.add(read_summary(stream.schema)["rejected"])
+                num_seen += len(job.items)
+                if EARLY_FILES <= num_seen < len(source):
+                    rejections.check(num_seen)
                 bar.update(len(job.items))
-    preparation = _finalize(source, writer, output_dir, plan.shards, fingerprint)
+            plan.finished(job)
+    output_dir = plan.output_dir
+    preparation = finalize(source, plan.writer, output_dir, plan.shards, fingerprint, max_rejected_fraction)
     if show_progress:
         seconds = time.monotonic() - started
         megabytes = sum(shard["num_bytes"] for shard in preparation["shards"]) / 1e6
@@ -135,22 +190,42 @@ def _prepare(source, settings, output_dir: Path, num_proc: int, show_progress: b
 class _Plan:
     """The slices and shards still to be made, in order; `shards` are the paths of all, in the source's order."""
 
-    def __init__(self, source, settings: PreparationSettings, output_dir: Path):
+    def __init__(self, source, settings: PreparationSettings, hygiene: HygieneSettings, output_dir: Path):
+        self.writer = ShardWriter(source.reader, settings, source.label_names, source.has_text, hygiene)
+        self.output_dir = output_dir
         self.work = output_dir / WORK_FOLDER
         self.work.mkdir(exist_ok=True)
+        pieces = None
+        if hygiene.validation_fraction:
+            (output_dir / VALIDATION_FOLDER).mkdir(exist_ok=True)
+        if hygiene.deduplicate != "none":
+            (output_dir / UNITS_FOLDER).mkdir(exist_ok=True)
+            pieces = Pieces(output_dir)
         self.shards, self.num_missing = [], 0
+        self._done = []  # for each unit that is: how many files, and those rejected
         missing_units = []
-        about_all = (FORMAT, dataclasses.astuple(settings), source.label_names, source.has_text)
+        about_all = (FORMAT, dataclasses.astuple(settings), hygiene.unit_key, source.label_names, source.has_text)
         for unit in source.units():
             path = output_dir / f"data-{_digest(about_all, unit.identity)}.arrow"
             self.shards.append(path)
-            if not _is_done(path):
+            rejected = _told_if_done(path, hygiene, pieces)
+            if rejected is None:
                 missing_units.append((path, unit.items))
                 self.num_missing += len(unit.items)
+            else:
+                self._done.append((len(unit.items), rejected))
         self._slice_items = slice_items(settings)
         self._slices = self._missing_slices(missing_units)
         self._joins = deque()
         self._unfinished = {}  # slice -> the unit it is part of
+
+    def told_before(self) -> Iterator[tuple[int, list[dict]]]:
+        """Numbers of files that former runs are done with, and the rejected among them."""
+        yield from self._done
+        for path in self.work.glob("*.arrow"):
+            with open_stream(path) as stream:
+                summary = read_summary(stream.schema)
+            yield len(summary["facts"]) + len(summary["rejected"]), summary["rejected"]
 
     def next_job(self) -> SliceJob | JoinJob | None:
         """A job that can be done now; None while all that is left waits for others to be finished."""
@@ -191,62 +266,16 @@ def slice_items(settings: PreparationSettings) -> int:
     return max(1, min(SLICE_ITEMS, BATCH_BYTES // image_bytes))
 
 
-def _finalize(source, writer: ShardWriter, output_dir: Path, shards: list[Path], fingerprint: str) -> dict:
-    """Write what makes the shards a dataset, the mark of completeness last; then sweep out what is not part of it."""
-    rejected, classes, shard_files = [], Counter(), []
-    for path in shards:
-        with open_stream(path) as stream:
-            summary = read_summary(stream.schema)
-        rejected += summary["rejected"]
-        classes.update(summary["classes"])
-        size = path.stat().st_size
-        shard_files.append({"filename": path.name, "num_rows": summary["num_rows"], "num_bytes": size})
-    write_text(output_dir / REJECTED_NAME, "".join(json.dumps(line) + "\n" for line in rejected))
-    num_images = sum(shard["num_rows"] for shard in shard_files)
-    if num_images == 0:
-        first = f"{rejected[0]['source']}: {rejected[0]['fault']}, {rejected[0]['message']}"
-        raise UserError(
-            f"no readable image in {source.name}: {len(rejected)} files rejected, the first {first}; "
-            f"see {output_dir / REJECTED_NAME}"
-        )
-    label_names = source.label_names or []
-    preparation = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "settings": dataclasses.asdict(writer.settings),
-        "source": {"name": source.name, "fingerprint": source.fingerprint},
-        "num_images": num_images,
-        "rejected": dict(sorted(Counter(line["fault"] for line in rejected).items())),
-        "classes": {name: classes[str(label)] for label, name in enumerate(label_names)},
-        "columns": list(writer.features),
-        "shards": shard_files,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("pillow", "numpy", "pyarrow")},
-    }
-    state = {
-        "_data_files": [{"filename": path.name} for path in shards],
-        "_fingerprint": fingerprint,
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    info = {"citation": "", "description": "", "features": writer.features, "homepage": "", "license": ""}
-    write_json(output_dir / "dataset_info.json", info)
-    write_json(output_dir / "state.json", state)
-    write_json(output_dir / PREPARATION_NAME, preparation)
-    shutil.rmtree(output_dir / WORK_FOLDER)
-    for path in {*output_dir.glob("data-*.arrow"), *output_dir.glob("*.tmp")} - set(shards):
-        path.unlink()
-    return read_preparation(output_dir)
-
-
 def _is_current(preparation: dict, folder: Path, fingerprint: str) -> bool:
     """Whether a complete dataset is the one that is wanted, undamaged, and without faults that may be gone by now."""
     if preparation["fingerprint"] != fingerprint or TRANSIENT_FAULTS & preparation["rejected"].keys():
         return False
     paths = {folder / shard["filename"]: shard["num_bytes"] for shard in preparation["shards"]}
+    if preparation["hygiene"]["validation_fraction"]:
+        held_out = read_preparation(folder / VALIDATION_FOLDER)
+        if held_out is None:
+            return False
+        paths |= {folder / VALIDATION_FOLDER / shard["filename"]: shard["num_bytes"] for shard in held_out["shards"]}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
@@ -260,15 +289,14 @@ def told_counts(preparation: dict) -> str:
     return told
 
 
-def _is_done(shard: Path) -> bool:
-    """Whether a former run left the unit's shard, whole and with no fault in it that may be gone by now."""
-    try:
-        with open_stream(shard) as stream:
-            summary = read_summary(stream.schema)
-            num_rows = sum(batch.num_rows for batch in stream)  # a shard cut short raises
-    except (OSError, pa.ArrowException, KeyError):
-        return False
-    return num_rows == summary["num_rows"] and not TRANSIENT_FAULTS & {line["fault"] for line in summary["rejected"]}
+def _told_if_done(shard: Path, hygiene: HygieneSettings, pieces: Pieces | None) -> list[dict] | None:
+    """The rejected files of a unit whose images a former run left, whole and with no fault that may be gone by now."""
+    if pieces is not None:
+        rejected = pieces.rejected(shard) if pieces.is_whole(shard, hygiene.sides) else None
+    else:
+        found = [read_shard(side_path(shard, side)) for side in hygiene.sides]
+        rejected = found[TRAIN][0]["rejected"] if all(found) else None
+    return None if TRANSIENT_FAULTS & {line["fault"] for line in rejected or ()} else rejected
 
 
 def _claim_folder(folder: Path, output_flag: str) -> None:
