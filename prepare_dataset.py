@@ -1,6 +1,7 @@
 """Turn a folder of images, or a dataset of the Hub, into a prepared dataset that training opens at once.
 
     python prepare_dataset.py --train_data_dir photos --resolution 64 --center_crop --output_dir photos-64
+    python prepare_dataset.py --inspect photos-64
     python train_unconditional.py --train_data_dir photos-64 --output_dir model
 
 Run the same command again after it was stopped, or after files were added: only what is missing is done.
@@ -23,6 +24,8 @@ class OutputOptions:
     overwrite_output_dir: bool = option(
         False, "replace a dataset that --output_dir holds of other images or of other settings"
     )
+    contact_sheet: bool = option(True, "write contact_sheet.html: samples of each class, duplicates, rejected files")
+    inspect: str | None = option(None, "print what is in this prepared dataset, and do nothing else")
 
 
 @dataclass
@@ -49,8 +52,13 @@ class Options(SourceOptions, ImageOptions, HygieneOptions, OutputOptions):
 
 def main() -> None:
     options = parse_options(Options, __doc__.partition("\n")[0])
+    if options.inspect is not None:
+        from trainkit.data.card import print_card
+
+        return print_card(Path(options.inspect))
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
+    from trainkit.data.contact_sheet import write_contact_sheet
     from trainkit.data.hygiene import hygiene_from_options
     from trainkit.data.prepare import check_output, prepare, settings_from_options
     from trainkit.data.sources import open_source
@@ -58,8 +66,9 @@ def main() -> None:
     settings, hygiene = settings_from_options(options), hygiene_from_options(options)
     output_dir, overwrite = Path(options.output_dir), options.overwrite_output_dir
     check_output(output_dir, settings, hygiene, overwrite)  # before a listing that may take long
+    source = open_source(options)
     prepare(
-        open_source(options),
+        source,
         settings,
         output_dir,
         options.num_proc,
@@ -67,6 +76,8 @@ def main() -> None:
         max_rejected_fraction=options.max_rejected_fraction,
         overwrite=overwrite,
     )
+    if options.contact_sheet:
+        print(f"look at {write_contact_sheet(output_dir, source)} before training", flush=True)
 
 
 if __name__ == "__main__":

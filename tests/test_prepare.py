@@ -80,6 +80,7 @@ def test_the_folder_says_what_was_done(photos, tmp_path):
     assert preparation["settings"] == dataclasses.asdict(SETTINGS) | {"background": [255, 255, 255]}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".lock",
+        "contact_sheet.html",
         "dataset_info.json",
         "preparation.json",
         "rejected.jsonl",

@@ -41,6 +41,16 @@ def read_preparation(folder: Path) -> dict | None:
     return preparation if state.get("_fingerprint") == preparation.get("fingerprint") else None
 
 
+def told_counts(preparation: dict) -> str:
+    """'1,998 images, 2 rejected (1 empty, 1 truncated)'."""
+    told = f"{preparation['num_images']:,} images"
+    rejected = preparation["rejected"]
+    if rejected:
+        faults = ", ".join(f"{count:,} {fault}" for fault, count in rejected.items())
+        told += f", {sum(rejected.values()):,} rejected ({faults}; see {REJECTED_NAME})"
+    return told
+
+
 def finalize(
     source, writer: ShardWriter, output_dir: Path, shards: list[Path], fingerprint: str, max_rejected_fraction: float
 ) -> dict:

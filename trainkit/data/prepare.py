@@ -25,11 +25,11 @@ from trainkit.data.finalize import (
     FORMAT,
     LOCK_NAME,
     PREPARATION_NAME,
-    REJECTED_NAME,
     WORK_FOLDER,
     Rejections,
     finalize,
     read_preparation,
+    told_counts,
 )
 from trainkit.data.hygiene import AS_IT_IS, TRAIN, HygieneSettings
 from trainkit.data.images import PreparationSettings
@@ -277,16 +277,6 @@ def _is_current(preparation: dict, folder: Path, fingerprint: str) -> bool:
             return False
         paths |= {folder / VALIDATION_FOLDER / shard["filename"]: shard["num_bytes"] for shard in held_out["shards"]}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
-
-
-def told_counts(preparation: dict) -> str:
-    """'1,998 images, 2 rejected (1 empty, 1 truncated)'."""
-    told = f"{preparation['num_images']:,} images"
-    rejected = preparation["rejected"]
-    if rejected:
-        faults = ", ".join(f"{count:,} {fault}" for fault, count in rejected.items())
-        told += f", {sum(rejected.values()):,} rejected ({faults}; see {REJECTED_NAME})"
-    return told
 
 
 def _told_if_done(shard: Path, hygiene: HygieneSettings, pieces: Pieces | None) -> list[dict] | None:
