@@ -62,15 +62,10 @@ def is_held_out(content_hash: str, fraction: float) -> bool:
 
 
 def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
-    """For each image (N,) the first one of the same hash (N, 2) uint64, or `KEPT` where that is itself."""
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equals the first in the source stays first
-    ordered = hashes[order]
-    is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    firsts = order[is_first][np.cumsum(is_first) - 1]
-    repeated = np.full(len(order), KEPT, dtype=np.int64)
-    repeated[order] = np.where(is_first, KEPT, firsts)
-    return repeated
+    """For each image (N,) the first one of the same hash (N, K) uint64, or `KEPT` where that is itself."""
+    firsts = _first_equal(hashes)
+    firsts[firsts == np.arange(len(firsts))] = KEPT
+    return firsts
 
 
 def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
@@ -79,19 +74,32 @@ def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
     An image goes only when one that stays is near it: no chains, in which each is near the next and the last like
     nothing before it.
     """
-    values, firsts, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    by_appearance = np.argsort(firsts)
-    firsts = firsts[by_appearance]
-    rank = np.empty_like(by_appearance)
-    rank[by_appearance] = np.arange(len(by_appearance))
-    representative = np.arange(len(firsts))
+    firsts = _first_equal(hashes[:, None])
+    different = np.flatnonzero(firsts == np.arange(len(firsts)))
     dropped: dict[int, int] = {}
-    for later, earlier in near_pairs(values[by_appearance], distance).tolist():
+    for later, earlier in near_pairs(hashes[different], distance).tolist():
         if later not in dropped and earlier not in dropped:
             dropped[later] = earlier
-    representative[list(dropped)] = list(dropped.values())
-    repeated = firsts[representative[rank[inverse]]]
-    return np.where(repeated == np.arange(len(hashes)), KEPT, repeated)
+    stays = np.arange(len(firsts))
+    stays[different[np.array(list(dropped), dtype=np.int64)]] = different[
+        np.array(list(dropped.values()), dtype=np.int64)
+    ]
+    repeated = stays[firsts]
+    repeated[repeated == np.arange(len(firsts))] = KEPT
+    return repeated
+
+
+def _first_equal(hashes: np.ndarray) -> np.ndarray:
+    """For each row (N, K) the number of the first that is equal to it."""
+    order = np.lexsort(hashes.T)  # stable: of equals the first stays first
+    starts = np.ones(len(order), dtype=bool)
+    ordered = hashes[order]
+    starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    del ordered  # a hundred million images are a gigabyte in each of these
+    starts = np.flatnonzero(starts)
+    firsts = np.empty(len(order), dtype=np.int64)
+    firsts[order] = np.repeat(order[starts], np.diff(starts, append=len(order)))
+    return firsts
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:

@@ -132,7 +132,7 @@ def drop_duplicates(
 
 
 def _repeated(writer: ShardWriter, shards: list[Path]) -> np.ndarray:
-    """For each image (N,) the one that it repeats, or `KEPT`. In memory: some 60 bytes an image at the peak."""
+    """For each image (N,) the one that it repeats, or `KEPT`. In memory: at most 90 bytes an image."""
     is_near = writer.hygiene.deduplicate == "near"
     column, width = ("perceptual_hash", 1) if is_near else ("content_hash", 2)
     parts = [np.empty(0, dtype=np.uint64)]
