@@ -9,7 +9,6 @@ The training scripts take the raw folder too, and then prepare it in the cache b
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from trainkit.config import option, parse_options
 from trainkit.errors import UserError, run_script
@@ -20,7 +19,16 @@ from trainkit.options import ImageOptions, SourceOptions
 class OutputOptions:
     """output: where the prepared dataset goes"""
 
-    output_dir: str | None = option(None, "folder for the prepared dataset, a new or empty one (required)")
+    output_dir: str | None = option(
+        None,
+        "folder for the prepared dataset, a new or empty one, or an fsspec URL such as s3://bucket/set (required)",
+    )
+    engine: str = option(
+        "processes", "what decodes: processes of this machine, or a Ray cluster", choices=("processes", "ray")
+    )
+    ray_address: str | None = option(
+        None, "with --engine ray: HOST:PORT of the cluster, or auto; default: one started on this machine for the run"
+    )
     overwrite_output_dir: bool = option(
         False, "replace a dataset that --output_dir holds of other images or of other settings"
     )
@@ -54,24 +62,38 @@ def main() -> None:
     options = parse_options(Options, __doc__.partition("\n")[0])
     if options.inspect is not None:
         from trainkit.data.card import print_card
+        from trainkit.data.files import location
 
-        return print_card(Path(options.inspect))
+        return print_card(location(options.inspect, options.storage_options))
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
+    if options.ray_address is not None and options.engine != "ray":
+        raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
+    from trainkit.data.cache import cache_root
     from trainkit.data.contact_sheet import write_contact_sheet
+    from trainkit.data.files import location
     from trainkit.data.hygiene import hygiene_from_options
-    from trainkit.data.prepare import check_output, prepare, settings_from_options
+    from trainkit.data.pool import run_jobs
+    from trainkit.data.prepare import check_output, prepare
+    from trainkit.data.settings import settings_from_options
     from trainkit.data.sources import open_source
 
     settings, hygiene = settings_from_options(options), hygiene_from_options(options)
-    output_dir, overwrite = Path(options.output_dir), options.overwrite_output_dir
+    output_dir, overwrite = location(options.output_dir, options.storage_options), options.overwrite_output_dir
     check_output(output_dir, settings, hygiene, overwrite)  # before a listing that may take long
+    engine, work_dir = run_jobs, cache_root(options) / "work"
+    if options.engine == "ray":
+        from trainkit.data.ray_engine import ray_engine
+
+        engine, work_dir = ray_engine(options.ray_address), None  # its workers share no folder of this machine
     source = open_source(options)
     prepare(
         source,
         settings,
         output_dir,
         options.num_proc,
+        engine=engine,
+        work_dir=work_dir,
         hygiene=hygiene,
         max_rejected_fraction=options.max_rejected_fraction,
         overwrite=overwrite,

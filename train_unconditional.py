@@ -26,6 +26,7 @@ from trainkit.options import (
     HardwareOptions,
     HubOptions,
     ImageOptions,
+    LoadingOptions,
     LoggingOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -39,6 +40,7 @@ from trainkit.options import (
 class Options(
     SourceOptions,
     ImageOptions,
+    LoadingOptions,
     AugmentationOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -57,12 +59,16 @@ def train(options: Options) -> None:
     # Imported late, so that --help answers at once.
     from accelerate.utils import set_seed
 
+    from trainkit.data.augment import check_augmentation
+    from trainkit.data.augment_draws import LABELS
     from trainkit.data.cache import open_or_prepare
+    from trainkit.diffusion.augmentation_input import add_augmentation_input, augmented
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.unet import build_unet, check_before_preparation
     from trainkit.hub import create_repository
-    from trainkit.training.launch import make_deterministic, start_accelerator
+    from trainkit.training.launch import make_deterministic, shard_as_launched, start_accelerator
+    from trainkit.training.resume import check_output_dir
     from trainkit.training.run import Run
     from trainkit.training.score import SampleScore, check_score
     from trainkit.training.speed import prepare_device
@@ -71,12 +77,15 @@ def train(options: Options) -> None:
 
     check_tracker(options.logger)
     check_score(options)
+    check_augmentation(options, grey=options.image_mode == "L")
     check_before_preparation(options)
+    check_output_dir(options)
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
     held_out = open_validation_images(options, images)
     prepare_device(options)
     if options.deterministic:
         make_deterministic()
+    shard_as_launched(options)
     accelerator = start_accelerator(
         options.mixed_precision,
         options.cpu_threads,
@@ -85,13 +94,16 @@ def train(options: Options) -> None:
     )
     set_seed(options.seed)
     unet = build_unet(options, images.height, images.width, images.channels)
+    if options.augmentation_conditioning:
+        add_augmentation_input(unet, LABELS)
     noise_scheduler = build_noise_scheduler(options)
     run = Run(options, accelerator, unet, images)
     repo_id = create_repository(options) if options.push_to_hub and accelerator.is_main_process else None
 
     def losses(model, batch, timesteps):  # one an image, of training and of validation alike
         noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)  # float32
-        prediction = model(noisy_images, timesteps).sample  # under autocast
+        with augmented(model, batch.augmentation):
+            prediction = model(noisy_images, timesteps).sample  # under autocast
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, options.snr_gamma)
 
     validation = None if held_out is None else HeldOutLoss(run, held_out, losses, options.ddpm_num_steps)
@@ -175,6 +187,8 @@ def main() -> None:
     ):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
+    if options.shuffle_block_size < 0:
+        raise UserError(f"--shuffle_block_size {options.shuffle_block_size} must be 0 (all images) or more")
     train(options)
 
 

@@ -50,11 +50,13 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def launch_command(script, *arguments, processes=1):
+def launch_command(script, *arguments, processes=1, config_file=None):
     """The command line that really starts `processes` CPU processes."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if processes > 1:
-        launcher += ["--multi_gpu", "--main_process_port", "0"]
+        launcher += ["--main_process_port", "0", *([] if config_file else ["--multi_gpu"])]
+    if config_file:
+        launcher += ["--config_file", str(config_file)]
     launcher += ["--num_processes", str(processes), "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*launcher, str(ROOT / script), *map(str, arguments)]
@@ -64,10 +66,10 @@ def launch_environment(**extra):
     return os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"} | extra
 
 
-def launch(script, *arguments, processes=1, environment=None, check=True):
+def launch(script, *arguments, processes=1, config_file=None, environment=None, check=True):
     """Run a script of ours through `accelerate launch`; returns the finished process with its output as text."""
     done = subprocess.run(
-        launch_command(script, *arguments, processes=processes),
+        launch_command(script, *arguments, processes=processes, config_file=config_file),
         env=launch_environment(**(environment or {})),
         capture_output=True,
         text=True,

@@ -23,13 +23,13 @@ from trainkit.data.images import PreparationSettings, decode_image
 from trainkit.data.prepare import prepare
 from trainkit.data.sources import HubDataset, ImageFolder
 from trainkit.errors import UserError
-from trainkit.options import ImageOptions, SourceOptions
+from trainkit.options import ImageOptions, LoadingOptions, SourceOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass
-class Options(SourceOptions, ImageOptions):
+class Options(SourceOptions, ImageOptions, LoadingOptions):
     pass
 
 
@@ -64,7 +64,7 @@ def prepared(photos: Path, output: Path, settings: PreparationSettings) -> Prepa
 
 @pytest.mark.parametrize("bit_depth, image_mode", [(8, "RGB"), (16, "RGB"), (8, "L"), (8, "RGBA")])
 def test_gather_gives_what_the_decoder_made(photos, tmp_path, many_batches, bit_depth, image_mode):
-    settings = PreparationSettings(12, 16, center_crop=True, bit_depth=bit_depth, image_mode=image_mode)
+    settings = PreparationSettings(12, 16, resize_mode="crop", bit_depth=bit_depth, image_mode=image_mode)
     images = prepared(photos, tmp_path / "out", settings)
     assert len(images) == 90 and len(images.preparation["shards"]) > 2
     assert (images.height, images.width, images.channels) == (12, 16, len(image_mode))
@@ -90,12 +90,12 @@ def test_crops_place_the_window(photos, tmp_path, many_batches):
         top = int(crops[position, 0] * (whole.shape[0] - 16 + 1))
         left = int(crops[position, 1] * (whole.shape[1] - 16 + 1))
         assert (cropped[position] == whole[top : top + 16, left : left + 16]).all()
-        centre = decode_image(photos / name, dataclasses.replace(settings, center_crop=True))
+        centre = decode_image(photos / name, dataclasses.replace(settings, resize_mode="crop"))
         assert (centred[position] == centre).all()
 
 
 def test_labels_texts_and_sources(photos, tmp_path, many_batches):
-    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, center_crop=True))
+    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, resize_mode="crop"))
     indices = np.array([89, 0, 45, 0])
     assert images.label_names == ["a", "b", "c"]
     assert images.labels(indices).tolist() == [2, 0, 1, 0] and images.labels(indices).dtype == np.int64
@@ -105,13 +105,13 @@ def test_labels_texts_and_sources(photos, tmp_path, many_batches):
 
 def test_without_labels_and_captions(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "one.png")
-    images = prepared(tmp_path, tmp_path / "out", PreparationSettings(8, 8, center_crop=True))
+    images = prepared(tmp_path, tmp_path / "out", PreparationSettings(8, 8, resize_mode="crop"))
     assert images.label_names is None and images.labels(np.array([0])).tolist() == [-1]
     assert images.texts(np.array([0])) == [""]
 
 
 def test_indices_outside_are_refused(photos, tmp_path):
-    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, center_crop=True))
+    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, resize_mode="crop"))
     for wrong in (-1, 90):
         with pytest.raises(IndexError):
             images.gather(np.array([0, wrong]))
@@ -119,7 +119,7 @@ def test_indices_outside_are_refused(photos, tmp_path):
 
 
 def test_another_process_opens_the_files_itself(photos, tmp_path):
-    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, center_crop=True))
+    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, resize_mode="crop"))
     images.gather(np.arange(90))
     pickled = pickle.dumps(images)
     assert len(pickled) < 1000
@@ -127,15 +127,15 @@ def test_another_process_opens_the_files_itself(photos, tmp_path):
 
 
 def test_shards_open_only_when_touched(photos, tmp_path, many_batches):
-    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, center_crop=True))
-    assert not images._opened
+    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, resize_mode="crop"))
+    assert not images._shards_open
     images.gather(np.array([0]))
-    assert len(images._opened) == 1
+    assert len(images._shards_open) == 1
 
 
 def test_a_damaged_folder_is_a_user_error_naming_the_file(photos, tmp_path):
     output = tmp_path / "out"
-    images = prepared(photos, output, PreparationSettings(8, 8, center_crop=True))
+    images = prepared(photos, output, PreparationSettings(8, 8, resize_mode="crop"))
     shard = output / images.preparation["shards"][0]["filename"]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1000])
@@ -226,7 +226,7 @@ def test_other_ranks_wait_in_silence(photos, tmp_path):
 
 def test_a_prepared_folder_is_opened_as_it_is(photos, tmp_path, capsys):
     output = tmp_path / "out"
-    prepared(photos, output, PreparationSettings(12, 16, center_crop=True))
+    prepared(photos, output, PreparationSettings(12, 16, resize_mode="crop"))
     cache = str(tmp_path / "cache")
     for options in (
         Options(train_data_dir=str(output), cache_dir=cache),
@@ -252,7 +252,7 @@ def test_an_unfinished_folder_is_told_from_one_of_images(photos, tmp_path):
 
 
 def test_threads_may_gather_at_once(photos, tmp_path, many_batches):
-    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, center_crop=True))
+    images = prepared(photos, tmp_path / "out", PreparationSettings(8, 8, resize_mode="crop"))
     expected = PreparedImages(images.folder).gather(np.arange(90))
     orders = [np.random.default_rng(seed).permutation(90) for seed in range(40)]
     with ThreadPoolExecutor(8) as threads:
@@ -280,7 +280,7 @@ def test_a_saved_dataset_becomes_prepared_images(tmp_path, many_batches):
         assert prepared_images.texts(np.array([7])) == ["no 7"]
         assert prepared_images.preparation["rejected"] == {"missing": 1}
     assert len(list((tmp_path / "cache/prepared").iterdir())) == 1
-    settings = PreparationSettings(8, 8, center_crop=True)
+    settings = PreparationSettings(8, 8, resize_mode="crop")
     prepare(HubDataset(str(tmp_path / "saved")), settings, tmp_path / "two", num_proc=2, show_progress=False)
     for path in prepared_images.folder.glob("data-*"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
@@ -296,7 +296,7 @@ def test_gathering_is_fast(tmp_path):
     generator = np.random.default_rng(0)
     for number in range(300):
         Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"{number}.bmp")
-    images = prepared(tmp_path, tmp_path / "out", PreparationSettings(64, 64, center_crop=True))
+    images = prepared(tmp_path, tmp_path / "out", PreparationSettings(64, 64, resize_mode="crop"))
     batches = generator.integers(0, 300, (100, 128))
     images.gather(batches[0])
     started = time.process_time()

@@ -87,7 +87,7 @@ def test_accelerate_takes_each_config_and_every_line_is_explained(file):
     assert f"--config_file accelerate_configs/{file.name}" in text, "the head shows the command"
     unexplained = [line for line in text.splitlines() if re.match(r"\s*\w+:", line) and "# " not in line]
     assert all(re.match(r"num_(machines|processes): \d+$", line) for line in unexplained), unexplained
-    engine = "fsdp_config" if config["distributed_type"] == "FSDP" else None
+    engine = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}.get(config["distributed_type"])
     assert [name for name in config if name.endswith("_config") and name != "dynamo_config"] == [engine] * bool(engine)
     if engine:  # a misspelt key would be ignored without a word
         known = {action.dest for action in launch_command_parser()._actions}

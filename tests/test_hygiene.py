@@ -18,8 +18,8 @@ from trainkit.data import prepare as prepare_module
 from trainkit.data import sources
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.hygiene import KEPT, HygieneSettings, exact_duplicates, near_duplicates, near_pairs
-from trainkit.data.images import PreparationSettings
 from trainkit.data.prepare import prepare, read_preparation
+from trainkit.data.settings import PreparationSettings
 from trainkit.data.shards import ShardWriter, open_stream
 from trainkit.data.sources import ImageFolder
 from trainkit.errors import UserError
@@ -179,7 +179,7 @@ def test_near_duplicates_are_the_same_picture_saved_smaller_or_worse_or_tinted(t
     photograph(5).resize((60, 60)).save(folder / "05_smaller.png")
     tinted = (np.asarray(photograph(7)) * [1.0, 0.9, 0.8]).astype(np.uint8)
     Image.fromarray(tinted).save(folder / "07_tinted.png")
-    settings = PreparationSettings(32, 32, center_crop=True)
+    settings = PreparationSettings(32, 32, resize_mode="crop")
     assert prepared(folder, tmp_path / "exact", EXACT, settings)["num_images"] == 43
     assert prepared(folder, tmp_path / "out", NEAR, settings)["num_images"] == 40
     found = {line["source"]: line["repeats"] for line in rejected(tmp_path / "out")}
@@ -266,7 +266,7 @@ def test_the_split_is_mended_when_it_is_damaged(repeated, tmp_path):
 
 @pytest.mark.parametrize("mode, depth", [("RGB", 8), ("L", 8), ("RGBA", 8), ("RGB", 16)])
 def test_mean_and_std_are_exact_and_of_what_stays(repeated, tmp_path, small_units, mode, depth):
-    settings = PreparationSettings(16, 16, center_crop=True, image_mode=mode, bit_depth=depth)
+    settings = PreparationSettings(16, 16, resize_mode="crop", image_mode=mode, bit_depth=depth)
     done = prepared(repeated, tmp_path / "out", EXACT, settings)
     images = PreparedImages(tmp_path / "out")
     pixels = images.gather(np.arange(len(images))).reshape(-1, settings.channels) / (2.0**depth - 1)

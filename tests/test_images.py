@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainkit.data.images import PreparationSettings, RejectedImage, covering_size, decode_image
-from trainkit.data.prepare import parse_resolution
+from trainkit.data.geometry import covering_size
+from trainkit.data.images import PreparationSettings, RejectedImage, decode_image
+from trainkit.data.settings import parse_resolution
 from trainkit.errors import UserError
 
-SQUARE = PreparationSettings(8, 8, center_crop=True)
+SQUARE = PreparationSettings(8, 8, resize_mode="crop")
 AS_IS = PreparationSettings(32, 32)
 
 
@@ -45,7 +46,7 @@ def full_decode(image: bytes, height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_scaled_decoding_is_within_a_grey_level_of_full_decoding(size, format):
     image = encoded(photograph(*size), format)
-    settings = PreparationSettings(64, 64, center_crop=True)
+    settings = PreparationSettings(64, 64, resize_mode="crop")
     difference = np.abs(decode_image(image, settings) - full_decode(image, 64, 64))
     assert difference.mean() < 1
     assert difference.max() < 12
@@ -53,7 +54,7 @@ def test_scaled_decoding_is_within_a_grey_level_of_full_decoding(size, format):
 
 def test_target_is_height_by_width_and_uncropped_images_cover_it():
     image = encoded(photograph(120, 60))
-    assert decode_image(image, PreparationSettings(32, 48, center_crop=True)).shape == (32, 48, 3)
+    assert decode_image(image, PreparationSettings(32, 48, resize_mode="crop")).shape == (32, 48, 3)
     assert decode_image(image, PreparationSettings(32, 48)).shape == (32, 64, 3)
     assert decode_image(image, PreparationSettings(20, 80)).shape == (40, 80, 3)
     assert decode_image(encoded(photograph(7, 5)), PreparationSettings(10, 10)).shape == (10, 14, 3)
@@ -62,7 +63,7 @@ def test_target_is_height_by_width_and_uncropped_images_cover_it():
 def test_center_crop_takes_the_centre():
     pixels = np.zeros((32, 96, 3), dtype=np.uint8)
     pixels[:, 32:64] = 200
-    cropped = decode_image(encoded(Image.fromarray(pixels)), PreparationSettings(32, 32, center_crop=True))
+    cropped = decode_image(encoded(Image.fromarray(pixels)), PreparationSettings(32, 32, resize_mode="crop"))
     assert (cropped == 200).all()
 
 
@@ -223,20 +224,28 @@ def test_a_file_without_permission_is_unreadable(tmp_path):
     assert rejection.value.fault == "unreadable"
 
 
-def test_bombs_are_rejected_without_a_warning(monkeypatch):
+def test_bombs_are_rejected_without_a_warning():
     file = encoded(Image.new("L", (400, 400)))
     for limit in (400 * 400 - 1, 400 * 400 // 3):  # Pillow warns above its limit, raises above twice that
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with warnings.catch_warnings(record=True) as caught, pytest.raises(RejectedImage) as rejection:
-            decode_image(file, AS_IS)
+            decode_image(file, dataclasses.replace(AS_IS, max_image_pixels=limit))
         assert rejection.value.fault == "too_large" and not caught
+    assert decode_image(file, dataclasses.replace(AS_IS, max_image_pixels=400 * 400)).shape == (32, 32, 3)
+    huge = encoded(Image.new("1", (14000, 14000)))  # more than twice Pillow's own limit, in 24 kB
+    with pytest.raises(RejectedImage):
+        decode_image(huge, AS_IS)
+    assert decode_image(huge, dataclasses.replace(AS_IS, max_image_pixels=0)).shape == (32, 32, 3)
 
 
-def test_a_sliver_that_would_grow_beyond_the_limit_is_rejected():
-    file = encoded(Image.new("L", (60000, 1)))
-    with pytest.raises(RejectedImage) as rejection:
-        decode_image(file, PreparationSettings(64, 64))
-    assert rejection.value.fault == "too_large"
+def test_of_a_sliver_a_bounded_part_of_the_middle_is_kept():
+    pixels = np.zeros((3, 2001), dtype=np.uint8)
+    pixels[:, 990:1011] = 200
+    for file in (encoded(Image.fromarray(pixels)), encoded(Image.fromarray(pixels), "JPEG", quality=100)):
+        stored = decode_image(file, PreparationSettings(64, 64))
+        assert stored.shape == (64, 512, 3) and (stored[:, 64:-64] > 190).all()
+    on_its_side = encoded(Image.fromarray(pixels.T.copy()))
+    assert decode_image(on_its_side, PreparationSettings(32, 64)).shape == (256, 64, 3)
+    assert decode_image(encoded(Image.new("L", (60000, 1))), PreparationSettings(64, 64)).shape == (64, 512, 3)
 
 
 def test_postscript_is_never_run():

@@ -99,3 +99,24 @@ def test_sixteen_bits_keep_their_steps():
 
     batch = next(loader(images=Deep()).iterate(0, 1))
     assert batch.images[0, 0, 0, 0].item() == pytest.approx(40001 / 32767.5 - 1, abs=1e-6)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_blocks_are_read_ahead_and_before_they_are_wanted(threads):
+    class Ahead(CountingImages):
+        announced, unannounced = set(), 0
+
+        def read_ahead(self, ranges):
+            self.announced = self.announced | {row for first, end in ranges for row in range(first, end)}
+
+        def gather(self, indices, crops):
+            self.unannounced += len(set(indices.tolist()) - self.announced)
+            return super().gather(indices, crops)
+
+    images = Ahead()
+    blocks = BatchLoader(images, BatchShape(8, 1, 1, 0), 3, False, torch.device("cpu"), threads, shuffle_block_size=3)
+    batches = list(blocks.iterate(10, 35))
+    assert images.unannounced == 0 and images.read == 25 * 8
+    resumed = BatchLoader(Ahead(), BatchShape(4, 2, 1, 0), 3, False, torch.device("cpu"), 0, shuffle_block_size=3)
+    again = np.concatenate([batch.indices for batch in resumed.iterate(20, 22)])
+    assert np.array_equal(again, np.concatenate([batch.indices for batch in batches[10:12]]))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
+from trainkit.data.order import WINDOW_BLOCKS, Purpose, SampleOrder, normal_draws, sample_indices, uniform_draws
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 10, 1000, 4097])
@@ -32,9 +32,62 @@ def test_all_orders_of_a_small_set_are_about_as_frequent():
     assert len(counts) == 24 and counts.min() > 140 and counts.max() < 260  # 200 expected, sigma 14
 
 
-def test_a_hundred_million_images_cost_no_more_than_a_batch():
-    indices = sample_indices(10**12 + np.arange(512), 10**8, seed=0)
-    assert len(set(indices.tolist())) == 512 and 0 <= indices.min() and indices.max() < 10**8
+def test_a_billion_images_cost_no_more_than_a_batch():
+    indices = sample_indices(10**12 + np.arange(512), 10**9, seed=0)
+    assert len(set(indices.tolist())) == 512 and 0 <= indices.min() and indices.max() < 10**9
+
+
+def test_each_place_of_an_epoch_sees_every_image_as_often():
+    """Chi-square over places and images of 4,000 epochs, and the same for what follows what."""
+    for order in (SampleOrder(12, seed=1), SampleOrder(12, seed=1, block_size=2), SampleOrder(13, 5, block_size=4)):
+        size, epochs = order.num_samples, 4000
+        orders = order.indices(np.arange(size * epochs)).reshape(epochs, size)
+        counts = np.stack([np.bincount(column, minlength=size) for column in orders.T])
+        expected = epochs / size
+        statistic, freedom = ((counts - expected) ** 2 / expected).sum(), (size - 1) ** 2
+        assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom), order
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 7, 64, 1000, 4097])
+@pytest.mark.parametrize("block_size", [1, 3, 8, 64, 5000])
+def test_blocks_visit_every_image_once_an_epoch(num_samples, block_size):
+    order = SampleOrder(num_samples, seed=3, block_size=block_size)
+    epochs = order.indices(np.arange(3 * num_samples)).reshape(3, num_samples)
+    for indices in epochs:
+        assert sorted(indices) == list(range(num_samples))
+    if num_samples > 7:
+        assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    assert order.indices(np.array([num_samples // 2])) == epochs[0][num_samples // 2]
+
+
+@pytest.mark.parametrize(("num_samples", "block_size"), [(1000, 7), (4096, 16), (100, 100), (103, 50), (20, 64)])
+def test_a_window_reads_what_it_says_and_nothing_else(num_samples, block_size):
+    order = SampleOrder(num_samples, seed=3, block_size=block_size)
+    position = 0
+    while position < 2 * num_samples:
+        first, end = order.window(position)
+        assert first == position and order.window(end - 1) == (first, end)
+        assert end - first <= WINDOW_BLOCKS * block_size
+        ranges = order.ranges(first, end)
+        assert len(ranges) <= WINDOW_BLOCKS + 2
+        read = [row for start, stop in ranges for row in range(start, stop)]
+        assert sorted(order.indices(np.arange(first, end))) == sorted(read)
+        position = end
+    assert position == 2 * num_samples
+
+
+def test_inside_a_window_neighbours_are_parted():
+    order = SampleOrder(64_000, seed=0, block_size=100)
+    indices = order.indices(np.arange(64_000))
+    assert (np.abs(np.diff(indices)) < 100).mean() < 1.5 / WINDOW_BLOCKS  # by chance: 1 in WINDOW_BLOCKS
+
+
+def test_a_billion_images_in_blocks_cost_no_more_than_a_batch():
+    order = SampleOrder(10**9, seed=0, block_size=2048)
+    indices = order.indices(10**12 + np.arange(512))
+    assert len(set(indices.tolist())) == 512 and 0 <= indices.min() and indices.max() < 10**9
+    first, end = order.window(10**12)
+    assert end - first == 2048 * WINDOW_BLOCKS and len(order.ranges(first, end)) == WINDOW_BLOCKS
 
 
 def test_noise_of_a_row_does_not_depend_on_the_division_of_the_batch():

@@ -24,7 +24,7 @@ from trainkit.data.prepare import PreparationSettings, prepare, read_preparation
 from trainkit.data.sources import FolderReader, ImageFolder
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = PreparationSettings(16, 16, center_crop=True)
+SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 
 
 def write_images(folder: Path, count: int, side: int = 24, start: int = 0) -> None:

@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 from test_prepare import ROOT, SETTINGS, Stopped, count_decoded, run, write_images
 
+from train_unconditional import Options
 from trainkit.config import parse_options
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.contact_sheet import write_contact_sheet
 from trainkit.data.hygiene import AS_IT_IS, HygieneSettings
-from trainkit.data.images import PreparationSettings
 from trainkit.data.prepare import prepare
+from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources import ImageFolder
-from trainkit.options import ImageOptions, SourceOptions
 
 WICKED = "<script>alert('1')</script><img src=x onerror=alert(2)>.jpg".replace("/", "|")
 
@@ -65,14 +65,8 @@ def test_the_card_says_what_is_in_it_and_how_to_train(photos, tmp_path):
     assert card["rejected"] == "3: 1 duplicate, 1 not_an_image, 1 truncated; see rejected.jsonl"
     assert re.match(r"L 0\.4\d{3} 0\.0\d{3} \(", card["mean, std"])
     assert done["fingerprint"] in card["fingerprint"] and "pillow" in card["made with"]
-    assert "center_crop True" in card["settings"] and "validation_fraction 0.2" in card["settings"]
+    assert "resize_mode crop" in card["settings"] and "validation_fraction 0.2" in card["settings"]
     assert f"{sum(shard['num_bytes'] for shard in done['shards']) / 1e6:,.1f} MB" in card["files"]
-
-    @dataclasses.dataclass
-    class Options(SourceOptions, ImageOptions):
-        validation_data_dir: str | None = dataclasses.field(default=None, metadata={"help": "", "choices": None,
-                                                                                    "nargs": None})  # fmt: skip
-        output_dir: str | None = dataclasses.field(default=None, metadata={"help": "", "choices": None, "nargs": None})
 
     options = parse_options(Options, "", shlex.split(card["train"])[3:])
     assert len(open_or_prepare(options)) == done["num_images"], "the command that is shown opens it"
@@ -129,10 +123,10 @@ class Page(html.parser.HTMLParser):
     [
         SETTINGS,
         PreparationSettings(16, 24, image_mode="L"),
-        PreparationSettings(200, 100, center_crop=True, image_mode="RGBA"),
+        PreparationSettings(200, 100, resize_mode="crop", image_mode="RGBA"),
         PreparationSettings(100, 100, image_mode="RGB", bit_depth=16),
     ],
-    ids=lambda settings: f"{settings.image_mode}{settings.bit_depth}{'' if settings.center_crop else 'free'}",
+    ids=lambda settings: f"{settings.image_mode}{settings.bit_depth}{'' if settings.fixed_size else 'free'}",
 )
 def test_the_sheet_shows_samples_duplicates_and_rejects(photos, tmp_path, settings):
     prepared(photos, tmp_path / "out", settings, HygieneSettings("exact"))

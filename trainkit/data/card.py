@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from trainkit.data.dataset import PreparedImages
+from trainkit.data.files import RemotePath, exists, sizes
 from trainkit.data.finalize import LOCK_NAME, PREPARATION_NAME, REJECTED_NAME, WORK_FOLDER, read_preparation
 from trainkit.data.shards import VALIDATION_FOLDER
 from trainkit.errors import UserError
@@ -10,13 +11,13 @@ from trainkit.errors import UserError
 SHOWN_CLASSES = 6
 
 
-def print_card(folder: Path, flag: str = "--inspect") -> None:
+def print_card(folder: Path | RemotePath, flag: str = "--inspect") -> None:
     """Print the card of a prepared dataset. Raises `UserError` where it is unfinished, damaged or none."""
     preparation = _read(folder, flag)
     damage = None
     try:
         PreparedImages(folder)
-        if preparation.get("hygiene", {}).get("validation_fraction") and (folder / VALIDATION_FOLDER).is_dir():
+        if preparation.get("hygiene", {}).get("validation_fraction") and exists(folder / VALIDATION_FOLDER):
             PreparedImages(folder / VALIDATION_FOLDER)
     except UserError as error:
         damage = error
@@ -25,24 +26,26 @@ def print_card(folder: Path, flag: str = "--inspect") -> None:
         raise damage
 
 
-def _read(folder: Path, flag: str) -> dict:
-    if not folder.is_dir():
+def _read(folder: Path | RemotePath, flag: str) -> dict:
+    if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(f"{flag} {folder} {'is a file' if folder.exists() else 'does not exist'}; give a folder")
     preparation = read_preparation(folder)
     if preparation is not None:
         return preparation
     again = "run the prepare_dataset.py command that made it again: it goes on from what is there"
-    if (folder / PREPARATION_NAME).is_file():
+    if exists(folder / PREPARATION_NAME):
         raise UserError(f"{flag} {folder} is damaged ({PREPARATION_NAME} and state.json do not agree); {again}")
-    if (folder / LOCK_NAME).is_file() or (folder / WORK_FOLDER).is_dir():
-        shards, slices = (len(list(where.glob("*.arrow"))) for where in (folder, folder / WORK_FOLDER))
+    if exists(folder / LOCK_NAME) or exists(folder / WORK_FOLDER):
+        shards, slices = (
+            sum(name.endswith(".arrow") for name in sizes(where)) for where in (folder, folder / WORK_FOLDER)
+        )
         raise UserError(f"{flag} {folder} is unfinished ({shards:,} shards, {slices:,} parts of others); {again}")
     raise UserError(
         f"{flag} {folder} is no prepared dataset (no {PREPARATION_NAME} in it); prepare_dataset.py makes one"
     )
 
 
-def card(folder: Path, preparation: dict) -> str:
+def card(folder: Path | RemotePath, preparation: dict) -> str:
     """The card's text, a dozen lines of `name  value`."""
     settings, hygiene = preparation["settings"], preparation.get("hygiene", {})
     size = f"{settings['height']}x{settings['width']} {settings['image_mode']}, {settings['bit_depth']} bits a channel"
@@ -68,7 +71,7 @@ def card(folder: Path, preparation: dict) -> str:
     return "\n".join([f"{folder}", *(f"  {name:<{width}}{value}" for name, value in lines.items() if value)])
 
 
-def _held_out(folder: Path, hygiene: dict) -> str | None:
+def _held_out(folder: Path | RemotePath, hygiene: dict) -> str | None:
     if not hygiene.get("validation_fraction"):
         return None
     held_out = read_preparation(folder / VALIDATION_FOLDER)
@@ -107,7 +110,7 @@ def _told(value) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _command(folder: Path, settings: dict, hygiene: dict) -> str:
+def _command(folder: Path | RemotePath, settings: dict, hygiene: dict) -> str:
     command = f"accelerate launch train_unconditional.py --train_data_dir {folder}"
     if settings["image_mode"] != "RGB":
         command += f" --image_mode {settings['image_mode']}"

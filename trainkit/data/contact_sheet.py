@@ -10,16 +10,18 @@ import html
 import io
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from trainkit.data.dataset import PreparedImages
+from trainkit.data.files import RemotePath, read_text, write_text
 from trainkit.data.finalize import PREPARATION_NAME, REJECTED_NAME, told_counts
-from trainkit.data.images import FORMATS, RejectedImage, decode_image
+from trainkit.data.images import FORMATS, decode_image
+from trainkit.data.limits import RejectedImage
 from trainkit.data.pieces import DUPLICATE_FAULT
-from trainkit.data.shards import write_text
 
 SHEET_NAME = "contact_sheet.html"
 SEED = 0
@@ -41,13 +43,17 @@ h2 { margin: 1.2em 0 .4em; font-size: 16px }
 """
 
 
-def write_contact_sheet(folder: Path, source=None) -> Path:
+def write_contact_sheet(folder: Path | RemotePath, source=None) -> Path | RemotePath:
     """Write `contact_sheet.html` into a prepared dataset, unless it is there and newer; returns its path.
 
     Pictures of duplicates and rejected files are read from `source`, where that is a folder of image files.
     """
     path = folder / SHEET_NAME
-    if path.is_file() and path.stat().st_mtime_ns >= (folder / PREPARATION_NAME).stat().st_mtime_ns:
+    if (
+        isinstance(path, Path)
+        and path.is_file()
+        and path.stat().st_mtime_ns >= (folder / PREPARATION_NAME).stat().st_mtime_ns
+    ):
         return path
     images = PreparedImages(folder)
     name = images.preparation["source"]["name"]
@@ -111,11 +117,13 @@ def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[s
     return parts
 
 
-def _rejected_lines(path: Path):
-    if path.is_file():
+def _rejected_lines(path: Path | RemotePath) -> Iterator[dict]:
+    """A line at a time: there may be many."""
+    if isinstance(path, Path):
         with open(path, encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
+            yield from map(json.loads, lines)
+    else:
+        yield from map(json.loads, read_text(path).splitlines())
 
 
 def _readable(path: Path, images: PreparedImages) -> np.ndarray | None:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from trainkit.data.hygiene import HygieneSettings
+from trainkit.data.hygiene import NEAR_FLAG, HygieneSettings
+from trainkit.data.optional import load_package
 
 EXACT_PIXELS = 2**20  # squares of so many 16-bit samples add up to less than 2**53
 FACTS_SCHEMA = pa.schema(
@@ -64,8 +65,9 @@ def _exact_sums(samples: np.ndarray) -> tuple[list[int], list[int]]:
 
 def perceptual_hash(pixels: np.ndarray) -> int:
     """The 64-bit pHash (imagehash) of the picture in grey, on white where it is transparent, whatever its size."""
-    import imagehash
     from PIL import Image
+
+    imagehash = load_package("imagehash", NEAR_FLAG)
 
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)

@@ -4,38 +4,40 @@ import dataclasses
 import hashlib
 import json
 import platform
-import shutil
+import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 from trainkit.data.facts import add_totals, mean_and_std
-from trainkit.data.hygiene import TRAIN, VALIDATION
-from trainkit.data.pieces import Part, drop_duplicates
-from trainkit.data.shards import (
-    UNITS_FOLDER,
-    VALIDATION_FOLDER,
-    ShardWriter,
-    facts_path,
-    open_stream,
-    read_summary,
-    side_path,
+from trainkit.data.files import (
+    RemotePath,
+    delete,
+    delete_folder,
+    exists,
+    for_each,
+    read_schema,
+    read_text,
+    sizes,
     write_json,
     write_text,
 )
+from trainkit.data.hygiene import TRAIN, VALIDATION
+from trainkit.data.pieces import Part, drop_duplicates
+from trainkit.data.shards import UNITS_FOLDER, VALIDATION_FOLDER, ShardWriter, facts_path, read_summary, side_path
 from trainkit.errors import UserError
 
-FORMAT = 2  # raise it when the same file and settings would give other pixels or another layout
+FORMAT = 3  # raise it when the same file and settings would give other pixels or another layout
 WORK_FOLDER, LOCK_NAME, PREPARATION_NAME = "work", ".lock", "preparation.json"
 REJECTED_NAME = "rejected.jsonl"
 EARLY_FILES, EXAMPLES = 1000, 3  # files that must be seen before a run is stopped; rejected ones that it tells then
 
 
-def read_preparation(folder: Path) -> dict | None:
+def read_preparation(folder: Path | RemotePath) -> dict | None:
     """preparation.json of a complete prepared dataset; None where there is none, or its writing was cut short."""
     try:
-        preparation = json.loads((folder / PREPARATION_NAME).read_text())
-        state = json.loads((folder / "state.json").read_text())
+        preparation = json.loads(read_text(folder / PREPARATION_NAME))
+        state = json.loads(read_text(folder / "state.json"))
     except (OSError, ValueError):
         return None
     return preparation if state.get("_fingerprint") == preparation.get("fingerprint") else None
@@ -52,16 +54,23 @@ def told_counts(preparation: dict) -> str:
 
 
 def finalize(
-    source, writer: ShardWriter, output_dir: Path, shards: list[Path], fingerprint: str, max_rejected_fraction: float
+    source,
+    writer: ShardWriter,
+    output_dir: Path | RemotePath,
+    shards: list,
+    fingerprint: str,
+    max_rejected_fraction: float,
 ) -> dict:
     """Write what makes the shards a dataset, the mark of completeness last; then sweep out what is not part of it."""
+    replaced = {name: _shard_names(output_dir / name if name else output_dir) for name in ("", VALIDATION_FOLDER)}
     duplicates = {}
     if writer.hygiene.deduplicate != "none":
-        is_first = not (output_dir / PREPARATION_NAME).exists()
+        is_first = isinstance(output_dir, Path) and not exists(output_dir / PREPARATION_NAME)
         parts, duplicates = drop_duplicates(writer, output_dir, shards, sweep_at_once=is_first)
     else:
         parts = {side: [Part(side_path(shard, side), None) for shard in shards] for side in writer.hygiene.sides}
-    summaries = {side: [_read_summary(part.path) for part in parts[side]] for side in parts}
+    schemas = {side: for_each(read_schema, [part.path for part in parts[side]]) for side in parts}
+    summaries = {side: [read_summary(schema) for schema in schemas[side]] for side in parts}
     rejections = Rejections(max_rejected_fraction, len(source))
     for summary in summaries[TRAIN]:
         rejections.add(summary["rejected"])
@@ -78,16 +87,17 @@ def finalize(
         mark = hashlib.blake2b(f"{fingerprint} validation".encode(), digest_size=8).hexdigest()
         _write_dataset(source, writer, folder, parts[VALIDATION], summaries[VALIDATION], mark, [])
     _write_dataset(source, writer, output_dir, parts[TRAIN], summaries[TRAIN], fingerprint, rejected)
-    _sweep(writer, output_dir, parts, shards)
+    _sweep(writer, output_dir, parts, shards, replaced)
     return read_preparation(output_dir)
 
 
-def _read_summary(path: Path) -> dict:
-    with open_stream(path) as stream:
-        return read_summary(stream.schema)
+def _shard_names(folder: Path | RemotePath) -> set[str]:
+    return {shard["filename"] for shard in (read_preparation(folder) or {}).get("shards", ())}
 
 
-def _check_images(source, writer: ShardWriter, output_dir: Path, summaries: dict, rejections: "Rejections") -> None:
+def _check_images(
+    source, writer: ShardWriter, output_dir: Path | RemotePath, summaries: dict, rejections: "Rejections"
+) -> None:
     counts = {side: sum(summary["num_rows"] for summary in summaries[side]) for side in summaries}
     if not any(counts.values()):
         first = rejections.examples[0]
@@ -107,17 +117,17 @@ def _check_images(source, writer: ShardWriter, output_dir: Path, summaries: dict
 def _write_dataset(
     source,
     writer: ShardWriter,
-    folder: Path,
+    folder: Path | RemotePath,
     parts: list[Part],
     summaries: list[dict],
     fingerprint: str,
     rejected: list[dict],
 ) -> None:
-    classes = Counter()
+    classes, present = Counter(), sizes(folder)
     for summary in summaries:
         classes.update(summary["classes"])
     shard_files = [
-        {"filename": part.path.name, "num_rows": summary["num_rows"], "num_bytes": part.path.stat().st_size}
+        {"filename": part.path.name, "num_rows": summary["num_rows"], "num_bytes": present[part.path.name]}
         for part, summary in zip(parts, summaries, strict=True)
     ]
     total = add_totals(summary["pixels"] for summary in summaries)
@@ -151,18 +161,41 @@ def _write_dataset(
     write_json(folder / PREPARATION_NAME, preparation)
 
 
-def _sweep(writer: ShardWriter, output_dir: Path, parts: dict[int, list[Part]], shards: list[Path]) -> None:
-    """Delete what another run, or other settings, left behind."""
-    wanted = {path for side in parts.values() for part in side for path in part if path is not None}
-    wanted |= {facts_path(shard) for shard in shards}
-    shutil.rmtree(output_dir / WORK_FOLDER)
-    if VALIDATION not in parts:
-        shutil.rmtree(output_dir / VALIDATION_FOLDER, ignore_errors=True)
-    if writer.hygiene.deduplicate == "none":
-        shutil.rmtree(output_dir / UNITS_FOLDER, ignore_errors=True)
-    for folder in (output_dir, output_dir / VALIDATION_FOLDER, output_dir / UNITS_FOLDER):
-        for path in {*folder.glob("data-*.arrow"), *folder.glob("*.tmp")} - wanted:
-            path.unlink()
+def _sweep(
+    writer: ShardWriter, output_dir: Path | RemotePath, parts: dict[int, list[Part]], shards: list, replaced: dict
+) -> None:
+    """Delete what another run, or other settings, left behind.
+
+    At a URL, where no lock keeps others away, only what belonged to the dataset that was there before.
+    """
+    wanted = {str(path) for side in parts.values() for part in side for path in part if path is not None}
+    wanted |= {str(facts_path(shard)) for shard in shards}
+    for folder, is_used in (
+        (output_dir, True),
+        (output_dir / VALIDATION_FOLDER, VALIDATION in parts),
+        (output_dir / UNITS_FOLDER, writer.hygiene.deduplicate != "none"),
+    ):
+        if isinstance(output_dir, RemotePath):
+            side = VALIDATION if folder.name == VALIDATION_FOLDER else TRAIN
+            divided = {part.path.name.rpartition("-")[0] + ".arrow" for part in parts.get(side, ()) if part.hidden}
+            names = set() if folder.name == UNITS_FOLDER else divided | replaced["" if side == TRAIN else folder.name]
+        elif is_used:
+            names = {name for name in sizes(folder) if re.fullmatch(r"data-.*\.arrow|.*\.tmp", name)}
+        else:
+            delete_folder(folder)
+            continue
+        for name in names:
+            if str(folder / name) not in wanted:
+                delete(folder / name)
+
+
+def sweep_current(output_dir: Path | RemotePath) -> None:
+    """Delete what a run that was killed at its very end left beside a finished local dataset."""
+    if not isinstance(output_dir, RemotePath):
+        for folder in (output_dir, output_dir / VALIDATION_FOLDER, output_dir / UNITS_FOLDER):
+            for name in sizes(folder):
+                if name.endswith(".tmp"):
+                    delete(folder / name)
 
 
 class Rejections:
@@ -177,7 +210,7 @@ class Rejections:
         self.faults.update(line["fault"] for line in rejected)
         self.examples += rejected[: EXAMPLES - len(self.examples)]
 
-    def check(self, num_seen: int, where: Path | None = None) -> None:
+    def check(self, num_seen: int, where: Path | RemotePath | None = None) -> None:
         """Raise a `UserError` where too many of the `num_seen` files were rejected."""
         count = self.faults.total()
         if count <= self.max_fraction * num_seen:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainkit.data.optional import load_package
 from trainkit.errors import UserError
 
 HASH_BITS = 64
 MAX_NEAR_DISTANCE = 16  # of 64 bits: two pictures that have nothing in common differ in about 32
 KEPT = -1
+NEAR_FLAG = "--deduplicate near"
 TRAIN, VALIDATION = 0, 1
 
 
@@ -48,10 +50,7 @@ def hygiene_from_options(options) -> HygieneSettings:
     if not 0 <= options.near_distance <= MAX_NEAR_DISTANCE:
         raise UserError(f"--near_distance {options.near_distance} must be 0 to {MAX_NEAR_DISTANCE} bits")
     if options.deduplicate == "near":
-        try:
-            import imagehash  # noqa: F401
-        except ImportError:
-            raise UserError("--deduplicate near needs the package imagehash: pip install imagehash") from None
+        load_package("imagehash", NEAR_FLAG)
     distance = options.near_distance if options.deduplicate == "near" else HygieneSettings.near_distance
     return HygieneSettings(options.deduplicate, distance, options.validation_fraction)
 

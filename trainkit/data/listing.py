@@ -1,12 +1,19 @@
-"""The image files under a folder, and what is known of them before one is opened: size, time, label, caption."""
+"""The image files under a folder, and what is known of them before one is opened: size, time, label, caption.
+
+A folder may hold more files than memory should: they are sorted outside of it and kept in a temporary file.
+"""
 
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+
+from trainkit.data.rowfile import RowFile, sorted_rows
 from trainkit.errors import UserError
 
 IMAGE_EXTENSIONS = frozenset(
@@ -15,6 +22,25 @@ IMAGE_EXTENSIONS = frozenset(
 )
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 CAPTION_COLUMNS = ("text", "caption")
+EXTENSIONS_TOLD = 100  # of other files, remembered for an error message
+
+IMAGE, CAPTION, FOLDER, LINKED_FOLDER = range(4)
+# Text is kept in bytes, since file names need not be UTF-8; bytes sort as the text does.
+ITEM_SCHEMA = pa.schema(
+    [("name", pa.binary()), ("kind", pa.int8()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
+)  # a folder's name ends in a slash: so names sort as the whole paths do
+METADATA_SCHEMA = pa.schema([("path", pa.binary()), ("label", pa.binary()), ("text", pa.binary())])
+ENTRY_SCHEMA = pa.schema(
+    [
+        ("path", pa.binary()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("label", pa.binary()),
+        ("text", pa.binary()),
+        ("caption_size", pa.int64()),
+        ("caption_mtime_ns", pa.int64()),
+    ]
+)
 
 
 class Entry(NamedTuple):
@@ -28,116 +54,259 @@ class Entry(NamedTuple):
     caption_file: tuple[int, int] | None = None  # size and mtime_ns of the NAME.txt beside it
 
 
-def list_folder(folder: Path, flag: str) -> list[Entry]:
+class Entries(Sequence):
+    """A run of a listing's entries, read from its file when asked for."""
+
+    def __init__(self, file: RowFile, folder_labels: bool, rows: range):
+        self._file, self._folder_labels, self._rows = file, folder_labels, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for path, size, mtime_ns, label, text, *caption in self._file.rows(self._rows.start, self._rows.stop):
+            path, label, text = _decoded(path), _decoded(label), _decoded(text)
+            if self._folder_labels:
+                label = path.rpartition("/")[0].rpartition("/")[2]
+            yield Entry(path, size, mtime_ns, label, text, None if caption[0] is None else tuple(caption))
+
+    def __getitem__(self, place):
+        """An entry, or the list of those in a slice."""
+        if isinstance(place, slice):
+            return list(self.part(*place.indices(len(self))[:2]))
+        return next(iter(self.part(self._rows[place] - self._rows.start, len(self))))
+
+    def part(self, start: int, stop: int) -> "Entries":
+        """Entries `start` to `stop` - 1, still in the file."""
+        return Entries(self._file, self._folder_labels, self._rows[start:stop])
+
+    def paths(self) -> Iterator[str]:
+        return (_decoded(row[0]) for row in self._file.rows(self._rows.start, self._rows.stop))
+
+
+class Listing(NamedTuple):
+    """What a folder holds; `labels` are the classes named, in no order."""
+
+    entries: Entries
+    labels: set[str]
+    has_text: bool
+
+
+def list_folder(folder: Path, flag: str) -> Listing:
     """Every image file under `folder` (hidden names skipped), sorted by relative path. Opens no image.
 
-    Raises `UserError` naming `flag`.
+    Memory holds the classes, not the files. Raises `UserError` naming `flag`.
     """
     if not folder.exists():
         raise UserError(f"{flag} {folder} does not exist; give a folder of images")
     if not folder.is_dir():
         raise UserError(f"{flag} {folder} is a file; give the folder that holds the images")
+    found, seen = _Found([], set()), _Seen()
+    file = RowFile(ENTRY_SCHEMA)
     try:
-        files = _scan(folder)
+        file.extend(seen.noted(_walk(folder, found)))
     except OSError as error:
+        if error.filename is None:
+            raise  # of the temporary file
         raise UserError(f"{flag} {error.filename}: {error.strerror}; the folder must be readable") from None
-    metadata = {}
-    for path in sorted(files.metadata):
-        metadata.update(_read_metadata(folder, path))
-    if not files.images and not metadata:
-        held = ", ".join(sorted(files.other_extensions)[:5]) or "nothing"
+    if found.metadata:
+        seen = _Seen()
+        told = sorted_rows(_metadata_rows(folder, sorted(found.metadata)), METADATA_SCHEMA)
+        joined = RowFile(ENTRY_SCHEMA)
+        joined.extend(seen.noted(_joined(folder, file.rows(0, len(file)), _last_of_each(told))))
+        file = joined
+    if not len(file):
+        held = ", ".join(sorted(found.other_extensions)[:5]) or "nothing"
         raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...)")
-    for path in metadata.keys() - files.images.keys():  # another extension, or a row without its file
-        files.images[path] = _stat_or_missing(folder / path)
-    told_labels = any(label is not None for label, _ in metadata.values())
-    folder_labels = {} if told_labels else _folder_labels(files.images)
-    entries = []
-    for path in sorted(files.images):
-        size, mtime_ns = files.images[path]
-        label, text = metadata.get(path, (None, None))
-        label = folder_labels.get(path.rpartition("/")[0]) if label is None else label
-        caption_file = files.captions.get(path.rpartition(".")[0]) if text is None else None
-        entries.append(Entry(path, size, mtime_ns, label, text, caption_file))
-    return entries
+    folder_labels = not seen.told_labels and seen.folders_are_classes
+    labels = seen.folder_names if folder_labels else seen.told_labels
+    return Listing(Entries(file, folder_labels, range(len(file))), labels, seen.has_text)
 
 
-class _Files(NamedTuple):
-    images: dict[str, tuple[int, int]]  # relative path -> size, mtime_ns
-    captions: dict[str, tuple[int, int]]  # the same of NAME.txt, without its extension
+class _Found(NamedTuple):
+    """What the walk meets besides images."""
+
     metadata: list[str]
     other_extensions: set[str]
 
 
-def _scan(root: Path) -> _Files:
-    files = _Files({}, {}, [], set())
-    pending, seen_links = [("", str(root))], set()
+def _walk(root: Path, found: _Found) -> Iterator[tuple]:
+    """Rows of `ENTRY_SCHEMA` for every image file, sorted by path, a folder at a time."""
+    seen_links = set()
+    pending = [("", _with_captions(_sorted_items(str(root), "", found)))]
     while pending:
-        prefix, folder = pending.pop()
-        with os.scandir(folder) as found:
-            for item in found:
-                name = item.name
-                if name.startswith("."):
+        prefix, items = pending[-1]
+        if (item := next(items, None)) is None:
+            pending.pop()
+            continue
+        name, kind, *stat = item
+        path = prefix + _decoded(name)
+        if kind == IMAGE:
+            yield (_encoded(path), *stat[:2], None, None, *stat[2:])
+            continue
+        folder = os.path.join(root, path[:-1])
+        if kind == LINKED_FOLDER:  # followed once: a link may lead back up
+            target = os.path.realpath(folder)
+            if target in seen_links or f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{target}/"):
+                continue
+            seen_links.add(target)
+        pending.append((path, _with_captions(_sorted_items(folder, path, found))))
+
+
+def _sorted_items(folder: str, prefix: str, found: _Found) -> Iterator[tuple]:
+    return sorted_rows(_items(folder, prefix, found), ITEM_SCHEMA)
+
+
+def _items(folder: str, prefix: str, found: _Found) -> Iterator[tuple]:
+    """Rows of `ITEM_SCHEMA`, in no order."""
+    with os.scandir(folder) as items:
+        for item in items:
+            name = item.name
+            if name.startswith("."):
+                continue
+            if item.is_dir():
+                yield _encoded(name + "/"), LINKED_FOLDER if item.is_symlink() else FOLDER, 0, 0
+                continue
+            extension = os.path.splitext(name)[1].lower()
+            if extension in IMAGE_EXTENSIONS or extension == ".txt":
+                kind = IMAGE if extension != ".txt" else CAPTION
+                try:
+                    stat = item.stat()
+                except FileNotFoundError:  # a dangling link
+                    if kind == IMAGE:
+                        yield _encoded(name), kind, -1, 0
                     continue
-                if item.is_dir():
-                    if item.is_symlink():  # followed once: a link may lead back up
-                        target = os.path.realpath(item.path)
-                        if target in seen_links or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
-                            continue
-                        seen_links.add(target)
-                    pending.append((f"{prefix}{name}/", item.path))
-                    continue
-                stem, extension = os.path.splitext(name)
-                extension = extension.lower()
-                if extension in IMAGE_EXTENSIONS or extension == ".txt":
-                    try:
-                        stat = item.stat()
-                    except FileNotFoundError:  # a dangling link
-                        files.images.update({prefix + name: (-1, 0)} if extension != ".txt" else {})
-                        continue
-                    if extension == ".txt":
-                        files.captions[prefix + stem] = stat.st_size, stat.st_mtime_ns
-                    else:
-                        files.images[prefix + name] = stat.st_size, stat.st_mtime_ns
-                elif name in METADATA_NAMES:
-                    files.metadata.append(prefix + name)
-                else:
-                    files.other_extensions.add(extension or name)
-    return files
+                yield _encoded(name), kind, stat.st_size, stat.st_mtime_ns
+            elif name in METADATA_NAMES:
+                found.metadata.append(prefix + name)
+            elif len(found.other_extensions) < EXTENSIONS_TOLD:
+                found.other_extensions.add(extension or name)
+
+
+def _with_captions(items: Iterator[tuple]) -> Iterator[tuple]:
+    """The images and folders of one folder, in order, each image with size and mtime_ns of its NAME.txt, or None.
+
+    An image waits until none can follow: names that begin with the same "NAME." are neighbours.
+    """
+    waiting, captions = deque(), {}
+
+    def settled(key: bytes) -> Iterator[tuple]:
+        while waiting and not (waiting[0][1] == IMAGE and key.startswith(_stem(waiting[0][0]))):
+            item = waiting.popleft()
+            yield (*item, *captions.get(_stem(item[0]), (None, None)))
+        if not waiting and captions:
+            for stem in [stem for stem in captions if not key.startswith(stem)]:
+                del captions[stem]
+
+    for item in items:
+        yield from settled(item[0])
+        if item[1] == CAPTION:
+            captions[_stem(item[0])] = item[2:]
+        else:
+            waiting.append(item)
+    yield from settled(b"")
+
+
+def _stem(name: bytes) -> bytes:
+    return name[: name.rfind(b".") + 1]
+
+
+def _last_of_each(rows: Iterator[tuple]) -> Iterator[tuple]:
+    """Of rows that begin alike, the last."""
+    last = next(rows, None)
+    for row in rows:
+        if row[0] != last[0]:
+            yield last
+        last = row
+    if last is not None:
+        yield last
+
+
+def _joined(root: Path, rows: Iterator[tuple], told: Iterator[tuple]) -> Iterator[tuple]:
+    """The sorted rows with what the sorted metadata tells of them, and a row for each file that only it names."""
+    row, tells = next(rows, None), next(told, None)
+    while row is not None or tells is not None:
+        if tells is None or (row is not None and row[0] < tells[0]):
+            yield row
+            row = next(rows, None)
+            continue
+        path, label, text = tells
+        if row is None or tells[0] < row[0]:  # another extension, or a row without its file
+            named = root / _decoded(path)
+            caption = _stat_or_missing(named.with_suffix(".txt"))
+            stat = (*_stat_or_missing(named), *((None, None) if caption[0] < 0 else caption))
+        else:
+            stat = (*row[1:3], *row[5:])
+            row = next(rows, None)
+        caption = stat[2:] if text is None else (None, None)
+        yield (path, *stat[:2], label, text, *caption)
+        tells = next(told, None)
+
+
+class _Seen:
+    """What is learnt of all the rows while they pass by."""
+
+    def __init__(self):
+        self.told_labels, self.folder_names = set(), set()
+        self.has_text, self._in_root, self._depth, self._uneven, self._last = False, False, None, False, None
+
+    @property
+    def folders_are_classes(self) -> bool:
+        """Whether every image lies equally deep, in folders of several names."""
+        return not self._uneven and len(self.folder_names) > 1
+
+    def noted(self, rows: Iterator[tuple]) -> Iterator[tuple]:
+        for row in rows:
+            path, _, _, label, text, caption_size, _ = row
+            if label is not None:
+                self.told_labels.add(_decoded(label))
+            self.has_text = self.has_text or text is not None or caption_size is not None
+            folder = path.rpartition(b"/")[0]
+            if folder != self._last:
+                self._note_folder(folder)
+            yield row
+
+    def _note_folder(self, folder: bytes) -> None:
+        depth = folder.count(b"/")
+        self._uneven = self._uneven or not folder or self._depth not in (None, depth)
+        self._depth, self._last = depth, folder
+        if self._uneven:
+            self.folder_names.clear()
+        else:
+            self.folder_names.add(_decoded(folder.rpartition(b"/")[2]))
+
+
+def _encoded(text: str | None) -> bytes | None:
+    return None if text is None else text.encode("utf-8", "surrogatepass")
+
+
+def _decoded(text: bytes | None) -> str | None:
+    return None if text is None else text.decode("utf-8", "surrogatepass")
 
 
 def _stat_or_missing(path: Path) -> tuple[int, int]:
     try:
         stat = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return -1, 0  # the decoder will say what is wrong with it
     return stat.st_size, stat.st_mtime_ns
 
 
-def _folder_labels(images: dict) -> dict[str, str]:
-    """Folder -> its own name as a class: where every image lies equally deep and there are several names."""
-    folders = {path.rpartition("/")[0] for path in images}
-    names = {folder.rpartition("/")[2] for folder in folders}
-    depths = {folder.count("/") for folder in folders}
-    if "" in folders or len(depths) > 1 or len(names) < 2:
-        return {}
-    return {folder: folder.rpartition("/")[2] for folder in folders}
-
-
-def _read_metadata(root: Path, metadata_path: str) -> dict[str, tuple[str | None, str | None]]:
-    """Relative path of an image -> (label, text), from one metadata.csv or metadata.jsonl."""
-    prefix = metadata_path.rpartition("/")[0]
-    where = root / metadata_path
-    found = {}
-    for line_number, row in _rows(where):
-        file_name = row.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
-            raise UserError(f"{where} line {line_number} has no `file_name`; every row must name its image")
-        path = os.path.normpath(os.path.join(prefix, file_name)).replace(os.sep, "/")
-        if path.startswith(("../", "/")):
-            raise UserError(f"{where} line {line_number}: {file_name} is outside of {root}; name files inside it")
-        label, text = row.get("label"), next((row[name] for name in CAPTION_COLUMNS if row.get(name)), None)
-        found[path] = None if label in (None, "") else str(label), None if text is None else str(text)
-    return found
+def _metadata_rows(root: Path, metadata_paths: list[str]) -> Iterator[tuple]:
+    """Rows of `METADATA_SCHEMA` from every metadata.csv and metadata.jsonl."""
+    for metadata_path in metadata_paths:
+        prefix = metadata_path.rpartition("/")[0]
+        where = root / metadata_path
+        for line_number, row in _rows(where):
+            file_name = row.get("file_name")
+            if not isinstance(file_name, str) or not file_name:
+                raise UserError(f"{where} line {line_number} has no `file_name`; every row must name its image")
+            path = os.path.normpath(os.path.join(prefix, file_name)).replace(os.sep, "/")
+            if path.startswith(("../", "/")):
+                raise UserError(f"{where} line {line_number}: {file_name} is outside of {root}; name files inside it")
+            label, text = row.get("label"), next((row[name] for name in CAPTION_COLUMNS if row.get(name)), None)
+            label, text = None if label in (None, "") else str(label), None if text is None else str(text)
+            yield _encoded(path), _encoded(label), _encoded(text)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:

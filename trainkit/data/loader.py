@@ -16,8 +16,10 @@ from itertools import islice
 import numpy as np
 import torch
 
+from trainkit.data.augment import augment
+from trainkit.data.augment_draws import Augmentation, draw_parameters
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
+from trainkit.data.order import Purpose, SampleOrder, normal_draws, uniform_draws
 
 
 def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
@@ -55,6 +57,7 @@ class Batch:
     indices: np.ndarray  # (B,) int64, rows of the prepared dataset
     step: int  # optimizer step, from 0
     micro_step: int  # 0 .. A - 1
+    augmentation: torch.Tensor | None = None  # (B, LABELS) float32, what was done to the images, where it is told
 
 
 class BatchLoader:
@@ -72,10 +75,14 @@ class BatchLoader:
         device: torch.device,
         num_threads: int,
         memory_format: torch.memory_format = torch.contiguous_format,
+        shuffle_block_size: int = 0,
+        augmentation: Augmentation | None = None,
     ):
         self.images, self.shape, self.seed, self.random_flip = images, shape, seed, random_flip
+        self.order = SampleOrder(len(images), seed, shuffle_block_size)
         self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
-        self.wait_s = 0.0
+        self.augmentation, self.wait_s = augmentation, 0.0
+        self._window: tuple[int, int] | None = None  # of positions, that was read ahead for
 
     def iterate(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """The micro-batches of optimizer steps `first_step` to `end_step` - 1, made ahead by threads."""
@@ -99,16 +106,20 @@ class BatchLoader:
                 yield self._to_device(host_batch)
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
+            if self.order.block_size:
+                self.images.read_ahead([])  # what was asked for and not begun is not wanted any more
 
     def make(self, step: int, micro_step: int) -> dict:
-        """The batch of one micro-step on the host: `images` (B, H, W, C) as stored, noise, uniforms, flip, indices."""
+        """The batch of one micro-step on the host: `images` (B, H, W, C) as stored, noise, uniforms, and the rest."""
         total, rows = self.shape.global_size, self.shape.rows(micro_step)
         here = slice(rows.start, rows.stop)
 
         def uniforms(purpose: Purpose) -> np.ndarray:
             return uniform_draws(self.seed, step, purpose, total)[here]
 
-        indices = sample_indices(step * total + np.arange(rows.start, rows.stop), len(self.images), self.seed)
+        positions = step * total + np.arange(rows.start, rows.stop)
+        self._read_ahead(int(positions[-1]))
+        indices = self.order.indices(positions)
         crops = None
         if not self.images.fixed_size:
             crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
@@ -116,23 +127,42 @@ class BatchLoader:
         if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
             pixels = pixels.astype(np.int32)
         shape = (self.images.channels, self.images.height, self.images.width)
+        flip, augmentation = uniforms(Purpose.FLIP) < 0.5 if self.random_flip else None, None
+        if self.augmentation is not None:
+            augmentation = draw_parameters(
+                self.augmentation, self.seed, step, total, here, shape[1:], pixels.shape[1:3], flip
+            )
+            flip = None if augmentation.geometry is not None else flip  # it is in there
         host_batch = {
             "images": torch.from_numpy(pixels),
             "noise": torch.from_numpy(normal_draws(self.seed, step, rows, shape)),
             "uniforms": torch.from_numpy(uniforms(Purpose.TIMESTEPS)),
-            "flip": torch.from_numpy(uniforms(Purpose.FLIP) < 0.5) if self.random_flip else None,
+            "flip": None if flip is None else torch.from_numpy(flip),
+            "augmentation": augmentation,
         }
         if self.device.type == "cuda":
             host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
         return host_batch | {"indices": indices, "step": step, "micro_step": micro_step}
+
+    def _read_ahead(self, position: int) -> None:
+        """With blocks: have the window of `position` and the one behind it read, when it is first entered."""
+        if self.order.block_size == 0 or (self._window is not None and position < self._window[1]):
+            return
+        self._window = first, end = self.order.window(position)
+        self.images.read_ahead(self.order.ranges(first, end) + self.order.ranges(*self.order.window(end)))
 
     def _to_device(self, host_batch: dict) -> Batch:
         images, noise, uniforms = (
             host_batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "uniforms")
         )
         images = to_model_range(images, self.images.bit_depth)
+        augmentation = host_batch["augmentation"]
+        augmentation = None if augmentation is None else augmentation.to(self.device)
+        images = augment(images, augmentation, (self.images.height, self.images.width))
         if host_batch["flip"] is not None:
             flip = host_batch["flip"].to(self.device, non_blocking=True)
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         images, noise = (x.contiguous(memory_format=self.memory_format) for x in (images, noise))
-        return Batch(images, noise, uniforms, host_batch["indices"], host_batch["step"], host_batch["micro_step"])
+        labels = None if augmentation is None else augmentation.labels
+        place = host_batch["indices"], host_batch["step"], host_batch["micro_step"]
+        return Batch(images, noise, uniforms, *place, labels)

@@ -8,11 +8,13 @@ any device and for any division of the global batch among processes.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
 ROUNDS = 8
+WINDOW_BLOCKS = 16
 
 
 class Purpose(IntEnum):
@@ -23,22 +25,96 @@ class Purpose(IntEnum):
     FLIP = 2
     CROP_TOP = 3
     CROP_LEFT = 4
+    ROTATION = 5
+    TRANSLATION_X = 6
+    TRANSLATION_Y = 7
+    SCALE = 8
+    BRIGHTNESS = 9
+    CONTRAST = 10
+    SATURATION = 11
+    HUE = 12
+    RESIZED_CROP_AREA = 13
+    RESIZED_CROP_ASPECT = 14
+    RESIZED_CROP_TOP = 15
     VALIDATION_NOISE = 16
     VALIDATION_TIMESTEPS = 17
+    RESIZED_CROP_LEFT = 18
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The endless order in which `num_samples` images are trained on; every epoch visits each of them once.
+
+    With `block_size` 0 an epoch is one permutation of all images. Otherwise it is one of blocks of `block_size` images
+    that lie side by side, and then of the images within each window of `WINDOW_BLOCKS` blocks: what a window reads is
+    read from front to back, once. Where blocks begin moves with the epoch, so that neighbours get parted there too.
+    """
+
+    num_samples: int
+    seed: int
+    block_size: int = 0
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The images at `positions` (any shape, int64, counted from the start of training); O(1) each."""
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
+        keys = _epoch_keys(epochs, self.seed)
+        if self._in_blocks == 0:
+            return _permutation(places, keys, self.num_samples)
+        mixed = np.empty_like(places)
+        for start, end in self._window_classes():
+            here = (start <= places) & (places < end)
+            windows, inside = np.divmod(places[here] - start, self._window_size)
+            first = start + windows * self._window_size
+            window_keys = _mix(keys[here] ^ _mix(first.astype(np.uint64)))
+            mixed[here] = first + _permutation(inside, window_keys, min(self._window_size, end - start))
+        return self._row(mixed, keys)
+
+    def window(self, position: int) -> tuple[int, int]:
+        """The positions (first, end) of the window that `position` lies in."""
+        epoch, place = divmod(position, self.num_samples)
+        start, end = next((start, end) for start, end in self._window_classes() if start <= place < end)
+        first = start + (place - start) // self._window_size * self._window_size
+        return epoch * self.num_samples + first, epoch * self.num_samples + min(first + self._window_size, end)
+
+    def ranges(self, first: int, end: int) -> list[tuple[int, int]]:
+        """The images that a window (`first`, `end`) reads, as ranges (first, end) of images that lie side by side."""
+        epoch, place = divmod(first, self.num_samples)
+        places = np.arange(place, place + end - first, self.block_size)
+        lengths = np.minimum(self.block_size, place + end - first - places)
+        rows = self._row(places, _epoch_keys(np.full(len(places), epoch), self.seed))
+        ranges = []
+        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+            over = max(0, row + length - self.num_samples)  # a block at the end goes on at the start
+            ranges += [(row, row + length - over)] + [(0, over)] * (over > 0)
+        return ranges
+
+    @property
+    def _window_size(self) -> int:
+        return WINDOW_BLOCKS * self.block_size
+
+    @property
+    def _in_blocks(self) -> int:
+        """Images in whole blocks; what is left over has a window of its own."""
+        return 0 if self.block_size == 0 else self.num_samples // self.block_size * self.block_size
+
+    def _window_classes(self) -> list[tuple[int, int]]:
+        """Places (start, end) of an epoch: the windows of full size, the shorter one behind them, the rest."""
+        full = self._in_blocks // self._window_size * self._window_size
+        bounds = (0, full, self._in_blocks, self.num_samples)
+        return [(start, end) for start, end in zip(bounds, bounds[1:], strict=False) if start < end]
+
+    def _row(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Where the blocks of an epoch put `places`."""
+        blocks, inside = np.divmod(places, self.block_size)
+        whole = places < self._in_blocks
+        blocks[whole] = _permutation(blocks[whole], _mix(keys[whole]), self._in_blocks // self.block_size)
+        shifts = (keys % np.uint64(self.num_samples)).astype(np.int64)
+        return (blocks * self.block_size + inside + shifts) % self.num_samples
 
 
 def sample_indices(positions: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """The dataset indices at `positions` (any shape, int64, counted from the start of training) of the endless order.
-
-    Position q is place q % N of epoch q // N; every epoch is a permutation of range(N) of its own.
-    """
-    epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
-    indices = _permute(places, epochs, num_samples, seed)
-    outside = indices >= num_samples
-    while outside.any():  # cycle walking: the domain exceeds N by at most 2 sqrt(N) + 1
-        indices[outside] = _permute(indices[outside], epochs[outside], num_samples, seed)
-        outside = indices >= num_samples
-    return indices
+    """The dataset indices at `positions` of the order without blocks."""
+    return SampleOrder(num_samples, seed).indices(positions)
 
 
 def uniform_draws(seed: int, step: int, purpose: Purpose, count: int) -> np.ndarray:
@@ -61,14 +137,27 @@ def _philox(seed: int, step: int, purpose: Purpose, row: int = 0) -> np.random.G
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, int(purpose)], counter=[0, row, step, 0]))
 
 
-def _permute(places: np.ndarray, epochs: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """One pass of the Feistel network over side x side >= N; places and epochs are int64 of one shape."""
-    side = np.uint64(int(np.ceil(np.sqrt(num_samples))))
+def _epoch_keys(epochs: np.ndarray, seed: int) -> np.ndarray:
+    return _mix(epochs.astype(np.uint64) + _mix(np.full((), seed % 2**64, dtype=np.uint64)))
+
+
+def _permutation(places: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """Where the permutations of range(`size`) that `keys` name put `places`; int64 and uint64 of one shape."""
+    found = _feistel(places, keys, size)
+    outside = found >= size
+    while outside.any():  # cycle walking: the domain exceeds `size` by at most 2 sqrt(size) + 1
+        found[outside] = _feistel(found[outside], keys[outside], size)
+        outside = found >= size
+    return found
+
+
+def _feistel(places: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """One pass of the network over side x side >= `size`."""
+    side = np.uint64(int(np.ceil(np.sqrt(size))))
     left, right = np.divmod(places.astype(np.uint64), side)
-    epoch_key = _mix(epochs.astype(np.uint64) + _mix(np.full((), seed % 2**64, dtype=np.uint64)))
     for round_number in range(ROUNDS):
-        round_key = _mix(epoch_key + np.uint64(round_number + 1))
-        left, right = right, (left + _mix(right + round_key)) % side
+        round_keys = _mix(keys + np.uint64(round_number + 1))
+        left, right = right, (left + _mix(right + round_keys)) % side
     return (left * side + right).astype(np.int64)
 
 

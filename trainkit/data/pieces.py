@@ -18,14 +18,23 @@ import numpy as np
 import pyarrow as pa
 
 from trainkit.data.facts import ImageFacts
-from trainkit.data.hygiene import HASH_BITS, KEPT, TRAIN, exact_duplicates, near_duplicates
+from trainkit.data.files import RemotePath, delete, open_stream, sizes
+from trainkit.data.hygiene import (
+    HASH_BITS,
+    KEPT,
+    TRAIN,
+    VALIDATION,
+    HygieneSettings,
+    exact_duplicates,
+    near_duplicates,
+)
+from trainkit.data.plan import is_transient
 from trainkit.data.rows import Rows
 from trainkit.data.shards import (
     UNITS_FOLDER,
     VALIDATION_FOLDER,
     ShardWriter,
     facts_path,
-    open_stream,
     read_shard,
     read_summary,
     side_path,
@@ -38,8 +47,8 @@ OPEN_UNITS = 256  # whose facts stay open while duplicates are told
 class Part(NamedTuple):
     """Rows of one side of a unit: all, those that stay, or those that are dropped (`hidden`)."""
 
-    path: Path
-    hidden: Path | None
+    path: Path | RemotePath
+    hidden: Path | RemotePath | None
 
 
 class Facts(NamedTuple):
@@ -50,31 +59,30 @@ class Facts(NamedTuple):
 class Pieces:
     """The shards of an output folder by unit, from one listing of it."""
 
-    def __init__(self, output_dir: Path):
-        self._marks = defaultdict(set)  # data-<unit> -> marks of the pairs that may be there
-        for folder in (output_dir, output_dir / VALIDATION_FOLDER):
-            for path in folder.glob("data-*-*.arrow"):
-                stem, _, mark = path.stem.rpartition("-")
-                self._marks[folder / stem].add(mark)
+    def __init__(self, output_dir: Path | RemotePath):
+        self._marks = defaultdict(set)  # side, data-<unit> -> marks of the pairs that may be there
+        for side, folder in ((TRAIN, output_dir), (VALIDATION, output_dir / VALIDATION_FOLDER)):
+            for name in sizes(folder):
+                stem, _, mark = name.removesuffix(".arrow").rpartition("-")
+                self._marks[side, stem].add(mark)
 
-    def is_whole(self, shard: Path, sides: tuple[int, ...]) -> bool:
+    def is_whole(self, shard: Path | RemotePath, sides: tuple[int, ...]) -> bool:
         """Whether every row of the unit is somewhere."""
         facts = read_facts(shard)
         return facts is not None and all(self.rows(shard, side, facts.digest) is not None for side in sides)
 
-    def parts(self, shard: Path, side: int) -> list[Part]:
+    def parts(self, shard: Path | RemotePath, side: int) -> list[Part]:
         """What may hold a side of the unit: all of it in one shard, or pairs."""
-        whole = side_path(shard, side)
-        marks = sorted(self._marks[whole.with_suffix("")])
-        return [Part(whole, None), *(pair_of(shard, side, mark) for mark in marks)]
+        marks = sorted(self._marks[side, shard.stem])
+        return [Part(side_path(shard, side), None), *(pair_of(shard, side, mark) for mark in marks)]
 
-    def rejected(self, shard: Path) -> list[dict]:
+    def rejected(self, shard: Path | RemotePath) -> list[dict]:
         """The files of a whole unit that could not be read."""
         digest = read_facts(shard).digest
         found = (_read(part.path, digest) for part in self.parts(shard, TRAIN))
         return next(read[0]["rejected"] for read in found if read)
 
-    def rows(self, shard: Path, side: int, digest: str) -> Rows | None:
+    def rows(self, shard: Path | RemotePath, side: int, digest: str) -> Rows | None:
         """All rows on one side of a unit, in the source's order, from what holds them; None where some are lost."""
         for part in self.parts(shard, side):
             read = [_read(path, digest) for path in part if path is not None]
@@ -85,19 +93,31 @@ class Pieces:
         return None
 
 
-def pair_of(shard: Path, side: int, mark: str) -> Part:
+def done_units(
+    output_dir: Path | RemotePath, shards: list[Path | RemotePath], hygiene: HygieneSettings
+) -> dict[str, list[dict]]:
+    """The names of units whose images a former run left, whole, with their rejected files."""
+    pieces, done = Pieces(output_dir), {}
+    for shard in shards:
+        rejected = pieces.rejected(shard) if pieces.is_whole(shard, hygiene.sides) else None
+        if rejected is not None and not is_transient(rejected):
+            done[shard.name] = rejected
+    return done
+
+
+def pair_of(shard: Path | RemotePath, side: int, mark: str) -> Part:
     whole = side_path(shard, side)
     hidden = shard.parent / UNITS_FOLDER / f"{shard.stem}-{side}-{mark}.arrow"
-    return Part(whole.with_name(f"{whole.stem}-{mark}.arrow"), hidden)
+    return Part(whole.parent / f"{whole.stem}-{mark}.arrow", hidden)
 
 
-def _read(path: Path, digest: str) -> tuple[dict, list[pa.RecordBatch]] | None:
+def _read(path: Path | RemotePath, digest: str) -> tuple[dict, list[pa.RecordBatch]] | None:
     """Summary and rows of a shard, where it is whole and of this version of its unit."""
     read = read_shard(path)
     return read if read and read[0].get("facts_digest") == digest else None
 
 
-def read_facts(shard: Path) -> Facts | None:
+def read_facts(shard: Path | RemotePath) -> Facts | None:
     """What is kept of a unit's images besides their pixels; None where there is nothing whole."""
     try:
         with open_stream(facts_path(shard)) as stream:
@@ -108,8 +128,8 @@ def read_facts(shard: Path) -> Facts | None:
 
 
 def drop_duplicates(
-    writer: ShardWriter, output_dir: Path, shards: list[Path], sweep_at_once: bool
-) -> tuple[dict[int, list[Part]], dict[Path, list[dict]]]:
+    writer: ShardWriter, output_dir: Path | RemotePath, shards: list[Path | RemotePath], sweep_at_once: bool
+) -> tuple[dict[int, list[Part]], dict[Path | RemotePath, list[dict]]]:
     """Take what repeats an earlier image out of the shards of finished units.
 
     Returns for each side of the split its parts in the source's order, and for each unit the lines that tell what
@@ -131,7 +151,7 @@ def drop_duplicates(
     return parts, told
 
 
-def _repeated(writer: ShardWriter, shards: list[Path]) -> np.ndarray:
+def _repeated(writer: ShardWriter, shards: list[Path | RemotePath]) -> np.ndarray:
     """For each image (N,) the one that it repeats, or `KEPT`. In memory: at most 90 bytes an image."""
     is_near = writer.hygiene.deduplicate == "near"
     column, width = ("perceptual_hash", 1) if is_near else ("content_hash", 2)
@@ -148,7 +168,7 @@ def _repeated(writer: ShardWriter, shards: list[Path]) -> np.ndarray:
 def _divided(
     writer: ShardWriter,
     pieces: Pieces,
-    shard: Path,
+    shard: Path | RemotePath,
     side: int,
     facts: Facts,
     of_side: np.ndarray,
@@ -170,7 +190,7 @@ def _divided(
             positions = picked.tolist() if leaving else None
             writer.write_rows(path, rows, picked, [about[row] for row in picked], rejected, facts.digest, positions)
     if leaving and sweep_at_once:
-        whole.unlink(missing_ok=True)
+        delete(whole)
     return part
 
 
@@ -179,7 +199,7 @@ def _as_facts(row: dict) -> ImageFacts:
 
 
 def _told(
-    writer: ShardWriter, shards: list[Path], starts: np.ndarray, repeated: np.ndarray
+    writer: ShardWriter, shards: list[Path | RemotePath], starts: np.ndarray, repeated: np.ndarray
 ) -> Iterator[tuple[int, dict]]:
     """(number of the unit, line of rejected.jsonl) for each dropped image."""
 

@@ -11,10 +11,12 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
+from trainkit.data.limits import limit_memory
 from trainkit.data.shards import JoinJob, ShardWriter, SliceJob
 from trainkit.errors import UserError
 
@@ -33,13 +35,13 @@ def num_cores() -> int:
 def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
     """Run what `next_job()` gives (None: nothing at present) on `num_proc` processes; yields each job when done.
 
-    One process means this one. A worker that dies costs nothing but time: its jobs are run again, each by itself,
-    and an item that kills its process every time is rejected.
+    0 processes mean one for each core; one means this one. A worker that dies costs nothing but time: its jobs are
+    run again, each by itself, and an item that kills its process every time is rejected.
     """
+    num_proc = num_proc or num_cores()
     if num_proc == 1:
         while (job := next_job()) is not None:
-            with _quiet_decoders():
-                writer.run(job)
+            run_job(writer, job)
             yield job
         return
     with _single_threaded_children():
@@ -51,7 +53,7 @@ def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator
                     if (job := next_job()) is None:
                         break
                     try:
-                        in_flight[_submit(pool, _run, job)] = job
+                        in_flight[_submit(pool, run_job, job)] = job
                     except BrokenProcessPool:
                         suspects.append(job)
                 if not in_flight and not suspects:
@@ -69,24 +71,42 @@ def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator
                     in_flight.clear()
                     pool.shutdown()
                     for job in suspects:
-                        _run_alone(writer, job)
+                        run_alone(partial(_deadly, writer), job)
                         yield job
                     pool = _start_pool(writer, num_proc)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _run_alone(writer: ShardWriter, job: SliceJob | JoinJob) -> None:
-    """Run a job that was in a pool when it broke; where it breaks one again, find and reject the items that do it."""
-    if not _deadly(writer, _run, [job]):
+def run_alone(deadly: Callable[[Callable, list], tuple[int, ...]], job: SliceJob | JoinJob) -> None:
+    """Run a job whose process died; where it kills another one, find and reject the items that do it.
+
+    `deadly(function, arguments)` calls `function(writer, argument)` for each, in another process; it returns the
+    positions of those that killed it.
+    """
+    if not deadly(run_job, [job]):
         return
-    if _deadly(writer, _do_nothing, [None]):
+    if deadly(do_nothing, [None]):
         raise UserError("worker processes die as soon as they start; try --num_proc 1")
     if isinstance(job, SliceJob):
-        deadly = _deadly(writer, _probe, [job.items[position : position + 1] for position in range(len(job.items))])
-        if not _deadly(writer, _run, [job._replace(deadly=deadly)]):
+        positions = deadly(probe, [job.items[position : position + 1] for position in range(len(job.items))])
+        if not deadly(run_job, [job._replace(deadly=positions)]):
             return
     raise UserError(f"writing {job.path} killed the process; is there too little memory? try a smaller --num_proc")
+
+
+def run_job(writer: ShardWriter, job: SliceJob | JoinJob) -> None:
+    with quiet_decoders():
+        writer.run(job)
+
+
+def do_nothing(writer: ShardWriter, argument: None) -> None:
+    pass
+
+
+def probe(writer: ShardWriter, items: Sequence) -> None:
+    with quiet_decoders():
+        writer.probe(items)
 
 
 def _deadly(writer: ShardWriter, function: Callable, arguments: list) -> tuple[int, ...]:
@@ -122,7 +142,7 @@ def _submit(pool: ProcessPoolExecutor, function: Callable, argument) -> Future:
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
-        return pool.submit(function, argument)
+        return pool.submit(_call, function, argument)
     finally:
         sys.modules["__main__"] = main
 
@@ -130,6 +150,7 @@ def _submit(pool: ProcessPoolExecutor, function: Callable, argument) -> Future:
 def _start_worker(writer: ShardWriter) -> None:
     global _writer
     _writer = writer
+    limit_memory(writer.settings.max_image_pixels)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -140,22 +161,12 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _run(job: SliceJob | JoinJob) -> None:
-    with _quiet_decoders():
-        _writer.run(job)
-
-
-def _do_nothing(argument: None) -> None:
-    pass
-
-
-def _probe(items) -> None:
-    with _quiet_decoders():
-        _writer.probe(items)
+def _call(function: Callable, argument) -> None:
+    function(_writer, argument)
 
 
 @contextlib.contextmanager
-def _quiet_decoders():
+def quiet_decoders():
     """Broken files are told in rejected.jsonl; what Pillow logs and C libraries print of them floods the screen."""
     logger = logging.getLogger("PIL")
     level, standard_error = logger.level, os.dup(2)

@@ -12,14 +12,23 @@ import hashlib
 import json
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
-from PIL import ImageColor
 from tqdm import tqdm
 
+from trainkit.data import pieces
+from trainkit.data.files import (
+    RemotePath,
+    delete_folder,
+    location,
+    make_folder,
+    read_schema,
+    sizes,
+    write_text,
+)
 from trainkit.data.finalize import (
     EARLY_FILES,
     FORMAT,
@@ -29,67 +38,46 @@ from trainkit.data.finalize import (
     Rejections,
     finalize,
     read_preparation,
+    sweep_current,
     told_counts,
 )
-from trainkit.data.hygiene import AS_IT_IS, TRAIN, HygieneSettings
-from trainkit.data.images import PreparationSettings
-from trainkit.data.pieces import Pieces
-from trainkit.data.pool import num_cores, run_jobs
+from trainkit.data.hygiene import AS_IT_IS, HygieneSettings
+from trainkit.data.plan import TRANSIENT_FAULTS, Plan, done_units
+from trainkit.data.pool import run_jobs
+from trainkit.data.settings import PreparationSettings
 from trainkit.data.shards import (
     BATCH_BYTES,
     SLICE_ITEMS,
     UNITS_FOLDER,
     VALIDATION_FOLDER,
-    JoinJob,
     ShardWriter,
     SliceJob,
-    open_stream,
-    read_shard,
     read_summary,
-    side_path,
 )
 from trainkit.errors import UserError
 
-DEFAULT_RESOLUTION = "64"
-TRANSIENT_FAULTS = {"unreadable", "crashed"}  # may be gone the next time though no file changed: tried again
+NO_BYTES = {"train_height", "train_width"}  # settings that change no stored bytes
 OUTPUT_ERRORS = {
     getattr(errno, name)
     for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR EEXIST ENOENT ENAMETOOLONG".split()
 }
 
 
-def settings_from_options(options) -> PreparationSettings:
-    """What a script's `ImageOptions` ask for. Raises `UserError` naming the flag."""
-    height, width = parse_resolution(options.resolution or DEFAULT_RESOLUTION)
-    try:
-        background = ImageColor.getrgb(options.background)[:3]
-    except ValueError:
-        raise UserError(f"--background {options.background} is no colour; give a name or #rrggbb") from None
-    bit_depth = 16 if options.preserve_input_precision else 8
-    return PreparationSettings(height, width, options.center_crop, options.image_mode, background, bit_depth)
-
-
-def parse_resolution(resolution: str) -> tuple[int, int]:
-    """'64' -> (64, 64); '64x96' -> height 64, width 96. Raises `UserError`."""
-    sides = str(resolution).lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise UserError(f"--resolution {resolution} is not a size; give pixels, or HEIGHTxWIDTH as in 64x96")
-    return int(sides[0]), int(sides[-1])
-
-
 def dataset_fingerprint(source, settings: PreparationSettings, hygiene: HygieneSettings = AS_IT_IS) -> str:
     """Names the result: the same images (by path, size and time of change) and settings give the same one."""
-    asked = dataclasses.astuple(settings), dataclasses.astuple(hygiene)
+    asked = settings.identity, dataclasses.astuple(hygiene)
     return _digest(FORMAT, *asked, source.fingerprint, source.label_names, source.has_text)
 
 
 def prepare(
     source,
     settings: PreparationSettings,
-    output_dir: str | Path,
+    output_dir: str | Path | RemotePath,
     num_proc: int = 0,
     show_progress: bool = True,
     output_flag: str = "--output_dir",
+    engine: Callable = run_jobs,
+    work_dir: Path | None = None,
     *,
     hygiene: HygieneSettings = AS_IT_IS,
     max_rejected_fraction: float = 1.0,
@@ -97,8 +85,10 @@ def prepare(
 ) -> dict:
     """Write `source` as a prepared dataset; returns what its preparation.json says.
 
-    Does nothing where the folder already holds just that. `num_proc` 0 takes every core. Of two runs at one folder
-    the second waits and finds the work done. A dataset of another source or of other settings is replaced only with
+    Does nothing where the folder already holds just that. `num_proc` 0 takes every core. `engine` runs the jobs, as
+    `run_jobs` does. `work_dir` is a folder for what is half done where `output_dir` is at a URL (None: there too).
+    Of two runs at one folder the second waits and finds the work done; so do two of one machine at a URL, while those
+    of two machines do the same work twice. A dataset of another source or of other settings is replaced only with
     `overwrite`. Raises `UserError` where nothing can be read or written, or more than `max_rejected_fraction` of the
     files are rejected.
     """
@@ -106,25 +96,36 @@ def prepare(
         raise UserError(f"--num_proc {num_proc} must be 0 (every core) or more")
     if not 0 <= max_rejected_fraction <= 1:
         raise UserError(f"--max_rejected_fraction {max_rejected_fraction:g} must be 0 to 1")
-    output_dir = Path(output_dir)
+    output_dir = location(output_dir)
     check_output(output_dir, settings, hygiene, overwrite, output_flag)
-    with _output_errors(output_dir, output_flag), FileLock(output_dir / LOCK_NAME):
-        fingerprint = dataset_fingerprint(source, settings, hygiene)
-        preparation = read_preparation(output_dir)
-        if preparation and _is_current(preparation, output_dir, fingerprint):
-            if show_progress:
-                print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
-            return preparation
-        if preparation and preparation["source"]["name"] != source.name and not overwrite:
-            held = f"a dataset of other images ({preparation['source']['name']}, now {source.name})"
-            raise _replacing(output_dir, output_flag, held)
-        plan = _Plan(source, settings, hygiene, output_dir)
-        preparation = _prepare(source, plan, num_proc, show_progress, fingerprint, max_rejected_fraction)
-    return preparation
+    work = output_dir
+    if isinstance(output_dir, RemotePath) and work_dir is not None:
+        work = work_dir / _digest(output_dir.url)
+    with _output_errors(output_dir, output_flag):
+        make_folder(work)
+        with FileLock(work / LOCK_NAME) if isinstance(work, Path) else contextlib.nullcontext():
+            fingerprint = dataset_fingerprint(source, settings, hygiene)
+            preparation = read_preparation(output_dir)
+            if preparation and _is_current(preparation, output_dir, fingerprint, settings):
+                if show_progress:
+                    print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
+                delete_folder(work / WORK_FOLDER)  # a run was killed after all was done
+                sweep_current(output_dir)
+                return preparation
+            if preparation and preparation["source"]["name"] != source.name and not overwrite:
+                held = f"a dataset of other images ({preparation['source']['name']}, now {source.name})"
+                raise _replacing(output_dir, output_flag, held)
+            make_folder(work / WORK_FOLDER)
+            run = partial(engine, num_proc=num_proc)
+            writer = ShardWriter(source.reader, settings, source.label_names, source.has_text, hygiene)
+            rejections = Rejections(max_rejected_fraction, len(source))
+            return _prepare(
+                source, writer, output_dir, work / WORK_FOLDER, run, show_progress, fingerprint, rejections
+            )
 
 
 def check_output(
-    output_dir: Path,
+    output_dir: Path | RemotePath,
     settings: PreparationSettings,
     hygiene: HygieneSettings,
     overwrite: bool,
@@ -136,8 +137,9 @@ def check_output(
     """
     with _output_errors(output_dir, output_flag):
         _claim_folder(output_dir, output_flag)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
+        if isinstance(output_dir, Path):  # at a URL claiming it has written something
+            with tempfile.TemporaryFile(dir=output_dir):
+                pass
     held = read_preparation(output_dir)
     if held is None or overwrite:
         return
@@ -150,34 +152,47 @@ def check_output(
         raise _replacing(output_dir, output_flag, f"a dataset of other settings ({'; '.join(changed)})")
 
 
-def _replacing(folder: Path, output_flag: str, held: str) -> UserError:
+def _replacing(folder: Path | RemotePath, output_flag: str, held: str) -> UserError:
     return UserError(
         f"{output_flag} {folder} holds {held}: give another folder, or --overwrite_output_dir to replace it"
     )
 
 
 def _prepare(
-    source, plan: "_Plan", num_proc: int, show_progress: bool, fingerprint: str, max_rejected_fraction: float
+    source, writer, output_dir, work, engine: Callable, show_progress: bool, fingerprint: str, rejections: Rejections
 ) -> dict:
     started = time.monotonic()
-    rejections, num_seen = Rejections(max_rejected_fraction, len(source)), 0
+    settings, hygiene = writer.settings, writer.hygiene
+    about_all = (FORMAT, settings.identity, hygiene.unit_key, source.label_names, source.has_text)
+    units = [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
+    shards = [shard for shard, _ in units]
+    if hygiene.validation_fraction:
+        make_folder(output_dir / VALIDATION_FOLDER)
+    if hygiene.deduplicate != "none":
+        make_folder(output_dir / UNITS_FOLDER)
+        done = pieces.done_units(output_dir, shards, hygiene)
+    else:
+        done = done_units(shards, hygiene.sides)
+    plan = Plan(units, work, slice_items(settings), done)
+    num_seen = 0
     for num_files, rejected in plan.told_before():
         rejections.add(rejected)
         num_seen += num_files
-    num_proc = 1 if plan.num_missing <= SLICE_ITEMS else num_proc or num_cores()
+    if plan.num_missing <= SLICE_ITEMS:
+        engine = partial(run_jobs, num_proc=1)
     already = len(source) - plan.num_missing
     with tqdm(total=len(source), initial=already, unit=" images", disable=None if show_progress else True) as bar:
-        for job in run_jobs(plan.writer, plan.next_job, num_proc):
+        for job in engine(writer, plan.next_job):
             if isinstance(job, SliceJob):
-                with open_stream(job.path) as stream:
-                    rejections.add(read_summary(stream.schema)["rejected"])
                 num_seen += len(job.items)
-                if EARLY_FILES <= num_seen < len(source):
-                    rejections.check(num_seen)
+                if rejections.max_fraction < 1:
+                    rejections.add(read_summary(read_schema(job.path))["rejected"])
+                    if EARLY_FILES <= num_seen < len(source):
+                        rejections.check(num_seen)
                 bar.update(len(job.items))
             plan.finished(job)
-    output_dir = plan.output_dir
-    preparation = finalize(source, plan.writer, output_dir, plan.shards, fingerprint, max_rejected_fraction)
+    preparation = finalize(source, writer, output_dir, shards, fingerprint, rejections.max_fraction)
+    delete_folder(work)
     if show_progress:
         seconds = time.monotonic() - started
         megabytes = sum(shard["num_bytes"] for shard in preparation["shards"]) / 1e6
@@ -187,118 +202,41 @@ def _prepare(
     return preparation
 
 
-class _Plan:
-    """The slices and shards still to be made, in order; `shards` are the paths of all, in the source's order."""
-
-    def __init__(self, source, settings: PreparationSettings, hygiene: HygieneSettings, output_dir: Path):
-        self.writer = ShardWriter(source.reader, settings, source.label_names, source.has_text, hygiene)
-        self.output_dir = output_dir
-        self.work = output_dir / WORK_FOLDER
-        self.work.mkdir(exist_ok=True)
-        pieces = None
-        if hygiene.validation_fraction:
-            (output_dir / VALIDATION_FOLDER).mkdir(exist_ok=True)
-        if hygiene.deduplicate != "none":
-            (output_dir / UNITS_FOLDER).mkdir(exist_ok=True)
-            pieces = Pieces(output_dir)
-        self.shards, self.num_missing = [], 0
-        self._done = []  # for each unit that is: how many files, and those rejected
-        missing_units = []
-        about_all = (FORMAT, dataclasses.astuple(settings), hygiene.unit_key, source.label_names, source.has_text)
-        for unit in source.units():
-            path = output_dir / f"data-{_digest(about_all, unit.identity)}.arrow"
-            self.shards.append(path)
-            rejected = _told_if_done(path, hygiene, pieces)
-            if rejected is None:
-                missing_units.append((path, unit.items))
-                self.num_missing += len(unit.items)
-            else:
-                self._done.append((len(unit.items), rejected))
-        self._slice_items = slice_items(settings)
-        self._slices = self._missing_slices(missing_units)
-        self._joins = deque()
-        self._unfinished = {}  # slice -> the unit it is part of
-
-    def told_before(self) -> Iterator[tuple[int, list[dict]]]:
-        """Numbers of files that former runs are done with, and the rejected among them."""
-        yield from self._done
-        for path in self.work.glob("*.arrow"):
-            with open_stream(path) as stream:
-                summary = read_summary(stream.schema)
-            yield len(summary["facts"]) + len(summary["rejected"]), summary["rejected"]
-
-    def next_job(self) -> SliceJob | JoinJob | None:
-        """A job that can be done now; None while all that is left waits for others to be finished."""
-        job = None if self._joins else next(self._slices, None)
-        return self._joins.popleft() if self._joins and job is None else job
-
-    def finished(self, job: SliceJob | JoinJob) -> None:
-        if isinstance(job, SliceJob):
-            unit = self._unfinished.pop(job.path)
-            unit.missing.discard(job.path)
-            if not unit.missing:
-                self._joins.append(JoinJob(unit.shard, unit.slices))
-
-    def _missing_slices(self, units: list[tuple[Path, Sequence]]) -> Iterator[SliceJob]:
-        finished = {path.name for path in self.work.iterdir()}  # by a run that was killed
-        for shard, items in units:
-            starts = range(0, len(items), self._slice_items)
-            slices = [self.work / f"{shard.stem}-{number:05d}.arrow" for number in range(len(starts))]
-            unit = _Unit(shard, slices, {path for path in slices if path.name not in finished})
-            if not unit.missing:
-                self._joins.append(JoinJob(shard, slices))
-            self._unfinished.update(dict.fromkeys(unit.missing, unit))
-            for path, start in zip(slices, starts, strict=True):
-                if path in unit.missing:
-                    yield SliceJob(path, items[start : start + self._slice_items])
-
-
-@dataclasses.dataclass
-class _Unit:
-    shard: Path
-    slices: list[Path]
-    missing: set[Path]
-
-
 def slice_items(settings: PreparationSettings) -> int:
     """Images to a slice: fewer where they are large, so that one holds about `BATCH_BYTES` of pixels."""
     image_bytes = settings.height * settings.width * settings.channels * settings.dtype.itemsize
     return max(1, min(SLICE_ITEMS, BATCH_BYTES // image_bytes))
 
 
-def _is_current(preparation: dict, folder: Path, fingerprint: str) -> bool:
+def _is_current(preparation: dict, folder: Path | RemotePath, fingerprint: str, settings: PreparationSettings) -> bool:
     """Whether a complete dataset is the one that is wanted, undamaged, and without faults that may be gone by now."""
+    training_size = settings.train_height, settings.train_width  # no part of the fingerprint
     if preparation["fingerprint"] != fingerprint or TRANSIENT_FAULTS & preparation["rejected"].keys():
         return False
-    paths = {folder / shard["filename"]: shard["num_bytes"] for shard in preparation["shards"]}
-    if preparation["hygiene"]["validation_fraction"]:
-        held_out = read_preparation(folder / VALIDATION_FOLDER)
-        if held_out is None:
-            return False
-        paths |= {folder / VALIDATION_FOLDER / shard["filename"]: shard["num_bytes"] for shard in held_out["shards"]}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+    if tuple(preparation["settings"][name] for name in ("train_height", "train_width")) != training_size:
+        return False
+    present = sizes(folder)
+    if not all(present.get(shard["filename"]) == shard["num_bytes"] for shard in preparation["shards"]):
+        return False
+    if not preparation["hygiene"]["validation_fraction"]:
+        return True
+    held_out, present = read_preparation(folder / VALIDATION_FOLDER), sizes(folder / VALIDATION_FOLDER)
+    shards = held_out["shards"] if held_out else [{"filename": "", "num_bytes": 0}]
+    return all(present.get(shard["filename"]) == shard["num_bytes"] for shard in shards)
 
 
-def _told_if_done(shard: Path, hygiene: HygieneSettings, pieces: Pieces | None) -> list[dict] | None:
-    """The rejected files of a unit whose images a former run left, whole and with no fault that may be gone by now."""
-    if pieces is not None:
-        rejected = pieces.rejected(shard) if pieces.is_whole(shard, hygiene.sides) else None
-    else:
-        found = [read_shard(side_path(shard, side)) for side in hygiene.sides]
-        rejected = found[TRAIN][0]["rejected"] if all(found) else None
-    return None if TRANSIENT_FAULTS & {line["fault"] for line in rejected or ()} else rejected
-
-
-def _claim_folder(folder: Path, output_flag: str) -> None:
+def _claim_folder(folder: Path | RemotePath, output_flag: str) -> None:
     """Create it, or make sure that it is one of ours: what is not part of the result gets deleted there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in folder.iterdir()}
+    make_folder(folder)
+    names = sizes(folder).keys()
     if names and not names & {LOCK_NAME, WORK_FOLDER, PREPARATION_NAME}:
         raise UserError(f"{output_flag} {folder} holds other files; give a new or empty folder")
+    if isinstance(folder, RemotePath) and LOCK_NAME not in names:
+        write_text(folder / LOCK_NAME, "")  # no lock there, but a mark that the place is ours
 
 
 @contextlib.contextmanager
-def _output_errors(folder: Path, output_flag: str) -> Iterator[None]:
+def _output_errors(folder: Path | RemotePath, output_flag: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,13 +1,12 @@
 """The files of a prepared dataset: a slice of a work unit, and the shard that its slices are joined into.
 
-Both are Arrow IPC streams, as `datasets.load_from_disk` memory-maps them, written under a temporary name and renamed.
+Both are Arrow IPC streams, as `datasets.load_from_disk` memory-maps them, which appear under their names when whole.
 Beside the features, the schema's metadata carries what the unit says of itself: rows, class counts, rejected files.
 """
 
 # H/W height and width, C channels, pixels in HWC order
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from trainkit.data.facts import FACTS_SCHEMA, ImageFacts, facts_batch, facts_digest, image_facts, total_facts
+from trainkit.data.files import RemotePath, delete, exists, open_stream, written
 from trainkit.data.hygiene import AS_IT_IS, TRAIN, VALIDATION, HygieneSettings, is_held_out
-from trainkit.data.images import PreparationSettings, RejectedImage, decode_image
+from trainkit.data.images import decode_image
+from trainkit.data.limits import RejectedImage
 from trainkit.data.rows import Rows, regrouped
+from trainkit.data.settings import PreparationSettings
+from trainkit.data.storage import image_columns, image_features, image_types
 
 SLICE_ITEMS = 128  # images decoded at one go by one process
 BATCH_BYTES = 64 * 2**20  # of pixels in a record batch: far from what int32 offsets can hold
@@ -31,7 +34,7 @@ VALIDATION_FOLDER, UNITS_FOLDER = "validation", ".units"  # held-out shards; wha
 class SliceJob(NamedTuple):
     """Decode `items` into `path`. `deadly`: positions of items that are known to kill the process."""
 
-    path: Path
+    path: Path | RemotePath
     items: Sequence
     deadly: tuple[int, ...] = ()
 
@@ -39,8 +42,8 @@ class SliceJob(NamedTuple):
 class JoinJob(NamedTuple):
     """Join the slices of a unit, in order, into its shard, and delete them."""
 
-    path: Path
-    slices: list[Path]
+    path: Path | RemotePath
+    slices: list[Path | RemotePath]
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,16 @@ class ShardWriter:
                 rows, size = [], 0
         if rows:
             batches.append(self._batch(rows))
-        write_stream(job.path, self.schema, batches, {"rejected": rejected, "facts": facts})
+        summary = {"num_rows": len(facts), "rejected": rejected, "facts": facts}
+        write_stream(job.path, self.schema, batches, summary)
 
     def join(self, job: JoinJob) -> None:
-        streams = [open_stream(path) for path in job.slices]
+        try:
+            streams = [open_stream(path) for path in job.slices]
+        except FileNotFoundError:
+            if exists(job.path):  # another run at the same URL was first: its shard has the same bytes
+                return
+            raise
         summaries = [read_summary(stream.schema) for stream in streams]
         rejected = [line for summary in summaries for line in summary["rejected"]]
         facts = [ImageFacts(*fact) for summary in summaries for fact in summary["facts"]]
@@ -99,11 +108,11 @@ class ShardWriter:
             told, about = rejected if side == TRAIN else [], [facts[row] for row in picked]
             self.write_rows(side_path(job.path, side), rows, picked, about, told, digest)
         for path in job.slices:
-            path.unlink(missing_ok=True)
+            delete(path)
 
     def write_rows(
         self,
-        path: Path,
+        path: Path | RemotePath,
         rows: Rows,
         picked: np.ndarray,
         facts: list[ImageFacts],
@@ -143,14 +152,7 @@ class ShardWriter:
     @property
     def features(self) -> dict[str, dict]:
         """The columns as `datasets` writes features; spelled out here, since importing it takes a second."""
-        settings = self.settings
-        pixel = {"dtype": settings.dtype.name, "_type": "Value"}
-        if settings.center_crop:
-            size = settings.height * settings.width * settings.channels
-            features = {"image": {"feature": pixel, "length": size, "_type": "List"}}
-        else:
-            side = {"dtype": "int32", "_type": "Value"}
-            features = {"image": {"feature": pixel, "_type": "List"}, "height": side, "width": side}
+        features = image_features(self.settings)
         if self.label_names is not None:
             features["label"] = {"names": self.label_names, "_type": "ClassLabel"}
         if self.has_text:
@@ -159,23 +161,13 @@ class ShardWriter:
 
     @property
     def schema(self) -> pa.Schema:
-        pixel = pa.from_numpy_dtype(self.settings.dtype)
-        length = self.features["image"].get("length", -1)
-        types = {"image": pa.list_(pixel, length), "height": pa.int32(), "width": pa.int32(), "label": pa.int64()}
+        types = {**image_types(self.settings), "label": pa.int64()}
         metadata = {"huggingface": json.dumps({"info": {"features": self.features}})}
         return pa.schema([(name, types.get(name, pa.string())) for name in self.features], metadata)
 
     def _batch(self, rows: list[dict]) -> pa.RecordBatch:
-        images = [row["image"] for row in rows]
-        pixels = pa.array(np.concatenate([image.reshape(-1) for image in images]))
-        columns = {"source": pa.array([row["source"] for row in rows], pa.string())}
-        if self.settings.center_crop:
-            columns["image"] = pa.FixedSizeListArray.from_arrays(pixels, images[0].size)
-        else:
-            offsets = np.cumsum([0] + [image.size for image in images], dtype=np.int64).astype(np.int32)
-            columns["image"] = pa.ListArray.from_arrays(pa.array(offsets), pixels)
-            columns["height"] = pa.array([image.shape[0] for image in images], pa.int32())
-            columns["width"] = pa.array([image.shape[1] for image in images], pa.int32())
+        columns = image_columns([row["image"] for row in rows], self.settings)
+        columns["source"] = pa.array([row["source"] for row in rows], pa.string())
         if self.label_names is not None:
             columns["label"] = pa.array([row["label"] for row in rows], pa.int64())
         if self.has_text:
@@ -183,18 +175,13 @@ class ShardWriter:
         return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
 
-def side_path(shard: Path, side: int) -> Path:
+def side_path(shard: Path | RemotePath, side: int) -> Path | RemotePath:
     """Where the rows of a unit go that are on this side of the split."""
     return shard if side == TRAIN else shard.parent / VALIDATION_FOLDER / shard.name
 
 
-def facts_path(shard: Path) -> Path:
+def facts_path(shard: Path | RemotePath) -> Path | RemotePath:
     return shard.parent / UNITS_FOLDER / shard.name
-
-
-def open_stream(path: Path) -> pa.RecordBatchStreamReader:
-    """Raises OSError or pa.ArrowInvalid where the file is missing, empty or not an Arrow stream."""
-    return pa.ipc.open_stream(pa.memory_map(str(path)))
 
 
 def read_summary(schema: pa.Schema) -> dict:
@@ -205,7 +192,7 @@ def read_summary(schema: pa.Schema) -> dict:
     return json.loads((schema.metadata or {})[SUMMARY_KEY])
 
 
-def read_shard(path: Path) -> tuple[dict, list[pa.RecordBatch]] | None:
+def read_shard(path: Path | RemotePath) -> tuple[dict, list[pa.RecordBatch]] | None:
     """Summary and rows of a shard; None where it is missing, or not whole."""
     try:
         with open_stream(path) as stream:
@@ -215,26 +202,12 @@ def read_shard(path: Path) -> tuple[dict, list[pa.RecordBatch]] | None:
     return (summary, batches) if sum(batch.num_rows for batch in batches) == summary["num_rows"] else None
 
 
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=True) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_stream(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: dict) -> None:
+def write_stream(path: Path | RemotePath, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: dict) -> None:
     schema = schema.with_metadata({**(schema.metadata or {}), SUMMARY_KEY: json.dumps(summary)})
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+    with written(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        with pa.ipc.new_stream(file, schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _valid_text(name: str) -> str:

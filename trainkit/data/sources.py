@@ -6,7 +6,7 @@ A source lists itself without opening an image, cuts that listing into work unit
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +38,9 @@ class ImageFolder:
     def __init__(self, folder: str | Path, flag: str = "--train_data_dir"):
         self.folder = Path(folder)
         self.name = self.folder.resolve().name or "images"
-        self.entries = list_folder(self.folder, flag)
-        names = {entry.label for entry in self.entries} - {None}
-        self.label_names = _sorted_labels(names) if names else None
-        self.has_text = any(entry.text is not None or entry.caption_file for entry in self.entries)
-        self.fingerprint = _digest(_identity(self.entries))
+        self.entries, labels, self.has_text = list_folder(self.folder, flag)
+        self.label_names = _sorted_labels(labels) if labels else None
+        self.fingerprint = _identity(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -53,7 +51,8 @@ class ImageFolder:
         return FolderReader(str(self.folder.resolve()), label_ids)
 
     def units(self) -> list[Unit]:
-        return [Unit(_digest(_identity(entries)), entries) for entries in cut_by_name(self.entries, UNIT_ITEMS)]
+        parts = [self.entries.part(*bounds) for bounds in cuts(self.entries.paths(), UNIT_ITEMS)]
+        return [Unit(_identity(part), part) for part in parts]
 
 
 class FolderReader(NamedTuple):
@@ -78,21 +77,26 @@ def _read_caption(path: Path) -> str | None:
 
 
 def cut_by_name(entries: list[Entry], mean: int) -> Iterator[list[Entry]]:
-    """Cut a sorted listing into runs of about `mean`, of at least half and at most four times as many.
+    """The runs of `cuts`, as lists."""
+    return (entries[start:stop] for start, stop in cuts((entry.path for entry in entries), mean))
+
+
+def cuts(paths: Iterable[str], mean: int) -> Iterator[tuple[int, int]]:
+    """Cut a sorted listing into runs of about `mean`, of at least half and at most four times as many: (start, stop).
 
     A run ends where a hash of the path says so, not at a count: an added file changes its own run, no other.
     """
-    start = 0
-    for position, entry in enumerate(entries, 1):
-        count = position - start
+    start, stop = 0, 0
+    for stop, path in enumerate(paths, 1):
+        count = stop - start
         if count < mean // 2:
             continue
-        path_hash = hashlib.blake2b(_bytes(entry.path), digest_size=8).digest()
+        path_hash = hashlib.blake2b(_bytes(path), digest_size=8).digest()
         if count == 4 * mean or int.from_bytes(path_hash, "little") % (mean - mean // 2) == 0:
-            yield entries[start:position]
-            start = position
-    if start < len(entries):
-        yield entries[start:]
+            yield start, stop
+            start = stop
+    if start < stop:
+        yield start, stop
 
 
 def _sorted_labels(names: set[str]) -> list[str]:
@@ -103,16 +107,16 @@ def _sorted_labels(names: set[str]) -> list[str]:
         return sorted(names)
 
 
-def _identity(entries: list[Entry]) -> bytes:
-    return _bytes("\n".join(map(repr, map(tuple, entries))))
+def _identity(entries: Iterable[Entry]) -> str:
+    digest, separator = hashlib.blake2b(digest_size=8), ""
+    for entry in entries:
+        digest.update(_bytes(separator + repr(tuple(entry))))
+        separator = "\n"
+    return digest.hexdigest()
 
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 class HubDataset:

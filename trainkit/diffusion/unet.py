@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffusers import UNet2DModel
 
-from trainkit.data.prepare import parse_resolution
+from trainkit.data.settings import parse_resolution
 from trainkit.errors import UserError
 
 # The UNet of diffusers' train_unconditional.py: 113.7 M parameters at 3 channels.
@@ -59,6 +59,8 @@ def _config(options) -> dict:
 
 def load_unet_config(name_or_path: str) -> dict:
     """The UNet2DModel config of a folder or Hub repository: its own config.json, or that of its `unet` subfolder."""
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():  # no name that a Hub could have
+        raise UserError(f"--model_config_name_or_path {name_or_path}: no config.json to read: the folder is not there")
     subfolder = None if not (Path(name_or_path) / "unet" / "config.json").is_file() else "unet"
     try:
         config = UNet2DModel.load_config(name_or_path, subfolder=subfolder)

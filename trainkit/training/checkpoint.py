@@ -124,17 +124,26 @@ def resume_candidates(output_dir: Path, resume_from: str) -> list[Path]:
     """
     if resume_from == "latest":
         return [*reversed(checkpoint_folders(output_dir))]
-    named = Path(resume_from)
-    folder = named if named.is_dir() else output_dir / named.name  # the example takes a bare name too
-    if not folder.is_dir():
-        there = ", ".join(path.name for path in checkpoint_folders(output_dir)) or "none"
-        raise UserError(f"--resume_from_checkpoint {resume_from} does not exist (in {output_dir}: {there})")
+    folder = named_checkpoint(output_dir, resume_from)
     problem = damage(folder)
     if problem:
         raise UserError(
             f"--resume_from_checkpoint {folder} is damaged: {problem}; use `latest` for the newest whole one"
         )
     return [folder]
+
+
+def named_checkpoint(output_dir: Path, resume_from: str) -> Path:
+    """The folder that `--resume_from_checkpoint` names, itself or in `output_dir`. Raises `UserError` without one."""
+    named = Path(resume_from)
+    folder = named if named.is_dir() else output_dir / named.name  # the example takes a bare name too
+    if not folder.is_dir():
+        there = ", ".join(path.name for path in checkpoint_folders(output_dir)) or "none"
+        raise UserError(
+            f"--resume_from_checkpoint {resume_from} does not exist (in {output_dir}: {there}); name one of those, "
+            "or `latest`"
+        )
+    return folder
 
 
 def _flush(path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.order import sample_indices
+from trainkit.data.order import SampleOrder
 from trainkit.errors import UserError
 
 SKIPPED_FILE, NAMED_IMAGES = "skipped_steps.jsonl", 8
@@ -35,14 +35,14 @@ class SkippedSteps:
     def __init__(
         self,
         images: PreparedImages,
+        order: SampleOrder,
         global_size: int,
-        seed: int,
         limit: int,
         output_dir: Path,
         is_main: bool,
         in_a_row: int = 0,
     ):
-        self.images, self.global_size, self.seed, self.limit = images, global_size, seed, limit
+        self.images, self.order, self.global_size, self.limit = images, order, global_size, limit
         self.output_dir, self.is_main, self.in_a_row = output_dir, is_main, in_a_row
 
     def see(self, step: int, finite: bool) -> None:
@@ -62,7 +62,7 @@ class SkippedSteps:
     def _tell(self, step: int) -> None:
         # The global batch is a function of the step: nothing had to be kept to know it.
         positions = (step - 1) * self.global_size + torch.arange(self.global_size).numpy()
-        indices = sample_indices(positions, len(self.images), self.seed)
+        indices = self.order.indices(positions)
         sources = self.images.sources(indices)
         more = f" and {len(sources) - NAMED_IMAGES} more" if len(sources) > NAMED_IMAGES else ""
         print(

@@ -19,14 +19,9 @@ TWO_CPU_PROCESSES = (
 def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, **kwargs) -> Accelerator:
     """The process's Accelerator, with the threads set that a CPU process computes with.
 
-    Raises `UserError` when the launcher was asked for more processes than know of each other, for a precision that
-    the device lacks, and for DeepSpeed.
+    Raises `UserError` when the launcher was asked for more processes than know of each other, and for a precision
+    that the device lacks.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "DeepSpeed keeps the float32 weights and the accumulation of gradients to itself, out of reach of this "
-            "script's averages and checkpoints: launch with accelerate_configs/multi_gpu.yaml or fsdp.yaml"
-        )
     asked = max(int(os.environ.get("WORLD_SIZE", 1)), _processes_asked_of_launcher())
     if not torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         _check_processes(asked, 1, "cpu")  # before Accelerate looks for the others, which may take it half an hour
@@ -41,6 +36,45 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(cpu_threads or _default_threads(local_processes))
     return accelerator
+
+
+def shard_as_launched(options) -> None:
+    """Take what an FSDP or DeepSpeed launch asks for as `--shard_weights`; before `start_accelerator`.
+
+    Either engine would keep weights, accumulation and the optimizer's state to itself, out of reach of averages and of
+    exact checkpoints. The division asked for is done by torch's `fully_shard` in their place (ZeRO: Rajbhandari et al.
+    2020): stage 2 keeps gathered weights until the backward pass, stage 3 gathers them twice. So Accelerate is to know
+    nothing of it. Raises `UserError` for what is not done in this way.
+    """
+    environment = os.environ
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        offload = parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
+        stage = 3 if parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True) else 2
+        if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
+            options.gradient_checkpointing = True
+        del environment["ACCELERATE_USE_FSDP"]
+    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        offload = any(value in ("cpu", "nvme") for name, value in environment.items() if _is_deepspeed_offload(name))
+        if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+            raise UserError(
+                "deepspeed_config_file is not read: give zero_stage in the Accelerate config, as "
+                "accelerate_configs/deepspeed.yaml does"
+            )
+        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+        del environment["ACCELERATE_USE_DEEPSPEED"]
+    else:
+        return
+    if offload:
+        raise UserError(
+            "weights and optimizer state are not moved to main memory or disk here: switch the offload off in the "
+            "Accelerate config; --gradient_checkpointing and --find_batch_size save memory too"
+        )
+    options.shard_weights = options.shard_weights or stage > 0
+    options.reshard_after_forward = stage == 3
+
+
+def _is_deepspeed_offload(name: str) -> bool:
+    return name.startswith("ACCELERATE_DEEPSPEED_OFFLOAD_") and name.endswith("_DEVICE")
 
 
 def ddp_kwargs() -> DistributedDataParallelKwargs:

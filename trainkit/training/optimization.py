@@ -12,7 +12,8 @@ NOT_FOR_MUON = ("conv_in.", "conv_out.", "time_embedding.", "time_emb_proj.", "c
 
 
 def build_optimizer(options, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `OptimizationOptions` name. Norms and biases get no weight decay.
+    """The optimizer that `OptimizationOptions` name, in its fused form where it has one and no part of `model` is a
+    `DTensor`. Norms and biases get no weight decay.
 
     adamw  Loshchilov & Hutter 2019
     adam   Kingma & Ba 2015
@@ -45,7 +46,7 @@ def build_optimizer(options, model: torch.nn.Module) -> torch.optim.Optimizer:
         {"params": vectors, "weight_decay": 0.0},
     ]
     parts = [*matrices.values(), *vectors]
-    fused = parts[0].device.type == "cuda" and not any(isinstance(part, DTensor) for part in parts)
+    fused = not any(isinstance(part, DTensor) for part in parts)
     return optimizer_class(groups, **settings, fused=fused or None)
 
 

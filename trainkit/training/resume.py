@@ -1,6 +1,7 @@
 """What a run finds in its output folder: nothing, a run to go on with, or one that must not be overwritten."""
 
 import shutil
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,8 +22,26 @@ from trainkit.training.metrics import truncate_metrics
 
 # What a run learns depends on these rooms and options; the rest may differ between its parts.
 ROOMS = (ImageOptions, AugmentationOptions, ModelOptions, ObjectiveOptions, OptimizationOptions, EmaOptions)
-BOUND = {field.name for room in ROOMS for field in fields(room)} | {"seed", "mixed_precision"}
+BOUND = {field.name for room in ROOMS for field in fields(room)} | {"seed", "mixed_precision", "shuffle_block_size"}
 FREE = {"train_batch_size", "gradient_accumulation_steps", "max_skipped_steps"}  # the global batch is kept by itself
+
+
+def check_output_dir(options) -> None:
+    """Refuse what `claim_output_dir` and `whole_checkpoints` would, before any image is prepared.
+
+    Leaves nothing behind. Raises `UserError`.
+    """
+    output_dir = Path(options.output_dir)
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(_unwritable(output_dir, error)) from None
+    if options.resume_from_checkpoint not in (None, "latest"):
+        checkpoints.named_checkpoint(output_dir, options.resume_from_checkpoint)
+    problem = _earlier_run(options, output_dir)
+    if problem:
+        raise UserError(problem)
 
 
 def claim_output_dir(options, accelerator: Accelerator) -> None:
@@ -37,27 +56,33 @@ def claim_output_dir(options, accelerator: Accelerator) -> None:
             (output_dir / ".write_test").touch()
             (output_dir / ".write_test").unlink()
             checkpoints.remove_leftovers(output_dir)
-            problem = _refuse_earlier_run(options, output_dir)
+            problem = _earlier_run(options, output_dir)
+            if problem is None and options.resume_from_checkpoint is None:
+                for folder in checkpoints.checkpoint_folders(output_dir):
+                    shutil.rmtree(folder)
+                truncate_metrics(output_dir, 0)
         except OSError as error:
-            problem = f"--output_dir {output_dir} cannot be written ({error.strerror}): choose another folder"
+            problem = _unwritable(output_dir, error)
     problem = broadcast_object_list([problem])[0]
     if problem:
         raise UserError(problem)
 
 
-def _refuse_earlier_run(options, output_dir: Path) -> str | None:
-    if options.resume_from_checkpoint is not None:
+def _unwritable(output_dir: Path, error: OSError) -> str:
+    return f"--output_dir {output_dir} cannot be written ({error.strerror}): choose another folder"
+
+
+def _earlier_run(options, output_dir: Path) -> str | None:
+    """What speaks against a new run in a folder that may hold another one's checkpoints."""
+    if options.resume_from_checkpoint is not None or options.overwrite_output_dir:
         return None
     earlier = checkpoints.checkpoint_folders(output_dir)
-    if earlier and not options.overwrite_output_dir:
-        return (
-            f"--output_dir {output_dir} holds {earlier[-1].name} of an earlier run: go on with "
-            "--resume_from_checkpoint latest, or start again with --overwrite_output_dir (deletes its checkpoints)"
-        )
-    for folder in earlier:
-        shutil.rmtree(folder)
-    truncate_metrics(output_dir, 0)
-    return None
+    if not earlier:
+        return None
+    return (
+        f"--output_dir {output_dir} holds {earlier[-1].name} of an earlier run: go on with "
+        "--resume_from_checkpoint latest, or start again with --overwrite_output_dir (deletes its checkpoints)"
+    )
 
 
 def whole_checkpoints(options, accelerator: Accelerator) -> list[Path]:

@@ -22,8 +22,10 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
 
+from trainkit.data.augment import build_augmentation
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.loader import Batch, BatchLoader, BatchShape
+from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.errors import UserError
 from trainkit.training.ema import ShadowWeights, build_ema
 from trainkit.training.guards import SkippedSteps, check_replicas, step_if_finite
@@ -72,7 +74,7 @@ class Run:
         )
         if options.shard_weights and accelerator.num_processes > 1:
             unet = accelerator.prepare_model(unet, evaluation_mode=True)  # device and autocast, no DDP
-            shard(unet, accelerator.mixed_precision, accelerator.device)
+            shard(unet, accelerator.mixed_precision, accelerator.device, options.reshard_after_forward)
             optimizer = build_optimizer(options, unet)
             self.model, self.optimizer = unet, accelerator.prepare_optimizer(optimizer)
         else:
@@ -80,13 +82,14 @@ class Run:
             self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.lr_scheduler = build_lr_scheduler(options, optimizer, self.max_train_steps)
         self.unet: UNet2DModel = accelerator.unwrap_model(self.model)
-        compile_unet(self.unet, options)
+        compile_unet(self.unet, options, self.shape.micro_steps)
         self.sharded = is_sharded(self.unet)
         self.ema: ShadowWeights | None = build_ema(options, self.unet, self.shape.global_size)
         resumed = self._resume(candidates)
         self.loader = BatchLoader(
             images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers,
-            memory_format(options, accelerator.device),
+            memory_format(options, accelerator.device), options.shuffle_block_size,
+            build_augmentation(options, images.channels),
         )  # fmt: skip
         self._micro_step = 0
         self._unwritten: dict[str, str] = {}  # kind of file -> what could not be written, and why
@@ -96,7 +99,7 @@ class Run:
         )
         self.checkpoints.saved_step = self.step or None
         self.skipped = SkippedSteps(
-            images, self.shape.global_size, options.seed, options.max_skipped_steps, self.output_dir,
+            images, self.loader.order, self.shape.global_size, options.max_skipped_steps, self.output_dir,
             accelerator.is_main_process, resumed.get("skipped_in_a_row", 0),
         )  # fmt: skip
         self.log = StepLog(options, accelerator, self.output_dir, self.shape.global_size, throughput)
@@ -189,10 +192,11 @@ class Run:
         self._flush_log()  # trackers take no step below one they have seen
         started = time.perf_counter()
         with contextlib.nullcontext() if self.ema is None else self.ema.swapped_in():
-            unet = unsharded_copy(self.unet) if self.sharded else self.unet
-            unet.eval()
-            with uncompiled(unet):
-                yield unet
+            with without_augmentation_input(self.unet):
+                unet = unsharded_copy(self.unet) if self.sharded else self.unet
+                unet.eval()
+                with uncompiled(unet):
+                    yield unet
         self.unet.train()
         self.log.pause(time.perf_counter() - started)
 
@@ -324,6 +328,10 @@ class Run:
         accelerator.gradient_accumulation_steps = micro_steps
         return BatchShape(per_device, micro_steps, accelerator.num_processes, accelerator.process_index)
 
+    def _told_division(self) -> str:
+        stage = "ZeRO-3" if self.options.reshard_after_forward else "ZeRO-2"
+        return f"weights divided over them ({stage}), " if self.sharded else ""
+
     def _announce(self, throughput: Throughput) -> None:
         parameters = sum(p.numel() for p in self.unet.parameters())
         shape, size = self.shape, f"{self.images.height}x{self.images.width}"
@@ -331,6 +339,6 @@ class Run:
             f"{len(self.images):,} images {size}, {parameters / 1e6:.1f} M parameters, "
             f"{self.max_train_steps:,} steps of {shape.global_size} images = "
             f"{shape.per_device} a device x {shape.num_processes} processes x {shape.micro_steps} micro-steps, "
-            f"mixed precision {self.accelerator.mixed_precision}; {throughput}",
+            f"{self._told_division()}mixed precision {self.accelerator.mixed_precision}; {throughput}",
             flush=True,
         )

@@ -29,11 +29,14 @@ from torch.utils._pytree import tree_map_only
 from trainkit.errors import UserError
 
 
-def shard(unet: UNet2DModel, mixed_precision: str | None, device: torch.device | str) -> UNet2DModel:
+def shard(
+    unet: UNet2DModel, mixed_precision: str | None, device: torch.device | str, reshard_after_forward: bool = True
+) -> UNet2DModel:
     """Divide the parameters of `unet` over all processes in place: block by block, and what is left at the root.
 
     Each rank keeps its part of its own weights, float32, so every rank must have the same ones (the same seed), and
-    gathers a block's whole weights only while it computes with it. The optimizer must be made afterwards.
+    gathers a block's whole weights only while it computes with it (ZeRO-3), or, without `reshard_after_forward`, from
+    its forward to its backward pass (ZeRO-2). The optimizer must be made afterwards.
 
     With `mixed_precision` "bf16" the forward pass stays under the caller's autocast, as without sharding, and blocks
     are gathered in bfloat16: half the traffic of float32, and without the second copy that autocast would keep of
@@ -53,12 +56,12 @@ def shard(unet: UNet2DModel, mixed_precision: str | None, device: torch.device |
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
         if block is not None:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(unet, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    return fully_shard(unet, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether `model` is divided among processes by FSDP2, by `shard` or by Accelerate."""
+    """Whether `model` is divided among processes by `shard`."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 

@@ -31,11 +31,21 @@ def lay_out(unet: UNet2DModel, options, device: torch.device) -> UNet2DModel:
     return unet.to(device=device, memory_format=memory_format(options, device))
 
 
-def compile_unet(unet: UNet2DModel, options) -> None:
-    """`--compile`: in place, so that weights keep their names; the first step takes a minute or more."""
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def compile_unet(unet: UNet2DModel, options, micro_steps: int) -> None:
+    """`--compile`: in place, so that weights keep their names; the first step takes a minute or more.
+
+    With several micro-steps CUDA graphs are left out: gradients add up in memory that the next replay overwrites
+    (pytorch#169545).
+    """
     if options.compile:
+        mode = options.compile_mode
+        if micro_steps > 1:
+            mode = WITHOUT_GRAPHS.get(mode, mode)
         # one shape is trained on; guessing at others would only slow that one down
-        unet.compile(mode=options.compile_mode, dynamic=False)
+        unet.compile(mode=mode, dynamic=False)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trainkit.data.augment import to_training_size
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.loader import Batch, to_model_range
@@ -50,8 +51,11 @@ def open_validation_images(options, images: PreparedImages) -> PreparedImages | 
             options,
             train_data_dir=given,
             dataset_name=None,
+            streaming=False,
             resolution=f"{images.height}x{images.width}",
-            center_crop=True,
+            stored_resolution=None,
+            center_crop=False,
+            resize_mode=images.settings.resize_mode if images.fixed_size else "crop",
             image_mode=images.image_mode,
             background="#{:02x}{:02x}{:02x}".format(*images.settings.background),
             preserve_input_precision=images.bit_depth > 8,
@@ -145,7 +149,9 @@ class HeldOutLoss:
         shape = (images.channels, images.height, images.width)
         noise = normal_draws(self.run.options.seed, 0, rows, shape, Purpose.VALIDATION_NOISE)
         return Batch(
-            images=to_model_range(torch.from_numpy(pixels).to(device), images.bit_depth),
+            images=to_training_size(
+                to_model_range(torch.from_numpy(pixels).to(device), images.bit_depth), (images.height, images.width)
+            ),
             noise=torch.from_numpy(noise).to(device),
             uniforms=self.uniforms[list(rows)].to(device),
             indices=indices,

@@ -1,0 +1,88 @@
+"""What a launcher's configuration asks of the script: FSDP and DeepSpeed configs become divided weights of our own."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from conftest import ROOT, launch
+from training_helpers import losses, same_weights, tiny_run
+
+from trainkit.errors import UserError
+from trainkit.training.launch import shard_as_launched
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Options as a script has them after it was started with `environment`."""
+
+    def call(environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        options = SimpleNamespace(shard_weights=False, reshard_after_forward=True, gradient_checkpointing=False)
+        shard_as_launched(options)
+        return options
+
+    return call
+
+
+def test_a_plain_launch_divides_nothing(launched):
+    assert launched({}) == SimpleNamespace(
+        shard_weights=False, reshard_after_forward=True, gradient_checkpointing=False
+    )
+
+
+@pytest.mark.parametrize(("stage", "divided", "twice"), [("0", False, False), ("2", True, False), ("3", True, True)])
+def test_zero_stages(launched, stage, divided, twice):
+    options = launched({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage})
+    assert (options.shard_weights, options.reshard_after_forward) == (divided, twice)
+
+
+def test_the_deepspeed_config_asks_for_zero_2(launched):
+    """Through what Accelerate's launcher makes of the file; the package itself is not needed for that."""
+    file = str(ROOT / "accelerate_configs" / "deepspeed.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", file, "train_unconditional.py"])
+    arguments = _validate_launch_command(arguments)[0]
+    arguments.deepspeed_fields_from_accelerate_config = ""  # `accelerate launch` sets it on the way
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+    options = launched({name: value for name, value in environment.items() if "DEEPSPEED" in name})
+    assert options.shard_weights and not options.reshard_after_forward
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "switch the offload off"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "switch the offload off",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
+            "deepspeed_config_file is not read: give zero_stage",
+        ),
+    ],
+)
+def test_what_is_not_done_is_refused(launched, environment, message):
+    with pytest.raises(UserError, match=message):
+        launched(environment)
+
+
+@pytest.mark.parametrize("reshard", [True, False], ids=["ZeRO-3", "ZeRO-2"])
+def test_the_fsdp_config_trains_the_same_run(image_folder, tiny_unet, cache_dir, tmp_path, reshard):
+    config = (ROOT / "accelerate_configs" / "fsdp.yaml").read_text().replace("num_processes: 8", "num_processes: 2")
+    config = config.replace("reshard_after_forward: true", f"reshard_after_forward: {str(reshard).lower()}")
+    (tmp_path / "fsdp.yaml").write_text(config)
+    flags = {"max_train_steps": 4, "train_batch_size": 4}
+    divided = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "divided", **flags)
+    done = launch("train_unconditional.py", *divided, processes=2, config_file=tmp_path / "fsdp.yaml")
+    assert f"weights divided over them ({'ZeRO-3' if reshard else 'ZeRO-2'})" in done.stdout
+    launch(
+        "train_unconditional.py",
+        *tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole", max_train_steps=4, train_batch_size=8),
+    )
+    assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    same_weights(tmp_path / "divided" / WEIGHTS, tmp_path / "whole" / WEIGHTS, tolerance=1e-4)

@@ -1,0 +1,103 @@
+"""Listing folders of any size: in memory that does not grow, in the one right order, cut into the same units."""
+
+import itertools
+import os
+import random
+import tracemalloc
+
+import pyarrow as pa
+import pytest
+
+from trainkit.data import rowfile
+from trainkit.data.rowfile import RowFile, sorted_rows
+from trainkit.data.sources import ImageFolder
+
+SCHEMA = pa.schema([("key", pa.binary()), ("number", pa.int64())])
+
+
+@pytest.fixture(params=[2, 5, 10**6])
+def run_rows(request, monkeypatch):
+    """Sorted in many small runs on disk, and all in memory."""
+    monkeypatch.setattr(rowfile, "RUN_ROWS", request.param)
+    monkeypatch.setattr(rowfile, "BATCH_ROWS", 3)
+    monkeypatch.setattr(rowfile, "MERGED_ROWS", 3)
+    return request.param
+
+
+def test_sorting_outside_of_memory_is_stable(run_rows):
+    generator = random.Random(0)
+    rows = [(b"%d" % generator.randrange(20), number) for number in range(100)]
+    assert list(sorted_rows(iter(rows), SCHEMA)) == sorted(rows, key=lambda row: row[0])
+    assert list(sorted_rows(iter([]), SCHEMA)) == []
+
+
+def test_any_run_of_rows_is_read_back(run_rows):
+    file, rows = RowFile(SCHEMA), [(b"%d" % number, None if number % 3 else number) for number in range(17)]
+    for part in (rows[:4], rows[4:5], [], rows[5:]):
+        file.extend(part)
+    for start, stop in itertools.combinations_with_replacement(range(18), 2):
+        assert list(file.rows(start, stop)) == rows[start:stop]
+
+
+def test_names_sort_as_whole_paths_and_captions_find_their_image(tmp_path, run_rows):
+    names = [
+        "a.d/1.png", "a/1.png", "a-b/1.png", "a.png", "a.x.png", "a/2.x.png", "a0.png", "é.png", "a.\udcff.png",
+        "A.PNG", "\ue000.png", "\U0001f600.png",
+    ]  # fmt: skip
+    captions = {"a.txt": "a.png", "a.x.TXT": "a.x.png", "a/2.x.txt": "a/2.x.png", "A.txt": "A.PNG", "a.d/9.txt": None}
+    for name in [*names, *captions]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name, errors="replace")
+    entries = list(ImageFolder(tmp_path).entries)
+    assert [entry.path for entry in entries] == sorted(names)
+    captioned = {entry.path: entry.caption_file[0] for entry in entries if entry.caption_file}
+    assert captioned == {image: len(caption) for caption, image in captions.items() if image}
+
+
+def test_metadata_in_any_order_joins_and_the_last_row_wins(tmp_path, run_rows):
+    generator = random.Random(0)
+    numbers = list(range(40))
+    (tmp_path / "sub").mkdir()
+    for number in numbers:
+        (tmp_path / f"sub/{number}.png").touch()
+    generator.shuffle(numbers)
+    lines = [f"sub/{number}.png,first {number},x" for number in numbers] + ["sub/7.png,second,y", "zz.png,gone,x"]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,label", *lines]))
+    (tmp_path / "sub/metadata.csv").write_text("file_name,text\n8.png,deeper\n")
+    source = ImageFolder(tmp_path)
+    told = {entry.path: (entry.text, entry.label, entry.size) for entry in source.entries}
+    assert len(told) == 41 and source.label_names == ["x", "y"]
+    assert told["sub/7.png"] == ("second", "y", 0) and told["sub/8.png"] == ("deeper", None, 0)
+    assert told["sub/9.png"] == ("first 9", "x", 0) and told["zz.png"] == ("gone", "x", -1)
+
+
+def test_units_hold_all_entries_once_and_give_slices(tmp_path, run_rows, monkeypatch):
+    monkeypatch.setattr("trainkit.data.sources.UNIT_ITEMS", 8)
+    for number in range(100):
+        (tmp_path / f"{number:03d}.png").touch()
+    source = ImageFolder(tmp_path)
+    units = source.units()
+    assert [entry for unit in units for entry in unit.items] == list(source.entries) and len(units) > 3
+    items = units[1].items
+    assert items[2:5] == list(items)[2:5] and items[-1] == list(items)[-1] and isinstance(items[2:5], list)
+    with pytest.raises(IndexError):
+        items[len(items)]
+
+
+@pytest.mark.parametrize("per_folder", [20_000, 100])
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch, per_folder):
+    monkeypatch.setattr(rowfile, "RUN_ROWS", 1000)
+    monkeypatch.setattr(rowfile, "MERGED_ROWS", 50)
+    for number in range(20_000):
+        folder = tmp_path / str(number // per_folder)
+        if number % per_folder == 0:
+            folder.mkdir()
+        os.close(os.open(folder / f"{number}.jpg", os.O_CREAT))
+    tracemalloc.start()
+    try:
+        units = ImageFolder(tmp_path).units()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(len(unit.items) for unit in units) == 20_000
+    assert peak < 2e6, "bytes of Python objects; the list of entries alone would take 6 MB"

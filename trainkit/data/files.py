@@ -1,0 +1,226 @@
+"""Where prepared data lies: in a folder of this machine, or at an fsspec URL such as s3://bucket/set.
+
+A local file is read by memory map, and renamed when it is whole. An object store has no rename, and needs none: an
+object appears whole, when its upload ends, or not at all.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from trainkit.data.optional import load_package
+from trainkit.errors import UserError
+
+CONNECTIONS = 32  # to an object store at once: each request waits for tens of milliseconds
+HEAD_BYTES = 2**16  # of an object, in which its schema ends as a rule
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A folder or an object at an fsspec URL. Pickles; every process connects by itself."""
+
+    url: str
+    storage_options: str = "{}"  # JSON
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.url.rstrip('/')}/{name}", self.storage_options)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> "RemotePath":
+        return RemotePath(self.url.rstrip("/").rpartition("/")[0], self.storage_options)
+
+    @property
+    def stem(self) -> str:
+        return self.name.rpartition(".")[0] or self.name
+
+    def connect(self) -> tuple[Any, str]:
+        """The fsspec file system, and the path in it. fsspec keeps one connection for the same options."""
+        fsspec = load_package("fsspec", self.url)
+        try:
+            return fsspec.core.url_to_fs(self.url, **json.loads(self.storage_options))
+        except ImportError as error:
+            raise UserError(f"{self.url}: {' '.join(str(error).split())} (pip install it)") from None
+        except ValueError as error:
+            raise UserError(f"{self.url} is no URL that fsspec knows ({error}); give s3://, gs://, ...") from None
+
+
+def location(where: "str | Path | RemotePath", storage_options: str | None = None) -> "Path | RemotePath":
+    """A path, or what `--storage_options` (JSON) and a URL say. Raises `UserError`."""
+    if not isinstance(where, str) or "://" not in where:
+        return where if isinstance(where, RemotePath) else Path(where)
+    if where.startswith(("file://", "local://")):
+        return Path(where.partition("://")[2])
+    try:
+        options = json.loads(storage_options or "{}")
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        told = '\'{"endpoint_url": "https://host:9000"}\''
+        raise UserError(f"--storage_options {storage_options} is no JSON object; write for example {told}")
+    return RemotePath(where, json.dumps(options, sort_keys=True))
+
+
+def exists(path: Path | RemotePath) -> bool:
+    """Whether the file or folder is there."""
+    if isinstance(path, Path):
+        return path.exists()
+    with _remote(path) as (fs, key):
+        return fs.exists(key)
+
+
+def size(path: Path | RemotePath) -> int:
+    """Bytes. Raises FileNotFoundError."""
+    if isinstance(path, Path):
+        return path.stat().st_size
+    with _remote(path) as (fs, key):
+        return fs.size(key)
+
+
+def sizes(folder: Path | RemotePath) -> dict[str, int]:
+    """The names in a folder, in no order, with the bytes of each; none where there is no folder."""
+    try:
+        if isinstance(folder, Path):
+            return _local_sizes(folder)
+        with _remote(folder) as (fs, key):
+            found = fs.ls(key, detail=True)
+    except FileNotFoundError:
+        return {}
+    prefix = f"{key.rstrip('/')}/"
+    named = ((item["name"].rstrip("/"), item["size"] or 0) for item in found)
+    return {name.rpartition("/")[2]: size for name, size in named if f"{name}/" != prefix}
+
+
+def _local_sizes(folder: Path) -> dict[str, int]:
+    found = {}
+    with os.scandir(folder) as items:
+        for item in items:
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile: a temporary file of another process
+                found[item.name] = item.stat().st_size
+    return found
+
+
+def read_text(path: Path | RemotePath) -> str:
+    """Raises OSError, FileNotFoundError among them."""
+    if isinstance(path, Path):
+        return path.read_text(encoding="utf-8")
+    with _remote(path) as (fs, key):
+        return fs.cat_file(key).decode("utf-8")
+
+
+def open_stream(path: Path | RemotePath) -> pa.RecordBatchStreamReader:
+    """An Arrow stream: mapped into memory, or fetched whole. Raises OSError or pa.ArrowInvalid where it is none."""
+    if isinstance(path, Path):
+        return pa.ipc.open_stream(pa.memory_map(str(path)))
+    with _remote(path) as (fs, key):
+        return pa.ipc.open_stream(fs.cat_file(key))
+
+
+def read_schema(path: Path | RemotePath) -> pa.Schema:
+    """The schema of an Arrow stream, of which no more is read than that."""
+    if isinstance(path, RemotePath):
+        with _remote(path) as (fs, key):
+            head = fs.cat_file(key, 0, HEAD_BYTES)
+        with contextlib.suppress(OSError, pa.ArrowInvalid):  # it is longer: many rejected files
+            return pa.ipc.read_schema(pa.py_buffer(head))
+    with open_stream(path) as stream:
+        return stream.schema
+
+
+def for_each(function: Callable, paths: Sequence[Path | RemotePath]) -> Iterator:
+    """`map`, with many requests at once where the paths are remote."""
+    if not paths or isinstance(paths[0], Path):
+        yield from map(function, paths)
+        return
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        yield from threads.map(function, paths)
+
+
+@contextlib.contextmanager
+def written(path: Path | RemotePath) -> Iterator[Path]:
+    """A local file to write, which appears at `path` when it is whole."""
+    if isinstance(path, Path):
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder, path.name)
+        yield temporary
+        with _remote(path) as (fs, key):
+            fs.put_file(str(temporary), key)
+
+
+def fetch(path: RemotePath, copy: Path) -> None:
+    """Copy an object to a local file."""
+    with written(copy) as temporary, _remote(path) as (fs, key):
+        fs.get_file(key, str(temporary))
+
+
+def write_text(path: Path | RemotePath, content: str) -> None:
+    with written(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def write_json(path: Path | RemotePath, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=True) + "\n")
+
+
+def make_folder(folder: Path | RemotePath) -> None:
+    """An object store has none: there names with slashes are enough."""
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def delete(path: Path | RemotePath) -> None:
+    """A file, if it is there."""
+    if isinstance(path, Path):
+        path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(FileNotFoundError), _remote(path) as (fs, key):
+        fs.rm_file(key)
+
+
+def delete_folder(folder: Path | RemotePath) -> None:
+    """With all that is in it, if it is there."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
+        return
+    with contextlib.suppress(FileNotFoundError), _remote(folder) as (fs, key):
+        fs.rm(key, recursive=True)
+
+
+@contextlib.contextmanager
+def _remote(path: RemotePath) -> Iterator[tuple[Any, str]]:
+    """Its file system without remembered listings; each library's own errors become OSErrors with the path in them."""
+    fs, key = path.connect()
+    fs.invalidate_cache()
+    try:
+        yield fs, key
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, " ".join(str(error).split()), str(path)) from None
+    except pa.ArrowException:
+        raise
+    except Exception as error:  # of botocore, aiohttp, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(errno.EIO, reason, str(path)) from None

@@ -1,0 +1,86 @@
+"""Which files are taken: limits that the header of an image must keep, and what is wrong with a file that is not."""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from trainkit.data.settings import PreparationSettings
+
+WORKER_BYTES, BYTES_PER_PIXEL = 2**30, 64  # of memory: a worker by itself; an image while 16 bits are made of it
+
+
+class RejectedImage(Exception):
+    """A file that is not taken: `fault` is its class (truncated, not_an_image, ...), the message says more."""
+
+    def __init__(self, fault: str, message: str):
+        super().__init__(message)
+        self.fault = fault
+
+
+@contextlib.contextmanager
+def pillow_limits(max_image_pixels: int) -> Iterator[None]:
+    """Let Pillow warn of nothing, and refuse more than `max_image_pixels` (0: no limit) before it makes room for them.
+
+    It changes what the whole process does for that time: for processes that do nothing else.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_image_pixels or None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def limit_memory(max_image_pixels: int) -> None:
+    """Bound what this process may allocate by what an image of `max_image_pixels` needs (0: no bound; Linux alone).
+
+    A file that asks for more in spite of its header then ends in a MemoryError, not in the death of some process.
+    """
+    if max_image_pixels == 0 or sys.platform != "linux":
+        return
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    wanted = WORKER_BYTES + BYTES_PER_PIXEL * max_image_pixels
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def check_header(image: Image.Image, settings: PreparationSettings) -> None:
+    """Raise `RejectedImage` for an opened image, not decoded yet, that the settings do not want."""
+    shorter, longer = sorted(image.size)
+    told = f"{image.width}x{image.height} pixels"
+    if shorter == 0:
+        raise RejectedImage("corrupt", told)
+    if shorter < settings.min_size:
+        raise RejectedImage("too_small", f"{told}, --min_size {settings.min_size}")
+    if settings.max_aspect_ratio and longer > settings.max_aspect_ratio * shorter:
+        raise RejectedImage("bad_aspect", f"{told}, --max_aspect_ratio {settings.max_aspect_ratio:g}")
+    # The further pictures of an MPO, which many cameras write as .jpg, are previews and depth maps.
+    if settings.animated == "reject" and image.format != "MPO" and getattr(image, "is_animated", False):
+        raise RejectedImage("animated", f"{told}, several frames or pages")
+
+
+def rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
+    """The fault of a file with which Pillow ended in `error`."""
+    message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError)):
+        return RejectedImage("too_large", message)
+    if isinstance(error, FileNotFoundError):
+        return RejectedImage("missing", "the file is not there")
+    if isinstance(error, (PermissionError, IsADirectoryError)) or getattr(error, "errno", None):
+        return RejectedImage("unreadable", error.strerror or message)
+    size = len(image) if isinstance(image, bytes) else Path(image).stat().st_size
+    if size == 0:
+        return RejectedImage("empty", "the file has no bytes")
+    if isinstance(error, Image.UnidentifiedImageError):
+        return RejectedImage("not_an_image", "Pillow knows no image format that starts like this")
+    if isinstance(error, (OSError, EOFError)) and "truncated" in message.lower() or isinstance(error, EOFError):
+        return RejectedImage("truncated", message)
+    return RejectedImage("corrupt", message)

@@ -1,0 +1,63 @@
+"""Tell a UNet what was done to the images it trains on, so that it learns of images as they are: non-leaking
+augmentation (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", appendix F.2).
+
+    add_augmentation_input(unet, LABELS)                    # before the optimizer is made
+    with augmented(unet, batch.augmentation):               # training
+        prediction = unet(noisy_images, timesteps).sample
+    with without_augmentation_input(unet):                  # validation, sampling, saving: a stock UNet2DModel
+        ...
+
+The layer has no bias, so at labels of zero, an image as it was, the network is the same with it and without it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
+    """Give `unet` a linear layer from labels (B, num_labels) to what its time embedding starts from, in place.
+
+    It lies where diffusers' own TimestepEmbedding looks for the condition of its `forward`, which UNet2DModel never
+    gives; so it is trained, averaged and checkpointed as every other weight is.
+    """
+    embedding = unet.time_embedding
+    layer = torch.nn.Linear(num_labels, embedding.linear_1.in_features, bias=False)
+    torch.nn.init.xavier_uniform_(layer.weight)  # as EDM's map_augment
+    embedding.cond_proj = layer.to(embedding.linear_1.weight)
+    embedding.augmentation = None
+    embedding.register_forward_pre_hook(_pass_condition, with_kwargs=True)
+
+
+@contextmanager
+def augmented(model: torch.nn.Module, labels: torch.Tensor | None) -> Iterator[None]:
+    """Around a forward pass of `model` (a UNet, or DDP around one): its images are augmented as `labels` (B, n) say.
+
+    Does nothing where the labels are None.
+    """
+    if labels is None:
+        yield
+        return
+    embedding = getattr(model, "module", model).time_embedding
+    embedding.augmentation = labels
+    try:
+        yield
+    finally:
+        embedding.augmentation = None
+
+
+@contextmanager
+def without_augmentation_input(unet: torch.nn.Module) -> Iterator[None]:
+    """`unet` as if it had never got the layer, weights and state dict included. Do not train inside."""
+    layer, unet.time_embedding.cond_proj = unet.time_embedding.cond_proj, None
+    try:
+        yield
+    finally:
+        unet.time_embedding.cond_proj = layer
+
+
+def _pass_condition(embedding: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if embedding.augmentation is not None:
+        kwargs = kwargs | {"condition": embedding.augmentation}
+    return args, kwargs
