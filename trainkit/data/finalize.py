@@ -30,6 +30,7 @@ from trainkit.errors import UserError
 FORMAT = 3  # raise it when the same file and settings would give other pixels or another layout
 WORK_FOLDER, LOCK_NAME, PREPARATION_NAME = "work", ".lock", "preparation.json"
 REJECTED_NAME = "rejected.jsonl"
+OURS = r"data-.*\.arrow|.*\.tmp"
 EARLY_FILES, EXAMPLES = 1000, 3  # files that must be seen before a run is stopped; rejected ones that it tells then
 
 
@@ -180,7 +181,7 @@ def _sweep(
             divided = {part.path.name.rpartition("-")[0] + ".arrow" for part in parts.get(side, ()) if part.hidden}
             names = set() if folder.name == UNITS_FOLDER else divided | replaced["" if side == TRAIN else folder.name]
         elif is_used:
-            names = {name for name in sizes(folder) if re.fullmatch(r"data-.*\.arrow|.*\.tmp", name)}
+            names = {name for name in sizes(folder) if re.fullmatch(OURS, name)}
         else:
             delete_folder(folder)
             continue
@@ -191,11 +192,13 @@ def _sweep(
 
 def sweep_current(output_dir: Path | RemotePath) -> None:
     """Delete what a run that was killed at its very end left beside a finished local dataset."""
-    if not isinstance(output_dir, RemotePath):
-        for folder in (output_dir, output_dir / VALIDATION_FOLDER, output_dir / UNITS_FOLDER):
-            for name in sizes(folder):
-                if name.endswith(".tmp"):
-                    delete(folder / name)
+    if isinstance(output_dir, RemotePath):
+        return
+    for folder in (output_dir, output_dir / VALIDATION_FOLDER):
+        wanted = _shard_names(folder)
+        for name in sizes(folder):
+            if re.fullmatch(OURS, name) and name not in wanted:
+                delete(folder / name)
 
 
 class Rejections:

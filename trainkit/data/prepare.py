@@ -112,6 +112,8 @@ def prepare(
                 delete_folder(work / WORK_FOLDER)  # a run was killed after all was done
                 sweep_current(output_dir)
                 return preparation
+            if not overwrite:  # again: another run may have been here since
+                _refuse_other_settings(preparation, output_dir, settings, hygiene, output_flag)
             if preparation and preparation["source"]["name"] != source.name and not overwrite:
                 held = f"a dataset of other images ({preparation['source']['name']}, now {source.name})"
                 raise _replacing(output_dir, output_flag, held)
@@ -140,8 +142,12 @@ def check_output(
         if isinstance(output_dir, Path):  # at a URL claiming it has written something
             with tempfile.TemporaryFile(dir=output_dir):
                 pass
-    held = read_preparation(output_dir)
-    if held is None or overwrite:
+    if not overwrite:
+        _refuse_other_settings(read_preparation(output_dir), output_dir, settings, hygiene, output_flag)
+
+
+def _refuse_other_settings(held: dict | None, output_dir, settings, hygiene, output_flag: str) -> None:
+    if held is None:
         return
     before = held["settings"] | held.get("hygiene", {})
     now = json.loads(json.dumps(dataclasses.asdict(settings) | dataclasses.asdict(hygiene)))
