@@ -1,13 +1,16 @@
-"""Turn a folder of images, or a dataset of the Hub, into a prepared dataset that training opens at once.
+"""Turn images (a folder, archives, Parquet, HDF5, a URL, a dataset of the Hub) into a dataset that opens at once.
 
     python prepare_dataset.py --train_data_dir photos --resolution 64 --center_crop --output_dir photos-64
     python train_unconditional.py --train_data_dir photos-64 --output_dir model
+
+    python prepare_dataset.py --train_data_dir photos-64 --export_hdf5 photos-64.h5
 
 Run the same command again after it was stopped, or after files were added: only what is missing is done.
 The training scripts take the raw folder too, and then prepare it in the cache by themselves. See docs/data.md.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainkit.config import option, parse_options
 from trainkit.errors import UserError, run_script
@@ -28,6 +31,14 @@ class OutputOptions:
     ray_address: str | None = option(
         None, "with --engine ray: HOST:PORT of the cluster, or auto; default: one started on this machine for the run"
     )
+    export_hdf5: str | None = option(
+        None, "FILE.h5 to write the prepared dataset to as well (--train_data_dir may be one that is prepared)"
+    )
+    hdf5_compression: str = option(
+        "none",
+        "how --export_hdf5 packs each image: gzip is smallest, none is fastest",
+        choices=("none", "lzf", "gzip"),
+    )
 
 
 @dataclass
@@ -37,6 +48,9 @@ class Options(SourceOptions, ImageOptions, OutputOptions):
 
 def main() -> None:
     options = parse_options(Options, __doc__.partition("\n")[0])
+    if options.export_hdf5 is not None and options.output_dir is None and is_prepared(options):
+        export(options, options.train_data_dir)
+        return
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
     if options.ray_address is not None and options.engine != "ray":
@@ -49,6 +63,12 @@ def main() -> None:
     from trainkit.data.sources import open_source
 
     settings = settings_from_options(options)
+    if options.export_hdf5 is not None:
+        from trainkit.data.export import check_export
+
+        check_export(Path(options.export_hdf5))
+        if not settings.fixed_size:
+            raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
     output_dir = location(options.output_dir, options.storage_options)
     engine, work_dir = run_jobs, cache_root(options) / "work"
     if options.engine == "ray":
@@ -56,6 +76,23 @@ def main() -> None:
 
         engine, work_dir = ray_engine(options.ray_address), None  # its workers share no folder of this machine
     prepare(open_source(options), settings, output_dir, options.num_proc, engine=engine, work_dir=work_dir)
+    if options.export_hdf5 is not None:
+        export(options, options.output_dir)
+
+
+def is_prepared(options: Options) -> bool:
+    from trainkit.data.files import exists, location
+
+    given = options.train_data_dir
+    return given is not None and exists(location(given, options.storage_options) / "preparation.json")
+
+
+def export(options: Options, folder: str) -> None:
+    from trainkit.data.dataset import PreparedImages
+    from trainkit.data.export import export_hdf5
+
+    images = PreparedImages(folder, storage_options=options.storage_options)
+    export_hdf5(images, options.export_hdf5, options.hdf5_compression)
 
 
 if __name__ == "__main__":

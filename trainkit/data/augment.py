@@ -93,7 +93,11 @@ def augment(images: torch.Tensor, parameters: Parameters | None, output_size: tu
     if parameters is None or parameters.geometry is None:
         images = to_training_size(images, output_size)
     else:
-        images = _move(images, parameters.geometry, output_size, parameters.oversampling)
+        moved = _move(images, parameters.geometry, output_size, parameters.oversampling)
+        if parameters.untouched is not None:
+            still = to_training_size(images, output_size)
+            moved = torch.where(parameters.untouched[:, None, None, None], still, moved)
+        images = moved
     if parameters is not None and parameters.colour is not None:
         images = _recolour(images, parameters.colour)
     return images
@@ -115,10 +119,7 @@ def _move(images: torch.Tensor, matrices: torch.Tensor, size: tuple[int, int], o
         to_x, to_y, origin = (matrices[:, axis, column, None, None] for column in range(3))
         torch.add(to_x * x, to_y * y + origin, out=grid[..., axis])
     moved = functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    if oversampling > 1:
-        moved = functional.avg_pool2d(moved, oversampling)
-    untouched = (matrices == torch.eye(2, 3, device=matrices.device)).flatten(1).all(1)
-    return torch.where(untouched[:, None, None, None], to_training_size(images, size), moved)
+    return moved if oversampling == 1 else functional.avg_pool2d(moved, oversampling)
 
 
 def _pixel_centres(count: int, device: torch.device) -> torch.Tensor:

@@ -53,6 +53,7 @@ class Parameters:
     geometry: torch.Tensor | None  # (B, 2, 3) float32, from a place in the image to its place in the window, -1 .. 1
     colour: torch.Tensor | None  # (B, 4, 4) float32, acts on (r, g, b, 1) in [-1, 1]
     labels: torch.Tensor | None  # (B, LABELS) float32, zero where nothing is done
+    untouched: torch.Tensor | None  # (B,) bool, whose geometry is the identity; None where all images are moved
     oversampling: int  # samples along each side of a pixel, of which it is the mean
 
     def to(self, device: torch.device) -> "Parameters":
@@ -62,7 +63,7 @@ class Parameters:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Parameters":
-        tensors = {name: getattr(self, name) for name in ("geometry", "colour", "labels")}
+        tensors = {name: getattr(self, name) for name in ("geometry", "colour", "labels", "untouched")}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
@@ -92,10 +93,12 @@ def draw_parameters(
     hue = np.radians(augmentation.hue) * draws.signed(Purpose.HUE, augmentation.hue)
     flipped = np.zeros(draws.count, dtype=bool) if flipped is None else flipped
 
-    geometry = colour = labels = None
+    geometry = colour = labels = untouched = None
     if augmentation.moves:
         shift = augmentation.translation * np.stack([across, down], axis=1)
         geometry = affine_matrices(size, flipped, (1 + augmentation.scale) ** zoom, turn, shift, crop)
+        whole = (geometry == np.eye(2, 3)).all(axis=(1, 2))
+        untouched = torch.from_numpy(whole) if whole.any() else None
     if augmentation.recolours:
         colour = colour_matrices(
             2 * augmentation.brightness * brightness,  # from black to white is 2
@@ -108,7 +111,7 @@ def draw_parameters(
     geometry, colour, labels = (
         None if x is None else torch.from_numpy(x.astype(np.float32)) for x in (geometry, colour, labels)
     )
-    return Parameters(geometry, colour, labels, _oversampling(augmentation, size, window))
+    return Parameters(geometry, colour, labels, untouched, _oversampling(augmentation, size, window))
 
 
 class _Draws:

@@ -51,7 +51,8 @@ OUTPUT_ERRORS = {
 
 def dataset_fingerprint(source, settings: PreparationSettings) -> str:
     """Names the result: the same images (by path, size and time of change) and settings give the same one."""
-    return _digest(FORMAT, settings.identity, source.fingerprint, source.label_names, source.has_text)
+    columns = (source.label_names, source.has_text, source.vector_length)
+    return _digest(FORMAT, settings.identity, source.fingerprint, *columns)
 
 
 def read_preparation(folder: Path | RemotePath) -> dict | None:
@@ -106,8 +107,9 @@ def prepare(
 
 def _prepare(source, settings, output_dir, work, engine: Callable, show_progress: bool, fingerprint: str) -> dict:
     started = time.monotonic()
-    writer = ShardWriter(source.reader, settings, source.label_names, source.has_text)
-    about_all = (FORMAT, settings.identity, source.label_names, source.has_text)
+    columns = (source.label_names, source.has_text, source.vector_length)
+    writer = ShardWriter(source.reader, settings, *columns)
+    about_all = (FORMAT, settings.identity, *columns)
     units = [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
     plan = Plan(units, work, slice_items(settings))
     if plan.num_missing <= SLICE_ITEMS:

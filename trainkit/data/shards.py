@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from trainkit.data.files import RemotePath, delete, exists, open_stream, written
@@ -20,6 +21,7 @@ from trainkit.data.images import decode_image
 from trainkit.data.limits import RejectedImage
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.storage import image_columns, image_features, image_types
+from trainkit.data.vectors import check_vector
 
 SLICE_ITEMS = 128  # images decoded at one go by one process
 BATCH_BYTES = 64 * 2**20  # of pixels in a record batch: far from what int32 offsets can hold
@@ -49,6 +51,7 @@ class ShardWriter:
     settings: PreparationSettings
     label_names: list[str] | None
     has_text: bool
+    vector_length: int | None = None
 
     def run(self, job: SliceJob | JoinJob) -> None:
         if isinstance(job, JoinJob):
@@ -96,11 +99,13 @@ class ShardWriter:
                 record = self.reader.read(item)
                 if record.image is None:
                     raise RejectedImage("missing", "the row holds no image")
+                vector = None if self.vector_length is None else check_vector(record.vector, self.vector_length)
                 image = decode_image(record.image, self.settings)
             except RejectedImage as rejection:
                 rejected.append({"source": name, "fault": rejection.fault, "message": str(rejection)})
                 continue
-            yield {"image": image, "source": _valid_text(name), "label": record.label, "text": record.text}
+            known = {"label": record.label, "text": record.text, "vector": vector}
+            yield {"image": image, "source": _valid_text(name), **known}
 
     @property
     def features(self) -> dict[str, dict]:
@@ -110,11 +115,15 @@ class ShardWriter:
             features["label"] = {"names": self.label_names, "_type": "ClassLabel"}
         if self.has_text:
             features["text"] = {"dtype": "string", "_type": "Value"}
+        if self.vector_length is not None:
+            number = {"dtype": "float32", "_type": "Value"}
+            features["vector"] = {"feature": number, "length": self.vector_length, "_type": "List"}
         return features | {"source": {"dtype": "string", "_type": "Value"}}
 
     @property
     def schema(self) -> pa.Schema:
         types = {**image_types(self.settings), "label": pa.int64()}
+        types["vector"] = pa.list_(pa.float32(), self.vector_length or 0)
         metadata = {"huggingface": json.dumps({"info": {"features": self.features}})}
         return pa.schema([(name, types.get(name, pa.string())) for name in self.features], metadata)
 
@@ -125,6 +134,9 @@ class ShardWriter:
             columns["label"] = pa.array([row["label"] for row in rows], pa.int64())
         if self.has_text:
             columns["text"] = pa.array([row["text"] for row in rows], pa.string())
+        if self.vector_length is not None:
+            numbers = pa.array(np.concatenate([row["vector"] for row in rows]), pa.float32())
+            columns["vector"] = pa.FixedSizeListArray.from_arrays(numbers, self.vector_length)
         return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
     def _summary(self, batches: list[pa.RecordBatch], rejected: list[dict]) -> dict:
