@@ -12,7 +12,7 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
+from conftest import fresh_s3
 from PIL import Image
 
 from trainkit.data import prepare as prepare_module
@@ -49,13 +49,8 @@ def local(photos, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def store():
     """JSON of `--storage_options` for an S3 server of this machine, which has a bucket."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {"endpoint_url": f"http://{host}:{port}", "key": "k", "secret": "s"}
-    fsspec.filesystem("s3", **options).mkdir("bucket")
-    yield json.dumps(options)
-    server.stop()
+    with fresh_s3() as options:
+        yield json.dumps(options)
 
 
 @pytest.fixture

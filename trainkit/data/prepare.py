@@ -157,7 +157,9 @@ def _refuse_other_settings(held: dict | None, output_dir, settings, hygiene, out
     before = held["settings"] | held.get("hygiene", {})
     now = json.loads(json.dumps(dataclasses.asdict(settings) | dataclasses.asdict(hygiene)))
     changed = [
-        f"{name} {before[name]}, now {value}" for name, value in now.items() if before.get(name, value) != value
+        f"{name} {before[name]}, now {value}"
+        for name, value in now.items()
+        if before.get(name, value) != value and not name.startswith("train_")  # no stored byte depends on those
     ]
     if changed:
         raise _replacing(output_dir, output_flag, f"a dataset of other settings ({'; '.join(changed)})")
