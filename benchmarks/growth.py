@@ -28,7 +28,7 @@ from trainkit.data.images import PreparationSettings  # noqa: E402
 from trainkit.data.prepare import prepare  # noqa: E402
 from trainkit.data.sources import ImageFolder  # noqa: E402
 
-SETTINGS = PreparationSettings(8, 8, center_crop=True)
+SETTINGS = PreparationSettings(8, 8, resize_mode="crop")
 OPEN = """
 import sys, time
 import numpy as np

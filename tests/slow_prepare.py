@@ -17,5 +17,5 @@ if __name__ == "__main__":
 
     sources.UNIT_ITEMS, prepare.SLICE_ITEMS = 64, 8
     sources.ImageFolder.reader = property(lambda self: Reader(str(self.folder), {}))
-    settings = prepare.PreparationSettings(16, 16, center_crop=True)
+    settings = prepare.PreparationSettings(16, 16, resize_mode="crop")
     prepare.prepare(sources.ImageFolder(sys.argv[1]), settings, sys.argv[2], int(sys.argv[3]), show_progress=False)

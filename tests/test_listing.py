@@ -84,11 +84,11 @@ def test_units_hold_all_entries_once_and_give_slices(tmp_path, run_rows, monkeyp
         items[len(items)]
 
 
-@pytest.mark.parametrize("per_folder", [20_000, 100])
+@pytest.mark.parametrize("per_folder", [8_000, 100])
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch, per_folder):
     monkeypatch.setattr(rowfile, "RUN_ROWS", 1000)
     monkeypatch.setattr(rowfile, "MERGED_ROWS", 50)
-    for number in range(20_000):
+    for number in range(8_000):
         folder = tmp_path / str(number // per_folder)
         if number % per_folder == 0:
             folder.mkdir()
@@ -99,5 +99,5 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch, pe
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert sum(len(unit.items) for unit in units) == 20_000
-    assert peak < 2e6, "bytes of Python objects; the list of entries alone would take 6 MB"
+    assert sum(len(unit.items) for unit in units) == 8_000
+    assert peak < 1.2e6, "bytes of Python objects; the list of entries alone would take 2.5 MB"

@@ -25,7 +25,7 @@ from trainkit.data.sources import ImageFolder
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = PreparationSettings(16, 16, center_crop=True)
+SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,8 @@ def contents(folder) -> dict[str, bytes]:
 
 def command(photos: Path, url: str, options: str, cache: Path, *more) -> list[str]:
     script = [sys.executable, str(ROOT / "prepare_dataset.py"), "--train_data_dir", photos, "--output_dir", url]
-    script += ["--storage_options", options, "--cache_dir", cache, "--resolution", "16", "--center_crop", *more]
+    script += ["--storage_options", options, "--cache_dir", cache, "--resolution", "16", "--center_crop"]
+    script += ["--no_contact_sheet", *more]
     return list(map(str, script))
 
 
@@ -88,7 +89,7 @@ def test_s3_holds_the_same_bytes_and_datasets_opens_it(photos, local, store, tmp
     assert contents(location("s3://bucket/whole", store)) == contents(local)
     images = datasets.load_from_disk("s3://bucket/whole", storage_options=json.loads(store))
     assert len(images) == 3000 and images[2999]["source"] == "2999.bmp"
-    ours, theirs = PreparedImages("s3://bucket/whole", store), PreparedImages(local)
+    ours, theirs = PreparedImages("s3://bucket/whole", storage_options=store), PreparedImages(local)
     assert (ours.gather(np.arange(0, 3000, 99)) == theirs.gather(np.arange(0, 3000, 99))).all()
 
 
@@ -132,7 +133,7 @@ def test_other_settings_replace_the_set_but_leave_the_work_of_another_run(photos
     target = location(memory)
     fs, key = target.connect()
     fs.pipe_file(f"{key}/data-0123456789abcdef.arrow", b"of a run on another machine")
-    prepare(ImageFolder(photos), PreparationSettings(8, 8), memory, num_proc=1, show_progress=False)
+    prepare(ImageFolder(photos), PreparationSettings(8, 8), memory, num_proc=1, show_progress=False, overwrite=True)
     names = sizes(target).keys()
     assert not names & {shard["filename"] for shard in first["shards"]}
     assert "data-0123456789abcdef.arrow" in names and PreparedImages(memory).height == 8
@@ -151,7 +152,7 @@ def test_mistakes_are_one_line(photos, store):
     for url, options, message in [
         ("s3://bucket/full", store, "--output_dir s3://bucket/full holds other files"),
         ("s3://nowhere/set", store, "--output_dir s3://nowhere/set cannot be written"),
-        ("s3://bucket/set", "{endpoint", "--storage_options {endpoint is no JSON object"),
+        ("s3://bucket/set", "{endpoint", "--storage_options is no JSON object"),
         ("nosuch://bucket/set", "{}", "nosuch://bucket/set is no URL that fsspec knows"),
     ]:
         with pytest.raises(UserError, match=message) as raised:

@@ -18,7 +18,7 @@ from trainkit.data.ray_engine import ray_engine
 from trainkit.data.sources import FolderReader, ImageFolder
 from trainkit.errors import UserError
 
-SETTINGS = PreparationSettings(16, 16, center_crop=True)
+SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 
 
 class MortalReader(FolderReader):

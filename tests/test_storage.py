@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,11 +17,12 @@ from trainkit.data.prepare import prepare
 from trainkit.data.settings import PreparationSettings, settings_from_options
 from trainkit.data.sources import ImageFolder
 from trainkit.errors import UserError
-from trainkit.options import ImageOptions, SourceOptions
+from trainkit.options import ImageOptions, LoadingOptions, SourceOptions
+from trainkit.training.validation import open_validation_images
 
 
 @dataclasses.dataclass
-class Options(SourceOptions, ImageOptions):
+class Options(SourceOptions, ImageOptions, LoadingOptions):
     pass
 
 
@@ -174,6 +176,17 @@ def test_batches_come_at_the_training_size(photos, tmp_path):
         stored = Image.fromarray(images.gather(np.array([index]))[0])
         expected = np.asarray(stored.resize((8, 6), Image.Resampling.BILINEAR)) / 127.5 - 1
         assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() < 0.02
+
+
+def test_held_out_images_that_are_stored_larger_come_at_the_training_size(photos, tmp_path):
+    stored_larger = {"train_height": 6, "train_width": 8}
+    trained_on = prepared(photos, tmp_path / "train", height=3, width=4)
+    prepared(photos, tmp_path / "held_out", **stored_larger)
+    options = SimpleNamespace(
+        validation_data_dir=str(tmp_path / "held_out"), validation_steps=1, validation_images=4, train_data_dir=None
+    )
+    held_out = open_validation_images(options, trained_on)
+    assert (held_out.height, held_out.width, held_out.stored_height) == (3, 4, 12)
 
 
 def test_another_version_of_the_format_is_one_line(photos, tmp_path):

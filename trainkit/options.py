@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 from trainkit.config import option
 
+SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in checkpoints, not by trackers
+
 
 @dataclass
 class SourceOptions:
     """source: where the images come from"""
 
     train_data_dir: str | None = option(
-        None, "folder of images, searched recursively (class folders become labels), or a prepared dataset"
+        None,
+        "folder of images (class folders become labels), .zip, .tar, .parquet or .h5 files, a URL of these, or a "
+        "prepared dataset",
     )
     dataset_name: str | None = option(
         None, "Hub dataset, or a local folder `datasets` understands; wins over --train_data_dir"
@@ -24,7 +28,12 @@ class SourceOptions:
     cache_dir: str | None = option(
         None, "folder for downloads and prepared datasets (default: $TRAINKIT_CACHE, else ~/.cache/trainkit)"
     )
-    storage_options: str | None = option(None, "JSON of options for fsspec URLs, such as endpoint and keys")
+    storage_options: str | None = option(
+        None, "JSON with what a URL's store needs (key, secret, endpoint_url, anon, ...); default: its own settings"
+    )
+    vector_column: str = option(
+        "vector", "column or key of vectors in metadata.jsonl, Parquet, HDF5, WebDataset .json and Hub datasets"
+    )
     num_proc: int = option(0, "processes that decode images; 0 takes one for each core")
 
 

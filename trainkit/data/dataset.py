@@ -81,6 +81,7 @@ class PreparedImages:
         self.image_mode, self.fixed_size = self.settings.image_mode, self.settings.fixed_size
         self.label_names: list[str] | None = info["features"].get("label", {}).get("names")
         self.has_text = "text" in info["features"]
+        self.vector_length: int | None = info["features"].get("vector", {}).get("length")
         self._shards = [shard for shard in preparation["shards"] if shard["num_rows"]]
         present = sizes(self.folder)
         for shard in self._shards:
@@ -150,6 +151,15 @@ class PreparedImages:
     def texts(self, indices: np.ndarray) -> list[str]:
         """Captions; an empty one where an image has none."""
         return [text or "" for text in self._values("text", indices)] if self.has_text else [""] * len(indices)
+
+    def vectors(self, indices: np.ndarray) -> np.ndarray:
+        """Vectors (B, D) float32, those stored beside the images; D is 0 where there are none."""
+        length = self.vector_length or 0
+        vectors = np.empty((len(indices), length), dtype=np.float32)
+        for position, (batch, row) in enumerate(self._located(indices) if length else ()):
+            numbers = batch.columns.column("vector").values.to_numpy()
+            vectors[position] = numbers[row * length : (row + 1) * length]
+        return vectors
 
     def sources(self, indices: np.ndarray) -> list[str]:
         """Where each image came from: its path in the source folder, or its row."""

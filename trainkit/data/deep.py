@@ -23,13 +23,20 @@ OTHER_BYTE = {
 
 
 def decode_deep(
-    image: Image.Image, open_again: Callable[[], Image.Image], settings: PreparationSettings
+    image: Image.Image,
+    open_again: Callable[[], Image.Image],
+    settings: PreparationSettings,
+    samples: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The target (H, W, C) uint16 of an opened image; `open_again` opens it a second time."""
-    tile_args = image.tile[0][3] if len(image.tile) == 1 else None
+    """The target (H, W, C) uint16 of an opened image; `open_again` opens it a second time.
+
+    `samples` are its pixels in [0, 1] where they are known already.
+    """
+    tile_args = image.tile[0][3] if len(getattr(image, "tile", ())) == 1 else None
     image.load()
     orientation = orientation_of(image)
-    samples = _deep_samples(image, tile_args, open_again)  # (H, W, 1, 3 or 4) in [0, 1]
+    if samples is None:
+        samples = _deep_samples(image, tile_args, open_again)  # (H, W, 1, 3 or 4) in [0, 1]
     target = (settings.width, settings.height)
     has_alpha = samples.shape[2] == 4
     if has_alpha:
@@ -60,6 +67,12 @@ def decode_deep(
         canvas[top:bottom, left:right] = samples
         samples = canvas
     return np.rint(np.clip(samples, 0, 1) * 65535).astype(np.uint16)
+
+
+def unit_array(array: np.ndarray) -> np.ndarray:
+    """The samples of an array in [0, 1], float32: by the range of its type."""
+    full = np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1
+    return array.astype(np.float32) / np.float32(full)
 
 
 def both_bytes(image: Image.Image, tile_args, open_again: Callable[[], Image.Image]) -> np.ndarray | None:

@@ -74,7 +74,7 @@ def location(where: "str | Path | RemotePath", storage_options: str | None = Non
         options = None
     if not isinstance(options, dict):
         told = '\'{"endpoint_url": "https://host:9000"}\''
-        raise UserError(f"--storage_options {storage_options} is no JSON object; write for example {told}")
+        raise UserError(f"--storage_options is no JSON object; write for example {told}")  # it may hold keys
     return RemotePath(where, json.dumps(options, sort_keys=True))
 
 

@@ -25,7 +25,7 @@ from PIL import (
 )
 
 from trainkit.data.colour import is_srgb, standard_mode
-from trainkit.data.deep import decode_deep
+from trainkit.data.deep import decode_deep, unit_array
 from trainkit.data.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
 from trainkit.data.limits import RejectedImage, check_header, pillow_limits, rejection
 from trainkit.data.settings import PreparationSettings
@@ -55,8 +55,10 @@ TGA_EXTENSIONS, TGA_FOOTER = (".tga", ".icb", ".vda", ".vst"), b"TRUEVISION-XFIL
 FORMATS = [plugin.format for plugin in PLUGINS if plugin.format in Image.OPEN]
 
 
-def decode_image(image: bytes | str | Path, settings: PreparationSettings) -> np.ndarray:
+def decode_image(image: bytes | str | Path | np.ndarray, settings: PreparationSettings) -> np.ndarray:
     """Decode the (first frame of the) image in a file, or in the bytes of one, at its target size.
+
+    An image may also be an array (height, width, 1, 3 or 4) of uint8, uint16 or floats in [0, 1].
 
     Returns (H, W, C), or with `resize_mode` random_crop an image of its own aspect that covers (H, W): of at most
     `MAX_ASPECT` such windows. uint8, or uint16 at `bit_depth` 16 (8-bit samples times 257). Raises `RejectedImage`.
@@ -66,7 +68,8 @@ def decode_image(image: bytes | str | Path, settings: PreparationSettings) -> np
             with _open(image) as opened:
                 check_header(opened, settings)
                 if settings.bit_depth == 16:
-                    return decode_deep(opened, lambda: _open(image), settings)
+                    samples = unit_array(image) if isinstance(image, np.ndarray) else None
+                    return decode_deep(opened, lambda: _open(image), settings, samples)
                 return _decode(opened, settings)
         except RejectedImage:
             raise
@@ -74,7 +77,10 @@ def decode_image(image: bytes | str | Path, settings: PreparationSettings) -> np
             raise rejection(image, error) from None
 
 
-def _open(image: bytes | str | Path) -> Image.Image:
+def _open(image: bytes | str | Path | np.ndarray) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        pixels = image if image.dtype == np.uint8 else np.rint(unit_array(image) * 255).astype(np.uint8)
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
     if opened.format == "TGA" and not _is_targa(image, opened.fp):
         opened.close()

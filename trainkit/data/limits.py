@@ -76,7 +76,7 @@ def rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
         return RejectedImage("missing", "the file is not there")
     if isinstance(error, (PermissionError, IsADirectoryError)) or getattr(error, "errno", None):
         return RejectedImage("unreadable", error.strerror or message)
-    size = len(image) if isinstance(image, bytes) else Path(image).stat().st_size
+    size = Path(image).stat().st_size if isinstance(image, str | Path) else len(image)
     if size == 0:
         return RejectedImage("empty", "the file has no bytes")
     if isinstance(error, Image.UnidentifiedImageError):

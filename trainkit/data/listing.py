@@ -3,8 +3,6 @@
 A folder may hold more files than memory should: they are sorted outside of it and kept in a temporary file.
 """
 
-import csv
-import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,6 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from trainkit.data.metadata import METADATA_NAMES, told_in_folder
 from trainkit.data.rowfile import RowFile, sorted_rows
 from trainkit.errors import UserError
 
@@ -20,16 +19,16 @@ IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga "
     ".heic .heif".split()  # Pillow reads no HEIF: better rejected by name than passed over in silence
 )
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
-CAPTION_COLUMNS = ("text", "caption")
 EXTENSIONS_TOLD = 100  # of other files, remembered for an error message
 
-IMAGE, CAPTION, FOLDER, LINKED_FOLDER = range(4)
+IMAGE, CAPTION, VECTOR, FOLDER, LINKED_FOLDER = range(5)
+SIDECARS = {".txt": CAPTION, ".npy": VECTOR}
+NOTHING_BESIDE = (None, None)
 # Text is kept in bytes, since file names need not be UTF-8; bytes sort as the text does.
 ITEM_SCHEMA = pa.schema(
     [("name", pa.binary()), ("kind", pa.int8()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
 )  # a folder's name ends in a slash: so names sort as the whole paths do
-METADATA_SCHEMA = pa.schema([("path", pa.binary()), ("label", pa.binary()), ("text", pa.binary())])
+METADATA_SCHEMA = pa.schema([(name, pa.binary()) for name in ("path", "label", "text", "vector")])
 ENTRY_SCHEMA = pa.schema(
     [
         ("path", pa.binary()),
@@ -39,6 +38,9 @@ ENTRY_SCHEMA = pa.schema(
         ("text", pa.binary()),
         ("caption_size", pa.int64()),
         ("caption_mtime_ns", pa.int64()),
+        ("vector_size", pa.int64()),
+        ("vector_mtime_ns", pa.int64()),
+        ("vector", pa.binary()),
     ]
 )
 
@@ -52,6 +54,8 @@ class Entry(NamedTuple):
     label: str | None = None
     text: str | None = None
     caption_file: tuple[int, int] | None = None  # size and mtime_ns of the NAME.txt beside it
+    vector_file: tuple[int, int] | None = None  # the same of NAME.npy
+    vector: bytes | None = None  # float32
 
 
 class Entries(Sequence):
@@ -64,11 +68,12 @@ class Entries(Sequence):
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Entry]:
-        for path, size, mtime_ns, label, text, *caption in self._file.rows(self._rows.start, self._rows.stop):
+        for path, size, mtime_ns, label, text, *beside, vector in self._file.rows(self._rows.start, self._rows.stop):
             path, label, text = _decoded(path), _decoded(label), _decoded(text)
             if self._folder_labels:
                 label = path.rpartition("/")[0].rpartition("/")[2]
-            yield Entry(path, size, mtime_ns, label, text, None if caption[0] is None else tuple(caption))
+            caption, vector_file = (None if pair[0] is None else tuple(pair) for pair in (beside[:2], beside[2:]))
+            yield Entry(path, size, mtime_ns, label, text, caption, vector_file, vector)
 
     def __getitem__(self, place):
         """An entry, or the list of those in a slice."""
@@ -90,9 +95,10 @@ class Listing(NamedTuple):
     entries: Entries
     labels: set[str]
     has_text: bool
+    has_vector: bool
 
 
-def list_folder(folder: Path, flag: str) -> Listing:
+def list_folder(folder: Path, flag: str, vector_column: str = "vector") -> Listing:
     """Every image file under `folder` (hidden names skipped), sorted by relative path. Opens no image.
 
     Memory holds the classes, not the files. Raises `UserError` naming `flag`.
@@ -111,7 +117,7 @@ def list_folder(folder: Path, flag: str) -> Listing:
         raise UserError(f"{flag} {error.filename}: {error.strerror}; the folder must be readable") from None
     if found.metadata:
         seen = _Seen()
-        told = sorted_rows(_metadata_rows(folder, sorted(found.metadata)), METADATA_SCHEMA)
+        told = sorted_rows(_metadata_rows(folder, sorted(found.metadata), vector_column), METADATA_SCHEMA)
         joined = RowFile(ENTRY_SCHEMA)
         joined.extend(seen.noted(_joined(folder, file.rows(0, len(file)), _last_of_each(told))))
         file = joined
@@ -120,7 +126,7 @@ def list_folder(folder: Path, flag: str) -> Listing:
         raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...)")
     folder_labels = not seen.told_labels and seen.folders_are_classes
     labels = seen.folder_names if folder_labels else seen.told_labels
-    return Listing(Entries(file, folder_labels, range(len(file))), labels, seen.has_text)
+    return Listing(Entries(file, folder_labels, range(len(file))), labels, seen.has_text, seen.has_vector)
 
 
 class _Found(NamedTuple):
@@ -133,7 +139,7 @@ class _Found(NamedTuple):
 def _walk(root: Path, found: _Found) -> Iterator[tuple]:
     """Rows of `ENTRY_SCHEMA` for every image file, sorted by path, a folder at a time."""
     seen_links = set()
-    pending = [("", _with_captions(_sorted_items(str(root), "", found)))]
+    pending = [("", _with_sidecars(_sorted_items(str(root), "", found)))]
     while pending:
         prefix, items = pending[-1]
         if (item := next(items, None)) is None:
@@ -142,7 +148,7 @@ def _walk(root: Path, found: _Found) -> Iterator[tuple]:
         name, kind, *stat = item
         path = prefix + _decoded(name)
         if kind == IMAGE:
-            yield (_encoded(path), *stat[:2], None, None, *stat[2:])
+            yield (_encoded(path), *stat[:2], None, None, *stat[2:], None)
             continue
         folder = os.path.join(root, path[:-1])
         if kind == LINKED_FOLDER:  # followed once: a link may lead back up
@@ -150,7 +156,7 @@ def _walk(root: Path, found: _Found) -> Iterator[tuple]:
             if target in seen_links or f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{target}/"):
                 continue
             seen_links.add(target)
-        pending.append((path, _with_captions(_sorted_items(folder, path, found))))
+        pending.append((path, _with_sidecars(_sorted_items(folder, path, found))))
 
 
 def _sorted_items(folder: str, prefix: str, found: _Found) -> Iterator[tuple]:
@@ -168,8 +174,8 @@ def _items(folder: str, prefix: str, found: _Found) -> Iterator[tuple]:
                 yield _encoded(name + "/"), LINKED_FOLDER if item.is_symlink() else FOLDER, 0, 0
                 continue
             extension = os.path.splitext(name)[1].lower()
-            if extension in IMAGE_EXTENSIONS or extension == ".txt":
-                kind = IMAGE if extension != ".txt" else CAPTION
+            if extension in IMAGE_EXTENSIONS or extension in SIDECARS:
+                kind = SIDECARS.get(extension, IMAGE)
                 try:
                     stat = item.stat()
                 except FileNotFoundError:  # a dangling link
@@ -183,25 +189,26 @@ def _items(folder: str, prefix: str, found: _Found) -> Iterator[tuple]:
                 found.other_extensions.add(extension or name)
 
 
-def _with_captions(items: Iterator[tuple]) -> Iterator[tuple]:
-    """The images and folders of one folder, in order, each image with size and mtime_ns of its NAME.txt, or None.
+def _with_sidecars(items: Iterator[tuple]) -> Iterator[tuple]:
+    """The images and folders of one folder, in order, each image with size and mtime_ns of its NAME.txt and NAME.npy.
 
     An image waits until none can follow: names that begin with the same "NAME." are neighbours.
     """
-    waiting, captions = deque(), {}
+    waiting, beside = deque(), {}
 
     def settled(key: bytes) -> Iterator[tuple]:
         while waiting and not (waiting[0][1] == IMAGE and key.startswith(_stem(waiting[0][0]))):
             item = waiting.popleft()
-            yield (*item, *captions.get(_stem(item[0]), (None, None)))
-        if not waiting and captions:
-            for stem in [stem for stem in captions if not key.startswith(stem)]:
-                del captions[stem]
+            found = beside.get(_stem(item[0]), {})
+            yield (*item, *found.get(CAPTION, NOTHING_BESIDE), *found.get(VECTOR, NOTHING_BESIDE))
+        if not waiting and beside:
+            for stem in [stem for stem in beside if not key.startswith(stem)]:
+                del beside[stem]
 
     for item in items:
         yield from settled(item[0])
-        if item[1] == CAPTION:
-            captions[_stem(item[0])] = item[2:]
+        if item[1] in SIDECARS.values():
+            beside.setdefault(_stem(item[0]), {})[item[1]] = item[2:]
         else:
             waiting.append(item)
     yield from settled(b"")
@@ -230,16 +237,18 @@ def _joined(root: Path, rows: Iterator[tuple], told: Iterator[tuple]) -> Iterato
             yield row
             row = next(rows, None)
             continue
-        path, label, text = tells
+        path, label, text, vector = tells
         if row is None or tells[0] < row[0]:  # another extension, or a row without its file
             named = root / _decoded(path)
-            caption = _stat_or_missing(named.with_suffix(".txt"))
-            stat = (*_stat_or_missing(named), *((None, None) if caption[0] < 0 else caption))
+            beside = [_stat_or_missing(named.with_suffix(extension)) for extension in (".txt", ".npy")]
+            caption, vector_file = (NOTHING_BESIDE if stat[0] < 0 else stat for stat in beside)
+            stat = _stat_or_missing(named)
         else:
-            stat = (*row[1:3], *row[5:])
+            stat, caption, vector_file = row[1:3], row[5:7], row[7:9]
             row = next(rows, None)
-        caption = stat[2:] if text is None else (None, None)
-        yield (path, *stat[:2], label, text, *caption)
+        caption = caption if text is None else NOTHING_BESIDE
+        vector_file = vector_file if vector is None else NOTHING_BESIDE
+        yield (path, *stat, label, text, *caption, *vector_file, vector)
         tells = next(told, None)
 
 
@@ -248,7 +257,8 @@ class _Seen:
 
     def __init__(self):
         self.told_labels, self.folder_names = set(), set()
-        self.has_text, self._in_root, self._depth, self._uneven, self._last = False, False, None, False, None
+        self.has_text, self.has_vector = False, False
+        self._depth, self._uneven, self._last = None, False, None
 
     @property
     def folders_are_classes(self) -> bool:
@@ -257,10 +267,11 @@ class _Seen:
 
     def noted(self, rows: Iterator[tuple]) -> Iterator[tuple]:
         for row in rows:
-            path, _, _, label, text, caption_size, _ = row
+            path, _, _, label, text, caption_size, _, vector_size, _, vector = row
             if label is not None:
                 self.told_labels.add(_decoded(label))
             self.has_text = self.has_text or text is not None or caption_size is not None
+            self.has_vector = self.has_vector or vector is not None or vector_size is not None
             folder = path.rpartition(b"/")[0]
             if folder != self._last:
                 self._note_folder(folder)
@@ -292,37 +303,8 @@ def _stat_or_missing(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _metadata_rows(root: Path, metadata_paths: list[str]) -> Iterator[tuple]:
+def _metadata_rows(root: Path, metadata_paths: list[str], vector_column: str) -> Iterator[tuple]:
     """Rows of `METADATA_SCHEMA` from every metadata.csv and metadata.jsonl."""
     for metadata_path in metadata_paths:
-        prefix = metadata_path.rpartition("/")[0]
-        where = root / metadata_path
-        for line_number, row in _rows(where):
-            file_name = row.get("file_name")
-            if not isinstance(file_name, str) or not file_name:
-                raise UserError(f"{where} line {line_number} has no `file_name`; every row must name its image")
-            path = os.path.normpath(os.path.join(prefix, file_name)).replace(os.sep, "/")
-            if path.startswith(("../", "/")):
-                raise UserError(f"{where} line {line_number}: {file_name} is outside of {root}; name files inside it")
-            label, text = row.get("label"), next((row[name] for name in CAPTION_COLUMNS if row.get(name)), None)
-            label, text = None if label in (None, "") else str(label), None if text is None else str(text)
-            yield _encoded(path), _encoded(label), _encoded(text)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows = csv.DictReader(file)
-                yield from ((rows.line_num, row) for row in rows)
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is not an object")
-                    yield number, row
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it must be readable, or moved away") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        for path, label, text, vector in told_in_folder(root, metadata_path, vector_column):
+            yield _encoded(path), _encoded(label), _encoded(text), vector

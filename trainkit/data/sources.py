@@ -4,13 +4,20 @@ A source lists itself without opening an image, cuts that listing into work unit
 `reader` with which any process names a unit's items and turns them into `Record`s.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from trainkit.data.listing import CAPTION_COLUMNS, Entry, list_folder
+import numpy as np
+
+from trainkit.data.limits import RejectedImage
+from trainkit.data.listing import Entry, list_folder
+from trainkit.data.metadata import CAPTION_COLUMNS
+from trainkit.data.vectors import MAX_VECTOR_BYTES, as_vector, parse_npy
 from trainkit.errors import UserError
 
 UNIT_ITEMS = 2048  # mean length of a work unit
@@ -18,11 +25,15 @@ NO_LABEL = -1  # ClassLabel of an image whose class nobody told
 
 
 class Record(NamedTuple):
-    """One image on its way to the decoder. `image`: path, bytes, or None where the source holds no image."""
+    """One image on its way to the decoder. `image`: path, bytes, or None where the source holds no image.
 
-    image: Path | bytes | None
+    As an array it is (height, width, channels), uint8 or uint16, or floats in [0, 1].
+    """
+
+    image: Path | bytes | np.ndarray | None
     label: int
     text: str | None
+    vector: np.ndarray | None = None  # float32
 
 
 class Unit(NamedTuple):
@@ -35,11 +46,13 @@ class Unit(NamedTuple):
 class ImageFolder:
     """Image files under a folder, recursively; class folders, metadata files and NAME.txt captions are understood."""
 
-    def __init__(self, folder: str | Path, flag: str = "--train_data_dir"):
+    def __init__(self, folder: str | Path, flag: str = "--train_data_dir", vector_column: str = "vector"):
         self.folder = Path(folder)
         self.name = self.folder.resolve().name or "images"
-        self.entries, labels, self.has_text = list_folder(self.folder, flag)
-        self.label_names = _sorted_labels(labels) if labels else None
+        self.entries, labels, self.has_text, has_vector = list_folder(self.folder, flag, vector_column)
+        self.label_names = sorted_labels(labels) if labels else None
+        vectors = (_entry_vector(self.folder, entry) for entry in self.entries) if has_vector else ()
+        self.vector_length = first_length(vectors)
         self.fingerprint = _identity(self.entries)
 
     def __len__(self) -> int:
@@ -66,7 +79,40 @@ class FolderReader(NamedTuple):
         path, text = Path(self.folder, entry.path), entry.text
         if text is None and entry.caption_file:
             text = _read_caption(path.with_suffix(".txt"))
-        return Record(path, self.label_ids.get(entry.label, NO_LABEL), text)
+        vector = None
+        if entry.vector is not None or entry.vector_file:
+            vector = _entry_vector(self.folder, entry)()
+        return Record(path, self.label_ids.get(entry.label, NO_LABEL), text, vector)
+
+
+def _entry_vector(folder: str | Path, entry: Entry) -> Callable[[], np.ndarray] | None:
+    """A function that reads it; None for an entry that has none."""
+    if entry.vector is not None:
+        return lambda: np.frombuffer(entry.vector, np.float32)
+    return (lambda: _read_npy(Path(folder, entry.path).with_suffix(".npy"))) if entry.vector_file else None
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            return parse_npy(file.read(MAX_VECTOR_BYTES))
+    except OSError as error:
+        raise RejectedImage("bad_vector", f"{path.name}: {error.strerror}") from None
+
+
+def first_length(vectors: Iterable[Callable[[], np.ndarray] | None]) -> int | None:
+    """Length of the first vector that can be read: the others must be like it.
+
+    None where nothing has a vector, 0 where no vector can be read.
+    """
+    length = None
+    for read in vectors:
+        if read is not None:
+            length = 0
+            with contextlib.suppress(RejectedImage):
+                if len(vector := read()):
+                    return len(vector)
+    return length
 
 
 def _read_caption(path: Path) -> str | None:
@@ -99,7 +145,7 @@ def cuts(paths: Iterable[str], mean: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _sorted_labels(names: set[str]) -> list[str]:
+def sorted_labels(names: set[str]) -> list[str]:
     """By number where all are whole numbers, else by name."""
     try:
         return sorted(names, key=int)
@@ -119,6 +165,10 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
 
 
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 class HubDataset:
     """A dataset of the Hub, a folder of `save_to_disk`, or a local folder that `load_dataset` understands."""
 
@@ -129,6 +179,7 @@ class HubDataset:
         split: str = "train",
         cache_dir: str | None = None,
         flag: str = "--dataset_name",
+        vector_column: str = "vector",
     ):
         dataset = _load(name, config, split, cache_dir, flag)
         columns = _image_columns(dataset)
@@ -136,46 +187,63 @@ class HubDataset:
             raise UserError(f"{flag} {name} has no image column; its columns: {', '.join(dataset.features)}")
         self.name = Path(name).name
         self.fingerprint = dataset._fingerprint
-        self.label_column = _label_column(dataset)
-        self.text_column = next((name for name in CAPTION_COLUMNS if _is_string(dataset.features.get(name))), None)
-        self.label_names = list(dataset.features[self.label_column].names) if self.label_column else None
-        self.has_text = self.text_column is not None
-        self.image_column = columns[0]
-        kept = [column for column in (self.image_column, self.label_column, self.text_column) if column]
-        self._dataset = dataset.select_columns(kept).cast_column(self.image_column, _undecoded_image())
+        self.columns = Columns(
+            columns[0],
+            _label_column(dataset),
+            next((name for name in CAPTION_COLUMNS if _is_string(dataset.features.get(name))), None),
+            _vector_column(dataset, vector_column),
+        )
+        self.label_names, self._label_ids = _labels(dataset, self.columns.label)
+        self.has_text = self.columns.text is not None
+        kept = dataset.select_columns([column for column in self.columns if column])
+        self._dataset = kept.cast_column(self.columns.image, _undecoded_image())
+        vectors = self._dataset.select_columns([self.columns.vector]) if self.columns.vector else ()
+        self.vector_length = first_length((lambda row=row: as_vector(row[self.columns.vector])) for row in vectors)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     @property
     def reader(self) -> "DatasetReader":
-        return DatasetReader(self._dataset, self.image_column, self.label_column, self.text_column)
+        return DatasetReader(self._dataset, self.columns, self._label_ids)
 
     def units(self) -> list[Unit]:
         rows = range(len(self))
         ranges = [rows[start : start + UNIT_ITEMS] for start in range(0, len(self), UNIT_ITEMS)]
-        columns = (self.image_column, self.label_column, self.text_column)
-        return [Unit(f"{self.fingerprint} {columns} {part.start} {part.stop}", part) for part in ranges]
+        return [Unit(f"{self.fingerprint} {tuple(self.columns)} {part.start} {part.stop}", part) for part in ranges]
+
+
+class Columns(NamedTuple):
+    """Which columns of a table hold what."""
+
+    image: str
+    label: str | None = None
+    text: str | None = None
+    vector: str | None = None
 
 
 class DatasetReader(NamedTuple):
     dataset: "object"  # datasets.Dataset; pickles as paths where it is memory-mapped
-    image_column: str
-    label_column: str | None
-    text_column: str | None
+    columns: Columns
+    label_ids: dict | None  # where the labels are no class numbers yet
 
     def name(self, row: int) -> str:
         return f"row {row}"
 
     def read(self, row: int) -> Record:
         item = self.dataset[row]
-        image = item[self.image_column] or {}
-        content = image.get("bytes")
-        if content is None and image.get("path"):
+        image, label, text, vector = (item[column] if column else None for column in self.columns)
+        content = (image or {}).get("bytes")
+        if content is None and (image or {}).get("path"):
             content = Path(image["path"])
-        label = item[self.label_column] if self.label_column else None
-        text = item[self.text_column] if self.text_column else None
-        return Record(content, NO_LABEL if label is None else label, text)
+        return Record(content, label_id(label, self.label_ids), text, as_vector(vector))
+
+
+def label_id(label, label_ids: dict | None) -> int:
+    """The class number of a label as a table holds it, -1 for none."""
+    if label is None:
+        return NO_LABEL
+    return label_ids.get(str(label), NO_LABEL) if label_ids is not None else label
 
 
 def _load(name: str, config: str | None, split: str, cache_dir: str | None, flag: str):
@@ -216,10 +284,29 @@ def _image_columns(dataset) -> list[str]:
 
 
 def _label_column(dataset) -> str | None:
+    """A ClassLabel column, named `label` rather than otherwise; else one of numbers or words that is named so."""
     import datasets
 
     found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if not found and re.match("u?int|string|large_string", getattr(dataset.features.get("label"), "dtype", "")):
+        return "label"
     return next(iter(sorted(found, key=lambda name: name != "label")), None)
+
+
+def _labels(dataset, column: str | None) -> tuple[list[str] | None, dict[str, int] | None]:
+    """Class names, and the numbers of labels that are not such numbers already."""
+    if column is None:
+        return None, None
+    if hasattr(dataset.features[column], "names"):
+        return list(dataset.features[column].names), None
+    names = sorted_labels({str(value) for value in dataset.unique(column) if value is not None})
+    return names, {name: number for number, name in enumerate(names)}
+
+
+def _vector_column(dataset, wanted: str) -> str | None:
+    feature = dataset.features.get(wanted)
+    dtype = getattr(getattr(feature, "feature", None), "dtype", "")
+    return wanted if re.match("u?int|float", dtype) else None
 
 
 def _is_string(feature) -> bool:
@@ -232,16 +319,21 @@ def _undecoded_image():
     return datasets.Image(decode=False)
 
 
-def open_source(options) -> ImageFolder | HubDataset:
+def open_source(options):
     """The source that a script's options (`SourceOptions`) name. Raises `UserError`."""
+    vector_column = options.vector_column
     if options.dataset_name is not None:
         downloads = None if options.cache_dir is None else str(Path(options.cache_dir) / "downloads")
-        return HubDataset(options.dataset_name, options.dataset_config_name, options.dataset_split, downloads)
+        name, config, split = options.dataset_name, options.dataset_config_name, options.dataset_split
+        return HubDataset(name, config, split, downloads, vector_column=vector_column)
     if options.train_data_dir is None:
         raise UserError("give --train_data_dir FOLDER or --dataset_name NAME: where the images come from")
-    folder = Path(options.train_data_dir)
+    folder = Path(options.train_data_dir.removeprefix("file://"))
     if (folder / "preparation.json").is_file():
         raise UserError(f"--train_data_dir {folder} is a prepared dataset already; train on it, or give raw images")
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return HubDataset(options.train_data_dir, None, options.dataset_split, flag="--train_data_dir")
-    return ImageFolder(folder)
+        flag, split = "--train_data_dir", options.dataset_split
+        return HubDataset(str(folder), None, split, flag=flag, vector_column=vector_column)
+    from trainkit.data.opening import open_files  # it stands on this module
+
+    return open_files(options) or ImageFolder(folder, vector_column=vector_column)

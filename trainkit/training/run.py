@@ -27,6 +27,7 @@ from trainkit.data.dataset import PreparedImages
 from trainkit.data.loader import Batch, BatchLoader, BatchShape
 from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.errors import UserError
+from trainkit.options import SECRET_OPTIONS
 from trainkit.training.ema import ShadowWeights, build_ema
 from trainkit.training.guards import SkippedSteps, check_replicas, step_if_finite
 from trainkit.training.metrics import StepLog, plot_loss, truncate_metrics
@@ -254,7 +255,7 @@ class Run:
             "global_batch_size": self.shape.global_size,
             "skipped_in_a_row": self.skipped.in_a_row,
             "dataset": self.images.fingerprint,
-            "options": {name: value for name, value in asdict(self.options).items() if name != "hub_token"},
+            "options": {name: value for name, value in asdict(self.options).items() if name not in SECRET_OPTIONS},
         }
 
     def _resume(self, candidates: list[Path]) -> dict:

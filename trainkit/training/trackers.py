@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator, tracking
 
 from trainkit.errors import UserError
+from trainkit.options import SECRET_OPTIONS
 
 
 def check_tracker(logger: str) -> None:
@@ -17,11 +18,11 @@ def check_tracker(logger: str) -> None:
 
 
 def start_trackers(accelerator: Accelerator, options, output_dir: Path) -> None:
-    """Start the tracker that `accelerator` was made with, and tell it the options, all but the Hub token.
+    """Start the tracker that `accelerator` was made with, and tell it the options, all but the secret ones.
 
     Raises `UserError` where it does not start, for instance where Weights & Biases knows no account.
     """
-    settings = {key: value for key, value in asdict(options).items() if key != "hub_token"}
+    settings = {key: value for key, value in asdict(options).items() if key not in SECRET_OPTIONS}
     settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
     arguments = {}
     if options.logger == "wandb":
@@ -29,8 +30,8 @@ def start_trackers(accelerator: Accelerator, options, output_dir: Path) -> None:
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
         arguments = {"wandb": {"dir": str(folder)}}
-    if options.hub_token:  # wandb stores the command line
-        sys.argv[:] = [word.replace(options.hub_token, "***") for word in sys.argv]
+    for secret in filter(None, (getattr(options, name, None) for name in SECRET_OPTIONS)):
+        sys.argv[:] = [word.replace(secret, "***") for word in sys.argv]  # wandb stores the command line
     try:
         accelerator.init_trackers(output_dir.resolve().name, config=settings, init_kwargs=arguments)
     except Exception as error:  # each package raises its own

@@ -20,6 +20,7 @@ from trainkit.data.dataset import PreparedImages
 from trainkit.data.loader import Batch, to_model_range
 from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
 from trainkit.data.prepare import PREPARATION_NAME
+from trainkit.data.settings import check_training_size
 from trainkit.diffusion.noise_schedule import uniform_timesteps
 from trainkit.errors import UserError
 
@@ -46,6 +47,10 @@ def open_validation_images(options, images: PreparedImages) -> PreparedImages | 
     _refuse_training_images(options)
     if Path(given, PREPARATION_NAME).is_file():
         held_out = PreparedImages(given)
+        if held_out.settings.train_height is not None:  # it is stored larger, for any training size
+            resolution = images.height, images.width
+            check_training_size(resolution, (held_out.stored_height, held_out.stored_width))
+            held_out = PreparedImages(given, resolution)
     else:
         settings = replace(
             options,
