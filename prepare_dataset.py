@@ -86,7 +86,7 @@ def main() -> None:
     from trainkit.data.contact_sheet import write_contact_sheet
     from trainkit.data.files import location
     from trainkit.data.hygiene import hygiene_from_options
-    from trainkit.data.pool import run_jobs
+    from trainkit.data.pool import run_jobs_apart
     from trainkit.data.prepare import check_output, prepare
     from trainkit.data.settings import settings_from_options
     from trainkit.data.sources import open_source
@@ -100,7 +100,7 @@ def main() -> None:
             raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
     output_dir, overwrite = location(options.output_dir, options.storage_options), options.overwrite_output_dir
     check_output(output_dir, settings, hygiene, overwrite)  # before a listing that may take long
-    engine, work_dir = run_jobs, cache_root(options) / "work"
+    engine, work_dir = run_jobs_apart, cache_root(options) / "work"
     if options.engine == "ray":
         from trainkit.data.ray_engine import ray_engine
 

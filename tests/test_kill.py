@@ -20,6 +20,7 @@ from trainkit.data import shards, sources
 from trainkit.data.images import PreparationSettings
 from trainkit.data.prepare import prepare, read_preparation
 from trainkit.data.sources import ImageFolder
+from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
@@ -146,6 +147,17 @@ def test_moving_source_and_output_costs_nothing(photos, tmp_path, monkeypatch):
     opened = opened_images(monkeypatch)
     prepare(ImageFolder(tmp_path / "there"), SETTINGS, tmp_path / "moved", num_proc=1, show_progress=False)
     assert not opened
+
+
+def test_other_images_replace_nothing_unasked(photos, tmp_path):
+    prepare(ImageFolder(photos), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
+    (tmp_path / "others").mkdir()
+    shutil.copy(next(path for path in photos.rglob("*.*") if path.is_file()), tmp_path / "others" / "other.png")
+    with pytest.raises(UserError, match="holds a dataset of other images .* or --overwrite_output_dir to replace it"):
+        prepare(ImageFolder(tmp_path / "others"), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
+    others = ImageFolder(tmp_path / "others")
+    done = prepare(others, SETTINGS, tmp_path / "out", num_proc=1, show_progress=False, overwrite=True)
+    assert done["num_images"] == 1
 
 
 def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, small_units, monkeypatch):

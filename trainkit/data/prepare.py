@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from trainkit.data.finalize import (
 )
 from trainkit.data.hygiene import AS_IT_IS, HygieneSettings
 from trainkit.data.plan import TRANSIENT_FAULTS, Plan, done_units
-from trainkit.data.pool import run_jobs
+from trainkit.data.pool import run_jobs, run_jobs_apart
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.shards import (
     BATCH_BYTES,
@@ -119,16 +119,31 @@ def prepare(
                 return preparation
             if not overwrite:  # again: another run may have been here since
                 _refuse_other_settings(preparation, output_dir, settings, hygiene, output_flag)
-            if preparation and preparation["source"]["name"] != source.name and not overwrite:
+            writer = ShardWriter(source.reader, settings, *_columns(source), hygiene)
+            units = _units(source, writer, output_dir)
+            if preparation and not overwrite and _is_of_other_images(preparation, source, units):
                 held = f"a dataset of other images ({preparation['source']['name']}, now {source.name})"
                 raise _replacing(output_dir, output_flag, held)
             make_folder(work / WORK_FOLDER)
-            run = partial(engine, num_proc=num_proc)
-            writer = ShardWriter(source.reader, settings, *_columns(source), hygiene)
+            few = partial(run_jobs if engine is run_jobs else run_jobs_apart, num_proc=1)
+            engines = partial(engine, num_proc=num_proc), few
             rejections = Rejections(max_rejected_fraction, len(source))
             return _prepare(
-                source, writer, output_dir, work / WORK_FOLDER, run, show_progress, fingerprint, rejections
+                source, writer, units, output_dir, work / WORK_FOLDER, engines, show_progress, fingerprint, rejections
             )
+
+
+def _units(source, writer: ShardWriter, output_dir: Path | RemotePath) -> list[tuple[Path | RemotePath, Sequence]]:
+    """The shard and the items of each unit of work, in the source's order."""
+    about_all = (FORMAT, writer.settings.identity, writer.hygiene.unit_key, *_columns(source))
+    return [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
+
+
+def _is_of_other_images(preparation: dict, source, units: list) -> bool:
+    """Whether neither the source's name nor a unit is that of the dataset that is there: a folder may be moved."""
+    names = {shard.stem for shard, _ in units}
+    held = {"-".join(shard["filename"].removesuffix(".arrow").split("-")[:2]) for shard in preparation["shards"]}
+    return preparation["source"]["name"] != source.name and not names & held
 
 
 def check_output(
@@ -171,13 +186,9 @@ def _replacing(folder: Path | RemotePath, output_flag: str, held: str) -> UserEr
     )
 
 
-def _prepare(
-    source, writer, output_dir, work, engine: Callable, show_progress: bool, fingerprint: str, rejections: Rejections
-) -> dict:
+def _prepare(source, writer, units, output_dir, work, engines, show_progress, fingerprint, rejections) -> dict:
     started = time.monotonic()
     settings, hygiene = writer.settings, writer.hygiene
-    about_all = (FORMAT, settings.identity, hygiene.unit_key, *_columns(source))
-    units = [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
     shards = [shard for shard, _ in units]
     if hygiene.validation_fraction:
         make_folder(output_dir / VALIDATION_FOLDER)
@@ -191,8 +202,7 @@ def _prepare(
     for num_files, rejected in plan.told_before():
         rejections.add(rejected)
         num_seen += num_files
-    if plan.num_missing <= SLICE_ITEMS:
-        engine = partial(run_jobs, num_proc=1)
+    engine = engines[plan.num_missing <= SLICE_ITEMS]
     already = len(source) - plan.num_missing
     with tqdm(total=len(source), initial=already, unit=" images", disable=None if show_progress else True) as bar:
         for job in engine(writer, plan.next_job):
