@@ -55,7 +55,7 @@ def prepared(corpus: Path, output: Path, *arguments: str) -> PreparedImages:
     command = [sys.executable, "prepare_dataset.py", "--train_data_dir", str(corpus), "--output_dir", str(output)]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 2 and done.stderr == ""
+    assert len(done.stdout.splitlines()) == 3 and done.stderr == ""
     return PreparedImages(output)
 
 

@@ -22,6 +22,7 @@ from trainkit.data.finalize import PREPARATION_NAME, REJECTED_NAME, told_counts
 from trainkit.data.images import FORMATS, decode_image
 from trainkit.data.limits import RejectedImage
 from trainkit.data.pieces import DUPLICATE_FAULT
+from trainkit.data.pool import quiet_decoders
 
 SHEET_NAME = "contact_sheet.html"
 SEED = 0
@@ -63,7 +64,8 @@ def write_contact_sheet(folder: Path | RemotePath, source=None) -> Path | Remote
         captions = [f"{source} {text}".strip() for source, text in zip(sources, texts, strict=True)]
         figures = [_figure(pixels, caption) for pixels, caption in zip(images.gather(indices), captions, strict=True)]
         body += [f"<h2>{_escaped(title)}</h2>", *figures]
-    body += _rejected_part(images, getattr(source, "folder", None))
+    with quiet_decoders():
+        body += _rejected_part(images, getattr(source, "folder", None))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     head += f"<title>{_escaped(name)}</title><style>{STYLE}</style>"
@@ -135,6 +137,7 @@ def _readable(path: Path, images: PreparedImages) -> np.ndarray | None:
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 image.thumbnail((SIDE, SIDE))
