@@ -277,6 +277,30 @@ class ValidationOptions:
 
 
 @dataclass
+class TextOptions:
+    """captions: with --condition text"""
+
+    text_encoder_name_or_path: str | None = option(
+        None, "folder or Hub id of the frozen text encoder: CLIP, T5, BERT or their like, or a saved pipeline's folder"
+    )
+    max_caption_tokens: int | None = option(
+        None, "tokens at which captions are cut, start and end among them; default: the most that the encoder takes"
+    )
+    caption_dropout: float = option(
+        0.1, "chance that an image is trained on without its caption, for classifier-free guidance"
+    )
+
+
+@dataclass
+class LatentOptions:
+    """latents: train on what an image autoencoder makes of the images, for large ones"""
+
+    vae_name_or_path: str | None = option(
+        None, "folder or Hub id of an AutoencoderKL, or of a pipeline that holds one; default: train on pixels"
+    )
+
+
+@dataclass
 class HubOptions:
     """Hub: share the saved pipeline (never the training state)"""
 

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     VALIDATION_NOISE = 16
     VALIDATION_TIMESTEPS = 17
     RESIZED_CROP_LEFT = 18
+    LATENT = 24
 
 
 @dataclass(frozen=True)
