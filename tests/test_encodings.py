@@ -84,10 +84,8 @@ def test_captions_are_drawn_evenly_and_dropped_as_often_as_asked(images, tmp_pat
 def test_a_condition_depends_on_its_image_and_draw_alone(images, tmp_path):
     condition = text.CaptionCondition(text.encode_captions(images, Encoder(), tmp_path, ""), dropout=0.3)
     rows, uniforms = np.arange(12), np.random.default_rng(0).random(12)
-    whole, halves = (
-        condition.inputs(rows, uniforms),
-        [condition.inputs(rows[p], uniforms[p]) for p in (np.s_[:5], np.s_[5:])],
-    )
+    whole = condition.inputs(rows, uniforms)
+    halves = [condition.inputs(rows[part], uniforms[part]) for part in (slice(5), slice(5, 12))]
     for name, value in whole.items():
         assert torch.equal(value, torch.cat([half[name] for half in halves]))
     assert (whole["encoder_attention_mask"].sum(1) == 1).any() and whole["encoder_attention_mask"].dtype == torch.bool
@@ -113,7 +111,7 @@ def test_lists_of_captions_come_from_metadata(tmp_path):
 
 def test_a_killed_run_goes_on_where_it_stopped(images, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "CAPTIONS_A_UNIT", 4)
-    first, calls = Encoder(), []
+    first = Encoder()
 
     def killed(captions):
         if len(first.encoded) >= 8:
@@ -126,24 +124,27 @@ def test_a_killed_run_goes_on_where_it_stopped(images, tmp_path, monkeypatch):
     second = Encoder()
     encodings = text.encode_captions(images, second, tmp_path, "")
     assert len(first.encoded) == 8 and len(second.encoded) == 5 and not set(first.encoded) & set(second.encoded)
-    assert not calls and [path.suffix for path in encodings.rows.folder.iterdir() if path.is_dir()] == []
+    assert not any(path.is_dir() for path in encodings.rows.folder.iterdir())
     fresh = text.encode_captions(images, Encoder(), tmp_path / "other", "")
     for name in fresh.rows.unit_names:
         assert (fresh.rows.folder / name).read_bytes() == (encodings.rows.folder / name).read_bytes()
 
 
-def _work(folder, rank):
+def _work(folder, rank, barrier):
     def make(number):
         with (folder / "made").open("a") as log:
             log.write(f"{number} {rank}\n")
-        time.sleep(0.02)
+        time.sleep(0.05)
         write_rows(folder / unit_name(number), [[np.full(3, number)]], {"number": number})
 
+    barrier.wait()
     make_units(folder, [unit_name(number) for number in range(12)], make, first=rank * 6)
 
 
 def test_two_processes_share_the_units_and_make_each_once(tmp_path):
-    workers = [multiprocessing.get_context("fork").Process(target=_work, args=(tmp_path, rank)) for rank in range(2)]
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    workers = [context.Process(target=_work, args=(tmp_path, rank, barrier)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
