@@ -1,4 +1,4 @@
-"""Train a diffusion model on images of known classes, or with a vector each, and save a pipeline that is asked for them.
+"""Train a diffusion model on images with a class or a vector each, and save a pipeline that is asked for these.
 
     accelerate launch train_conditional.py --condition class --train_data_dir photos --resolution 64 \\
         --output_dir classes-64 --mixed_precision bf16
@@ -67,7 +67,7 @@ def train(options: Options) -> None:
     condition = open_condition(options, images)
     held_out = open_validation_images(options, images)
     held_out_condition = None if held_out is None else condition.of(held_out)
-    order = balanced_order(images, options.seed, options.class_balance)
+    order = balanced_order(images, options)
     accelerator = start_accelerator(options)
     unet = build_unet(options, images.height, images.width, images.channels, **condition.unet_config)
     if options.condition == "vector":
@@ -120,19 +120,19 @@ def train(options: Options) -> None:
 
 def samples(run, unet, noise_scheduler, conditions, guidance_scale: float):
     """Images (N, H, W, C) uint8, one for each of `conditions`, made by all processes from --seed, --seed + 1, ..."""
-    from trainkit.sampling.conditional import conditional_pipeline, conditional_samples_over_processes
+    from trainkit.sampling.guided import samples_of_conditions
 
     options = run.options
-    with conditional_pipeline(unet, noise_scheduler) as pipeline:
-        return conditional_samples_over_processes(
-            run.accelerator,
-            pipeline,
-            conditions,
-            seed=options.seed,
-            num_inference_steps=options.ddpm_num_inference_steps,
-            batch_size=options.eval_batch_size,
-            guidance_scale=guidance_scale,
-        )
+    return samples_of_conditions(
+        run.accelerator,
+        unet,
+        noise_scheduler,
+        conditions,
+        seed=options.seed,
+        num_inference_steps=options.ddpm_num_inference_steps,
+        batch_size=options.eval_batch_size,
+        guidance_scale=guidance_scale,
+    )
 
 
 def preview(run, noise_scheduler) -> None:
@@ -154,7 +154,9 @@ def save(run, noise_scheduler, repo_id: str | None) -> None:
     options, images, condition = run.options, run.images, run.condition
     with run.averaged_weights() as unet:
         if run.accelerator.is_main_process:
-            card = conditional_model_card(options, condition.argument, condition.example(), images, run.step)
+            card = conditional_model_card(
+                options, condition, images.height, images.width, run.step, run.shape.global_size
+            )
             id2label = None if condition.names is None else dict(enumerate(condition.names))
             with run.writing("the pipeline"):
                 save_conditional_pipeline(run.output_dir, unet, noise_scheduler, card, id2label=id2label)

@@ -12,8 +12,25 @@ import numpy as np
 
 from trainkit.data.dataset import NO_LABEL, PreparedImages
 from trainkit.data.order import SampleOrder, sample_indices
+from trainkit.errors import UserError
 
-CLASS_BALANCES = ("none", "sqrt", "inverse")
+
+def balanced_order(images: PreparedImages, options) -> "ClassBalancedOrder | None":
+    """The order that `--class_balance` asks for; None for that of every image once an epoch.
+
+    Raises `UserError` where the images have no classes, or blocks are asked for too.
+    """
+    balance = options.class_balance
+    if balance == "none":
+        return None
+    if options.shuffle_block_size:
+        raise UserError(
+            f"--class_balance {balance} picks images one by one, --shuffle_block_size {options.shuffle_block_size} in "
+            "blocks: leave one of the two out"
+        )
+    if images.label_names is None:
+        raise UserError(f"--class_balance {balance} needs images with classes, and these have none: leave it out")
+    return ClassBalancedOrder(read_labels(images), len(images.label_names), options.seed, balance)
 
 
 def read_labels(images: PreparedImages) -> np.ndarray:

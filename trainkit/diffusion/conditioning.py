@@ -14,7 +14,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 
+from pipelines.vector_embedding import VectorEmbedding
 from trainkit.data.dataset import NO_LABEL, PreparedImages
 from trainkit.data.order import sample_indices
 from trainkit.errors import UserError
@@ -22,11 +24,23 @@ from trainkit.errors import UserError
 PREVIEW_CLASSES = 10
 
 
+def check_condition(options) -> None:
+    """Refuse numbers of `ConditioningOptions` that cannot be, before anything is prepared."""
+    dropout, scale = options.conditioning_dropout, options.preview_guidance_scale
+    if not 0 <= dropout <= 1:
+        raise UserError(f"--conditioning_dropout {dropout} must be 0 to 1: the part of images without condition")
+    if scale < 1:
+        raise UserError(f"--preview_guidance_scale {scale} must be at least 1 (no guidance)")
+    if scale > 1 and dropout == 0:
+        raise UserError(
+            f"--preview_guidance_scale {scale} guides away from a null condition, which --conditioning_dropout 0 does "
+            "not train: give --preview_guidance_scale 1, or some dropout"
+        )
+
+
 def open_condition(options, images: PreparedImages) -> "ClassCondition | VectorCondition":
     """What `--condition` says of the training `images`. Raises `UserError` where they do not have it."""
     dropout = options.conditioning_dropout
-    if not 0 <= dropout <= 1:
-        raise UserError(f"--conditioning_dropout {dropout} must be 0 to 1: the part of images without condition")
     given = f"--condition {options.condition}: {options.train_data_dir or options.dataset_name}"
     if options.condition == "vector":
         if not images.vector_length:
@@ -80,6 +94,10 @@ class ClassCondition:
             labels = np.where(uniforms < self.dropout, self.null, labels)
         return {"class_labels": torch.from_numpy(labels)}
 
+    def example(self) -> str:
+        """A condition as one would write it for the pipeline."""
+        return repr(self.names[0])
+
     def of_images(self, indices: np.ndarray) -> list[int | None]:
         """What the pipeline is to be asked for, for images like those of `indices`."""
         return [None if label == self.null else label for label in self.inputs(indices)["class_labels"].tolist()]
@@ -94,7 +112,7 @@ class ClassCondition:
 class VectorCondition:
     """The vectors of `images` as they are stored; a row of NaN is the null one, which the UNet's embedding knows."""
 
-    argument = "vectors"  # of the pipeline
+    argument, names = "vectors", None  # of the pipeline; it has no classes
 
     def __init__(self, images: PreparedImages, dropout: float = 0.0):
         self.images, self.dropout, self.length = images, dropout, images.vector_length
@@ -120,6 +138,10 @@ class VectorCondition:
             vectors[uniforms < self.dropout] = np.nan
         return {"class_labels": torch.from_numpy(vectors)}
 
+    def example(self) -> str:
+        """A condition as one would write it for the pipeline."""
+        return f"[numbers]  # {self.length} of them"
+
     def of_images(self, indices: np.ndarray) -> np.ndarray:
         """What the pipeline is to be asked for, for images like those of `indices`."""
         return self.images.vectors(indices)
@@ -128,6 +150,17 @@ class VectorCondition:
         """The vectors of `count` images, always the same ones, for a grid of any columns."""
         count = min(count, len(self.images))
         return self.of_images(sample_indices(np.arange(count), len(self.images), seed)), None
+
+
+def add_vector_embedding(unet: UNet2DModel, images: PreparedImages) -> None:
+    """Put into `unet` (of class_embed_type "identity") an embedding of vectors like those of `images`, in place.
+
+    It lies where the UNet embeds classes, so that it is trained, averaged and checkpointed as every other weight is.
+    """
+    embedding = VectorEmbedding(images.vector_length, unet.time_embedding.linear_2.out_features)
+    mean, std = mean_and_std(images.column("vector"))
+    embedding.set_statistics(torch.from_numpy(mean), torch.from_numpy(std))
+    unet.class_embedding = embedding
 
 
 def mean_and_std(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
