@@ -99,6 +99,10 @@ class ModelOptions:
         None,
         "folder or Hub id whose config.json describes the UNet; default: diffusers' 113.7 M example at 3 channels",
     )
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "folder or Hub id of a saved pipeline to start from; its UNet may have other classes, channels and resolution",
+    )
     enable_xformers_memory_efficient_attention: bool = option(
         False, "use xFormers attention, where the xformers package is installed"
     )

@@ -18,10 +18,12 @@ EXAMPLE_UNET = {
 }  # fmt: skip
 
 
-def build_unet(options, height: int, width: int, channels: int) -> UNet2DModel:
+def build_unet(options, height: int, width: int, channels: int, **condition) -> UNet2DModel:
     """A freshly initialised UNet for images of this size, from `--model_config_name_or_path` or the example's.
 
-    Raises `UserError` where the config cannot be read or does not fit the images.
+    `condition` is what its config says of a condition; without it there is none. A pipeline to start from gives its
+    config, and its channels may be others. Raises `UserError` where the config cannot be read or does not fit the
+    images.
     """
     name = options.model_config_name_or_path
     config = _config(options)
@@ -32,6 +34,7 @@ def build_unet(options, height: int, width: int, channels: int) -> UNet2DModel:
         )
     config |= {"sample_size": height if height == width else (height, width)}
     config |= {"in_channels": channels, "out_channels": channels}
+    config |= {"class_embed_type": None, "num_class_embeds": None} | condition
     check_resolution(height, width, len(config["block_out_channels"]) - 1)
     try:
         unet = UNet2DModel.from_config(config)
@@ -45,7 +48,7 @@ def build_unet(options, height: int, width: int, channels: int) -> UNet2DModel:
     return unet
 
 
-def check_before_preparation(options) -> None:
+def check_unet_options(options) -> None:
     """Refuse a config that cannot be read, or a `--resolution` that its UNet cannot halve, while it costs nothing."""
     config = _config(options)
     if options.resolution is not None:
@@ -53,26 +56,44 @@ def check_before_preparation(options) -> None:
 
 
 def _config(options) -> dict:
-    name = options.model_config_name_or_path
-    return dict(EXAMPLE_UNET) if name is None else dict(load_unet_config(name))
+    if options.model_config_name_or_path is not None:
+        return load_unet_config(options.model_config_name_or_path)
+    if options.pretrained_model_name_or_path is not None:
+        return load_unet_config(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    return dict(EXAMPLE_UNET)
 
 
-def load_unet_config(name_or_path: str) -> dict:
+def load_unet_config(name_or_path: str, flag: str = "--model_config_name_or_path") -> dict:
     """The UNet2DModel config of a folder or Hub repository: its own config.json, or that of its `unet` subfolder."""
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():  # no name that a Hub could have
-        raise UserError(f"--model_config_name_or_path {name_or_path}: no config.json to read: the folder is not there")
-    subfolder = None if not (Path(name_or_path) / "unet" / "config.json").is_file() else "unet"
-    try:
-        config = UNet2DModel.load_config(name_or_path, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
+    return find_unet(name_or_path, flag)[0]
+
+
+def find_unet(name_or_path: str, flag: str) -> tuple[dict, str | None]:
+    """The config of a UNet in a folder or Hub repository, and the subfolder that it lies in, None for the top.
+
+    Raises `UserError` that names `flag`.
+    """
+    is_folder = Path(name_or_path).is_dir()
+    if name_or_path.startswith((".", "/", "~")) and not is_folder:  # no name that a Hub could have
+        raise UserError(f"{flag} {name_or_path}: no config.json to read: the folder is not there")
+    if is_folder:
+        subfolders = ["unet" if (Path(name_or_path) / "unet" / "config.json").is_file() else None]
+    else:
+        subfolders = ["unet", None]  # older repositories have it at the top
+    for subfolder in subfolders:
+        try:
+            config = UNet2DModel.load_config(name_or_path, subfolder=subfolder)
+            break
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split()).partition(". ")[0]
+    else:
         raise UserError(
-            f"--model_config_name_or_path {name_or_path}: no config.json to read ({reason}); give a folder that "
-            f"holds one, or a Hub repository"
-        ) from None
+            f"{flag} {name_or_path}: no config.json to read ({reason}); give a folder that holds one, or a Hub "
+            "repository"
+        )
     if "block_out_channels" not in config:
-        raise UserError(f"--model_config_name_or_path {name_or_path}: config.json describes no UNet2DModel")
-    return config
+        raise UserError(f"{flag} {name_or_path}: config.json describes no UNet2DModel")
+    return dict(config), subfolder
 
 
 def check_resolution(height: int, width: int, halvings: int) -> None:
