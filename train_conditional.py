@@ -1,10 +1,14 @@
-"""Train a diffusion model on images with a class or a vector each, and save a pipeline that is asked for these.
+"""Train a diffusion model on images with a class, a vector or captions each, and save a pipeline that takes these.
 
     accelerate launch train_conditional.py --condition class --train_data_dir photos --resolution 64 \\
         --output_dir classes-64 --mixed_precision bf16
 
     # vectors: NAME.npy beside each image, or a list of numbers in its metadata
     accelerate launch train_conditional.py --condition vector --train_data_dir photos --output_dir vectors-64
+
+    # captions: NAME.txt beside each image, one a line, or a `text` column
+    accelerate launch train_conditional.py --condition text --train_data_dir photos --output_dir captions-64 \\
+        --text_encoder_name_or_path openai/clip-vit-large-patch14
 
     # from an unconditional pipeline, or one of other classes
         --pretrained_model_name_or_path ddpm-photos-64
@@ -19,6 +23,7 @@ from dataclasses import dataclass
 
 from trainkit.config import option
 from trainkit.errors import run_script
+from trainkit.options import TextOptions
 from trainkit.training.start import TrainingOptions, parse_training_options
 
 
@@ -27,8 +32,9 @@ class ConditioningOptions:
     """conditioning: what the model is told of each image"""
 
     condition: str = option(
-        "class", "class: the class of an image; vector: the numbers stored with it", choices=("class", "vector")
-    )
+        "class", "class: the class of an image; vector: the numbers stored with it; text: its captions",
+        choices=("class", "vector", "text"),
+    )  # fmt: skip
     conditioning_dropout: float = option(
         0.1, "chance that an image is trained without its condition, which guidance needs (Ho & Salimans 2022)"
     )
@@ -40,7 +46,7 @@ class ConditioningOptions:
 
 
 @dataclass
-class Options(ConditioningOptions, TrainingOptions):
+class Options(ConditioningOptions, TextOptions, TrainingOptions):
     """Everything train_conditional.py can be told."""
 
 
@@ -56,6 +62,7 @@ def train(options: Options) -> None:
     from trainkit.diffusion.pretrained import load_pretrained
     from trainkit.diffusion.unet import build_unet
     from trainkit.hub import create_repository
+    from trainkit.training.launch import set_cpu_threads
     from trainkit.training.run import Run
     from trainkit.training.score import SampleScore
     from trainkit.training.start import check_before_preparation, start_accelerator
@@ -64,7 +71,8 @@ def train(options: Options) -> None:
     check_before_preparation(options)
     check_condition(options)
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
-    condition = open_condition(options, images)
+    set_cpu_threads(options.cpu_threads)
+    condition = open_condition(options, images)  # encodes captions, once
     held_out = open_validation_images(options, images)
     held_out_condition = None if held_out is None else condition.of(held_out)
     order = balanced_order(images, options)
@@ -132,6 +140,7 @@ def samples(run, unet, noise_scheduler, conditions, guidance_scale: float):
         num_inference_steps=options.ddpm_num_inference_steps,
         batch_size=options.eval_batch_size,
         guidance_scale=guidance_scale,
+        components=run.condition.components,
     )
 
 
@@ -159,7 +168,9 @@ def save(run, noise_scheduler, repo_id: str | None) -> None:
             )
             id2label = None if condition.names is None else dict(enumerate(condition.names))
             with run.writing("the pipeline"):
-                save_conditional_pipeline(run.output_dir, unet, noise_scheduler, card, id2label=id2label)
+                save_conditional_pipeline(
+                    run.output_dir, unet, noise_scheduler, card, id2label=id2label, **condition.components
+                )
                 if repo_id is not None:
                     push_pipeline(run.output_dir, repo_id, options.hub_token, CONDITIONAL_PIPELINE_FILES, run.step)
     run.accelerator.wait_for_everyone()

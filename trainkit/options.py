@@ -290,8 +290,8 @@ class TextOptions:
     max_caption_tokens: int | None = option(
         None, "tokens at which captions are cut, start and end among them; default: the most that the encoder takes"
     )
-    caption_dropout: float = option(
-        0.1, "chance that an image is trained on without its caption, for classifier-free guidance"
+    caption_dropout: float | None = option(
+        None, "chance that an image is trained on without its caption; default: --conditioning_dropout"
     )
 
 

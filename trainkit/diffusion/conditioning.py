@@ -17,15 +17,18 @@ import torch
 from diffusers import UNet2DModel
 
 from pipelines.vector_embedding import VectorEmbedding
+from trainkit.data.cache import cache_root
 from trainkit.data.dataset import NO_LABEL, PreparedImages
 from trainkit.data.order import sample_indices
+from trainkit.diffusion.text import TextCondition, check_text_options, load_text_encoder
 from trainkit.errors import UserError
 
 PREVIEW_CLASSES = 10
 
 
 def check_condition(options) -> None:
-    """Refuse numbers of `ConditioningOptions` that cannot be, before anything is prepared."""
+    """Refuse what `ConditioningOptions` and `TextOptions` cannot mean, before anything is prepared."""
+    check_text_options(options)
     dropout, scale = options.conditioning_dropout, options.preview_guidance_scale
     if not 0 <= dropout <= 1:
         raise UserError(f"--conditioning_dropout {dropout} must be 0 to 1: the part of images without condition")
@@ -38,10 +41,15 @@ def check_condition(options) -> None:
         )
 
 
-def open_condition(options, images: PreparedImages) -> "ClassCondition | VectorCondition":
-    """What `--condition` says of the training `images`. Raises `UserError` where they do not have it."""
+def open_condition(options, images: PreparedImages) -> "ClassCondition | VectorCondition | TextCondition":
+    """What `--condition` says of the training `images`. Raises `UserError` where they do not have it.
+
+    Captions are encoded here, by all processes of the run together.
+    """
     dropout = options.conditioning_dropout
     given = f"--condition {options.condition}: {options.train_data_dir or options.dataset_name}"
+    if options.condition == "text":
+        return TextCondition(images, load_text_encoder(options), cache_root(options), given, dropout)
     if options.condition == "vector":
         if not images.vector_length:
             raise UserError(
@@ -68,6 +76,7 @@ class ClassCondition:
     """
 
     argument = "class_labels"  # of the pipeline
+    components: dict = {}  # what the saved pipeline has of it beside the UNet
 
     def __init__(self, images: PreparedImages, names: list[str], dropout: float = 0.0):
         self.images, self.names, self.dropout = images, names, dropout
@@ -113,6 +122,7 @@ class VectorCondition:
     """The vectors of `images` as they are stored; a row of NaN is the null one, which the UNet's embedding knows."""
 
     argument, names = "vectors", None  # of the pipeline; it has no classes
+    components: dict = {}
 
     def __init__(self, images: PreparedImages, dropout: float = 0.0):
         self.images, self.dropout, self.length = images, dropout, images.vector_length

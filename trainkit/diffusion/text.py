@@ -3,6 +3,7 @@
 B batch, L tokens, D width of the encoder, N captions.
 """
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainkit.data.captions import CaptionIndex, TextEncodings
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.encodings import Rows, make_units, read_complete, unit_name, unit_told, write_complete, write_rows
+from trainkit.data.order import sample_indices
 from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.errors import UserError
 
 FLAG = "--text_encoder_name_or_path"
 FORMAT = 1  # raise it when the same caption and encoder would give other numbers
+TEXT_FLAGS = ("text_encoder_name_or_path", "max_caption_tokens", "caption_dropout")
+PROMPT_TOKENS = 77
 CAPTIONS_A_UNIT, CAPTIONS_A_BATCH, CAPTIONS_AT_ONCE = 4096, 256, 32
 MAX_TOKENS = 512  # where neither tokenizer nor encoder names a limit, as T5 does not
 
@@ -41,7 +45,11 @@ class TextEncoder:
     def digest(self) -> str:
         """A name for what it makes of a caption: weights, tokenizer and where it cuts."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        vocabulary = repr(sorted(self.tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+        if backend is None:
+            vocabulary = repr(sorted(self.tokenizer.get_vocab().items()))
+        else:
+            told = json.loads(backend.to_str())
+            vocabulary = repr({key: told[key] for key in told if key not in ("padding", "truncation")})  # of a call
         return state_digest(self.model, vocabulary, f"{FORMAT} {self.max_tokens} {type(self.model).__name__}")
 
     def lengths(self, captions: list[str]) -> list[int]:
@@ -59,33 +67,72 @@ class TextEncoder:
         return [row[kept].cpu().numpy() for row, kept in zip(states, mask.bool(), strict=True)]
 
 
-class CaptionCondition:
-    """What `encodings` tell a UNet2DConditionModel of images; `dropout` is how often a caption is the null one."""
+class TextCondition:
+    """The captions of `images`, as ClassCondition tells of classes (trainkit/diffusion/conditioning.py).
 
-    def __init__(self, encodings: TextEncodings, dropout: float):
-        self.encodings, self.index, self.dropout = encodings, encodings.index, dropout
+    Computes their encodings in `cache` where they are not there yet; `flag` names the images in messages.
+    """
+
+    argument, names = "prompt", None  # of the pipeline; it has no classes
+
+    def __init__(self, images: PreparedImages, encoder: TextEncoder, cache: Path, flag: str, dropout: float = 0.0):
+        self.images, self.encoder, self.cache, self.dropout = images, encoder, cache, dropout
+        self.encodings = encode_captions(images, encoder, cache, flag)
+
+    @property
+    def unet_config(self) -> dict:
+        """What the UNet's config says of it."""
+        return {"cross_attention_dim": self.encoder.width}
+
+    @property
+    def components(self) -> dict:
+        """What the saved pipeline has of it. Prompts may be longer than any caption was, up to CLIP's usual length."""
+        length = min(self.encoder.max_tokens, max(self.encodings.length, PROMPT_TOKENS))
+        tokenizer, model = self.encoder.tokenizer, self.encoder.model
+        return {"text_encoder": model, "tokenizer": tokenizer, "prompt_length": length}
+
+    def of(self, images: PreparedImages) -> "TextCondition":
+        """The same of other `images`, held-out ones."""
+        return TextCondition(images, self.encoder, self.cache, "--validation_data_dir")
 
     def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` (B, L, D) float32 and `encoder_attention_mask` (B, L) bool for images (B,).
 
         `uniforms` (B,) in [0, 1) draw one of each image's captions, or none; without them it is the first.
         """
-        if uniforms is None:
-            return self.of_captions(self.index.first_of(indices))
-        return self.of_captions(self.index.drawn(indices, uniforms, self.dropout))
-
-    def of_captions(self, numbers: np.ndarray) -> dict[str, torch.Tensor]:
-        """The same for captions by their number in `index`; 0 is the null caption."""
+        index = self.encodings.index
+        numbers = index.first_of(indices) if uniforms is None else index.drawn(indices, uniforms, self.dropout)
         states, mask = self.encodings.gather(numbers)
         return {"encoder_hidden_states": torch.from_numpy(states), "encoder_attention_mask": torch.from_numpy(mask)}
 
+    def example(self) -> str:
+        """A condition as one would write it for the pipeline."""
+        return repr(self.of_images(np.arange(1))[0])
+
+    def of_images(self, indices: np.ndarray) -> list[str]:
+        """What the pipeline is to be asked for, for images like those of `indices`."""
+        index = self.encodings.index
+        return index.texts(index.first_of(indices))
+
+    def to_preview(self, count: int, seed: int) -> tuple[list[str], None]:
+        """The captions of `count` images, always the same ones, for a grid of any columns."""
+        count = min(count, len(self.images))
+        return self.of_images(sample_indices(np.arange(count), len(self.images), seed)), None
+
 
 def check_text_options(options) -> None:
-    """Raise `UserError` for what `TextOptions` cannot mean, before the long part starts."""
+    """Take `--caption_dropout` as `--conditioning_dropout`; raise `UserError` for what `TextOptions` cannot mean."""
+    if options.condition != "text":
+        given = next((name for name in TEXT_FLAGS if getattr(options, name) is not None), None)
+        if given is not None:
+            raise UserError(f"--{given} {getattr(options, given)} needs --condition text")
+        return
     if options.text_encoder_name_or_path is None:
         raise UserError(f"--condition text needs {FLAG}: a folder or Hub id such as openai/clip-vit-large-patch14")
-    if not 0 <= options.caption_dropout < 1:
-        raise UserError(f"--caption_dropout {options.caption_dropout:g} must be at least 0 and below 1")
+    if options.caption_dropout is not None:
+        if not 0 <= options.caption_dropout < 1:
+            raise UserError(f"--caption_dropout {options.caption_dropout:g} must be at least 0 and below 1")
+        options.conditioning_dropout = options.caption_dropout
     if options.max_caption_tokens is not None and options.max_caption_tokens < 3:
         raise UserError(
             f"--max_caption_tokens {options.max_caption_tokens} must be at least 3: a start, a word, an end"
@@ -135,7 +182,8 @@ def encode_captions(images: PreparedImages, encoder: TextEncoder, cache: Path, f
     """
     if not images.has_text:
         raise UserError(
-            f"{flag} has no captions: put NAME.txt beside each image, or a `text` column into metadata.jsonl"
+            f"{flag} has no captions: put NAME.txt beside each image, or a `text` column into its metadata, and "
+            "prepare it again"
         )
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", images.folder.name)[:60]
     index = CaptionIndex(images, cache / "captions" / f"{stem}-{images.fingerprint}")

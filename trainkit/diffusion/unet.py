@@ -1,10 +1,11 @@
-"""The UNet2DModel that is trained: diffusers' example by default, or the one a config.json describes."""
+"""The UNet that is trained: diffusers' example by default, or the one a config.json describes."""
 
 from pathlib import Path
 
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from trainkit.data.settings import parse_resolution
+from trainkit.diffusion.text_unet import TEXT_UNET, check_text_config, check_unet_class, takes_text
 from trainkit.errors import UserError
 
 # The UNet of diffusers' train_unconditional.py: 113.7 M parameters at 3 channels.
@@ -18,7 +19,7 @@ EXAMPLE_UNET = {
 }  # fmt: skip
 
 
-def build_unet(options, height: int, width: int, channels: int, **condition) -> UNet2DModel:
+def build_unet(options, height: int, width: int, channels: int, **condition) -> UNet2DModel | UNet2DConditionModel:
     """A freshly initialised UNet for images of this size, from `--model_config_name_or_path` or the example's.
 
     `condition` is what its config says of a condition; without it there is none. A pipeline to start from gives its
@@ -34,12 +35,18 @@ def build_unet(options, height: int, width: int, channels: int, **condition) -> 
         )
     config |= {"sample_size": height if height == width else (height, width)}
     config |= {"in_channels": channels, "out_channels": channels}
-    config |= {"class_embed_type": None, "num_class_embeds": None} | condition
+    config |= {"class_embed_type": None, "num_class_embeds": None}
+    if takes_text(options):
+        check_text_config(config, _where(options), condition["cross_attention_dim"])
+    config |= condition
+    model_class = UNet2DConditionModel if takes_text(options) else UNet2DModel
     check_resolution(height, width, len(config["block_out_channels"]) - 1)
     try:
-        unet = UNet2DModel.from_config(config)
+        unet = model_class.from_config(config)
     except (ValueError, TypeError) as error:
-        raise UserError(f"--model_config_name_or_path {name} is no working UNet2DModel config: {error}") from None
+        raise UserError(
+            f"--model_config_name_or_path {name} is no working {model_class.__name__} config: {error}"
+        ) from None
     if options.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
@@ -57,10 +64,20 @@ def check_unet_options(options) -> None:
 
 def _config(options) -> dict:
     if options.model_config_name_or_path is not None:
-        return load_unet_config(options.model_config_name_or_path)
-    if options.pretrained_model_name_or_path is not None:
-        return load_unet_config(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
-    return dict(EXAMPLE_UNET)
+        config = load_unet_config(options.model_config_name_or_path)
+    elif options.pretrained_model_name_or_path is not None:
+        config = load_unet_config(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    else:
+        return dict(TEXT_UNET if takes_text(options) else EXAMPLE_UNET)
+    check_unet_class(config, _where(options), takes_text(options))
+    return config
+
+
+def _where(options) -> str:
+    """The flag that the UNet's config comes from, and what it names."""
+    if options.model_config_name_or_path is not None:
+        return f"--model_config_name_or_path {options.model_config_name_or_path}"
+    return f"--pretrained_model_name_or_path {options.pretrained_model_name_or_path}"
 
 
 def load_unet_config(name_or_path: str, flag: str = "--model_config_name_or_path") -> dict:

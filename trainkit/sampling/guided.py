@@ -24,11 +24,15 @@ def samples_of_conditions(
     num_inference_steps: int,
     batch_size: int,
     guidance_scale: float,
+    components: dict | None = None,
 ) -> np.ndarray:
     """Images (N, H, W, C) uint8 on every rank, one for each of `conditions`, from the seeds `seed`, `seed` + 1, ...
 
-    `batch_size` is a process's; each makes its share. `unet` is in evaluation mode. Call it on every rank.
+    `batch_size` is a process's; each makes its share. `unet` is in evaluation mode; `components` are the pipeline's
+    others, moved to its device for the while. Call it on every rank.
     """
+    components = components or {}
+    modules = [part for part in components.values() if isinstance(part, torch.nn.Module)]
     scheduler = scheduler_bundle(noise_scheduler)[DEFAULT_SCHEDULER]
     check_steps(scheduler, num_inference_steps)
     rank, world, count = accelerator.process_index, accelerator.num_processes, len(conditions)
@@ -36,7 +40,9 @@ def samples_of_conditions(
     share = torch.zeros(-(-count // world), height, width, unet.config.in_channels, dtype=torch.uint8)
     rows = range(rank, count, world)
     with stock_unet(unet) as embedding, accelerator.autocast():
-        pipeline = ConditionalPipeline(unet, scheduler, vector_embedding=embedding)
+        for module in modules:
+            module.to(accelerator.device)
+        pipeline = ConditionalPipeline(unet, scheduler, vector_embedding=embedding, **components)
         pipeline.set_progress_bar_config(disable=True)
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
@@ -48,6 +54,8 @@ def samples_of_conditions(
                 output_type="pt",
             ).images
             share[start : start + len(batch)] = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    for module in modules:
+        module.to("cpu")
     gathered = accelerator.gather(share.to(accelerator.device)).cpu().numpy()
     by_rank = gathered.reshape(world, *share.shape)
     return by_rank.swapaxes(0, 1).reshape(-1, *share.shape[1:])[:count]
