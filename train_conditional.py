@@ -68,8 +68,8 @@ def train(options: Options) -> None:
     from trainkit.training.start import check_before_preparation, start_accelerator
     from trainkit.training.validation import HeldOutLoss, open_validation_images
 
-    check_before_preparation(options)
     check_condition(options)
+    check_before_preparation(options)
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
     set_cpu_threads(options.cpu_threads)
     condition = open_condition(options, images)  # encodes captions, once
