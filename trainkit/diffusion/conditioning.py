@@ -157,7 +157,9 @@ def add_vector_embedding(unet: UNet2DModel, images: PreparedImages) -> None:
 
     It lies where the UNet embeds classes, so that it is trained, averaged and checkpointed as every other weight is.
     """
-    embedding = VectorEmbedding(images.vector_length, unet.time_embedding.linear_2.out_features)
+    embedding = VectorEmbedding(
+        vector_length=images.vector_length, embedding_dim=unet.time_embedding.linear_2.out_features
+    )  # named: diffusers takes what is not for a default, which its `from_config` leaves out
     mean, std = mean_and_std(images.column("vector"))
     embedding.set_statistics(torch.from_numpy(mean), torch.from_numpy(std))
     unet.class_embedding = embedding
