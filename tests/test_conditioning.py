@@ -11,11 +11,11 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from trainkit.data.class_order import ClassBalancedOrder, balanced_order, class_shares
 from trainkit.data.loader import BatchLoader, BatchShape
 from trainkit.data.order import Purpose, uniform_draws
+from trainkit.data.statistics import mean_and_std, vector_statistics
 from trainkit.diffusion.conditioning import (
     ClassCondition,
     VectorCondition,
     add_vector_embedding,
-    mean_and_std,
     open_condition,
 )
 from trainkit.diffusion.pretrained import check_pretrained, load_pretrained
@@ -123,6 +123,16 @@ def test_mean_and_deviation_in_one_pass():
     assert std == pytest.approx([*rows.std(0, dtype=np.float64)[:2], 1], rel=1e-4)
 
 
+def test_statistics_are_taken_once(tmp_path):
+    images = Labelled()
+    images.fingerprint = "abc"
+    mean, std = vector_statistics(images, SimpleNamespace(cache_dir=tmp_path))
+    assert mean == pytest.approx([49.5, 5, -49.5]) and std[1] == 1
+    images.column = None
+    again = vector_statistics(images, SimpleNamespace(cache_dir=tmp_path))
+    assert np.array_equal(again, [mean, std])
+
+
 def test_shares_of_classes():
     counts = np.array(COUNTS)
     assert class_shares(counts, "none").tolist() == [60, 25, 9, 0]
@@ -168,7 +178,7 @@ def make_unet(channels=3, **config):
     known = {key: value for key, value in TINY_UNET.items() if not key.startswith("_")}
     unet = UNet2DModel(**known | {"sample_size": 8, "in_channels": channels, "out_channels": channels} | config)
     if config.get("class_embed_type") == "identity":
-        add_vector_embedding(unet, Labelled())
+        add_vector_embedding(unet, np.float32([50, 5, -50]), np.float32([30, 1, 30]))
     return unet.eval()
 
 

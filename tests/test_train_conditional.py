@@ -25,7 +25,7 @@ def photos(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos") / "train"
     shutil.copytree(image_folder, folder)
     (folder / "third").mkdir()
-    for number, path in enumerate(sorted((folder / "round").iterdir())[:6]):
+    for path in sorted((folder / "round").iterdir())[:6]:
         path.rename(folder / "third" / path.name)
     for number, path in enumerate(sorted(path for path in folder.rglob("*.*"))):
         np.save(path.with_suffix(".npy"), np.float32([number, 100 + number % 3, -3, 0.01 * number]))
@@ -56,6 +56,7 @@ def arguments_of(photos, tiny_unet, cache_dir, output_dir, **flags):
 def test_classes_from_training_to_the_saved_pipeline(train, photos, capsys):
     """And a run that was stopped half-way is the same run, bit for bit."""
     flags = {"class_balance": "inverse", "validation_data_dir": photos.parent / "held-out", "eval_batch_size": 5}
+    flags |= {"score_steps": 100, "score_images": 4}
     shutil.copytree(photos / "third", photos.parent / "held-out" / "third", dirs_exist_ok=True)
     shutil.copytree(photos / "square", photos.parent / "held-out" / "square", dirs_exist_ok=True)
     out = train(**flags)
@@ -70,6 +71,7 @@ def test_classes_from_training_to_the_saved_pipeline(train, photos, capsys):
     assert grid.height / grid.width == pytest.approx(3 / 2, rel=0.05)  # a row a class, two columns
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["validation_loss"] > 0 for row in rows if "validation_loss" in row] == [True]
+    assert [row["kid_n"] for row in rows if "kid" in row] == [4]
 
     pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -88,6 +90,8 @@ def test_classes_from_training_to_the_saved_pipeline(train, photos, capsys):
     same_training_state(out / f"checkpoint-{STEPS}", before / f"checkpoint-{STEPS}")
     same_weights(out / UNET, before / UNET)
     assert losses(out) == losses(before)
+    kids = [[json.loads(line).get("kid") for line in (folder / "metrics.jsonl").open()] for folder in (out, before)]
+    assert kids[0] == kids[1]
 
 
 def test_labels_go_into_the_loss(train, monkeypatch):
@@ -148,11 +152,8 @@ def test_a_pipeline_is_the_start_of_another(train, capsys):
     train("vectors", condition="vector", pretrained_model_name_or_path=classes, resolution=24, **flags)
     assert f"started from {classes}: " in (told := capsys.readouterr().out) and "vectors added at zero" in told
     sys.argv[0] = "train_unconditional.py"
-    sys.argv[1:] = [word for word in sys.argv[1:]]
-    place = sys.argv.index("--condition")
-    del sys.argv[place : place + 2]
-    place = sys.argv.index("--conditioning_dropout")
-    del sys.argv[place : place + 2]
+    for flag in ("--condition", "--conditioning_dropout"):
+        del sys.argv[sys.argv.index(flag) : sys.argv.index(flag) + 2]
     sys.argv += ["--overwrite_output_dir"]
     train_unconditional.main()
     assert f"started from {classes}: " in capsys.readouterr().out
