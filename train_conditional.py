@@ -55,6 +55,7 @@ def train(options: Options) -> None:
     from trainkit.data.augment_draws import LABELS
     from trainkit.data.cache import open_or_prepare
     from trainkit.data.class_order import balanced_order
+    from trainkit.data.statistics import vector_statistics
     from trainkit.diffusion.augmentation_input import add_augmentation_input, augmented
     from trainkit.diffusion.conditioning import add_vector_embedding, check_condition, open_condition
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
@@ -79,7 +80,7 @@ def train(options: Options) -> None:
     accelerator = start_accelerator(options)
     unet = build_unet(options, images.height, images.width, images.channels, **condition.unet_config)
     if options.condition == "vector":
-        add_vector_embedding(unet, images)
+        add_vector_embedding(unet, *vector_statistics(images, options))
     if options.pretrained_model_name_or_path is not None:
         accelerator.print(load_pretrained(unet, options.pretrained_model_name_or_path, condition.names))
     if options.augmentation_conditioning:

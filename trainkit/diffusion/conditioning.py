@@ -10,8 +10,6 @@ classifier-free guidance needs (Ho & Salimans 2022). Every kind has the members 
 B batch, K classes, D numbers of a vector.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from diffusers import UNet2DModel
@@ -162,31 +160,13 @@ class VectorCondition:
         return self.of_images(sample_indices(np.arange(count), len(self.images), seed)), None
 
 
-def add_vector_embedding(unet: UNet2DModel, images: PreparedImages) -> None:
-    """Put into `unet` (of class_embed_type "identity") an embedding of vectors like those of `images`, in place.
+def add_vector_embedding(unet: UNet2DModel, mean: np.ndarray, std: np.ndarray) -> None:
+    """Put into `unet` (of class_embed_type "identity") an embedding of vectors with these statistics (D,), in place.
 
     It lies where the UNet embeds classes, so that it is trained, averaged and checkpointed as every other weight is.
     """
-    embedding = VectorEmbedding(images.vector_length, unet.time_embedding.linear_2.out_features)
-    mean, std = mean_and_std(images.column("vector"))
+    embedding = VectorEmbedding(
+        vector_length=len(mean), embedding_dim=unet.time_embedding.linear_2.out_features
+    )  # named: diffusers takes what is not for a default, which its `from_config` leaves out
     embedding.set_statistics(torch.from_numpy(mean), torch.from_numpy(std))
     unet.class_embedding = embedding
-
-
-def mean_and_std(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) float32 over the rows of all `batches` (n, D), in one pass.
-
-    Sums of squares are about each batch's own mean (Chan et al. 1979), so that large means cost no digits. A number
-    that is the same everywhere gets a deviation of 1.
-    """
-    count, mean, squares = 0, 0.0, 0.0
-    for batch in batches:
-        rows = batch.astype(np.float64)
-        own_mean, total = rows.mean(0), count + len(rows)
-        shift = own_mean - mean
-        mean = mean + shift * (len(rows) / total)
-        squares = squares + ((rows - own_mean) ** 2).sum(0) + shift**2 * (count * len(rows) / total)
-        count = total
-    std = np.sqrt(squares / count)
-    std[std <= 1e-7 * np.abs(mean)] = 1.0
-    return mean.astype(np.float32), std.astype(np.float32)

@@ -6,14 +6,17 @@ one, a projection of vectors at zero.
 K classes, D numbers of the time embedding.
 """
 
-import diffusers
+from pathlib import Path
+
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 from trainkit.diffusion.unet import find_unet
 from trainkit.errors import UserError
 
+UNET_CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 FLAG = "--pretrained_model_name_or_path"
 TABLE, NULL_VECTOR = "class_embedding.weight", "class_embedding.null_embedding"
 MEAN, SHIFT = "class_embedding.mean", "time_embedding.linear_2.bias"
@@ -28,7 +31,7 @@ def check_pretrained(options) -> None:
         return
     find_unet(name, FLAG)
     try:
-        trained_for = SchedulerMixin.load_config(name, subfolder="scheduler").get("prediction_type")
+        trained_for = DDPMScheduler.load_config(name, subfolder="scheduler").get("prediction_type")
     except (OSError, ValueError):
         return  # older pipelines keep it elsewhere
     if trained_for not in (None, options.prediction_type):
@@ -46,18 +49,18 @@ def load_pretrained(unet: torch.nn.Module, name: str, class_names: list[str] | N
     """
     config, subfolder = find_unet(name, FLAG)
     try:
-        model_class = getattr(diffusers, config.get("_class_name", "UNet2DModel"))
+        model_class = UNET_CLASSES[config.get("_class_name", "UNet2DModel")]
         old = model_class.from_pretrained(name, subfolder=subfolder).state_dict()
         if config.get("class_embed_type") == "identity":
             old |= {f"class_embedding.{key}": value for key, value in _embedding_weights(name).items()}
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{FLAG} {name}: its UNet cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     new = unet.state_dict()
     _check_vectors(old, new, name)
     fitting, notes = _as_they_are(old, new), []
-    if not fitting:
+    if SHIFT not in fitting:  # the width that everything else follows
         raise UserError(
-            f"{FLAG} {name}: none of its weights fit this UNet; leave --model_config_name_or_path out, to take its own"
+            f"{FLAG} {name}: its weights do not fit this UNet; leave --model_config_name_or_path out, to take its own"
         )
     state = new | fitting
     notes += _adapt_channels(old, state)
@@ -77,36 +80,37 @@ def _as_they_are(old: dict, new: dict) -> dict:
 def _adapt_channels(old: dict, state: dict) -> list[str]:
     """The channels that both have, and zeros in the others."""
     changed = [key for key in CHANNELS if key in old and old[key].shape != state[key].shape]
+    width = "conv_norm_out.weight"  # the UNet's own, at both of its ends
+    if not changed or old[width].shape != state[width].shape:
+        return []
     for key in changed:
         both = tuple(slice(min(sizes)) for sizes in zip(old[key].shape, state[key].shape, strict=True))
         state[key] = torch.zeros_like(state[key])
         state[key][both] = old[key][both]
-    if not changed:
-        return []
     counts = [weights["conv_in.weight"].shape[1] for weights in (old, state)]
     return [f"image channels {counts[0]} -> {counts[1]}" + (", new ones zero" if counts[1] > counts[0] else "")]
 
 
 def _adapt_condition(old: dict, state: dict, old_names: list[str] | None, names: list[str] | None) -> list[str]:
-    had_table, has_table = old.get(TABLE), state.get(TABLE)
-    has_vectors = any(key.startswith("class_embedding.") for key in state) and has_table is None
-    had_vectors = any(key.startswith("class_embedding.") for key in old) and had_table is None
+    """Where the conditions differ, the null one of the old model is what the new one starts from."""
+    had_table, has_table, null_vector = old.get(TABLE), state.get(TABLE), old.get(NULL_VECTOR)
+    has_vectors = NULL_VECTOR in state
     notes = []
     if has_table is not None and had_table is not None:
         rows, known = _rows(had_table, len(has_table), old_names, names)
         state[TABLE] = had_table[rows]
-        notes.append(f"{known} of {len(has_table) - 1} classes found by name, the others start as its null one")
+        notes.append(f"{known} of {len(has_table) - 1} classes as they were, the others as its null one")
     elif has_table is not None:
         state[TABLE] = torch.zeros_like(has_table)
         notes.append(f"{len(has_table) - 1} classes added at zero")
-    elif has_vectors and not had_vectors:
+    elif has_vectors and null_vector is None:
         notes.append("vectors added at zero")
-    dropped = old.get(NULL_VECTOR) if not has_vectors else None
-    if had_table is not None and has_table is None:
-        dropped = had_table[-1]
+    dropped = had_table[-1] if had_table is not None and has_table is None else None
+    if null_vector is not None and not has_vectors:
+        dropped = null_vector
     if dropped is not None:
         state[SHIFT] = state[SHIFT] + dropped
-        notes.append("of its own condition the null one is kept, within the time embedding")
+        notes.append("of its own condition the null one is kept, in the time embedding")
     return notes
 
 
@@ -132,10 +136,6 @@ def _check_vectors(old: dict, new: dict, name: str) -> None:
 
 def _embedding_weights(name: str) -> dict[str, torch.Tensor]:
     """The weights of the component that embeds vectors; nothing of its code is run."""
-    from pathlib import Path
-
-    from huggingface_hub import hf_hub_download
-
     if Path(name).is_dir():
         return load_file(Path(name) / EMBEDDING / WEIGHTS)
     return load_file(hf_hub_download(name, f"{EMBEDDING}/{WEIGHTS}"))
