@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from trainkit.config import option
 from trainkit.errors import run_script
-from trainkit.options import TextOptions
+from trainkit.options import LatentOptions, TextOptions
 from trainkit.training.start import TrainingOptions, parse_training_options
 
 
@@ -46,24 +46,25 @@ class ConditioningOptions:
 
 
 @dataclass
-class Options(ConditioningOptions, TextOptions, TrainingOptions):
+class Options(ConditioningOptions, TextOptions, LatentOptions, TrainingOptions):
     """Everything train_conditional.py can be told."""
 
 
 def train(options: Options) -> None:
     # Imported late, so that --help answers at once.
     from trainkit.data.augment_draws import LABELS
-    from trainkit.data.cache import open_or_prepare
+    from trainkit.data.cache import cache_root, open_or_prepare
     from trainkit.data.class_order import balanced_order
     from trainkit.data.statistics import vector_statistics
     from trainkit.diffusion.augmentation_input import add_augmentation_input, augmented
     from trainkit.diffusion.conditioning import add_vector_embedding, check_condition, open_condition
+    from trainkit.diffusion.latents import check_latent_options, open_latents, without_clipping
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.pretrained import load_pretrained
     from trainkit.diffusion.unet import build_unet
     from trainkit.hub import create_repository
-    from trainkit.training.launch import set_cpu_threads
+    from trainkit.training.launch import make_deterministic, set_cpu_threads
     from trainkit.training.run import Run
     from trainkit.training.score import SampleScore
     from trainkit.training.start import check_before_preparation, start_accelerator
@@ -71,12 +72,18 @@ def train(options: Options) -> None:
 
     check_condition(options)
     check_before_preparation(options)
+    check_latent_options(options)
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
     set_cpu_threads(options.cpu_threads)
+    if options.deterministic:
+        make_deterministic()
     condition = open_condition(options, images)  # encodes captions, once
     held_out = open_validation_images(options, images)
     held_out_condition = None if held_out is None else condition.of(held_out)
     order = balanced_order(images, options)
+    if options.vae_name_or_path is not None:
+        images = open_latents(options, images, cache_root(options), options.random_flip)
+        held_out = None if held_out is None else open_latents(options, held_out, cache_root(options), False)
     accelerator = start_accelerator(options)
     unet = build_unet(options, images.height, images.width, images.channels, **condition.unet_config)
     if options.condition == "vector":
@@ -86,6 +93,8 @@ def train(options: Options) -> None:
     if options.augmentation_conditioning:
         add_augmentation_input(unet, LABELS)
     noise_scheduler = build_noise_scheduler(options)
+    if options.vae_name_or_path is not None:
+        without_clipping(noise_scheduler)
     run = Run(options, accelerator, unet, images, condition, order)
     repo_id = create_repository(options) if options.push_to_hub and accelerator.is_main_process else None
 
@@ -141,8 +150,13 @@ def samples(run, unet, noise_scheduler, conditions, guidance_scale: float):
         num_inference_steps=options.ddpm_num_inference_steps,
         batch_size=options.eval_batch_size,
         guidance_scale=guidance_scale,
-        components=run.condition.components,
+        components=components(run),
     )
+
+
+def components(run) -> dict:
+    """What the pipeline has beside UNet and scheduler: what its condition needs, and what decodes latents."""
+    return run.condition.components | getattr(run.images, "components", {})
 
 
 def preview(run, noise_scheduler) -> None:
@@ -161,7 +175,8 @@ def save(run, noise_scheduler, repo_id: str | None) -> None:
     from trainkit.hub import conditional_model_card, push_pipeline
     from trainkit.sampling.conditional import CONDITIONAL_PIPELINE_FILES, save_conditional_pipeline
 
-    options, images, condition = run.options, run.images, run.condition
+    options, condition = run.options, run.condition
+    images = getattr(run.images, "images", run.images)  # of pixels, also where it trains on latents
     with run.averaged_weights() as unet:
         if run.accelerator.is_main_process:
             card = conditional_model_card(
@@ -170,7 +185,7 @@ def save(run, noise_scheduler, repo_id: str | None) -> None:
             id2label = None if condition.names is None else dict(enumerate(condition.names))
             with run.writing("the pipeline"):
                 save_conditional_pipeline(
-                    run.output_dir, unet, noise_scheduler, card, id2label=id2label, **condition.components
+                    run.output_dir, unet, noise_scheduler, card, id2label=id2label, **components(run)
                 )
                 if repo_id is not None:
                     push_pipeline(run.output_dir, repo_id, options.hub_token, CONDITIONAL_PIPELINE_FILES, run.step)

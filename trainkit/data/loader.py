@@ -24,10 +24,13 @@ from trainkit.data.dataset import PreparedImages
 from trainkit.data.order import Purpose, SampleOrder, normal_draws, uniform_draws
 
 
-def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
-    """Float32 images (B, C, H, W) in [-1, 1] from `pixels` (B, H, W, C) as stored, of `bit_depth` bits."""
+def to_model_range(pixels: torch.Tensor, bit_depth: int | None) -> torch.Tensor:
+    """Float32 images (B, C, H, W) in [-1, 1] from `pixels` (B, H, W, C) as stored, of `bit_depth` bits.
+
+    With None they are as the model takes them: latents.
+    """
     images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return images.div_((2**bit_depth - 1) / 2).sub_(1)
+    return images if bit_depth is None else images.div_((2**bit_depth - 1) / 2).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -139,11 +142,15 @@ class BatchLoader:
         crops = None
         if not self.images.fixed_size:
             crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
-        pixels = self.images.gather(indices, crops)
-        if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
-            pixels = pixels.astype(np.int32)
         shape = (self.images.channels, self.images.height, self.images.width)
         flip, augmentation = uniforms(Purpose.FLIP) < 0.5 if self.random_flip else None, None
+        if self.images.bit_depth is None:  # latents: drawn anew, and of the mirror image where it is flipped
+            noise = normal_draws(self.seed, step, rows, shape, Purpose.LATENT)
+            pixels, flip = self.images.sample(indices, flip, noise), None
+        else:
+            pixels = self.images.gather(indices, crops)
+        if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
+            pixels = pixels.astype(np.int32)
         if self.augmentation is not None:
             augmentation = draw_parameters(
                 self.augmentation, self.seed, step, total, here, shape[1:], pixels.shape[1:3], flip

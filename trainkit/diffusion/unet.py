@@ -29,9 +29,10 @@ def build_unet(options, height: int, width: int, channels: int, **condition) -> 
     name = options.model_config_name_or_path
     config = _config(options)
     if name is not None and config.get("in_channels", 3) != channels:
+        giver = "--vae_name_or_path" if _takes_latents(options) else f"--image_mode {options.image_mode}"
         raise UserError(
-            f"--model_config_name_or_path {name} has in_channels {config.get('in_channels', 3)}, but --image_mode "
-            f"{options.image_mode} gives {channels}: change one of the two"
+            f"--model_config_name_or_path {name} has in_channels {config.get('in_channels', 3)}, but {giver} gives "
+            f"{channels}: change one of the two"
         )
     config |= {"sample_size": height if height == width else (height, width)}
     config |= {"in_channels": channels, "out_channels": channels}
@@ -57,9 +58,18 @@ def build_unet(options, height: int, width: int, channels: int, **condition) -> 
 
 def check_unet_options(options) -> None:
     """Refuse a config that cannot be read, or a `--resolution` that its UNet cannot halve, while it costs nothing."""
-    config = _config(options)
-    if options.resolution is not None:
-        check_resolution(*parse_resolution(options.resolution), len(config["block_out_channels"]) - 1)
+    times = unet_halvings(options)
+    if options.resolution is not None and not _takes_latents(options):
+        check_resolution(*parse_resolution(options.resolution), times)
+
+
+def unet_halvings(options) -> int:
+    """How often the UNet that the options describe halves its input. Raises `UserError` where it cannot be read."""
+    return len(_config(options)["block_out_channels"]) - 1
+
+
+def _takes_latents(options) -> bool:
+    return getattr(options, "vae_name_or_path", None) is not None
 
 
 def _config(options) -> dict:

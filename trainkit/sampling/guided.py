@@ -36,8 +36,11 @@ def samples_of_conditions(
     scheduler = scheduler_bundle(noise_scheduler)[DEFAULT_SCHEDULER]
     check_steps(scheduler, num_inference_steps)
     rank, world, count = accelerator.process_index, accelerator.num_processes, len(conditions)
-    height, width = image_size(unet)
-    share = torch.zeros(-(-count // world), height, width, unet.config.in_channels, dtype=torch.uint8)
+    height, width, channels = *image_size(unet), unet.config.in_channels
+    if vae := components.get("vae"):
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        height, width, channels = height * factor, width * factor, vae.config.out_channels
+    share = torch.zeros(-(-count // world), height, width, channels, dtype=torch.uint8)
     rows = range(rank, count, world)
     with stock_unet(unet) as embedding, accelerator.autocast():
         for module in modules:
