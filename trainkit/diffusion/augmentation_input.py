@@ -50,5 +50,5 @@ def without_augmentation_input(unet: torch.nn.Module) -> Iterator[None]:
 
 def _pass_condition(embedding: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if embedding.augmentation is not None:
-        kwargs = kwargs | {"condition": embedding.augmentation}
+        args, kwargs = args[:1], kwargs | {"condition": embedding.augmentation}  # UNet2DConditionModel gives a None
     return args, kwargs
