@@ -28,7 +28,7 @@ def train(options: Options) -> None:
     # Imported late, so that --help answers at once.
     from trainkit.data.augment_draws import LABELS
     from trainkit.data.cache import open_or_prepare
-    from trainkit.diffusion.augmentation_input import add_augmentation_input, augmented
+    from trainkit.diffusion.augmentation_input import add_augmentation_input
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.pretrained import load_pretrained
@@ -54,8 +54,8 @@ def train(options: Options) -> None:
 
     def losses(model, batch, timesteps):  # one an image, of training and of validation alike
         noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)  # float32
-        with augmented(model, batch.augmentation):
-            prediction = model(noisy_images, timesteps).sample  # under autocast
+        told = {} if batch.augmentation is None else {"augmentation": batch.augmentation}
+        prediction = model(noisy_images, timesteps, **told).sample  # under autocast
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, options.snr_gamma)
 
     validation = None if held_out is None else HeldOutLoss(run, held_out, losses, options.ddpm_num_steps)
