@@ -73,7 +73,7 @@ def stroke_width(image: np.ndarray) -> float:
     """Pixels: a long line of width w has area w L and perimeter 2 L, and so w = 2 area / perimeter.
 
     Area is the sum of the grey levels, perimeter their total variation (the coarea formula): an edge that is spread
-    over several pixels counts as the same edge.
+    over several pixels counts as the same edge. Below 2 pixels, where both edges share one, it reads too much.
     """
     padded = np.pad(image, 1)
     down, right = np.diff(padded, axis=0), np.diff(padded, axis=1)

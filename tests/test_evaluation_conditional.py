@@ -219,7 +219,7 @@ def test_mistakes_are_told_before_anything_is_trained(real, tmp_path, monkeypatc
         (flat / file.name).write_bytes(file.read_bytes())
         (single / ("across" if number else "down") / file.name).write_bytes(file.read_bytes())
     common = {"generated": samples, "reference": real, "cache_dir": tmp_path / "cache"}
-    with pytest.raises(UserError, match="which class each image of --generated .* metadata.jsonl .* leave the flag out"):
+    with pytest.raises(UserError, match="which class each image of --generated .*metadata.jsonl.*leave the flag"):
         evaluate(monkeypatch, **common, classifier_data_dir=real)
     (tmp_path / "metadata.jsonl").rename(samples / "metadata.jsonl")
     with pytest.raises(UserError, match="--classifier_data_dir .* has no class zigzag.*across, down, plain"):
@@ -247,17 +247,17 @@ def drawn_stroke(shape, size=40, fine=8):
     return inside.reshape(size, fine, size, fine).mean(axis=(1, 3))
 
 
-@pytest.mark.parametrize("width", [1.5, 2.5, 4.0])
+@pytest.mark.parametrize("width", [2.5, 4.0, 6.0])
 def test_stroke_width_of_rings_and_bars_has_a_closed_form(width):
     ring = drawn_stroke(lambda x, y: abs(np.hypot(x, y) - 12) < width / 2)
-    assert measure_digits.stroke_width(ring) == pytest.approx(width, rel=0.06)
+    assert measure_digits.stroke_width(ring) == pytest.approx(width, rel=0.02)
     length = 30
     for degrees in (0, 30, 45):  # of a bar the ends count too: 2 w L / (2 L + 2 w)
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         bar = drawn_stroke(
             lambda x, y, cos=cos, sin=sin: (abs(x * cos - y * sin) < width / 2) & (abs(x * sin + y * cos) < length / 2)
         )
-        assert measure_digits.stroke_width(bar) == pytest.approx(width * length / (width + length), rel=0.08)
+        assert measure_digits.stroke_width(bar) == pytest.approx(width * length / (width + length), rel=0.06)
         assert measure_digits.stroke_width(bar / 2) == pytest.approx(measure_digits.stroke_width(bar))
 
 
