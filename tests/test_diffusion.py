@@ -8,6 +8,7 @@ from trainkit.diffusion.noise_schedule import build_noise_scheduler, signal_to_n
 from trainkit.diffusion.objective import denoising_errors, loss_weights, prediction_target
 from trainkit.diffusion.unet import build_unet, check_resolution
 from trainkit.errors import UserError
+from trainkit.options import ModelOptions
 
 IMAGES, NOISE = torch.rand(6, 3, 8, 8) * 2 - 1, torch.randn(6, 3, 8, 8)
 TIMESTEPS = torch.tensor([0, 10, 100, 300, 700, 990])
@@ -70,7 +71,7 @@ def test_resolution_the_unet_cannot_halve():
 
 
 def test_example_unet_has_the_examples_size():
-    options = SimpleNamespace(model_config_name_or_path=None, enable_xformers_memory_efficient_attention=False)
+    options = ModelOptions()
     with torch.device("meta"):
         unet = build_unet(options, 64, 64, 3)
     assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == 113.7
