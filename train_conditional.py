@@ -56,7 +56,7 @@ def train(options: Options) -> None:
     from trainkit.data.cache import cache_root, open_or_prepare
     from trainkit.data.class_order import balanced_order
     from trainkit.data.statistics import vector_statistics
-    from trainkit.diffusion.augmentation_input import add_augmentation_input, augmented
+    from trainkit.diffusion.augmentation_input import add_augmentation_input
     from trainkit.diffusion.conditioning import add_vector_embedding, check_condition, open_condition
     from trainkit.diffusion.latents import check_latent_options, open_latents, without_clipping
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
@@ -100,8 +100,8 @@ def train(options: Options) -> None:
 
     def losses(model, batch, timesteps):  # one an image, of training and of validation alike
         noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)  # float32
-        with augmented(model, batch.augmentation):
-            prediction = model(noisy_images, timesteps, **batch.condition).sample  # under autocast
+        told = batch.condition | ({} if batch.augmentation is None else {"augmentation": batch.augmentation})
+        prediction = model(noisy_images, timesteps, **told).sample  # under autocast
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, options.snr_gamma)
 
     def unguided_samples(unet, indices):  # guidance would trade the variety that the score looks for
