@@ -100,8 +100,8 @@ def train(options: Options) -> None:
 
     def losses(model, batch, timesteps):  # one an image, of training and of validation alike
         noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)  # float32
-        told = batch.condition | ({} if batch.augmentation is None else {"augmentation": batch.augmentation})
-        prediction = model(noisy_images, timesteps, **told).sample  # under autocast
+        told = {} if batch.augmentation is None else {"augmentation": batch.augmentation}
+        prediction = model(noisy_images, timesteps, **batch.condition, **told).sample  # under autocast
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, options.snr_gamma)
 
     def unguided_samples(unet, indices):  # guidance would trade the variety that the score looks for

@@ -1,4 +1,4 @@
-"""Save a conditional pipeline with the code it needs, and sample it over processes."""
+"""Save a conditional pipeline with the code it needs, and sample it."""
 
 # N images, B batch, H/W pixels, C channels
 
@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from pipelines.conditional import ConditionalPipeline
 from pipelines.vector_embedding import VectorEmbedding
-from trainkit.sampling.generate import gather_images, image_size, limited_batch_size, seeded_generators, to_uint8
+from trainkit.sampling.generate import image_size, limited_batch_size, seeded_generators, to_uint8
 from trainkit.sampling.pipeline import PIPELINE_FILES, replace_part
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, check_steps, save_bundle, scheduler_bundle
 
@@ -26,21 +25,18 @@ CONDITIONAL_PIPELINE_FILES = (
 
 
 @contextmanager
-def conditional_pipeline(
-    unet: UNet2DModel | UNet2DConditionModel, scheduler: SchedulerMixin, **parts
-) -> Iterator[ConditionalPipeline]:
-    """A ConditionalPipeline around `unet` as it is in training; `parts` are its other components and settings.
+def stock_unet(unet: UNet2DModel | UNet2DConditionModel) -> Iterator[VectorEmbedding | None]:
+    """Yield the VectorEmbedding that training put into `unet`, taken out for the while; None where there is none.
 
-    A VectorEmbedding in the place of `unet.class_embedding` is a component of its own for the while, so that `unet` is
-    what anybody loads: one whose class_labels are the embedding's output.
+    Inside, `unet` is what anybody loads: one whose class_labels are the embedding's output.
     """
     embedding = getattr(unet, "class_embedding", None)
     if not isinstance(embedding, VectorEmbedding):
-        yield ConditionalPipeline(unet=unet, scheduler=scheduler, **parts)
+        yield None
         return
     unet.class_embedding = nn.Identity()
     try:
-        yield ConditionalPipeline(unet=unet, scheduler=scheduler, **parts | {"vector_embedding": embedding})
+        yield embedding
     finally:
         unet.class_embedding = embedding
 
@@ -66,17 +62,17 @@ def save_conditional_pipeline(
     staging = folder / ".tmp-pipeline"
     shutil.rmtree(staging, ignore_errors=True)
     bundle = scheduler_bundle(noise_scheduler)
-    with conditional_pipeline(
-        unet,
-        bundle[DEFAULT_SCHEDULER],
-        vector_embedding=vector_embedding,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        vae=vae,
-        id2label=id2label,
-        prompt_length=prompt_length,
-    ) as pipeline:
-        pipeline.save_pretrained(staging)
+    with stock_unet(unet) as inside:
+        ConditionalPipeline(
+            unet=unet,
+            scheduler=bundle[DEFAULT_SCHEDULER],
+            vector_embedding=vector_embedding or inside,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            vae=vae,
+            id2label=id2label,
+            prompt_length=prompt_length,
+        ).save_pretrained(staging)
     save_bundle(staging, bundle)
     (staging / "README.md").write_text(card)
     for name in CONDITIONAL_PIPELINE_FILES:
@@ -115,27 +111,6 @@ def generate_conditional(
                 **guidance,
             ).images
             yield to_uint8(images)
-
-
-def generate_conditional_over_processes(
-    accelerator: Accelerator,
-    pipeline: ConditionalPipeline,
-    conditions: Sequence,
-    seed: int,
-    num_inference_steps: int,
-    batch_size: int,
-    **guidance,
-) -> np.ndarray:
-    """Images (N, H, W, C) uint8 of the N `conditions` and the seeds from `seed` on, on every rank.
-
-    `batch_size` is a process's. Call it on every rank.
-    """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    seeds = range(seed + rank, seed + len(conditions), world)
-    batch_size = min(batch_size, max(1, len(seeds)))
-    share = conditions[rank::world]
-    batches = generate_conditional(pipeline, share, seeds, num_inference_steps, batch_size, **guidance)
-    return gather_images(accelerator, batches, len(conditions), decoded_shape(pipeline))
 
 
 def decoded_shape(pipeline: ConditionalPipeline) -> tuple[int, int, int]:

@@ -24,18 +24,8 @@ HUB_FILES = [
     f"{WEIGHTS_STEM}*.safetensors*",
     "scheduler_config.json",
 ]
-CONDITIONAL_FILES = [
-    f"{component}/*.{suffix}"
-    for component in (
-        "vector_embedding",
-        "text_encoder",
-        "tokenizer",
-        "vae",
-        "guidance_unet",
-        "guidance_vector_embedding",
-    )
-    for suffix in ("json", "safetensors", "txt", "model")
-]
+COMPANIONS = ("vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet", "guidance_vector_embedding")
+CONDITIONAL_FILES = [f"{part}/*.{end}" for part in COMPANIONS for end in ("json", "safetensors", "txt", "model")]
 PICKLED = [f"unet/{WEIGHTS_STEM}.bin", f"{WEIGHTS_STEM}.bin"]
 
 
@@ -66,6 +56,8 @@ def load_unet(folder: Path) -> UNet2DModel:
         unet = UNet2DModel.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{FLAG} {folder}: the UNet cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if unet.class_embedding is not None:
+        raise UserError(f"{FLAG} {folder}: its unet takes a condition, but the pipeline names no class that gives one")
     channels, out_channels = unet.config.in_channels, unet.config.out_channels
     if channels not in (1, 3, 4) or channels != out_channels:
         raise UserError(
