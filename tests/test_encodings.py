@@ -158,6 +158,13 @@ def test_two_processes_share_the_units_and_make_each_once(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*rows.unit_names, "made"])
 
 
+def test_what_a_killed_process_left_is_swept_and_what_another_is_writing_is_not(tmp_path):
+    for name in (f"{unit_name(0)}.0.tmp", "encodings.json.0.tmp"):
+        (tmp_path / name).touch()
+    make_units(tmp_path, [unit_name(0)], lambda number: write_rows(tmp_path / unit_name(number), [[np.ones(1)]]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encodings.json.0.tmp", unit_name(0)]
+
+
 def test_rows_of_any_length_in_several_batches(tmp_path):
     written = [[np.arange(5) / 8, np.zeros(0)], [np.ones((2, 3)) / 3]]
     write_rows(tmp_path / unit_name(0), written)
