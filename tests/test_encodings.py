@@ -82,7 +82,7 @@ def test_captions_are_drawn_evenly_and_dropped_as_often_as_asked(images, tmp_pat
 
 
 def test_a_condition_depends_on_its_image_and_draw_alone(images, tmp_path):
-    condition = text.CaptionCondition(text.encode_captions(images, Encoder(), tmp_path, ""), dropout=0.3)
+    condition = text.TextCondition(images, Encoder(), tmp_path, "", dropout=0.3)
     rows, uniforms = np.arange(12), np.random.default_rng(0).random(12)
     whole = condition.inputs(rows, uniforms)
     halves = [condition.inputs(rows[part], uniforms[part]) for part in (slice(5), slice(5, 12))]
