@@ -5,6 +5,11 @@
 
 The reference is a folder of images or a prepared dataset. Beside each score stands the noise floor: what two random
 halves of the reference score against each other. Below 10,000 images read KID; FID is biased there.
+
+Samples of a conditional model (with the metadata.jsonl that sample.py writes) get scores a class, and how often they
+show what they were asked for: the class by a classifier trained on real images, the caption by what images look like.
+
+    python evaluate_samples.py --generated samples --reference photos --classifier_data_dir photos
 """
 
 import json
@@ -27,6 +32,13 @@ class Options:
     num_images: int | None = option(None, "images of each side at most, drawn at random by --seed; default: all")
     batch_size: int = option(64, "images through the feature extractor at once; does not change the scores")
     seed: int = option(0, "seed of the draws: --num_images, KID's subsets, the halves of the noise floor")
+    classifier_data_dir: str | None = option(
+        None, "real images with classes, or a prepared dataset: a classifier of them says what the samples show"
+    )
+    retrieval_captions: int = option(10, "captions among which a sample's own is to be found; chance is 1/this")
+    cache_dir: str | None = option(
+        None, "folder for trained classifiers; default: $TRAINKIT_CACHE, else ~/.cache/trainkit"
+    )
 
 
 def evaluate(options: Options) -> dict:
@@ -41,19 +53,24 @@ def evaluate(options: Options) -> dict:
     record = read_sampling_record(options.generated)
     sides = {
         "generated": open_images(options.generated, "--generated"),
-        "reference": open_images(options.reference, "--reference"),
+        "reference": open_images(options.reference, "--reference", skip_unreadable=True),
     }
     extractor = EfficientNetLite0()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    features = {}
+    features, scored = {}, {}
     for side, images in sides.items():
         count = min(len(images), options.num_images or len(images))
-        if count < (2 if side == "generated" else 4):
-            raise UserError(f"--{side}: {count} images are too few for a score; give at least 4")
-        chosen = np.sort(np.random.default_rng(options.seed).permutation(len(images))[:count])
-        batches = images.batches(chosen, options.batch_size, INPUT_SIZE)
-        steps = -(-count // options.batch_size)
+        _check_count(side, count)
+        scored[side] = np.sort(np.random.default_rng(options.seed).permutation(len(images))[:count])
+    accuracy = None
+    if options.classifier_data_dir is not None:
+        accuracy = judge_classes(options, sides["generated"], scored["generated"])
+    for side, images in sides.items():
+        batches = images.batches(scored[side], options.batch_size, INPUT_SIZE)
+        steps = -(-len(scored[side]) // options.batch_size)
         features[side] = extract_features(extractor, tqdm(batches, total=steps, desc=f"{side} features"), device)
+        scored[side] = [index for index in scored[side].tolist() if index not in images.unreadable]
+        _check_count(side, len(scored[side]))
 
     num_generated, num_reference = len(features["generated"]), len(features["reference"])
     floor, floor_size = noise_floor(features["reference"], num_generated, options.metrics, options.seed)
@@ -69,7 +86,63 @@ def evaluate(options: Options) -> dict:
         "reference": options.reference,
         "sampling": record or None,
         "seed": options.seed,
+        "unreadable_reference": {
+            str(sides["reference"].files[index]): why for index, why in sides["reference"].unreadable.items()
+        },
+        "accuracy": accuracy,
+        **compare_conditions(options, sides, scored, features),
     }
+
+
+def _check_count(side: str, count: int) -> None:
+    least = 2 if side == "generated" else 4
+    if count < least:
+        raise UserError(f"--{side}: {count} images are too few for a score; give at least {least} that can be read")
+
+
+def judge_classes(options: Options, images, indices) -> dict:
+    """How many of the samples `indices` show the class asked for, by a classifier of `--classifier_data_dir`."""
+    from trainkit.data.cache import cache_root
+    from trainkit.evaluation.classifier import classifier_of
+    from trainkit.evaluation.conditioning import check_asked_labels, label_accuracy
+    from trainkit.evaluation.conditions import read_shown
+    from trainkit.evaluation.images import open_images
+
+    flag = "--classifier_data_dir"
+    real = open_images(options.classifier_data_dir, flag, skip_unreadable=True)
+    asked, shown = read_shown(images, "--generated"), read_shown(real, flag)
+    labels = [asked.labels[index] for index in indices]
+    flag = f"{flag} {options.classifier_data_dir}"
+    check_asked_labels(labels, shown.label_names, options.generated, flag)
+    classifier = classifier_of(real, shown, flag, cache_root(options), options.seed)
+    found = label_accuracy(labels, classifier.predict(images, indices), classifier)
+    return found | {"trained_on": options.classifier_data_dir, "num_unreadable": len(real.unreadable)}
+
+
+def compare_conditions(options: Options, sides: dict, scored: dict, features: dict) -> dict:
+    """Scores a class, and captions found again, where both sides have classes or captions.
+
+    `sides`, `scored` and `features` hold for generated and reference the images, the numbers of those that have
+    features, and these.
+    """
+    from trainkit.evaluation.conditioning import caption_retrieval, scores_per_class
+    from trainkit.evaluation.conditions import read_shown
+
+    asked, found = read_shown(sides["generated"], "--generated"), {}
+    if not (asked.has_labels or asked.has_texts):
+        return found
+    shown = read_shown(sides["reference"], "--reference")
+
+    def of_both(name: str) -> tuple:
+        real, made = ([getattr(side, name)[index] for index in scored[key]] for key, side in both)
+        return features["reference"], real, features["generated"], made
+
+    both = (("reference", shown), ("generated", asked))
+    if asked.has_labels and shown.has_labels:
+        found["per_class"] = scores_per_class(*of_both("labels"), options.metrics, options.seed)
+    if asked.has_texts and shown.has_texts:
+        found["retrieval"] = caption_retrieval(*of_both("texts"), options.retrieval_captions, options.seed)
+    return found
 
 
 def print_scores(result: dict, metrics: list[str]) -> None:
@@ -86,6 +159,42 @@ def print_scores(result: dict, metrics: list[str]) -> None:
             f"{result['num_generated']} generated, {result['num_reference']} reference | {sampler} | "
             f"{result['feature_extractor']} | {result['note']}"
         )
+    for name, why in list(result["unreadable_reference"].items())[:10]:
+        print(f"--reference: {name} cannot be read ({why})")
+    if result["unreadable_reference"]:
+        print(f"--reference: left out {len(result['unreadable_reference'])} images that cannot be read")
+
+
+def print_conditioning(result: dict, metrics: list[str]) -> None:
+    """A line for each class and for each kind of condition, with the chance level and what the judge is worth."""
+    for label, of_class in list((result.get("per_class") or {}).items())[:20]:
+        told = ", ".join(
+            f"{name.upper()} {with_deviation(of_class['scores'], name)} "
+            f"(noise floor {with_deviation(of_class['noise_floor'], name)})"
+            for name in metrics
+        )
+        print(
+            f"class {label}: {told} | {of_class['num_generated']} generated, {of_class['num_reference']} reference | "
+            f"{of_class['note']}"
+        )
+    if accuracy := result.get("accuracy"):
+        print(
+            f"ACCURACY {with_interval(accuracy)} of {accuracy['n']} samples show the class asked for | chance "
+            f"{accuracy['chance']:.1%} | the classifier is right on {with_interval(accuracy['classifier'])} of "
+            f"{accuracy['classifier']['n']} real images of {accuracy['trained_on']} that it was not trained on | "
+            f"{accuracy['num_not_asked']} samples of no class left out"
+        )
+    if retrieval := result.get("retrieval"):
+        print(
+            f"RETRIEVAL {with_interval(retrieval)} of {retrieval['n']} samples are nearest to the real images of "
+            f"their caption, among {retrieval['num_captions']} captions | chance {retrieval['chance']:.1%} | "
+            f"{retrieval['num_not_judged']} samples whose caption no real image has left out"
+        )
+
+
+def with_interval(found: dict) -> str:
+    low, high = found["interval"]
+    return f"{found['share']:.1%} (95 % interval {low:.1%} to {high:.1%})"
 
 
 def with_deviation(values: dict[str, float], name: str) -> str:
@@ -98,12 +207,13 @@ def main() -> None:
     for name in ("generated", "reference"):
         if getattr(options, name) is None:
             raise UserError(f"--{name} is missing: give a folder of images")
-    for name in ("num_images", "batch_size"):
+    for name, least in (("num_images", 1), ("batch_size", 1), ("retrieval_captions", 2)):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
     result = evaluate(options)
     print_scores(result, options.metrics)
+    print_conditioning(result, options.metrics)
     if options.output_file is not None:
         file = Path(options.output_file)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,14 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trainkit.evaluation.classifier import FORMAT, fit, jitter, load_network, save_network, seeded_network  # noqa: E402
 
 # B batch; images are (B, 1, 28, 28) float32 in [0, 1], white on black; class 10 is "not a digit"
 NOT_A_DIGIT = 10
 SURE = 0.9
-EPOCHS, BATCH_SIZE, PEAK_LEARNING_RATE = 16, 128, 3e-3
 
 
 def main() -> None:
@@ -86,73 +87,29 @@ def load_digits(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 def trained_judge(digits: Path, weights_file: Path, seed: int) -> nn.Module:
     """The judge in eval mode: from `weights_file` where this very file trained it with this seed, else trained now."""
-    torch.manual_seed(seed)
-    judge = build_judge()
-    identity = hashlib.sha256(Path(__file__).read_bytes() + str((seed, digits.resolve())).encode()).hexdigest()
-    if weights_file.is_file():
-        with safe_open(weights_file, "pt") as stored:
-            known = (stored.metadata() or {}).get("identity") == identity
-        if known:
-            judge.load_state_dict(load_file(weights_file))
-            return judge.eval()
-    started = time.monotonic()
-    train(judge, *load_digits(digits, "train"), seed)
-    print(f"trained the judge in {time.monotonic() - started:.0f} s")
-    partial = weights_file.with_suffix(".partial")
-    save_file(judge.state_dict(), partial, metadata={"identity": identity})
-    partial.replace(weights_file)
+    judge = seeded_network(1, 11, seed)
+    told = str((FORMAT, seed, digits.resolve())).encode()
+    identity = hashlib.sha256(Path(__file__).read_bytes() + told).hexdigest()
+    if load_network(weights_file, judge, identity) is None:
+        started = time.monotonic()
+        train(judge, *load_digits(digits, "train"), seed)
+        print(f"trained the judge in {time.monotonic() - started:.0f} s")
+        save_network(weights_file, judge, {"identity": identity})
     return judge.eval()
 
 
-def build_judge() -> nn.Module:
-    """(B, 1, 28, 28) -> (B, 11) logits; 0.1 M parameters."""
-
-    def block(channels_in: int, channels_out: int, kernel: int, stride: int) -> list[nn.Module]:
-        conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
-        return [conv, nn.BatchNorm2d(channels_out), nn.ReLU()]
-
-    return nn.Sequential(
-        *block(1, 32, 5, 2), *block(32, 48, 3, 1), *block(48, 64, 3, 2), *block(64, 64, 3, 1),
-        nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 7 * 7, 11),
-    )  # fmt: skip
-
-
 def train(judge: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
-    """Cross-entropy on jittered digits and, half as many again, garbage made of them; one-cycle AdamW."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01)
-    steps = EPOCHS * (len(images) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps)
+    """On jittered digits and, half as many again, garbage made of them."""
+
+    def batch_of(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        digits = jitter(images[rows], generator)
+        garbage = make_garbage(digits, labels[rows], generator)
+        targets = torch.cat([labels[rows], torch.full((len(garbage),), NOT_A_DIGIT)])
+        return torch.cat([digits, garbage]), targets
+
     class_weights = torch.ones(11)
-    class_weights[NOT_A_DIGIT] = (
-        0.15  # rather garbage let through than real digits refused: halves of two can make one
-    )
-    judge.train()
-    for _ in range(EPOCHS):
-        order = torch.randperm(len(images), generator=generator)
-        for rows in order[: len(order) // BATCH_SIZE * BATCH_SIZE].view(-1, BATCH_SIZE):
-            digits = jitter(images[rows], generator)
-            garbage = make_garbage(digits, labels[rows], generator)
-            targets = torch.cat([labels[rows], torch.full((len(garbage),), NOT_A_DIGIT)])
-            loss = F.cross_entropy(judge(torch.cat([digits, garbage])), targets, weight=class_weights)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-
-
-def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn by up to 10 degrees, scale by up to 10 %, shift by up to 2 pixels, add noise all can be read in."""
-    turn, scale, *shift = (torch.rand(4, len(images), generator=generator) * 2 - 1) * torch.tensor(
-        [[0.17], [0.1], [2 / 14], [2 / 14]]
-    )
-    cos, sin = turn.cos() * (1 + scale), turn.sin() * (1 + scale)
-    theta = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)
-    moved = F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), align_corners=False)
-    noise = (
-        torch.randn(images.shape, generator=generator) * 0.12 * torch.rand(len(images), 1, 1, 1, generator=generator)
-    )
-    return (moved + noise).clamp(0, 1)
+    class_weights[NOT_A_DIGIT] = 0.15  # rather garbage let through than real digits refused: halves of two can be one
+    fit(judge, len(images), batch_of, seed, class_weights)
 
 
 def make_garbage(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:

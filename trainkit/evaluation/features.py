@@ -52,7 +52,8 @@ class EfficientNetLite0(nn.Module):
 def extract_features(
     extractor: EfficientNetLite0, batches: Iterable[np.ndarray], device: torch.device
 ) -> torch.Tensor:
-    """Features (N, 1280) float32 on the CPU of `batches` of (B, S, S, 3) uint8."""
+    """Features (N, 1280) float32 on the CPU of `batches` of (B, S, S, 3) uint8; there may be none."""
     extractor.to(device)
-    features = [extractor(torch.from_numpy(batch).permute(0, 3, 1, 2).to(device)).cpu() for batch in batches]
+    features = [torch.empty(0, extractor.num_features)]
+    features += [extractor(torch.from_numpy(batch).permute(0, 3, 1, 2).to(device)).cpu() for batch in batches]
     return torch.cat(features)

@@ -14,16 +14,20 @@ from PIL import Image, ImageOps
 from trainkit.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+NOT_READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 PREPARATION_NAME, RECORD_NAME = "preparation.json", "sampling.json"
 
 
 class ImageFolder:
     """The images in a folder and all folders below it, in the order of their names.
 
-    In an output folder of sample.py these are its numbered samples alone.
+    In an output folder of sample.py these are its numbered samples alone. One that cannot be read is a `UserError`, or
+    with `skip_unreadable` left out of the batches and noted in `unreadable`: its number and why.
     """
 
-    def __init__(self, folder: Path, flag: str):
+    def __init__(self, folder: Path, flag: str, skip_unreadable: bool = False):
+        self.folder, self.flag, self.skip_unreadable = folder, flag, skip_unreadable
+        self.unreadable: dict[int, str] = {}
         files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
         if (folder / RECORD_NAME).is_file():
             files = [path for path in files if path.parent == folder and re.fullmatch(r"\d{6,}", path.stem)]
@@ -34,12 +38,37 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def side(self) -> int:
+        """The longer side in pixels of the first image that can be read."""
+        for file in self.files:
+            try:
+                with Image.open(file) as image:
+                    return max(image.size)
+            except NOT_READABLE:
+                continue
+        raise UserError(f"{self.flag} {self.folder} holds no image that can be read")
+
     def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
         """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
         with ThreadPoolExecutor(4) as pool:
             for start in range(0, len(indices), batch_size):
-                files = [self.files[index] for index in indices[start : start + batch_size]]
-                yield np.stack(list(pool.map(lambda file: _read(file, side), files)))
+                found = pool.map(lambda index: self._read(int(index), side), indices[start : start + batch_size])
+                images = [image for image in found if image is not None]
+                if images:
+                    yield np.stack(images)
+
+    def _read(self, index: int, side: int) -> np.ndarray | None:
+        file = self.files[index]
+        try:
+            with Image.open(file) as image:
+                return _resized(ImageOps.exif_transpose(image), side)
+        except NOT_READABLE as error:
+            reason = " ".join(str(error).split()).replace(repr(str(file)), "it")
+            if not self.skip_unreadable:
+                raise UserError(f"{self.flag}: {file} cannot be read ({reason}); remove or replace it") from None
+            self.unreadable[index] = reason
+            return None
 
 
 class PreparedFolder:
@@ -49,6 +78,8 @@ class PreparedFolder:
         from trainkit.data.dataset import PreparedImages
 
         self.images = PreparedImages(folder)
+        self.unreadable: dict[int, str] = {}  # preparation has left those out
+        self.side = max(self.images.stored_height, self.images.stored_width)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,12 +109,14 @@ class ImageArray:
             yield np.stack([_resized(_from_array(image), side) for image in chosen])
 
 
-def open_images(path: str, flag: str) -> ImageFolder | PreparedFolder:
-    """The images under `path`: a prepared dataset where it holds preparation.json, else an image folder."""
+def open_images(path: str, flag: str, skip_unreadable: bool = False) -> ImageFolder | PreparedFolder:
+    """The images under `path`: a prepared dataset where it holds preparation.json, else an `ImageFolder`."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{flag} {path} is no folder; give a folder of images or a prepared dataset")
-    return PreparedFolder(folder) if (folder / PREPARATION_NAME).is_file() else ImageFolder(folder, flag)
+    if (folder / PREPARATION_NAME).is_file():
+        return PreparedFolder(folder)
+    return ImageFolder(folder, flag, skip_unreadable)
 
 
 def read_sampling_record(path: str) -> dict:
@@ -104,14 +137,6 @@ def read_sampling_record(path: str) -> dict:
             f"--generated {path}: its {record.get('num_images')} samples are not complete; run sample.py again"
         )
     return record
-
-
-def _read(file: Path, side: int) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            return _resized(ImageOps.exif_transpose(image), side)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read ({error}); remove or replace it") from None
 
 
 def _from_array(image: np.ndarray) -> Image.Image:
