@@ -219,7 +219,7 @@ def test_mistakes_are_told_before_anything_is_trained(real, tmp_path, monkeypatc
         (flat / file.name).write_bytes(file.read_bytes())
         (single / ("across" if number else "down") / file.name).write_bytes(file.read_bytes())
     common = {"generated": samples, "reference": real, "cache_dir": tmp_path / "cache"}
-    with pytest.raises(UserError, match="which class each image of --generated .* metadata.jsonl .* leave the flag out"):
+    with pytest.raises(UserError, match="which class each image of --generated .* leave the flag out"):
         evaluate(monkeypatch, **common, classifier_data_dir=real)
     (tmp_path / "metadata.jsonl").rename(samples / "metadata.jsonl")
     with pytest.raises(UserError, match="--classifier_data_dir .* has no class zigzag.*across, down, plain"):
