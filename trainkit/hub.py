@@ -40,7 +40,8 @@ pipeline.scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="schedule
 {settings}
 """
 SHOWN = (
-    "prediction_type", "ddpm_beta_schedule", "ddpm_num_steps", "snr_gamma", "optimizer", "learning_rate",
+    "prediction_type", "ddpm_beta_schedule", "noise_shift", "rescale_betas_zero_snr", "ddpm_num_steps",
+    "loss_weighting", "snr_gamma", "timestep_sampling", "optimizer", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "use_ema", "ema_max_decay", "random_flip", "mixed_precision", "seed",
 )  # fmt: skip
 

@@ -5,10 +5,10 @@ Good for watching one run and for comparing runs of one data set; it is no publi
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.order import sample_indices
+from trainkit.diffusion.noise_schedule import NoiseScheduler
 from trainkit.errors import UserError
 from trainkit.evaluation.features import INPUT_SIZE, EfficientNetLite0, extract_features
 from trainkit.evaluation.images import ImageArray, PreparedFolder
@@ -40,7 +40,7 @@ class SampleScore:
     it, on every rank.
     """
 
-    def __init__(self, run, held_out: PreparedImages | None, noise_scheduler: DDPMScheduler):
+    def __init__(self, run, held_out: PreparedImages | None, noise_scheduler: NoiseScheduler):
         self.run, options = run, run.options
         self.scheduler = scheduler_bundle(noise_scheduler)[DEFAULT_SCHEDULER]
         images, self.reference_name = (run.images, "training") if held_out is None else (held_out, "validation")
