@@ -128,7 +128,6 @@ def test_samples_follow_the_data(saved_bundles, schedule, prediction, name):
     pixels = draw(ExactUNet(noise_scheduler, best_pixels, (1, 8, 8)), bundle[name], 64, STEPS[name])
     images = draw(ExactUNet(noise_scheduler, best_images, IMAGE_SHAPE), bundle[name], 400, STEPS[name])
     shares_off, deviation = modes_of_images(images)
-    print(f"MEAS {name} {distance_of_pixels(pixels):.3f} {shares_off:.3f} {deviation:.3f}")
     # measured over all combinations: pixels 0.010 to 0.035, shares 0.015 to 0.053, deviation 0.058 to 0.116
     assert distance_of_pixels(pixels) < 0.05
     assert shares_off < 0.1
@@ -137,18 +136,17 @@ def test_samples_follow_the_data(saved_bundles, schedule, prediction, name):
         assert 0.085 < deviation < 0.125  # neither smoothed nor noisy
 
 
-# Of what `--help` offers beyond the above: the ends of a schedule moved, and flow matching.
+# Of what `--help` offers beyond the above: schedules that were moved, and flow matching.
 MOVED = [
     {"prediction_type": prediction, "ddpm_beta_schedule": schedule, **moved}
-    for schedule in SCHEDULES
-    for prediction, moved in (
-        ("v_prediction", {"rescale_betas_zero_snr": True}),
-        ("sample", {"rescale_betas_zero_snr": True, "noise_shift": 2.0}),
-        ("epsilon", {"noise_shift": 0.5}),
-        ("v_prediction", {"noise_shift": 4.0}),
+    for schedule, prediction, moved in (
+        ("linear", "sample", {"rescale_betas_zero_snr": True, "noise_shift": 2.0}),
+        ("scaled_linear", "v_prediction", {"rescale_betas_zero_snr": True}),
+        ("squaredcos_cap_v2", "epsilon", {"noise_shift": 0.5}),
+        ("sigmoid", "v_prediction", {"noise_shift": 4.0}),
     )
 ]
-FLOWS = [{"prediction_type": "flow_prediction", "noise_shift": shift} for shift in (0.5, 1.0, 2.0, 4.0)]
+FLOWS = [{"prediction_type": "flow_prediction", "noise_shift": shift} for shift in (1.0, 4.0)]
 
 
 @pytest.mark.parametrize("settings", MOVED + FLOWS, ids=lambda settings: "-".join(map(str, settings.values())))
@@ -165,7 +163,6 @@ def test_moved_schedules_and_flow_matching_are_sampled_too(settings, tmp_path):
         pixels = draw(ExactUNet(noise_scheduler, best_pixels, (1, 8, 8)), stock, 32, STEPS[name])
         images = draw(ExactUNet(noise_scheduler, best_images, IMAGE_SHAPE), stock, 250, STEPS[name])
         shares_off, deviation = modes_of_images(images)
-        print(f"{name} {distance_of_pixels(pixels):.3f} {shares_off:.3f} {deviation:.3f}")
         # measured: pixels 0.013 to 0.049, shares 0.008 to 0.096, deviation 0.064 to 0.111; ddim, of first order, takes
         # long strides at low noise where the shift is 4: 0.040 and more
         assert distance_of_pixels(pixels) < 0.06, name
@@ -176,7 +173,7 @@ def test_moved_schedules_and_flow_matching_are_sampled_too(settings, tmp_path):
 def test_flow_runs_at_any_number_of_steps():
     noise_scheduler = build_noise_scheduler(ObjectiveOptions(prediction_type="flow_prediction"))
     for name, scheduler in scheduler_bundle(noise_scheduler).items():
-        for steps in (1, 2, 3, 7, 61):
+        for steps in (1, 2, 7, 61):
             check_steps(scheduler, steps)
             samples = draw(ExactUNet(noise_scheduler, best_pixels, (1, 2, 2)), scheduler, 2, steps)
             assert samples.isfinite().all(), (name, steps)

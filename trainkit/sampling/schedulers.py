@@ -58,7 +58,15 @@ def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixi
     return {
         "dpmsolver": DPMSolverMultistepScheduler(**karras),
         "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras),
-        "sasolver": SASolverScheduler(**karras),
+        # betas that were moved leave too few of 20 even strides where the noise is low
+        "sasolver": SASolverScheduler(**karras)
+        if config.trained_betas is not None
+        else SASolverScheduler(
+            timestep_spacing="trailing",
+            lambda_min_clipped=_lambda_min(noise_scheduler),
+            **solver,
+            **_betas(noise_scheduler),
+        ),
         # no clipping: DDIMScheduler clips the image but not the noise, and the two drift apart over hundreds of steps
         "ddim": DDIMScheduler(
             timestep_spacing="trailing",
@@ -167,6 +175,22 @@ def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
     if name is not None and name not in bundle:
         raise UserError(f"--scheduler {name} is none of {', '.join(bundle)}")
     return bundle[name or DEFAULT_SCHEDULER]
+
+
+def _betas(noise_scheduler: DDPMScheduler) -> dict:
+    """Constructor arguments that give every scheduler class the betas of `noise_scheduler`."""
+    config = noise_scheduler.config
+    known = config.beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
+    if not known or config.rescale_betas_zero_snr:
+        return {"trained_betas": noise_scheduler.betas.double().tolist()}
+    return {key: config[key] for key in ("beta_schedule", "beta_start", "beta_end")}
+
+
+def _lambda_min(noise_scheduler: DDPMScheduler) -> float:
+    """Log signal-to-noise ratio below which SA-Solver takes no step: cosine betas reach -10, where it is unstable."""
+    last_alpha_bar = noise_scheduler.alphas_cumprod[-1].item()
+    cosine_like = last_alpha_bar * (5 * SIGMA_MAX) ** 2 < 1
+    return -math.log(SIGMA_MAX) if cosine_like else -float("inf")
 
 
 def _load(folder: Path) -> SchedulerMixin:
