@@ -1,6 +1,7 @@
 """Turn images (a folder, archives, Parquet, HDF5, a URL, a dataset of the Hub) into a dataset that opens at once.
 
     python prepare_dataset.py --train_data_dir photos --resolution 64 --center_crop --output_dir photos-64
+    python prepare_dataset.py --inspect photos-64
     python train_unconditional.py --train_data_dir photos-64 --output_dir model
 
     python prepare_dataset.py --train_data_dir photos-64 --export_hdf5 photos-64.h5
@@ -39,43 +40,85 @@ class OutputOptions:
         "how --export_hdf5 packs each image: gzip is smallest, none is fastest",
         choices=("none", "lzf", "gzip"),
     )
+    overwrite_output_dir: bool = option(
+        False, "replace a dataset that --output_dir holds of other images or of other settings"
+    )
+    contact_sheet: bool = option(True, "write contact_sheet.html: samples of each class, duplicates, rejected files")
+    inspect: str | None = option(None, "print what is in this prepared dataset, and do nothing else")
 
 
 @dataclass
-class Options(SourceOptions, ImageOptions, OutputOptions):
+class HygieneOptions:
+    """hygiene: which images stay, and for what"""
+
+    deduplicate: str = option(
+        "none", "drop what repeats an earlier image: exact is the same pixels once prepared, near looks the same too",
+        choices=("none", "exact", "near"),
+    )  # fmt: skip
+    near_distance: int = option(4, "with --deduplicate near: bits of the 64 of two perceptual hashes that may differ")
+    validation_fraction: float = option(
+        0.0, "fraction of the images, by a hash of their pixels, that goes to --output_dir/validation instead"
+    )
+    max_rejected_fraction: float = option(
+        0.9, "fraction of the files that may be unreadable: with more (after the first 1,000) the run stops; 1: never"
+    )
+
+
+@dataclass
+class Options(SourceOptions, ImageOptions, HygieneOptions, OutputOptions):
     pass
 
 
 def main() -> None:
     options = parse_options(Options, __doc__.partition("\n")[0])
+    if options.inspect is not None:
+        from trainkit.data.card import print_card
+        from trainkit.data.files import location
+
+        return print_card(location(options.inspect, options.storage_options))
     if options.export_hdf5 is not None and options.output_dir is None and is_prepared(options):
-        export(options, options.train_data_dir)
-        return
+        return export(options, options.train_data_dir)
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
     if options.ray_address is not None and options.engine != "ray":
         raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
     from trainkit.data.cache import cache_root
+    from trainkit.data.contact_sheet import write_contact_sheet
     from trainkit.data.files import location
-    from trainkit.data.pool import run_jobs
-    from trainkit.data.prepare import prepare
+    from trainkit.data.hygiene import hygiene_from_options
+    from trainkit.data.pool import run_jobs_apart
+    from trainkit.data.prepare import check_output, prepare
     from trainkit.data.settings import settings_from_options
     from trainkit.data.sources import open_source
 
-    settings = settings_from_options(options)
+    settings, hygiene = settings_from_options(options), hygiene_from_options(options)
     if options.export_hdf5 is not None:
         from trainkit.data.export import check_export
 
         check_export(Path(options.export_hdf5))
         if not settings.fixed_size:
             raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
-    output_dir = location(options.output_dir, options.storage_options)
-    engine, work_dir = run_jobs, cache_root(options) / "work"
+    output_dir, overwrite = location(options.output_dir, options.storage_options), options.overwrite_output_dir
+    check_output(output_dir, settings, hygiene, overwrite)  # before a listing that may take long
+    engine, work_dir = run_jobs_apart, cache_root(options) / "work"
     if options.engine == "ray":
         from trainkit.data.ray_engine import ray_engine
 
         engine, work_dir = ray_engine(options.ray_address), None  # its workers share no folder of this machine
-    prepare(open_source(options), settings, output_dir, options.num_proc, engine=engine, work_dir=work_dir)
+    source = open_source(options)
+    prepare(
+        source,
+        settings,
+        output_dir,
+        options.num_proc,
+        engine=engine,
+        work_dir=work_dir,
+        hygiene=hygiene,
+        max_rejected_fraction=options.max_rejected_fraction,
+        overwrite=overwrite,
+    )
+    if options.contact_sheet:
+        print(f"look at {write_contact_sheet(output_dir, source)} before training", flush=True)
     if options.export_hdf5 is not None:
         export(options, options.output_dir)
 

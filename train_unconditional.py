@@ -13,91 +13,40 @@ A folder of images is prepared once into a cache; a folder that prepare_dataset.
 Every flag of diffusers' script of this name works here with the same meaning. Steps are optimizer steps.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from trainkit.config import parse_options
-from trainkit.errors import UserError, run_script
-from trainkit.options import (
-    AugmentationOptions,
-    CheckpointOptions,
-    EmaOptions,
-    HardwareOptions,
-    HubOptions,
-    ImageOptions,
-    LoadingOptions,
-    LoggingOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizationOptions,
-    SourceOptions,
-    ValidationOptions,
-)
+from trainkit.errors import run_script
+from trainkit.training.start import TrainingOptions, parse_training_options
 
 
 @dataclass
-class Options(
-    SourceOptions,
-    ImageOptions,
-    LoadingOptions,
-    AugmentationOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizationOptions,
-    EmaOptions,
-    HardwareOptions,
-    CheckpointOptions,
-    LoggingOptions,
-    ValidationOptions,
-    HubOptions,
-):
+class Options(TrainingOptions):
     """Everything train_unconditional.py can be told."""
 
 
 def train(options: Options) -> None:
     # Imported late, so that --help answers at once.
-    from accelerate.utils import set_seed
-
-    from trainkit.data.augment import check_augmentation
     from trainkit.data.augment_draws import LABELS
     from trainkit.data.cache import open_or_prepare
-    from trainkit.diffusion.augmentation_input import add_augmentation_input, augmented
+    from trainkit.diffusion.augmentation_input import add_augmentation_input
     from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
-    from trainkit.diffusion.objective import check_objective, denoising_errors
+    from trainkit.diffusion.objective import denoising_errors
+    from trainkit.diffusion.pretrained import load_pretrained
     from trainkit.diffusion.timesteps import draw_timesteps
-    from trainkit.diffusion.unet import build_unet, check_before_preparation
+    from trainkit.diffusion.unet import build_unet
     from trainkit.hub import create_repository
-    from trainkit.training.launch import make_deterministic, shard_as_launched, start_accelerator
-    from trainkit.training.optimization import check_optimization
-    from trainkit.training.resume import check_output_dir
     from trainkit.training.run import Run
-    from trainkit.training.score import SampleScore, check_score
-    from trainkit.training.speed import prepare_device
-    from trainkit.training.trackers import check_tracker
+    from trainkit.training.score import SampleScore
+    from trainkit.training.start import check_before_preparation, start_accelerator
     from trainkit.training.validation import HeldOutLoss, open_validation_images
 
-    check_tracker(options.logger)
-    check_score(options)
-    check_objective(options)
-    check_optimization(options)
-    check_augmentation(options, grey=options.image_mode == "L")
     check_before_preparation(options)
-    check_output_dir(options)
     images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
     held_out = open_validation_images(options, images)
-    prepare_device(options)
-    if options.deterministic:
-        make_deterministic()
-    shard_as_launched(options)
-    accelerator = start_accelerator(
-        options.mixed_precision,
-        options.cpu_threads,
-        log_with=None if options.logger == "none" else options.logger,
-        project_dir=Path(options.output_dir) / options.logging_dir,
-    )
-    set_seed(options.seed)
+    accelerator = start_accelerator(options)
     unet = build_unet(options, images.height, images.width, images.channels)
+    if options.pretrained_model_name_or_path is not None:
+        accelerator.print(load_pretrained(unet, options.pretrained_model_name_or_path))
     if options.augmentation_conditioning:
         add_augmentation_input(unet, LABELS)
     noise_scheduler = build_noise_scheduler(options)
@@ -106,17 +55,10 @@ def train(options: Options) -> None:
 
     def losses(model, batch, timesteps):  # one an image, of training and of validation alike
         noisy_images = add_noise(noise_scheduler, batch.images, batch.noise, timesteps)  # float32
-        with augmented(model, batch.augmentation):
-            prediction = model(noisy_images, timesteps).sample  # under autocast
-        return denoising_errors(
-            noise_scheduler,
-            prediction,
-            batch.images,
-            batch.noise,
-            timesteps,
-            options.snr_gamma,
-            options.loss_weighting,
-        )
+        told = {} if batch.augmentation is None else {"augmentation": batch.augmentation}
+        prediction = model(noisy_images, timesteps, **told).sample  # under autocast
+        weighting = options.snr_gamma, options.loss_weighting
+        return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
 
     validation = None if held_out is None else HeldOutLoss(run, held_out, losses, options.ddpm_num_steps)
     score = None if options.score_steps is None else SampleScore(run, held_out, noise_scheduler)
@@ -146,8 +88,8 @@ def train(options: Options) -> None:
 def preview(run, noise_scheduler) -> None:
     """Write a grid of samples from the averaged weights, made by all processes: samples/<step>.png and samples.png."""
     from trainkit.sampling.generate import generate_over_processes
-    from trainkit.sampling.grid import image_grid, save_image
     from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, scheduler_bundle
+    from trainkit.training.outputs import write_preview
 
     options = run.options
     with run.averaged_weights() as unet:
@@ -160,13 +102,7 @@ def preview(run, noise_scheduler) -> None:
             num_inference_steps=options.ddpm_num_inference_steps,
             batch_size=options.eval_batch_size,
         )
-    if run.accelerator.is_main_process:
-        grid = image_grid(samples)
-        with run.writing("samples.png"):
-            (run.output_dir / "samples").mkdir(exist_ok=True)
-            save_image(grid, run.output_dir / "samples" / f"{run.step:07d}.png")
-            save_image(grid, run.output_dir / "samples.png")
-            run.log.image("samples", grid, run.step)
+    write_preview(run, samples)
 
 
 def save(run, noise_scheduler, repo_id: str | None) -> None:
@@ -186,22 +122,7 @@ def save(run, noise_scheduler, repo_id: str | None) -> None:
 
 
 def main() -> None:
-    options = parse_options(Options, __doc__)
-    if options.local_rank != -1:  # launchers of old pass the rank as a flag
-        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    for name in (
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "eval_batch_size",
-        "logging_steps",
-        "ddpm_num_steps",
-        "max_skipped_steps",
-    ):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
-    if options.shuffle_block_size < 0:
-        raise UserError(f"--shuffle_block_size {options.shuffle_block_size} must be 0 (all images) or more")
-    train(options)
+    train(parse_training_options(Options, __doc__))
 
 
 if __name__ == "__main__":

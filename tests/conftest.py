@@ -1,7 +1,9 @@
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,24 @@ def tiny_unet(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@contextlib.contextmanager
+def fresh_s3(key="k", secret="s"):
+    """An S3 server of this machine with an empty bucket; gives the options of its file system."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST"))
+        options = {"key": key, "secret": secret, "endpoint_url": f"http://{host}:{port}"}
+        fsspec.filesystem("s3", **dict(options)).mkdir("bucket")
+        yield options
+    finally:
+        server.stop()
 
 
 def launch_command(script, *arguments, processes=1, config_file=None):

@@ -74,7 +74,7 @@ def open_given(given: str | Path, num_proc: int = 1, **options):
 def prepared(given: str | Path, output: Path, settings=SETTINGS, num_proc: int = 1, **options) -> Prepared:
     """Prepare and read back; every item must be accounted for."""
     source = open_given(given, num_proc, **options)
-    preparation = prepare(source, settings, output, num_proc, show_progress=False)
+    preparation = prepare(source, settings, output, num_proc, show_progress=False, overwrite=True)
     assert preparation["num_images"] + sum(preparation["rejected"].values()) == len(source)
     images = PreparedImages(output)
     rows = np.arange(len(images))

@@ -17,6 +17,7 @@ from PIL import Image
 
 from trainkit.data.images import decode_image
 from trainkit.data.limits import RejectedImage
+from trainkit.data.pool import run_jobs_apart
 from trainkit.data.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources import Record, Unit
@@ -128,19 +129,25 @@ class DeadlyReader:
 
 
 class DeadlySource:
-    name, fingerprint, label_names, has_text = "deadly", "0", None, False
+    name, fingerprint, label_names, has_text, vector_length = "deadly", "0", None, False, None
     reader = DeadlyReader()
 
+    def __init__(self, count: int):
+        self.count = count
+
     def __len__(self) -> int:
-        return 200
+        return self.count
 
     def units(self) -> list[Unit]:
-        return [Unit("all", range(200))]
+        return [Unit("all", range(self.count))]
 
 
-def test_the_file_that_kills_its_process_is_named_and_the_rest_is_taken(tmp_path):
-    preparation = prepare(DeadlySource(), SETTINGS, tmp_path / "out", num_proc=2, show_progress=False)
-    assert preparation["num_images"] == 198 and preparation["rejected"] == {"crashed": 1, "too_large": 1}
+@pytest.mark.parametrize(("num_proc", "count"), [(2, 200), (1, 200), (2, 20)])
+def test_the_file_that_kills_its_process_is_named_and_the_rest_is_taken(tmp_path, num_proc, count):
+    preparation = prepare(
+        DeadlySource(count), SETTINGS, tmp_path / "out", num_proc, show_progress=False, engine=run_jobs_apart
+    )
+    assert preparation["num_images"] == count - 2 and preparation["rejected"] == {"crashed": 1, "too_large": 1}
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [line["source"] for line in lines] == ["item 3", "item 5"]
     assert lines[0]["fault"] == "crashed" and all(line["message"] for line in lines)

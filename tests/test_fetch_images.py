@@ -92,3 +92,27 @@ def test_a_missing_or_failing_tool_is_one_line(fetch, tmp_path):
         fetch.module._download(["no-such-tool"], str(tmp_path))
     with pytest.raises(SystemExit, match="error: 'sh -c echo oh >&2; false' failed: oh"):
         fetch.module._download(["sh", "-c", "echo oh >&2; false"], str(tmp_path))
+
+
+def test_emoji_are_named_by_their_characters(fetch):
+    caption = fetch.module.emoji_caption
+    assert caption("1f469-1f3fd-200d-1f680") == "woman rocket, medium skin tone"
+    assert caption("1f3c3-200d-2642-fe0f") == "runner male"
+    assert caption("0023-fe0f-20e3") == "number sign keycap"
+    assert caption("1f1eb-1f1f7") == "flag of FR"
+    assert caption("1f3f4-e0067_e0062_e0065_e006e_e0067_e007f") == "waving black flag flag of gbeng"
+    assert caption("e123") is None, "a character without a name"
+
+
+def test_emoji_lie_beside_their_captions_with_all_skin_tones_in_one_split(fetch, tmp_path, monkeypatch):
+    tones = ["", "-1f3fb", "-1f3ff"]
+    emoji = {f"{point:x}{tone}": b"webp" for point in range(0x1F466, 0x1F479) for tone in tones} | {"e123": b""}
+    monkeypatch.setattr(fetch.module, "read_emoji", lambda: emoji)
+    fetch("emoji", tmp_path / "out")
+    splits = [{file.stem for file in (tmp_path / "out" / name).glob("*.webp")} for name in ("train", "heldout")]
+    assert sum(map(len, splits)) == len(emoji) - 1 and not splits[0] & splits[1] and len(splits[1]) in range(1, 20)
+    kinds = [{name.partition("-")[0] for name in split} for split in splits]
+    assert not kinds[0] & kinds[1]
+    assert all((tmp_path / "out" / "train" / f"{name}.txt").read_text().strip() for name in splits[0])
+    fetch("emoji", tmp_path / "few", "--limit", 4)
+    assert len(list((tmp_path / "few" / "train").glob("*.webp"))) == 4

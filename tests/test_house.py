@@ -148,8 +148,11 @@ class TestMake:
 
     def test_tests_need_no_installation_once_it_is_done(self, fake_house):
         _, calls = _make(fake_house, "test")
-        assert any("--requirement requirements-dev.txt" in call for call in calls) and calls[-1] == "-m pytest"
-        assert _make(fake_house, "test") == (0, ["-m pytest"])
+        assert any("--requirement requirements-dev.txt" in call for call in calls) and calls[-1].startswith(
+            "-m pytest"
+        )
+        status, calls = _make(fake_house, "test")
+        assert status == 0 and len(calls) == 1 and calls[0].startswith("-m pytest")
 
     def test_help_is_the_default_and_names_every_target(self):
         shown = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True).stdout

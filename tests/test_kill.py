@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainkit.data import finalize as finalize_module
 from trainkit.data import prepare as prepare_module
 from trainkit.data import shards, sources
 from trainkit.data.images import PreparationSettings
 from trainkit.data.prepare import prepare, read_preparation
 from trainkit.data.sources import ImageFolder
+from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
@@ -95,11 +97,11 @@ def test_a_slice_that_lost_power_cut_short_is_made_again(photos, tmp_path, small
     prepare(ImageFolder(photos), SETTINGS, tmp_path / "whole", num_proc=1, show_progress=False)
     with monkeypatch.context() as stopped, pytest.raises(InterruptedError):
         stopped.setattr(shards.ShardWriter, "join", interrupted)
-        prepare(ImageFolder(photos), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
+        prepare(ImageFolder(photos), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False, overwrite=True)
     slices = sorted((tmp_path / "out/work").iterdir())
     slices[0].write_bytes(b"")
     slices[1].write_bytes(slices[1].read_bytes()[:-3000])
-    prepare(ImageFolder(photos), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
+    prepare(ImageFolder(photos), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False, overwrite=True)
     assert contents(tmp_path / "whole") == contents(tmp_path / "out")
 
 
@@ -147,22 +149,46 @@ def test_moving_source_and_output_costs_nothing(photos, tmp_path, monkeypatch):
     assert not opened
 
 
+def test_other_images_replace_nothing_unasked(photos, tmp_path):
+    prepare(ImageFolder(photos), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
+    (tmp_path / "others").mkdir()
+    shutil.copy(next(path for path in photos.rglob("*.*") if path.is_file()), tmp_path / "others" / "other.png")
+    with pytest.raises(UserError, match="holds a dataset of other images .* or --overwrite_output_dir to replace it"):
+        prepare(ImageFolder(tmp_path / "others"), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
+    others = ImageFolder(tmp_path / "others")
+    done = prepare(others, SETTINGS, tmp_path / "out", num_proc=1, show_progress=False, overwrite=True)
+    assert done["num_images"] == 1
+
+
 def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, small_units, monkeypatch):
     output = tmp_path / "out"
     prepare(
-        ImageFolder(photos), PreparationSettings(8, 8, resize_mode="crop"), output, num_proc=1, show_progress=False
+        ImageFolder(photos),
+        PreparationSettings(8, 8, resize_mode="crop"),
+        output,
+        num_proc=1,
+        show_progress=False,
+        overwrite=True,
     )
     with monkeypatch.context() as stopped, pytest.raises(InterruptedError):
-        stopped.setattr(prepare_module, "_sweep", lambda *given: interrupted(None, None))
-        prepare(ImageFolder(photos), SETTINGS, output, num_proc=1, show_progress=False)
+        stopped.setattr(finalize_module, "_sweep", lambda *given: interrupted(None, None))
+        prepare(ImageFolder(photos), SETTINGS, output, num_proc=1, show_progress=False, overwrite=True)
     assert len(list(output.glob("data-*"))) > len(read_preparation(output)["shards"]) and (output / "work").exists()
-    prepare(ImageFolder(photos), SETTINGS, output, num_proc=1, show_progress=False)
+    prepare(ImageFolder(photos), SETTINGS, output, num_proc=1, show_progress=False, overwrite=True)
     assert len(list(output.glob("data-*"))) == len(read_preparation(output)["shards"])
     assert not (output / "work").exists()
 
 
 def test_two_runs_with_other_settings_at_one_folder_take_turns(photos, tmp_path):
-    script = [sys.executable, str(ROOT / "prepare_dataset.py"), "--train_data_dir", str(photos), "--center_crop"]
+    script = [
+        sys.executable,
+        str(ROOT / "prepare_dataset.py"),
+        "--train_data_dir",
+        str(photos),
+        "--center_crop",
+        "--no_contact_sheet",
+        "--overwrite_output_dir",
+    ]
     script += ["--output_dir", str(tmp_path / "out"), "--num_proc", "1", "--resolution"]
     both = [subprocess.Popen([*script, side], stdout=subprocess.DEVNULL) for side in ("8", "16")]
     assert [process.wait(timeout=60) for process in both] == [0, 0]

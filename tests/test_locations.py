@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
+from conftest import fresh_s3
 from source_files import SETTINGS, assert_same, files_of, open_given, prepared, write_photos, write_tar, write_zip
 
 from trainkit.data import locations
@@ -29,22 +29,17 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def store(photos, tmp_path_factory):
     """`--storage_options` of an S3 that holds the photos as they are and packed."""
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {"key": "me", "secret": SECRET, "endpoint_url": f"http://{host}:{port}"}
-    filesystem = fsspec.filesystem("s3", **json.loads(json.dumps(options)))
-    filesystem.mkdir("bucket")
-    folder = tmp_path_factory.mktemp("packed")
-    files = files_of(photos)
-    for path in (write_zip(folder / "p.zip", files), write_tar(folder / "p.tar", files)):
-        filesystem.put(str(path), f"bucket/{path.name}")
-    for number in range(3):
-        path = write_tar(folder / f"s-{number}.tar", files[number * 30 : number * 30 + 30])
-        filesystem.put(str(path), f"bucket/shards/{path.name}")
-    filesystem.put(str(photos), "bucket/photos", recursive=True)
-    yield json.dumps(options)
-    server.stop()
+    with fresh_s3("me", SECRET) as options:
+        filesystem = fsspec.filesystem("s3", **dict(options))
+        folder = tmp_path_factory.mktemp("packed")
+        files = files_of(photos)
+        for path in (write_zip(folder / "p.zip", files), write_tar(folder / "p.tar", files)):
+            filesystem.put(str(path), f"bucket/{path.name}")
+        for number in range(3):
+            path = write_tar(folder / f"s-{number}.tar", files[number * 30 : number * 30 + 30])
+            filesystem.put(str(path), f"bucket/shards/{path.name}")
+        filesystem.put(str(photos), "bucket/photos", recursive=True)
+        yield json.dumps(options)
 
 
 def test_braces():

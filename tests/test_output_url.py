@@ -12,7 +12,7 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
+from conftest import fresh_s3
 from PIL import Image
 
 from trainkit.data import prepare as prepare_module
@@ -49,13 +49,8 @@ def local(photos, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def store():
     """JSON of `--storage_options` for an S3 server of this machine, which has a bucket."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {"endpoint_url": f"http://{host}:{port}", "key": "k", "secret": "s"}
-    fsspec.filesystem("s3", **options).mkdir("bucket")
-    yield json.dumps(options)
-    server.stop()
+    with fresh_s3() as options:
+        yield json.dumps(options)
 
 
 @pytest.fixture
@@ -76,7 +71,8 @@ def contents(folder) -> dict[str, bytes]:
 
 def command(photos: Path, url: str, options: str, cache: Path, *more) -> list[str]:
     script = [sys.executable, str(ROOT / "prepare_dataset.py"), "--train_data_dir", photos, "--output_dir", url]
-    script += ["--storage_options", options, "--cache_dir", cache, "--resolution", "16", "--center_crop", *more]
+    script += ["--storage_options", options, "--cache_dir", cache, "--resolution", "16", "--center_crop"]
+    script += ["--no_contact_sheet", *more]
     return list(map(str, script))
 
 
@@ -132,7 +128,7 @@ def test_other_settings_replace_the_set_but_leave_the_work_of_another_run(photos
     target = location(memory)
     fs, key = target.connect()
     fs.pipe_file(f"{key}/data-0123456789abcdef.arrow", b"of a run on another machine")
-    prepare(ImageFolder(photos), PreparationSettings(8, 8), memory, num_proc=1, show_progress=False)
+    prepare(ImageFolder(photos), PreparationSettings(8, 8), memory, num_proc=1, show_progress=False, overwrite=True)
     names = sizes(target).keys()
     assert not names & {shard["filename"] for shard in first["shards"]}
     assert "data-0123456789abcdef.arrow" in names and PreparedImages(memory).height == 8
@@ -151,7 +147,7 @@ def test_mistakes_are_one_line(photos, store):
     for url, options, message in [
         ("s3://bucket/full", store, "--output_dir s3://bucket/full holds other files"),
         ("s3://nowhere/set", store, "--output_dir s3://nowhere/set cannot be written"),
-        ("s3://bucket/set", "{endpoint", "--storage_options {endpoint is no JSON object"),
+        ("s3://bucket/set", "{endpoint", "--storage_options is no JSON object"),
         ("nosuch://bucket/set", "{}", "nosuch://bucket/set is no URL that fsspec knows"),
     ]:
         with pytest.raises(UserError, match=message) as raised:

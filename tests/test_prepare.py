@@ -80,6 +80,7 @@ def test_the_folder_says_what_was_done(photos, tmp_path):
     assert preparation["settings"] == dataclasses.asdict(SETTINGS) | {"background": [255, 255, 255]}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".lock",
+        "contact_sheet.html",
         "dataset_info.json",
         "preparation.json",
         "rejected.jsonl",
@@ -218,7 +219,7 @@ def test_a_moved_folder_needs_no_new_work(tmp_path, monkeypatch):
 def test_other_settings_replace_the_dataset(photos, tmp_path):
     output = tmp_path / "out"
     first = prepare(ImageFolder(photos), SETTINGS, output, show_progress=False)
-    second = prepare(ImageFolder(photos), PreparationSettings(8, 8), output, show_progress=False)
+    second = prepare(ImageFolder(photos), PreparationSettings(8, 8), output, show_progress=False, overwrite=True)
     assert not {shard["filename"] for shard in first["shards"]} & {path.name for path in output.iterdir()}
     assert second["settings"]["height"] == 8 and second["fingerprint"] != first["fingerprint"]
 

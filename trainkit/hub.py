@@ -39,6 +39,34 @@ pipeline.scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="schedule
 
 {settings}
 """
+CONDITIONAL_CARD = """---
+library_name: diffusers
+tags:
+- diffusers
+- conditional-image-generation
+---
+
+# {name}
+
+A conditional image diffusion model, {height}x{width} pixels, trained for {step:,} steps of {global_batch} images.
+Its pipeline is `conditional.py` here, which `trust_remote_code` lets diffusers run.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+images = pipeline({argument}={example}, guidance_scale=2.0, num_inference_steps={num_inference_steps}).images
+```
+{classes}
+`scheduler/` is the few-step default; others are in `schedulers/`.
+
+![samples](samples.png)
+
+## Training
+
+{settings}
+"""
+NAMED_CLASSES = 100
 SHOWN = (
     "prediction_type", "ddpm_beta_schedule", "noise_shift", "rescale_betas_zero_snr", "ddpm_num_steps",
     "loss_weighting", "snr_gamma", "timestep_sampling", "optimizer", "learning_rate",
@@ -56,6 +84,26 @@ def model_card(options, height: int, width: int, step: int, global_batch: int) -
         global_batch=global_batch,
         num_inference_steps=options.ddpm_num_inference_steps,
         settings="\n".join(f"- {name}: {getattr(options, name)}" for name in SHOWN),
+    )
+
+
+def conditional_model_card(options, condition, height: int, width: int, step: int, global_batch: int) -> str:
+    """README.md of a saved conditional pipeline: how to ask it for something, and what it was trained with."""
+    names = condition.names or []
+    more = f", ... ({len(names):,} in all)" if len(names) > NAMED_CLASSES else ""
+    return CONDITIONAL_CARD.format(
+        name=options.hub_model_id or Path(options.output_dir).resolve().name,
+        height=height,
+        width=width,
+        step=step,
+        global_batch=global_batch,
+        argument=condition.argument,
+        example=condition.example(),
+        classes=f"\nClasses: {', '.join(names[:NAMED_CLASSES])}{more}.\n" if names else "",
+        num_inference_steps=options.ddpm_num_inference_steps,
+        settings="\n".join(
+            f"- {name}: {getattr(options, name)}" for name in ("condition", "conditioning_dropout", *SHOWN)
+        ),
     )
 
 

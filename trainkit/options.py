@@ -99,6 +99,10 @@ class ModelOptions:
         None,
         "folder or Hub id whose config.json describes the UNet; default: diffusers' 113.7 M example at 3 channels",
     )
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "folder or Hub id of a saved pipeline to start from; its UNet may have other classes, channels and resolution",
+    )
     enable_xformers_memory_efficient_attention: bool = option(
         False, "use xFormers attention, where the xformers package is installed"
     )
@@ -302,6 +306,30 @@ class ValidationOptions:
         None, "optimizer steps between scores (KID) of samples (also at the end); default: no scores"
     )
     score_images: int = option(200, "samples to a score")
+
+
+@dataclass
+class TextOptions:
+    """captions: with --condition text"""
+
+    text_encoder_name_or_path: str | None = option(
+        None, "folder or Hub id of the frozen text encoder: CLIP, T5, BERT or their like, or a saved pipeline's folder"
+    )
+    max_caption_tokens: int | None = option(
+        None, "tokens at which captions are cut, start and end among them; default: the most that the encoder takes"
+    )
+    caption_dropout: float | None = option(
+        None, "chance that an image is trained on without its caption; default: --conditioning_dropout"
+    )
+
+
+@dataclass
+class LatentOptions:
+    """latents: train on what an image autoencoder makes of the images, for large ones"""
+
+    vae_name_or_path: str | None = option(
+        None, "folder or Hub id of an AutoencoderKL, or of a pipeline that holds one; default: train on pixels"
+    )
 
 
 @dataclass

@@ -8,6 +8,7 @@ from filelock import FileLock
 
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.files import RemotePath, exists, fetch, for_each, location, sizes
+from trainkit.data.pool import run_jobs_apart
 from trainkit.data.prepare import (
     LOCK_NAME,
     PREPARATION_NAME,
@@ -49,7 +50,8 @@ def open_or_prepare(options) -> PreparedImages:
     settings = settings_from_options(options)
     source = open_source(options)
     fingerprint = dataset_fingerprint(source, settings)
-    folder = cache_root(options) / "prepared" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', source.name)[:60]}-{fingerprint}"
+    root, name = cache_root(options) / "prepared", re.sub(r"[^A-Za-z0-9_-]+", "-", source.name)[:60]
+    folder = next(root.glob(f"*-{fingerprint}"), root / f"{name}-{fingerprint}")  # a source may have been renamed
     resolution = None if settings.train_height is None else (settings.train_height, settings.train_width)
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -57,7 +59,7 @@ def open_or_prepare(options) -> PreparedImages:
     except UserError:  # not there, or damaged
         if is_first:
             print(f"preparing {len(source):,} files of {given} into {folder} (once; found there from then on)")
-        prepare(source, settings, folder, options.num_proc, is_first, output_flag="--cache_dir")
+        prepare(source, settings, folder, options.num_proc, is_first, "--cache_dir", run_jobs_apart)
         images = PreparedImages(folder, resolution)
     if is_first:
         print(f"prepared images: {folder}, {told_counts(images.preparation)}", flush=True)

@@ -165,6 +165,15 @@ class PreparedImages:
         """Where each image came from: its path in the source folder, or its row."""
         return self._values("source", indices)
 
+    def column(self, name: str) -> Iterator[np.ndarray]:
+        """The numbers of `label` (n,) or `vector` (n, D) of all images in their order, a record batch at a time."""
+        for batch, first, end in self._parts(0, len(self)):
+            values = batch.columns.column(name).slice(first, end - first)
+            if name == "vector":
+                yield values.flatten().to_numpy().reshape(end - first, self.vector_length)
+            else:
+                yield values.to_numpy(zero_copy_only=False)
+
     def _values(self, column: str, indices: np.ndarray) -> list:
         return [batch.columns.column(column)[row].as_py() for batch, row in self._located(indices)]
 

@@ -10,22 +10,27 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from trainkit.data.augment import augment
 from trainkit.data.augment_draws import Augmentation, draw_parameters
+from trainkit.data.class_order import ClassBalancedOrder
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.order import Purpose, SampleOrder, normal_draws, uniform_draws
 
 
-def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
-    """Float32 images (B, C, H, W) in [-1, 1] from `pixels` (B, H, W, C) as stored, of `bit_depth` bits."""
+def to_model_range(pixels: torch.Tensor, bit_depth: int | None) -> torch.Tensor:
+    """Float32 images (B, C, H, W) in [-1, 1] from `pixels` (B, H, W, C) as stored, of `bit_depth` bits.
+
+    With None they are as the model takes them: latents.
+    """
     images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return images.div_((2**bit_depth - 1) / 2).sub_(1)
+    return images if bit_depth is None else images.div_((2**bit_depth - 1) / 2).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,16 @@ class BatchShape:
         return range(start, start + self.per_device)
 
 
+class Condition(Protocol):
+    """What a model is told of the images beside their pixels (trainkit/diffusion/conditioning.py)."""
+
+    def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """The model's keyword arguments for the images `indices` (B,), on the host.
+
+        `uniforms` (B,) in [0, 1) decide whose condition is dropped; without them none is.
+        """
+
+
 @dataclass
 class Batch:
     """What a micro-step trains on, all on the training device."""
@@ -58,6 +73,7 @@ class Batch:
     step: int  # optimizer step, from 0
     micro_step: int  # 0 .. A - 1
     augmentation: torch.Tensor | None = None  # (B, LABELS) float32, what was done to the images, where it is told
+    condition: dict[str, torch.Tensor] = field(default_factory=dict)  # keyword arguments of the model, B rows each
 
 
 class BatchLoader:
@@ -77,9 +93,12 @@ class BatchLoader:
         memory_format: torch.memory_format = torch.contiguous_format,
         shuffle_block_size: int = 0,
         augmentation: Augmentation | None = None,
+        condition: Condition | None = None,
+        order: SampleOrder | ClassBalancedOrder | None = None,
     ):
         self.images, self.shape, self.seed, self.random_flip = images, shape, seed, random_flip
-        self.order = SampleOrder(len(images), seed, shuffle_block_size)
+        self.order = order or SampleOrder(len(images), seed, shuffle_block_size)
+        self.condition = condition
         self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
         self.augmentation, self.wait_s = augmentation, 0.0
         self._window: tuple[int, int] | None = None  # of positions, that was read ahead for
@@ -123,11 +142,15 @@ class BatchLoader:
         crops = None
         if not self.images.fixed_size:
             crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
-        pixels = self.images.gather(indices, crops)
-        if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
-            pixels = pixels.astype(np.int32)
         shape = (self.images.channels, self.images.height, self.images.width)
         flip, augmentation = uniforms(Purpose.FLIP) < 0.5 if self.random_flip else None, None
+        if self.images.bit_depth is None:  # latents: drawn anew, and of the mirror image where it is flipped
+            noise = normal_draws(self.seed, step, rows, shape, Purpose.LATENT)
+            pixels, flip = self.images.sample(indices, flip, noise), None
+        else:
+            pixels = self.images.gather(indices, crops)
+        if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
+            pixels = pixels.astype(np.int32)
         if self.augmentation is not None:
             augmentation = draw_parameters(
                 self.augmentation, self.seed, step, total, here, shape[1:], pixels.shape[1:3], flip
@@ -140,9 +163,13 @@ class BatchLoader:
             "flip": None if flip is None else torch.from_numpy(flip),
             "augmentation": augmentation,
         }
+        condition = {}
+        if self.condition is not None:
+            condition = self.condition.inputs(indices, uniforms(Purpose.CONDITION_DROPOUT))
         if self.device.type == "cuda":
             host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
-        return host_batch | {"indices": indices, "step": step, "micro_step": micro_step}
+            condition = {name: x.pin_memory() for name, x in condition.items()}
+        return host_batch | {"condition": condition, "indices": indices, "step": step, "micro_step": micro_step}
 
     def _read_ahead(self, position: int) -> None:
         """With blocks: have the window of `position` and the one behind it read, when it is first entered."""
@@ -165,4 +192,5 @@ class BatchLoader:
         images, noise = (x.contiguous(memory_format=self.memory_format) for x in (images, noise))
         labels = None if augmentation is None else augmentation.labels
         place = host_batch["indices"], host_batch["step"], host_batch["micro_step"]
-        return Batch(images, noise, uniforms, *place, labels)
+        condition = {name: x.to(self.device, non_blocking=True) for name, x in host_batch["condition"].items()}
+        return Batch(images, noise, uniforms, *place, labels, condition)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainkit.data.listing import IMAGE_EXTENSIONS
-from trainkit.data.metadata import CAPTION_COLUMNS, METADATA_NAMES, Told, told_lines
+from trainkit.data.metadata import CAPTION_COLUMNS, METADATA_NAMES, Told, caption_lines, told_lines
 from trainkit.data.vectors import vector_bytes
 
 LABEL_KEYS = ("label", "cls", "class")
@@ -133,7 +133,7 @@ def _member(container: int, path: str, file: File, told: dict, others: dict[str,
             label = number.content.decode("utf-8", "replace").strip() or label
     caption, vector_file = (others.get(stem + extension) for extension in (".txt", ".npy"))
     if text is None and caption is None:
-        text = _first(sample, CAPTION_COLUMNS)
+        text = caption_lines(next((sample[name] for name in CAPTION_COLUMNS if sample.get(name)), None))
     if text is None and caption is not None and caption.content is not None:
         text, caption = caption.content.decode("utf-8", "replace").strip(), None
     if vector is None and vector_file is None:

@@ -5,13 +5,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from trainkit.data.vectors import vector_bytes
 from trainkit.errors import UserError
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
-CAPTION_COLUMNS = ("text", "caption")
+CAPTION_COLUMNS = ("text", "caption", "texts", "captions")
 
 
 class Told(NamedTuple):
@@ -43,8 +43,15 @@ def told_lines(file: TextIO, metadata_path: str, root: Path, vector_column: str)
         if path.startswith(("../", "/")):
             raise UserError(f"{where} line {line_number}: {file_name} is outside of {root}; name files inside it")
         label, text = row.get("label"), next((row[name] for name in CAPTION_COLUMNS if row.get(name)), None)
-        label, text = None if label in (None, "") else str(label), None if text is None else str(text)
-        yield Told(path, label, text, vector_bytes(row.get(vector_column)))
+        label = None if label in (None, "") else str(label)
+        yield Told(path, label, caption_lines(text), vector_bytes(row.get(vector_column)))
+
+
+def caption_lines(value: Any) -> str | None:
+    """A caption as it is, or a list of them with one a line; None where there is none."""
+    if not isinstance(value, list | tuple):
+        return None if value in (None, "") or isinstance(value, dict) else str(value)
+    return "\n".join(" ".join(str(caption).split()) for caption in value if caption) or None
 
 
 def _rows(file: TextIO, where: Path) -> Iterator[tuple[int, dict]]:

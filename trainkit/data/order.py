@@ -39,6 +39,8 @@ class Purpose(IntEnum):
     VALIDATION_NOISE = 16
     VALIDATION_TIMESTEPS = 17
     RESIZED_CROP_LEFT = 18
+    CONDITION_DROPOUT = 19
+    LATENT = 24
 
 
 @dataclass(frozen=True)

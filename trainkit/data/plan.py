@@ -1,14 +1,16 @@
 """What is still to be made of a prepared dataset: slices of work units, and the shards that they are joined into."""
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
 from trainkit.data.files import RemotePath, for_each, open_stream, read_schema, sizes
-from trainkit.data.shards import JoinJob, SliceJob, read_summary
+from trainkit.data.shards import JoinJob, SliceJob, read_summary, side_path
 
 TRANSIENT_FAULTS = {"unreadable", "crashed"}  # may be gone the next time though no file changed: tried again
 
@@ -23,17 +25,32 @@ class _Unit:
 class Plan:
     """The slices and shards still to be made, in order.
 
-    `units` are the shards' paths, all in one folder, and their items; `work` is the folder for slices.
+    `units` are the shards' paths, all in one folder, and their items; `done` are the names of those that need no
+    work, with the files that were rejected; `work` is the folder for slices.
     """
 
-    def __init__(self, units: list[tuple[Path | RemotePath, Sequence]], work: Path | RemotePath, items_a_slice: int):
+    def __init__(
+        self,
+        units: list[tuple[Path | RemotePath, Sequence]],
+        work: Path | RemotePath,
+        items_a_slice: int,
+        done: dict[str, list[dict]],
+    ):
         self.work, self._items_a_slice = work, items_a_slice
-        done = _done_shards([shard for shard, _ in units])
         missing_units = [(shard, items) for shard, items in units if shard.name not in done]
+        self._done = [(len(items), done[shard.name]) for shard, items in units if shard.name in done]
         self.num_missing = sum(len(items) for _, items in missing_units)
         self._slices = self._missing_slices(missing_units)
         self._joins = deque()
         self._unfinished = {}  # slice -> the unit it is part of
+
+    def told_before(self) -> Iterator[tuple[int, list[dict]]]:
+        """Numbers of files that former runs are done with, and the rejected among them."""
+        yield from self._done
+        for name in sizes(self.work):
+            with contextlib.suppress(OSError, pa.ArrowException, KeyError):
+                summary = read_summary(read_schema(self.work / name))
+                yield summary["num_rows"] + len(summary["rejected"]), summary["rejected"]
 
     def next_job(self) -> SliceJob | JoinJob | None:
         """A job that can be done now; None while all that is left waits for others to be finished."""
@@ -61,21 +78,26 @@ class Plan:
                     yield SliceJob(path, items[start : start + self._items_a_slice])
 
 
-def _done_shards(shards: list[Path | RemotePath]) -> set[str]:
-    """The names of those that a former run left, whole and with no fault in them that may be gone by now."""
+def done_units(shards: list[Path | RemotePath], sides: tuple[int, ...]) -> dict[str, list[dict]]:
+    """The names of those that a former run left whole, on all sides of the split, with their rejected files."""
     present = sizes(shards[0].parent) if shards else {}
     candidates = [shard for shard in shards if shard.name in present]
-    return {shard.name for shard, done in zip(candidates, for_each(_is_done, candidates), strict=True) if done}
+    told = zip(candidates, for_each(partial(_told_if_done, sides=sides), candidates), strict=True)
+    return {shard.name: rejected for shard, rejected in told if rejected is not None and not is_transient(rejected)}
 
 
-def _is_done(shard: Path | RemotePath) -> bool:
+def is_transient(rejected: list[dict]) -> bool:
+    return bool(TRANSIENT_FAULTS & {line["fault"] for line in rejected})
+
+
+def _told_if_done(shard: Path | RemotePath, sides: tuple[int, ...]) -> list[dict] | None:
     try:
-        summary = read_summary(read_schema(shard))
+        rejected = read_summary(read_schema(shard))["rejected"]
     except (OSError, pa.ArrowException, KeyError):
-        return False
-    if TRANSIENT_FAULTS & {line["fault"] for line in summary["rejected"]}:
-        return False
-    return isinstance(shard, RemotePath) or _is_whole(shard)  # an object that is there is whole
+        return None
+    if isinstance(shard, RemotePath):  # an object that is there is whole, and training's is written last
+        return rejected
+    return rejected if all(_is_whole(side_path(shard, side)) for side in sides) else None
 
 
 def _is_whole(path: Path | RemotePath) -> bool:

@@ -35,15 +35,23 @@ def num_cores() -> int:
 def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
     """Run what `next_job()` gives (None: nothing at present) on `num_proc` processes; yields each job when done.
 
-    0 processes mean one for each core; one means this one. A worker that dies costs nothing but time: its jobs are
-    run again, each by itself, and an item that kills its process every time is rejected.
+    0 processes mean one for each core; one means this one, which an image may kill.
+    """
+    if num_proc != 1:
+        yield from run_jobs_apart(writer, next_job, num_proc)
+        return
+    while (job := next_job()) is not None:
+        run_job(writer, job)
+        yield job
+
+
+def run_jobs_apart(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
+    """`run_jobs` on `num_proc` (0: one for each core) worker processes.
+
+    One that dies costs nothing but time: its jobs are run again, each by itself, and an item that kills its process
+    every time is rejected.
     """
     num_proc = num_proc or num_cores()
-    if num_proc == 1:
-        while (job := next_job()) is not None:
-            run_job(writer, job)
-            yield job
-        return
     with _single_threaded_children():
         pool, in_flight = _start_pool(writer, num_proc), {}
         try:

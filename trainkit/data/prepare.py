@@ -10,59 +10,68 @@ import dataclasses
 import errno
 import hashlib
 import json
-import platform
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
 from tqdm import tqdm
 
+from trainkit.data import pieces
 from trainkit.data.files import (
     RemotePath,
-    delete,
     delete_folder,
-    for_each,
     location,
     make_folder,
     read_schema,
-    read_text,
     sizes,
-    write_json,
     write_text,
 )
-from trainkit.data.plan import TRANSIENT_FAULTS, Plan
-from trainkit.data.pool import run_jobs
+from trainkit.data.finalize import (
+    EARLY_FILES,
+    FORMAT,
+    LOCK_NAME,
+    PREPARATION_NAME,
+    WORK_FOLDER,
+    Rejections,
+    finalize,
+    read_preparation,
+    sweep_current,
+    told_counts,
+)
+from trainkit.data.hygiene import AS_IT_IS, HygieneSettings
+from trainkit.data.plan import TRANSIENT_FAULTS, Plan, done_units
+from trainkit.data.pool import run_jobs, run_jobs_apart
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.shards import BATCH_BYTES, SLICE_ITEMS, ShardWriter, SliceJob, read_summary
+from trainkit.data.shards import (
+    BATCH_BYTES,
+    SLICE_ITEMS,
+    UNITS_FOLDER,
+    VALIDATION_FOLDER,
+    ShardWriter,
+    SliceJob,
+    read_summary,
+)
 from trainkit.errors import UserError
 
-FORMAT = 2  # raise it when the same file and settings would give other pixels or another layout
-WORK_FOLDER, LOCK_NAME, PREPARATION_NAME = "work", ".lock", "preparation.json"
-REJECTED_NAME = "rejected.jsonl"
+NO_BYTES = {"train_height", "train_width"}  # settings that change no stored bytes
 OUTPUT_ERRORS = {
     getattr(errno, name)
     for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR EEXIST ENOENT ENAMETOOLONG".split()
 }
 
 
-def dataset_fingerprint(source, settings: PreparationSettings) -> str:
+def dataset_fingerprint(source, settings: PreparationSettings, hygiene: HygieneSettings = AS_IT_IS) -> str:
     """Names the result: the same images (by path, size and time of change) and settings give the same one."""
-    columns = (source.label_names, source.has_text, source.vector_length)
-    return _digest(FORMAT, settings.identity, source.fingerprint, *columns)
+    asked = settings.identity, dataclasses.astuple(hygiene)
+    return _digest(FORMAT, *asked, source.fingerprint, *_columns(source))
 
 
-def read_preparation(folder: Path | RemotePath) -> dict | None:
-    """preparation.json of a complete prepared dataset; None where there is none, or its writing was cut short."""
-    try:
-        preparation = json.loads(read_text(folder / PREPARATION_NAME))
-        state = json.loads(read_text(folder / "state.json"))
-    except (OSError, ValueError):
-        return None
-    return preparation if state.get("_fingerprint") == preparation.get("fingerprint") else None
+def _columns(source) -> tuple:
+    """What the columns beside the image depend on."""
+    return source.label_names, source.has_text, source.vector_length
 
 
 def prepare(
@@ -74,53 +83,138 @@ def prepare(
     output_flag: str = "--output_dir",
     engine: Callable = run_jobs,
     work_dir: Path | None = None,
+    *,
+    hygiene: HygieneSettings = AS_IT_IS,
+    max_rejected_fraction: float = 1.0,
+    overwrite: bool = False,
 ) -> dict:
     """Write `source` as a prepared dataset; returns what its preparation.json says.
 
     Does nothing where the folder already holds just that. `num_proc` 0 takes every core. `engine` runs the jobs, as
     `run_jobs` does. `work_dir` is a folder for what is half done where `output_dir` is at a URL (None: there too).
     Of two runs at one folder the second waits and finds the work done; so do two of one machine at a URL, while those
-    of two machines do the same work twice. Raises `UserError` where nothing can be read or written.
+    of two machines do the same work twice. A dataset of another source or of other settings is replaced only with
+    `overwrite`. Raises `UserError` where nothing can be read or written, or more than `max_rejected_fraction` of the
+    files are rejected.
     """
     if num_proc < 0:
         raise UserError(f"--num_proc {num_proc} must be 0 (every core) or more")
+    if not 0 <= max_rejected_fraction <= 1:
+        raise UserError(f"--max_rejected_fraction {max_rejected_fraction:g} must be 0 to 1")
     output_dir = location(output_dir)
+    check_output(output_dir, settings, hygiene, overwrite, output_flag)
     work = output_dir
     if isinstance(output_dir, RemotePath) and work_dir is not None:
         work = work_dir / _digest(output_dir.url)
     with _output_errors(output_dir, output_flag):
-        _claim_folder(output_dir, output_flag)
         make_folder(work)
         with FileLock(work / LOCK_NAME) if isinstance(work, Path) else contextlib.nullcontext():
-            fingerprint = dataset_fingerprint(source, settings)
+            fingerprint = dataset_fingerprint(source, settings, hygiene)
             preparation = read_preparation(output_dir)
             if preparation and _is_current(preparation, output_dir, fingerprint, settings):
                 if show_progress:
                     print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
                 delete_folder(work / WORK_FOLDER)  # a run was killed after all was done
-                _sweep(output_dir, preparation, None)
+                sweep_current(output_dir)
                 return preparation
+            if not overwrite:  # again: another run may have been here since
+                _refuse_other_settings(preparation, output_dir, settings, hygiene, output_flag)
+            writer = ShardWriter(source.reader, settings, *_columns(source), hygiene)
+            units = _units(source, writer, output_dir)
+            if preparation and not overwrite and _is_of_other_images(preparation, source, units):
+                held = f"a dataset of other images ({preparation['source']['name']}, now {source.name})"
+                raise _replacing(output_dir, output_flag, held)
             make_folder(work / WORK_FOLDER)
-            run = partial(engine, num_proc=num_proc)
-            return _prepare(source, settings, output_dir, work / WORK_FOLDER, run, show_progress, fingerprint)
+            few = partial(run_jobs if engine is run_jobs else run_jobs_apart, num_proc=1)
+            engines = partial(engine, num_proc=num_proc), few
+            rejections = Rejections(max_rejected_fraction, len(source))
+            return _prepare(
+                source, writer, units, output_dir, work / WORK_FOLDER, engines, show_progress, fingerprint, rejections
+            )
 
 
-def _prepare(source, settings, output_dir, work, engine: Callable, show_progress: bool, fingerprint: str) -> dict:
+def _units(source, writer: ShardWriter, output_dir: Path | RemotePath) -> list[tuple[Path | RemotePath, Sequence]]:
+    """The shard and the items of each unit of work, in the source's order."""
+    about_all = (FORMAT, writer.settings.identity, writer.hygiene.unit_key, *_columns(source))
+    return [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
+
+
+def _is_of_other_images(preparation: dict, source, units: list) -> bool:
+    """Whether neither the source's name nor a unit is that of the dataset that is there: a folder may be moved."""
+    names = {shard.stem for shard, _ in units}
+    held = {"-".join(shard["filename"].removesuffix(".arrow").split("-")[:2]) for shard in preparation["shards"]}
+    return preparation["source"]["name"] != source.name and not names & held
+
+
+def check_output(
+    output_dir: Path | RemotePath,
+    settings: PreparationSettings,
+    hygiene: HygieneSettings,
+    overwrite: bool,
+    output_flag: str = "--output_dir",
+) -> None:
+    """Make the folder, and raise a `UserError` where it cannot be written, or holds what must not be replaced.
+
+    Quick, and needs no source: so a mistake is found before a long listing.
+    """
+    with _output_errors(output_dir, output_flag):
+        _claim_folder(output_dir, output_flag)
+        if isinstance(output_dir, Path):  # at a URL claiming it has written something
+            with tempfile.TemporaryFile(dir=output_dir):
+                pass
+    if not overwrite:
+        _refuse_other_settings(read_preparation(output_dir), output_dir, settings, hygiene, output_flag)
+
+
+def _refuse_other_settings(held: dict | None, output_dir, settings, hygiene, output_flag: str) -> None:
+    if held is None:
+        return
+    before = held["settings"] | held.get("hygiene", {})
+    now = json.loads(json.dumps(dataclasses.asdict(settings) | dataclasses.asdict(hygiene)))
+    changed = [
+        f"{name} {before[name]}, now {value}"
+        for name, value in now.items()
+        if before.get(name, value) != value and not name.startswith("train_")  # no stored byte depends on those
+    ]
+    if changed:
+        raise _replacing(output_dir, output_flag, f"a dataset of other settings ({'; '.join(changed)})")
+
+
+def _replacing(folder: Path | RemotePath, output_flag: str, held: str) -> UserError:
+    return UserError(
+        f"{output_flag} {folder} holds {held}: give another folder, or --overwrite_output_dir to replace it"
+    )
+
+
+def _prepare(source, writer, units, output_dir, work, engines, show_progress, fingerprint, rejections) -> dict:
     started = time.monotonic()
-    columns = (source.label_names, source.has_text, source.vector_length)
-    writer = ShardWriter(source.reader, settings, *columns)
-    about_all = (FORMAT, settings.identity, *columns)
-    units = [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
-    plan = Plan(units, work, slice_items(settings))
-    if plan.num_missing <= SLICE_ITEMS:
-        engine = partial(run_jobs, num_proc=1)
+    settings, hygiene = writer.settings, writer.hygiene
+    shards = [shard for shard, _ in units]
+    if hygiene.validation_fraction:
+        make_folder(output_dir / VALIDATION_FOLDER)
+    if hygiene.deduplicate != "none":
+        make_folder(output_dir / UNITS_FOLDER)
+        done = pieces.done_units(output_dir, shards, hygiene)
+    else:
+        done = done_units(shards, hygiene.sides)
+    plan = Plan(units, work, slice_items(settings), done)
+    num_seen = 0
+    for num_files, rejected in plan.told_before():
+        rejections.add(rejected)
+        num_seen += num_files
+    engine = engines[plan.num_missing <= SLICE_ITEMS]
     already = len(source) - plan.num_missing
     with tqdm(total=len(source), initial=already, unit=" images", disable=None if show_progress else True) as bar:
         for job in engine(writer, plan.next_job):
-            plan.finished(job)
             if isinstance(job, SliceJob):
+                num_seen += len(job.items)
+                if rejections.max_fraction < 1:
+                    rejections.add(read_summary(read_schema(job.path))["rejected"])
+                    if EARLY_FILES <= num_seen < len(source):
+                        rejections.check(num_seen)
                 bar.update(len(job.items))
-    preparation = _finalize(source, writer, output_dir, [shard for shard, _ in units], fingerprint)
+            plan.finished(job)
+    preparation = finalize(source, writer, output_dir, shards, fingerprint, rejections.max_fraction)
     delete_folder(work)
     if show_progress:
         seconds = time.monotonic() - started
@@ -137,67 +231,6 @@ def slice_items(settings: PreparationSettings) -> int:
     return max(1, min(SLICE_ITEMS, BATCH_BYTES // image_bytes))
 
 
-def _finalize(source, writer: ShardWriter, output_dir: Path | RemotePath, shards: list, fingerprint: str) -> dict:
-    """Write what makes the shards a dataset, the mark of completeness last; then sweep out what is not part of it."""
-    rejected, classes, shard_files = [], Counter(), []
-    replaced, present = read_preparation(output_dir), sizes(output_dir)
-    for path, schema in zip(shards, for_each(read_schema, shards), strict=True):
-        summary = read_summary(schema)
-        rejected += summary["rejected"]
-        classes.update(summary["classes"])
-        shard_files.append({"filename": path.name, "num_rows": summary["num_rows"], "num_bytes": present[path.name]})
-    write_text(output_dir / REJECTED_NAME, "".join(json.dumps(line) + "\n" for line in rejected))
-    num_images = sum(shard["num_rows"] for shard in shard_files)
-    if num_images == 0:
-        first = f"{rejected[0]['source']}: {rejected[0]['fault']}, {rejected[0]['message']}"
-        raise UserError(
-            f"no readable image in {source.name}: {len(rejected)} files rejected, the first {first}; "
-            f"see {output_dir / REJECTED_NAME}"
-        )
-    label_names = source.label_names or []
-    preparation = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "settings": dataclasses.asdict(writer.settings),
-        "source": {"name": source.name, "fingerprint": source.fingerprint},
-        "num_images": num_images,
-        "rejected": dict(sorted(Counter(line["fault"] for line in rejected).items())),
-        "classes": {name: classes[str(label)] for label, name in enumerate(label_names)},
-        "columns": list(writer.features),
-        "shards": shard_files,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("pillow", "numpy", "pyarrow")},
-    }
-    state = {
-        "_data_files": [{"filename": path.name} for path in shards],
-        "_fingerprint": fingerprint,
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    info = {"citation": "", "description": "", "features": writer.features, "homepage": "", "license": ""}
-    write_json(output_dir / "dataset_info.json", info)
-    write_json(output_dir / "state.json", state)
-    write_json(output_dir / PREPARATION_NAME, preparation)
-    _sweep(output_dir, preparation, replaced)
-    return read_preparation(output_dir)
-
-
-def _sweep(output_dir: Path | RemotePath, preparation: dict, replaced: dict | None) -> None:
-    """Delete what is no part of the result.
-
-    At a URL, where no lock keeps others away, only what belonged to the dataset that was there before.
-    """
-    if isinstance(output_dir, RemotePath):
-        names = {shard["filename"] for shard in (replaced or {}).get("shards", ())}
-    else:
-        names = {path.name for pattern in ("data-*.arrow", "*.tmp") for path in output_dir.glob(pattern)}
-    for name in names - {shard["filename"] for shard in preparation["shards"]}:
-        delete(output_dir / name)
-
-
 def _is_current(preparation: dict, folder: Path | RemotePath, fingerprint: str, settings: PreparationSettings) -> bool:
     """Whether a complete dataset is the one that is wanted, undamaged, and without faults that may be gone by now."""
     training_size = settings.train_height, settings.train_width  # no part of the fingerprint
@@ -206,17 +239,13 @@ def _is_current(preparation: dict, folder: Path | RemotePath, fingerprint: str, 
     if tuple(preparation["settings"][name] for name in ("train_height", "train_width")) != training_size:
         return False
     present = sizes(folder)
-    return all(present.get(shard["filename"]) == shard["num_bytes"] for shard in preparation["shards"])
-
-
-def told_counts(preparation: dict) -> str:
-    """'1,998 images, 2 rejected (1 empty, 1 truncated)'."""
-    told = f"{preparation['num_images']:,} images"
-    rejected = preparation["rejected"]
-    if rejected:
-        faults = ", ".join(f"{count:,} {fault}" for fault, count in rejected.items())
-        told += f", {sum(rejected.values()):,} rejected ({faults}; see {REJECTED_NAME})"
-    return told
+    if not all(present.get(shard["filename"]) == shard["num_bytes"] for shard in preparation["shards"]):
+        return False
+    if not preparation["hygiene"]["validation_fraction"]:
+        return True
+    held_out, present = read_preparation(folder / VALIDATION_FOLDER), sizes(folder / VALIDATION_FOLDER)
+    shards = held_out["shards"] if held_out else [{"filename": "", "num_bytes": 0}]
+    return all(present.get(shard["filename"]) == shard["num_bytes"] for shard in shards)
 
 
 def _claim_folder(folder: Path | RemotePath, output_flag: str) -> None:

@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from trainkit.data.facts import FACTS_SCHEMA, ImageFacts, facts_batch, facts_digest, image_facts, total_facts
 from trainkit.data.files import RemotePath, delete, exists, open_stream, written
+from trainkit.data.hygiene import AS_IT_IS, TRAIN, VALIDATION, HygieneSettings, is_held_out
 from trainkit.data.images import decode_image
 from trainkit.data.limits import RejectedImage
+from trainkit.data.rows import Rows, regrouped
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.storage import image_columns, image_features, image_types
 from trainkit.data.vectors import check_vector
@@ -26,6 +29,7 @@ from trainkit.data.vectors import check_vector
 SLICE_ITEMS = 128  # images decoded at one go by one process
 BATCH_BYTES = 64 * 2**20  # of pixels in a record batch: far from what int32 offsets can hold
 SUMMARY_KEY = b"preparation"
+VALIDATION_FOLDER, UNITS_FOLDER = "validation", ".units"  # held-out shards; what deduplication knows of the units
 
 
 class SliceJob(NamedTuple):
@@ -52,6 +56,7 @@ class ShardWriter:
     label_names: list[str] | None
     has_text: bool
     vector_length: int | None = None
+    hygiene: HygieneSettings = AS_IT_IS
 
     def run(self, job: SliceJob | JoinJob) -> None:
         if isinstance(job, JoinJob):
@@ -66,8 +71,10 @@ class ShardWriter:
 
     def write_slice(self, job: SliceJob) -> None:
         rejected: list[dict] = []
+        facts: list[ImageFacts] = []
         batches, rows, size = [], [], 0
         for row in self._decoded(job, rejected):
+            facts.append(image_facts(row["image"], self.hygiene))
             rows.append(row)
             size += row["image"].nbytes
             if size >= BATCH_BYTES:
@@ -75,7 +82,8 @@ class ShardWriter:
                 rows, size = [], 0
         if rows:
             batches.append(self._batch(rows))
-        _write_stream(job.path, self.schema, batches, self._summary(batches, rejected))
+        summary = {"num_rows": len(facts), "rejected": rejected, "facts": facts}
+        write_stream(job.path, self.schema, batches, summary)
 
     def join(self, job: JoinJob) -> None:
         try:
@@ -84,11 +92,49 @@ class ShardWriter:
             if exists(job.path):  # another run at the same URL was first: its shard has the same bytes
                 return
             raise
-        rejected = [line for stream in streams for line in read_summary(stream.schema)["rejected"]]
-        batches = [batch for stream in streams for batch in stream]
-        _write_stream(job.path, self.schema, _regrouped(batches), self._summary(batches, rejected))
+        summaries = [read_summary(stream.schema) for stream in streams]
+        rejected = [line for summary in summaries for line in summary["rejected"]]
+        facts = [ImageFacts(*fact) for summary in summaries for fact in summary["facts"]]
+        rows = Rows([batch for stream in streams for batch in stream])
+        fraction = self.hygiene.validation_fraction
+        held_out = [bool(fraction) and is_held_out(fact.content_hash, fraction) for fact in facts]
+        sides = np.where(held_out, VALIDATION, TRAIN)
+        digest = None
+        if self.hygiene.deduplicate != "none":
+            labels = rows.column("label") if self.label_names is not None else [None] * len(rows)
+            about = facts_batch(sides.tolist(), facts, labels, rows.column("source"))
+            digest = facts_digest(about)
+            write_stream(facts_path(job.path), FACTS_SCHEMA, [about], {"facts_digest": digest})
+        for side in reversed(self.hygiene.sides):  # training's last: where it is, all are
+            picked = np.flatnonzero(sides == side)
+            told, about = rejected if side == TRAIN else [], [facts[row] for row in picked]
+            self.write_rows(side_path(job.path, side), rows, picked, about, told, digest)
         for path in job.slices:
             delete(path)
+
+    def write_rows(
+        self,
+        path: Path | RemotePath,
+        rows: Rows,
+        picked: np.ndarray,
+        facts: list[ImageFacts],
+        rejected: list[dict],
+        digest: str | None = None,
+        positions: list[int] | None = None,
+    ) -> None:
+        """Write the `picked` rows, whose facts these are, as a shard; the rest is told of it in its summary."""
+        batches = regrouped(rows.take(picked), BATCH_BYTES)
+        labels = rows.column("label") if self.label_names is not None else None
+        classes = Counter(labels[row] for row in picked) if labels is not None else {}
+        summary = {
+            "num_rows": len(picked),
+            "classes": {str(label): classes[label] for label in sorted(classes)},
+            "pixels": total_facts(facts),
+            "rejected": rejected,
+        }
+        if digest is not None:
+            summary |= {"facts_digest": digest, "positions": positions}
+        write_stream(path, self.schema, batches, summary)
 
     def _decoded(self, job: SliceJob, rejected: list[dict]) -> Iterator[dict]:
         for position, item in enumerate(job.items):
@@ -139,44 +185,40 @@ class ShardWriter:
             columns["vector"] = pa.FixedSizeListArray.from_arrays(numbers, self.vector_length)
         return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
-    def _summary(self, batches: list[pa.RecordBatch], rejected: list[dict]) -> dict:
-        classes = Counter()
-        if self.label_names is not None:
-            for batch in batches:
-                classes.update(batch.column("label").to_pylist())
-        return {
-            "num_rows": sum(batch.num_rows for batch in batches),
-            "classes": {str(label): classes[label] for label in sorted(classes)},
-            "rejected": rejected,
-        }
+
+def side_path(shard: Path | RemotePath, side: int) -> Path | RemotePath:
+    """Where the rows of a unit go that are on this side of the split."""
+    return shard if side == TRAIN else shard.parent / VALIDATION_FOLDER / shard.name
+
+
+def facts_path(shard: Path | RemotePath) -> Path | RemotePath:
+    return shard.parent / UNITS_FOLDER / shard.name
 
 
 def read_summary(schema: pa.Schema) -> dict:
-    """What the unit says of itself: num_rows, classes (label -> count), rejected (source, fault, message)."""
+    """What a shard says of itself: num_rows, classes (label -> count), pixels (their sums), and of its unit: rejected.
+
+    A slice has `facts` instead of what is counted from them.
+    """
     return json.loads((schema.metadata or {})[SUMMARY_KEY])
 
 
-def _write_stream(
-    path: Path | RemotePath, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: dict
-) -> None:
-    schema = schema.with_metadata({**schema.metadata, SUMMARY_KEY: json.dumps(summary)})
+def read_shard(path: Path | RemotePath) -> tuple[dict, list[pa.RecordBatch]] | None:
+    """Summary and rows of a shard; None where it is missing, or not whole."""
+    try:
+        with open_stream(path) as stream:
+            summary, batches = read_summary(stream.schema), list(stream)  # one that was cut short raises
+    except (OSError, pa.ArrowException, KeyError):
+        return None
+    return (summary, batches) if sum(batch.num_rows for batch in batches) == summary["num_rows"] else None
+
+
+def write_stream(path: Path | RemotePath, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: dict) -> None:
+    schema = schema.with_metadata({**(schema.metadata or {}), SUMMARY_KEY: json.dumps(summary)})
     with written(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
         with pa.ipc.new_stream(file, schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
-
-
-def _regrouped(batches: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Fewer, larger batches of at most `BATCH_BYTES` (one that is larger by itself stays): quick to index."""
-    group, size = [], 0
-    for batch in batches:
-        if group and size + batch.nbytes > BATCH_BYTES:
-            yield from pa.Table.from_batches(group).combine_chunks().to_batches()
-            group, size = [], 0
-        group.append(batch)
-        size += batch.nbytes
-    if group:
-        yield from pa.Table.from_batches(group).combine_chunks().to_batches()
 
 
 def _valid_text(name: str) -> str:

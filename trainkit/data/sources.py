@@ -16,7 +16,7 @@ import numpy as np
 
 from trainkit.data.limits import RejectedImage
 from trainkit.data.listing import Entry, list_folder
-from trainkit.data.metadata import CAPTION_COLUMNS
+from trainkit.data.metadata import CAPTION_COLUMNS, caption_lines
 from trainkit.data.vectors import MAX_VECTOR_BYTES, as_vector, parse_npy
 from trainkit.errors import UserError
 
@@ -190,7 +190,7 @@ class HubDataset:
         self.columns = Columns(
             columns[0],
             _label_column(dataset),
-            next((name for name in CAPTION_COLUMNS if _is_string(dataset.features.get(name))), None),
+            next((name for name in CAPTION_COLUMNS if _is_caption(dataset.features.get(name))), None),
             _vector_column(dataset, vector_column),
         )
         self.label_names, self._label_ids = _labels(dataset, self.columns.label)
@@ -236,7 +236,7 @@ class DatasetReader(NamedTuple):
         content = (image or {}).get("bytes")
         if content is None and (image or {}).get("path"):
             content = Path(image["path"])
-        return Record(content, label_id(label, self.label_ids), text, as_vector(vector))
+        return Record(content, label_id(label, self.label_ids), caption_lines(text), as_vector(vector))
 
 
 def label_id(label, label_ids: dict | None) -> int:
@@ -311,6 +311,10 @@ def _vector_column(dataset, wanted: str) -> str | None:
 
 def _is_string(feature) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _is_caption(feature) -> bool:
+    return _is_string(feature) or _is_string(getattr(feature, "feature", None))
 
 
 def _undecoded_image():

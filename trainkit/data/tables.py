@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from trainkit.data import sources
 from trainkit.data.limits import RejectedImage
 from trainkit.data.locations import DataFile, open_file, opened
-from trainkit.data.metadata import CAPTION_COLUMNS
+from trainkit.data.metadata import CAPTION_COLUMNS, caption_lines
 from trainkit.data.sources import Columns, Record, Unit, as_vector, digest, first_length, label_id, sorted_labels
 from trainkit.errors import UserError
 
@@ -132,7 +132,7 @@ class ParquetReader(NamedTuple):
                 raise RejectedImage("corrupt", " ".join(str(error).split())[:300]) from None
             raise RejectedImage("unreadable", error.strerror or str(error)) from None
         content = image.get("bytes") if isinstance(image, dict) else image
-        return Record(content, label_id(label, self.label_ids), text, as_vector(vector))
+        return Record(content, label_id(label, self.label_ids), caption_lines(text), as_vector(vector))
 
 
 class _Forward:
@@ -192,7 +192,7 @@ def _find_columns(schema: pa.Schema, vector_column: str, file: DataFile) -> tupl
     label = classes[0] if classes else None
     if label is None and "label" in schema.names and _is_label(schema.field("label").type):
         label = "label"
-    text = next((name for name in CAPTION_COLUMNS if name in schema.names and _is_text(schema.field(name).type)), None)
+    text = next((name for name in CAPTION_COLUMNS if name in schema.names and _is_caption(schema.field(name))), None)
     vector = vector_column if vector_column in schema.names and _is_vector(schema.field(vector_column).type) else None
     if vector is None and vector_column != "vector":
         raise UserError(f"--vector_column {vector_column} is no column of lists of numbers in {file.location.path}")
@@ -220,6 +220,11 @@ def _is_label(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_caption(field: pa.Field) -> bool:
+    kind = field.type
+    return _is_text(kind) or ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type))
 
 
 def _is_vector(kind: pa.DataType) -> bool:

@@ -2,8 +2,7 @@
 augmentation (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", appendix F.2).
 
     add_augmentation_input(unet, LABELS)                    # before the optimizer is made
-    with augmented(unet, batch.augmentation):               # training
-        prediction = unet(noisy_images, timesteps).sample
+    unet(noisy_images, timesteps, augmentation=labels)      # training
     with without_augmentation_input(unet):                  # validation, sampling, saving: a stock UNet2DModel
         ...
 
@@ -19,6 +18,9 @@ import torch
 def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
     """Give `unet` a linear layer from labels (B, num_labels) to what its time embedding starts from, in place.
 
+    `unet(..., augmentation=labels)` then tells it of them; without that they are zero. They are an argument, as a
+    compiled module takes tensors among its attributes for ones that never move, and would record CUDA graphs anew.
+
     It lies where diffusers' own TimestepEmbedding looks for the condition of its `forward`, which UNet2DModel never
     gives; so it is trained, averaged and checkpointed as every other weight is.
     """
@@ -26,25 +28,14 @@ def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
     layer = torch.nn.Linear(num_labels, embedding.linear_1.in_features, bias=False)
     torch.nn.init.xavier_uniform_(layer.weight)  # as EDM's map_augment
     embedding.cond_proj = layer.to(embedding.linear_1.weight)
-    embedding.augmentation = None
     embedding.register_forward_pre_hook(_pass_condition, with_kwargs=True)
+    stock_forward = unet.forward
 
+    def forward(*args, augmentation: torch.Tensor | None = None, **kwargs):  # no hook: those stay outside the graph
+        embedding.augmentation = augmentation
+        return stock_forward(*args, **kwargs)
 
-@contextmanager
-def augmented(model: torch.nn.Module, labels: torch.Tensor | None) -> Iterator[None]:
-    """Around a forward pass of `model` (a UNet, or DDP around one): its images are augmented as `labels` (B, n) say.
-
-    Does nothing where the labels are None.
-    """
-    if labels is None:
-        yield
-        return
-    embedding = getattr(model, "module", model).time_embedding
-    embedding.augmentation = labels
-    try:
-        yield
-    finally:
-        embedding.augmentation = None
+    unet.forward = forward
 
 
 @contextmanager
@@ -59,5 +50,5 @@ def without_augmentation_input(unet: torch.nn.Module) -> Iterator[None]:
 
 def _pass_condition(embedding: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if embedding.augmentation is not None:
-        kwargs = kwargs | {"condition": embedding.augmentation}
+        args, kwargs = args[:1], kwargs | {"condition": embedding.augmentation}  # UNet2DConditionModel gives a None
     return args, kwargs

@@ -1,10 +1,11 @@
-"""The UNet2DModel that is trained: diffusers' example by default, or the one a config.json describes."""
+"""The UNet that is trained: diffusers' example by default, or the one a config.json describes."""
 
 from pathlib import Path
 
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from trainkit.data.settings import parse_resolution
+from trainkit.diffusion.text_unet import TEXT_UNET, check_text_config, check_unet_class, takes_text
 from trainkit.errors import UserError
 
 # The UNet of diffusers' train_unconditional.py: 113.7 M parameters at 3 channels.
@@ -18,25 +19,35 @@ EXAMPLE_UNET = {
 }  # fmt: skip
 
 
-def build_unet(options, height: int, width: int, channels: int) -> UNet2DModel:
+def build_unet(options, height: int, width: int, channels: int, **condition) -> UNet2DModel | UNet2DConditionModel:
     """A freshly initialised UNet for images of this size, from `--model_config_name_or_path` or the example's.
 
-    Raises `UserError` where the config cannot be read or does not fit the images.
+    `condition` is what its config says of a condition; without it there is none. A pipeline to start from gives its
+    config, and its channels may be others. Raises `UserError` where the config cannot be read or does not fit the
+    images.
     """
     name = options.model_config_name_or_path
     config = _config(options)
     if name is not None and config.get("in_channels", 3) != channels:
+        giver = "--vae_name_or_path" if _takes_latents(options) else f"--image_mode {options.image_mode}"
         raise UserError(
-            f"--model_config_name_or_path {name} has in_channels {config.get('in_channels', 3)}, but --image_mode "
-            f"{options.image_mode} gives {channels}: change one of the two"
+            f"--model_config_name_or_path {name} has in_channels {config.get('in_channels', 3)}, but {giver} gives "
+            f"{channels}: change one of the two"
         )
     config |= {"sample_size": height if height == width else (height, width)}
     config |= {"in_channels": channels, "out_channels": channels}
+    config |= {"class_embed_type": None, "num_class_embeds": None}
+    if takes_text(options):
+        check_text_config(config, _where(options), condition["cross_attention_dim"])
+    config |= condition
+    model_class = UNet2DConditionModel if takes_text(options) else UNet2DModel
     check_resolution(height, width, len(config["block_out_channels"]) - 1)
     try:
-        unet = UNet2DModel.from_config(config)
+        unet = model_class.from_config(config)
     except (ValueError, TypeError) as error:
-        raise UserError(f"--model_config_name_or_path {name} is no working UNet2DModel config: {error}") from None
+        raise UserError(
+            f"--model_config_name_or_path {name} is no working {model_class.__name__} config: {error}"
+        ) from None
     if options.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
@@ -45,34 +56,71 @@ def build_unet(options, height: int, width: int, channels: int) -> UNet2DModel:
     return unet
 
 
-def check_before_preparation(options) -> None:
+def check_unet_options(options) -> None:
     """Refuse a config that cannot be read, or a `--resolution` that its UNet cannot halve, while it costs nothing."""
-    config = _config(options)
-    if options.resolution is not None:
-        check_resolution(*parse_resolution(options.resolution), len(config["block_out_channels"]) - 1)
+    times = unet_halvings(options)
+    if options.resolution is not None and not _takes_latents(options):
+        check_resolution(*parse_resolution(options.resolution), times)
+
+
+def unet_halvings(options) -> int:
+    """How often the UNet that the options describe halves its input. Raises `UserError` where it cannot be read."""
+    return len(_config(options)["block_out_channels"]) - 1
+
+
+def _takes_latents(options) -> bool:
+    return getattr(options, "vae_name_or_path", None) is not None
 
 
 def _config(options) -> dict:
-    name = options.model_config_name_or_path
-    return dict(EXAMPLE_UNET) if name is None else dict(load_unet_config(name))
-
-
-def load_unet_config(name_or_path: str) -> dict:
-    """The UNet2DModel config of a folder or Hub repository: its own config.json, or that of its `unet` subfolder."""
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():  # no name that a Hub could have
-        raise UserError(f"--model_config_name_or_path {name_or_path}: no config.json to read: the folder is not there")
-    subfolder = None if not (Path(name_or_path) / "unet" / "config.json").is_file() else "unet"
-    try:
-        config = UNet2DModel.load_config(name_or_path, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise UserError(
-            f"--model_config_name_or_path {name_or_path}: no config.json to read ({reason}); give a folder that "
-            f"holds one, or a Hub repository"
-        ) from None
-    if "block_out_channels" not in config:
-        raise UserError(f"--model_config_name_or_path {name_or_path}: config.json describes no UNet2DModel")
+    if options.model_config_name_or_path is not None:
+        config = load_unet_config(options.model_config_name_or_path)
+    elif options.pretrained_model_name_or_path is not None:
+        config = load_unet_config(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    else:
+        return dict(TEXT_UNET if takes_text(options) else EXAMPLE_UNET)
+    check_unet_class(config, _where(options), takes_text(options))
     return config
+
+
+def _where(options) -> str:
+    """The flag that the UNet's config comes from, and what it names."""
+    if options.model_config_name_or_path is not None:
+        return f"--model_config_name_or_path {options.model_config_name_or_path}"
+    return f"--pretrained_model_name_or_path {options.pretrained_model_name_or_path}"
+
+
+def load_unet_config(name_or_path: str, flag: str = "--model_config_name_or_path") -> dict:
+    """The UNet2DModel config of a folder or Hub repository: its own config.json, or that of its `unet` subfolder."""
+    return find_unet(name_or_path, flag)[0]
+
+
+def find_unet(name_or_path: str, flag: str) -> tuple[dict, str | None]:
+    """The config of a UNet in a folder or Hub repository, and the subfolder that it lies in, None for the top.
+
+    Raises `UserError` that names `flag`.
+    """
+    is_folder = Path(name_or_path).is_dir()
+    if name_or_path.startswith((".", "/", "~")) and not is_folder:  # no name that a Hub could have
+        raise UserError(f"{flag} {name_or_path}: no config.json to read: the folder is not there")
+    if is_folder:
+        subfolders = ["unet" if (Path(name_or_path) / "unet" / "config.json").is_file() else None]
+    else:
+        subfolders = ["unet", None]  # older repositories have it at the top
+    for subfolder in subfolders:
+        try:
+            config = UNet2DModel.load_config(name_or_path, subfolder=subfolder)
+            break
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split()).partition(". ")[0]
+    else:
+        raise UserError(
+            f"{flag} {name_or_path}: no config.json to read ({reason}); give a folder that holds one, or a Hub "
+            "repository"
+        )
+    if "block_out_channels" not in config:
+        raise UserError(f"{flag} {name_or_path}: config.json describes no UNet2DModel")
+    return dict(config), subfolder
 
 
 def check_resolution(height: int, width: int, halvings: int) -> None:

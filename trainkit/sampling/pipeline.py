@@ -26,11 +26,12 @@ def save_pipeline(folder: Path, unet: UNet2DModel, noise_scheduler: NoiseSchedul
     (staging / "README.md").write_text(model_card)
     for name in PIPELINE_FILES:
         if (staging / name).exists():
-            _replace(staging / name, folder / name)
+            replace_part(staging / name, folder / name)
     shutil.rmtree(staging)
 
 
-def _replace(new: Path, target: Path) -> None:
+def replace_part(new: Path, target: Path) -> None:
+    """Rename `new`, in a staging folder of the same disk, to `target`; what was there goes into that folder."""
     if new.is_file() or not target.exists():
         os.replace(new, target)
         return

@@ -33,6 +33,7 @@ SCHEDULER_NAMES = ("dpmsolver", "sde_dpmsolver", "sasolver", "ddim", "ddpm")
 FLOW_SCHEDULER_NAMES = ("dpmsolver", "sde_dpmsolver", "flow_euler")
 SIGMA_MAX = 40.0
 TAIL_BETA = 1e-5
+EVEN_STRIDES_TO = 3.75  # sigma at T / 2 (linear betas: 3.4), over which too few of 20 even strides are at low noise
 CONFIG_NAME = "scheduler_config.json"
 
 
@@ -58,9 +59,8 @@ def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixi
     return {
         "dpmsolver": DPMSolverMultistepScheduler(**karras),
         "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras),
-        # betas that were moved leave too few of 20 even strides where the noise is low
         "sasolver": SASolverScheduler(**karras)
-        if config.trained_betas is not None
+        if _sigma_at_half(noise_scheduler) > EVEN_STRIDES_TO
         else SASolverScheduler(
             timestep_spacing="trailing",
             lambda_min_clipped=_lambda_min(noise_scheduler),
@@ -181,9 +181,14 @@ def _betas(noise_scheduler: DDPMScheduler) -> dict:
     """Constructor arguments that give every scheduler class the betas of `noise_scheduler`."""
     config = noise_scheduler.config
     known = config.beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
-    if not known or config.rescale_betas_zero_snr:
+    if not known or config.trained_betas is not None or config.rescale_betas_zero_snr:
         return {"trained_betas": noise_scheduler.betas.double().tolist()}
     return {key: config[key] for key in ("beta_schedule", "beta_start", "beta_end")}
+
+
+def _sigma_at_half(noise_scheduler: DDPMScheduler) -> float:
+    alpha_bar = noise_scheduler.alphas_cumprod[len(noise_scheduler.alphas_cumprod) // 2].item()
+    return math.sqrt((1 - alpha_bar) / alpha_bar)
 
 
 def _lambda_min(noise_scheduler: DDPMScheduler) -> float:

@@ -33,9 +33,13 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
     del store  # the process group holds it now
     _check_processes(asked, accelerator.num_processes, accelerator.device.type)
     if accelerator.device.type == "cpu":
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(cpu_threads or _default_threads(local_processes))
+        set_cpu_threads(cpu_threads)
     return accelerator
+
+
+def set_cpu_threads(cpu_threads: int) -> None:
+    """`--cpu_threads`, or this process's share of the cores."""
+    torch.set_num_threads(cpu_threads or _default_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def shard_as_launched(options) -> None:

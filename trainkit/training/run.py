@@ -17,17 +17,20 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
 
 from trainkit.data.augment import build_augmentation
+from trainkit.data.class_order import ClassBalancedOrder
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.loader import Batch, BatchLoader, BatchShape
+from trainkit.data.loader import Batch, BatchLoader, Condition
 from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.errors import UserError
 from trainkit.options import SECRET_OPTIONS
+from trainkit.training.division import divide_global_batch
 from trainkit.training.ema import ShadowWeights, build_ema
 from trainkit.training.guards import SkippedSteps, check_replicas, step_if_finite
 from trainkit.training.metrics import StepLog, plot_loss, truncate_metrics
@@ -43,13 +46,11 @@ from trainkit.training.sharding import (
 from trainkit.training.signals import StopSignals
 from trainkit.training.speed import (
     compile_unet,
-    largest_micro_batch,
     lay_out,
     memory_format,
-    memory_trial,
     uncompiled,
 )
-from trainkit.training.state import read_facts, restore, restore_random_states, take_snapshot
+from trainkit.training.state import restore, restore_random_states, take_snapshot
 from trainkit.training.throughput import Throughput, flops_of_image
 from trainkit.training.writer import CheckpointWriter
 
@@ -58,18 +59,27 @@ class Run:
     """One training run: model, optimizer, schedule, EMA, data position, checkpoints and logs.
 
     `step` is the number of optimizer steps done; `model` is what the loss calls, `unet` the same without wrappers.
+    `condition` tells the model more of an image than its pixels; `order` replaces that of every image once an epoch.
     """
 
-    def __init__(self, options, accelerator: Accelerator, unet: UNet2DModel, images: PreparedImages):
-        self.options, self.accelerator, self.images = options, accelerator, images
+    def __init__(
+        self,
+        options,
+        accelerator: Accelerator,
+        unet: UNet2DModel,
+        images: PreparedImages,
+        condition: Condition | None = None,
+        order: ClassBalancedOrder | None = None,
+    ):
+        self.options, self.accelerator, self.images, self.condition = options, accelerator, images, condition
         self.output_dir = Path(options.output_dir)
         self.step, self.stopped = 0, False
         claim_output_dir(options, accelerator)
         candidates = whole_checkpoints(options, accelerator)
         unet = lay_out(unet, options, accelerator.device)
-        self.shape = self._batch_shape(candidates, unet)
+        self.shape = divide_global_batch(options, accelerator, unet, images, self._inputs_of, candidates)
         self.max_train_steps = self._steps_in_all()
-        image_flops = flops_of_image(unet, (images.channels, images.height, images.width))
+        image_flops = flops_of_image(unet, (images.channels, images.height, images.width), self._inputs_of(1))
         throughput = Throughput(
             image_flops, accelerator.device, accelerator.mixed_precision, accelerator.num_processes
         )
@@ -90,7 +100,7 @@ class Run:
         self.loader = BatchLoader(
             images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers,
             memory_format(options, accelerator.device), options.shuffle_block_size,
-            build_augmentation(options, images.channels),
+            build_augmentation(options, images.channels), condition, order,
         )  # fmt: skip
         self._micro_step = 0
         self._unwritten: dict[str, str] = {}  # kind of file -> what could not be written, and why
@@ -305,29 +315,9 @@ class Run:
             return math.ceil(options.max_train_images / size)
         return options.max_train_steps or math.ceil(options.num_epochs * len(self.images) / size)
 
-    def _batch_shape(self, candidates: list[Path], unet: UNet2DModel) -> BatchShape:
-        """The division of the global batch; on resume the global batch stays, and the micro-steps follow."""
-        options, accelerator = self.options, self.accelerator
-        micro_steps, per_device = options.gradient_accumulation_steps, options.train_batch_size
-        kept = read_facts(candidates[0])["global_batch_size"] if candidates else None
-        if options.find_batch_size:
-            rows = (kept or per_device * micro_steps * accelerator.num_processes) // accelerator.num_processes
-            image_shape = (self.images.channels, self.images.height, self.images.width)
-            per_device = largest_micro_batch(rows, memory_trial(accelerator, unet, image_shape))
-            micro_steps = rows // per_device
-        once = per_device * accelerator.num_processes
-        if kept is not None:
-            if kept % once:
-                raise UserError(
-                    f"--train_batch_size {per_device} on {accelerator.num_processes} processes cannot "
-                    f"make up the global batch of {kept} images that {candidates[0].name} was trained with: choose a "
-                    f"divisor of {kept // math.gcd(kept, accelerator.num_processes)}"
-                )
-            if kept // once != micro_steps and accelerator.is_main_process:
-                print(f"--gradient_accumulation_steps {kept // once} keeps the global batch of {kept}", flush=True)
-            micro_steps = kept // once
-        accelerator.gradient_accumulation_steps = micro_steps
-        return BatchShape(per_device, micro_steps, accelerator.num_processes, accelerator.process_index)
+    def _inputs_of(self, size: int) -> dict[str, torch.Tensor]:
+        """The model's further arguments for `size` images, as large as those of training."""
+        return {} if self.condition is None else self.condition.inputs(np.zeros(size, dtype=np.int64))
 
     def _told_division(self) -> str:
         stage = "ZeRO-3" if self.options.reshard_after_forward else "ZeRO-2"

@@ -3,6 +3,8 @@
 Good for watching one run and for comparing runs of one data set; it is no published figure.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -37,10 +39,17 @@ class SampleScore:
 
     The reference is `held_out`, or the training images where that is None: at most `REFERENCE_IMAGES` of them (or
     `--score_images`, if that is more), the first in a fixed order, whose features are taken once. Make it, and call
-    it, on every rank.
+    it, on every rank. `make_samples(unet, indices)` makes them, (N, H, W, C) uint8 on every rank, from the conditions
+    of the training images `indices`; None: from no condition.
     """
 
-    def __init__(self, run, held_out: PreparedImages | None, noise_scheduler: NoiseScheduler):
+    def __init__(
+        self,
+        run,
+        held_out: PreparedImages | None,
+        noise_scheduler: NoiseScheduler,
+        make_samples: Callable[[torch.nn.Module, np.ndarray], np.ndarray] | None = None,
+    ):
         self.run, options = run, run.options
         self.scheduler = scheduler_bundle(noise_scheduler)[DEFAULT_SCHEDULER]
         images, self.reference_name = (run.images, "training") if held_out is None else (held_out, "validation")
@@ -54,26 +63,34 @@ class SampleScore:
             self.extractor = EfficientNetLite0()
             chosen = sample_indices(np.arange(self.num_reference), len(images), options.seed)
             self.reference = self._features(PreparedFolder(images.folder), chosen)
+        self.make_samples = make_samples
         self._measured_step = run.log.last_step("kid")
 
     def measure(self) -> None:
         """Measure, write down and print the score of the current step, unless that was done already."""
-        run, options = self.run, self.run.options
+        run = self.run
         if self._measured_step == run.step:
             return
         self._measured_step = run.step
         with run.averaged_weights() as unet:
-            samples = generate_over_processes(
-                run.accelerator,
-                unet,
-                self.scheduler,
-                num_images=options.score_images,
-                seed=options.seed,
-                num_inference_steps=options.ddpm_num_inference_steps,
-                batch_size=options.eval_batch_size,
-            )
+            samples = self._samples(unet)
             if run.accelerator.is_main_process:
                 self._tell(self._features(ImageArray(samples), np.arange(len(samples))))
+
+    def _samples(self, unet: torch.nn.Module) -> np.ndarray:
+        options, count = self.run.options, self.run.options.score_images
+        if self.make_samples is not None:
+            indices = np.arange(count) % len(self.run.images)
+            return self.make_samples(unet, sample_indices(indices, len(self.run.images), options.seed))
+        return generate_over_processes(
+            self.run.accelerator,
+            unet,
+            self.scheduler,
+            num_images=count,
+            seed=options.seed,
+            num_inference_steps=options.ddpm_num_inference_steps,
+            batch_size=options.eval_batch_size,
+        )
 
     def _features(self, images: ImageArray | PreparedFolder, indices: np.ndarray) -> torch.Tensor:
         batches = images.batches(indices, FEATURE_BATCH_SIZE, INPUT_SIZE)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -154,7 +154,7 @@ def load_full_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def unsharded_copy(unet: UNet2DModel) -> UNet2DModel:
-    """A stock UNet2DModel with the whole weights of `unet`, on its device, on every rank.
+    """A UNet of the stock class with the whole weights of `unet`, on its device, on every rank.
 
     For sampling, where each forward pass of a sharded UNet is a collective that ranks with fewer images would miss,
     and for `save_pretrained`, which cannot read divided weights.
@@ -162,7 +162,10 @@ def unsharded_copy(unet: UNet2DModel) -> UNet2DModel:
     reshard(unet)
     weights = get_model_state_dict(unet, options=StateDictOptions(full_state_dict=True))
     with torch.device("meta"):
-        copy = UNet2DModel.from_config(unet.config)
+        stock_class = next(base for base in type(unet).__mro__ if not issubclass(base, FSDPModule))
+        copy = stock_class.from_config(unet.config)
+        if isinstance(unet.class_embedding, ModelMixin):  # an embedding of vectors, where the stock class has none
+            copy.class_embedding = type(unet.class_embedding).from_config(unet.class_embedding.config)
     copy.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
     return copy.requires_grad_(False).train(unet.training)
 

@@ -76,10 +76,16 @@ def largest_micro_batch(rows: int, fits: Callable[[int], bool]) -> int:
     return sizes[low]
 
 
-def memory_trial(accelerator: Accelerator, unet: UNet2DModel, shape: tuple[int, int, int]) -> Callable[[int], bool]:
+def memory_trial(
+    accelerator: Accelerator,
+    unet: UNet2DModel,
+    shape: tuple[int, int, int],
+    inputs_of: Callable[[int], dict[str, torch.Tensor]] = lambda size: {},
+) -> Callable[[int], bool]:
     """A function that tells whether forward and backward pass of n images (C, H, W) `shape` fit, on all ranks.
 
-    It sets aside what the optimizer and the averages will take, and leaves weights, gradients and random state alone.
+    `inputs_of(n)` are the model's further keyword arguments. It sets aside what the optimizer and the averages will
+    take, and leaves weights, gradients and random state alone.
     """
 
     def fits(size: int) -> bool:
@@ -90,8 +96,9 @@ def memory_trial(accelerator: Accelerator, unet: UNet2DModel, shape: tuple[int, 
                 reserved += [torch.empty_like(p) for p in unet.parameters() for _ in range(4)]
                 images = torch.zeros(size, *shape, device=accelerator.device)
                 timesteps = torch.zeros(size, dtype=torch.long, device=accelerator.device)
+                inputs = {name: value.to(accelerator.device) for name, value in inputs_of(size).items()}
                 with accelerator.autocast():
-                    prediction = unet(images, timesteps).sample
+                    prediction = unet(images, timesteps, **inputs).sample
                 prediction.float().square().mean().backward()
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not should_reduce_batch_size(error):

@@ -24,18 +24,20 @@ PEAKS = {
 }
 
 
-def flops_of_image(unet: nn.Module, shape: tuple[int, int, int]) -> int:
+def flops_of_image(unet: nn.Module, shape: tuple[int, int, int], inputs: dict[str, torch.Tensor] | None = None) -> int:
     """FLOPs of training on one image (C, H, W) `shape`: three times the forward pass, since the backward pass is two.
 
     A multiplication and an addition are two FLOPs; recomputation (`--gradient_checkpointing`) is not counted, as is
-    usual for model FLOP utilisation (Chowdhery et al. 2022, appendix B).
+    usual for model FLOP utilisation (Chowdhery et al. 2022, appendix B). `inputs` are the model's further keyword
+    arguments for one image.
     """
     device, training = next(unet.parameters()).device, unet.training
     image, timestep = torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    inputs = {name: value.to(device) for name, value in (inputs or {}).items()}
     unet.eval()
     # the plain attention is made of products that the counter knows on every device
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        unet(image, timestep)
+        unet(image, timestep, **inputs)
     unet.train(training)
     return 3 * counter.get_total_flops()
 

@@ -17,7 +17,7 @@ import torch
 from trainkit.data.augment import to_training_size
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.dataset import PreparedImages
-from trainkit.data.loader import Batch, to_model_range
+from trainkit.data.loader import Batch, Condition, to_model_range
 from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
 from trainkit.data.prepare import PREPARATION_NAME
 from trainkit.data.settings import check_training_size
@@ -101,8 +101,8 @@ def loss_by_noise(losses: np.ndarray, timesteps: np.ndarray, num_train_timesteps
 class HeldOutLoss:
     """Measures the loss of the averaged weights on the first `--validation_images` of `images` in a fixed order.
 
-    `loss_per_image(unet, batch, timesteps)` is the loss of training as (B,), its noise in `batch.noise`; the rows of
-    `images` are in `batch.indices`, for labels or texts. Make it, and call it, on every rank.
+    `loss_per_image(unet, batch, timesteps)` is the loss of training as (B,), its noise in `batch.noise`; what
+    `condition` tells of `images` is in `batch.condition`, with none dropped. Make it, and call it, on every rank.
     """
 
     def __init__(
@@ -111,8 +111,9 @@ class HeldOutLoss:
         images: PreparedImages,
         loss_per_image: Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor],
         num_train_timesteps: int,
+        condition: Condition | None = None,
     ):
-        self.run, self.images, self.loss_per_image = run, images, loss_per_image
+        self.run, self.images, self.loss_per_image, self.condition = run, images, loss_per_image, condition
         self.num_train_timesteps = num_train_timesteps
         seed, count = run.options.seed, min(len(images), run.options.validation_images)
         self.indices = sample_indices(np.arange(count), len(images), seed)
@@ -153,6 +154,7 @@ class HeldOutLoss:
             pixels = pixels.astype(np.int32)
         shape = (images.channels, images.height, images.width)
         noise = normal_draws(self.run.options.seed, 0, rows, shape, Purpose.VALIDATION_NOISE)
+        inputs = {} if self.condition is None else self.condition.inputs(indices)
         return Batch(
             images=to_training_size(
                 to_model_range(torch.from_numpy(pixels).to(device), images.bit_depth), (images.height, images.width)
@@ -162,6 +164,7 @@ class HeldOutLoss:
             indices=indices,
             step=self.run.step,
             micro_step=0,
+            condition={name: value.to(device) for name, value in inputs.items()},
         )
 
 

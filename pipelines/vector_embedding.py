@@ -1,0 +1,53 @@
+"""Vectors -> what a UNet2DModel of class_embed_type "identity" takes as class_labels. This file travels in models."""
+
+# B rows, D numbers of a vector, E width of the UNet's time embedding
+
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+
+class VectorEmbedding(ModelMixin, ConfigMixin):
+    """Vectors (B, D) -> embeddings (B, E), normalised with the statistics that are saved among the weights.
+
+    A row of NaN is the null condition: it gets an embedding of its own, which is learned. A new module gives zeros for
+    everything, so that a UNet starts as if it had no condition.
+    """
+
+    _source = Path(__file__).read_text(encoding="utf-8")  # kept: diffusers overwrites its copy of a loaded file
+
+    @register_to_config
+    def __init__(self, vector_length: int, embedding_dim: int, hidden_dim: int | None = None):
+        super().__init__()
+        hidden_dim = hidden_dim or embedding_dim
+        self.register_buffer("mean", torch.zeros(vector_length))
+        self.register_buffer("std", torch.ones(vector_length))
+        self.null_embedding = nn.Parameter(torch.zeros(embedding_dim))
+        self.linear_1 = nn.Linear(vector_length, hidden_dim)
+        self.linear_2 = nn.Linear(hidden_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, embedding_dim)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Take mean and standard deviation (D,) of the training vectors; a constant number is left unscaled."""
+        self.mean.copy_(torch.as_tensor(mean))
+        std = torch.as_tensor(std)
+        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        null = vectors.isnan().any(dim=1, keepdim=True)
+        normal = (torch.nan_to_num(vectors.float()) - self.mean.float()) / self.std.float()
+        hidden = nn.functional.silu(self.linear_1(normal.to(self.linear_1.weight.dtype)))
+        hidden = nn.functional.silu(self.linear_2(hidden))
+        embedding = self.output(hidden)
+        return torch.where(null, self.null_embedding.to(embedding.dtype), embedding)
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """Write config.json and this file beside it."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "vector_embedding.py").write_text(self._source, encoding="utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -1,0 +1,175 @@
+"""What a person sees of a prepared dataset: its card and its contact sheet."""
+
+import base64
+import dataclasses
+import html.parser
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_prepare import ROOT, SETTINGS, Stopped, count_decoded, run, write_images
+
+from train_unconditional import Options
+from trainkit.config import parse_options
+from trainkit.data.cache import open_or_prepare
+from trainkit.data.contact_sheet import write_contact_sheet
+from trainkit.data.hygiene import AS_IT_IS, HygieneSettings
+from trainkit.data.prepare import prepare
+from trainkit.data.settings import PreparationSettings
+from trainkit.data.sources import ImageFolder
+
+WICKED = "<script>alert('1')</script><img src=x onerror=alert(2)>.jpg".replace("/", "|")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """60 images of two classes, one saved again, one cut short, and one with a name that is HTML."""
+    folder = tmp_path_factory.mktemp("set") / "photos"
+    write_images(folder / "<b>few", 20)
+    write_images(folder / "many", 40, start=20)
+    (folder / "many/zz.png").write_bytes((folder / "many/00022.png").read_bytes())
+    cut = (folder / "many/00021.jpg").read_bytes()
+    (folder / "many/cut.jpg").write_bytes(cut[: len(cut) * 2 // 3])
+    (folder / "many" / WICKED).write_text("no image")
+    return folder
+
+
+def inspect(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "prepare_dataset.py"), "--inspect", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def prepared(photos: Path, output: Path, settings=SETTINGS, hygiene=AS_IT_IS) -> dict:
+    return prepare(ImageFolder(photos), settings, output, 1, show_progress=False, hygiene=hygiene)
+
+
+def test_the_card_says_what_is_in_it_and_how_to_train(photos, tmp_path):
+    grey = dataclasses.replace(SETTINGS, image_mode="L")
+    done = prepared(photos, tmp_path / "out", grey, HygieneSettings("exact", validation_fraction=0.2))
+    shown = inspect(tmp_path / "out")
+    assert shown.returncode == 0 and shown.stderr == ""
+    lines = shown.stdout.splitlines()
+    assert lines[0] == str(tmp_path / "out") and len(lines) < 20
+    card = {name: value for name, _, value in (re.split(r"( {2,})", line.strip(), maxsplit=1) for line in lines[1:])}
+    held_out = 60 - done["num_images"]
+    few = done["classes"]["<b>few"]
+    assert card["images"] == f"{done['num_images']} of 16x16 L, 8 bits a channel, stored as pixels"
+    assert card["held out"] == f"{held_out} more in {tmp_path / 'out/validation'}" and held_out > 0
+    assert card["classes"].startswith(f"2: many {done['classes']['many']}, <b>few {few}; the largest is ")
+    assert card["rejected"] == "3: 1 duplicate, 1 not_an_image, 1 truncated; see rejected.jsonl"
+    assert re.match(r"L 0\.4\d{3} 0\.0\d{3} \(", card["mean, std"])
+    assert done["fingerprint"] in card["fingerprint"] and "pillow" in card["made with"]
+    assert "resize_mode crop" in card["settings"] and "validation_fraction 0.2" in card["settings"]
+    assert f"{sum(shard['num_bytes'] for shard in done['shards']) / 1e6:,.1f} MB" in card["files"]
+
+    options = parse_options(Options, "", shlex.split(card["train"])[3:])
+    assert len(open_or_prepare(options)) == done["num_images"], "the command that is shown opens it"
+    assert len(open_or_prepare(dataclasses.replace(options, train_data_dir=options.validation_data_dir))) == held_out
+
+
+def test_a_card_of_no_whole_dataset_says_what_to_do(photos, tmp_path, monkeypatch):
+    prepared(photos, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as until_stopped, pytest.raises(Stopped):
+        count_decoded(until_stopped, stop_after=30)
+        prepared(photos, tmp_path / "unfinished")
+    shard = next((tmp_path / "out").glob("data-*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    for folder, message, shows_card in (
+        ("out", r"data-\w+.arrow is damaged \(.*delete it and run the preparation again", True),
+        ("unfinished", r"is unfinished \(.*run the prepare_dataset.py command that made it again", False),
+        ("empty", r"empty is no prepared dataset \(no preparation.json", False),
+        ("file", r"file is a file; give a folder", False),
+        ("nowhere", r"nowhere does not exist", False),
+        (photos, r"photos is no prepared dataset", False),
+    ):
+        shown = inspect(tmp_path / folder)
+        assert shown.returncode == 1 and shown.stderr.startswith("error: ") and shown.stderr.count("\n") == 1
+        assert re.search(message, shown.stderr), shown.stderr
+        assert bool(shown.stdout) is shows_card
+    (tmp_path / "out/state.json").write_text("{}")
+    assert "is damaged (preparation.json and state.json do not agree)" in inspect(tmp_path / "out").stderr
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page, its pictures and its text."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags, self.pictures, self.text = set(), [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag == "img":
+            kind, _, content = dict(attributes)["src"].partition(";base64,")
+            assert kind in ("data:image/png", "data:image/jpeg"), "nothing is fetched from anywhere"
+            self.pictures.append(Image.open(io.BytesIO(base64.b64decode(content))))
+            self.pictures[-1].load()
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        PreparationSettings(16, 24, image_mode="L"),
+        PreparationSettings(200, 100, resize_mode="crop", image_mode="RGBA"),
+        PreparationSettings(100, 100, image_mode="RGB", bit_depth=16),
+    ],
+    ids=lambda settings: f"{settings.image_mode}{settings.bit_depth}{'' if settings.fixed_size else 'free'}",
+)
+def test_the_sheet_shows_samples_duplicates_and_rejects(photos, tmp_path, settings):
+    prepared(photos, tmp_path / "out", settings, HygieneSettings("exact"))
+    page = Page(write_contact_sheet(tmp_path / "out", ImageFolder(photos)))
+    assert len(page.pictures) == 12 + 12 + 2 + 1, "of each class, the duplicate and what it repeats, the cut one"
+    assert all(max(picture.size) <= 128 for picture in page.pictures)
+    if settings.image_mode != "RGBA":
+        assert {picture.mode for picture in page.pictures[:24]} == {settings.image_mode}
+    first, second = (np.asarray(picture.convert("RGB")) for picture in page.pictures[24:26])
+    assert np.array_equal(first, second) and first.std() > 10
+    for text in ("<b>few: 20", "many: 40", "the same pixels as many/00022.png", "truncated: 1", "not_an_image: 1"):
+        assert text in page.text
+    assert f"many/{WICKED}" in page.text and not page.tags & {"script", "b"}
+
+
+def test_a_source_without_files_has_a_sheet_too(photos, tmp_path):
+    prepared(photos, tmp_path / "out", hygiene=HygieneSettings("exact"))
+    page = Page(write_contact_sheet(tmp_path / "out"))
+    assert len(page.pictures) == 24 and "the same pixels as" in page.text
+
+
+def test_many_classes_and_none(tmp_path):
+    for number in range(30):
+        write_images(tmp_path / f"classes/{number:02d}", 2, start=2 * number)
+    prepared(tmp_path / "classes", tmp_path / "out")
+    page = Page(write_contact_sheet(tmp_path / "out"))
+    assert len(page.pictures) == 48 and "23: 2 (and 6 classes more)" in page.text
+    write_images(tmp_path / "flat", 5)
+    prepared(tmp_path / "flat", tmp_path / "flat-out")
+    assert len(Page(write_contact_sheet(tmp_path / "flat-out")).pictures) == 5
+
+
+def test_the_command_writes_it_once_and_again_when_the_data_changes(photos, tmp_path):
+    write_images(tmp_path / "photos", 5)
+    output = tmp_path / "out"
+    assert f"look at {output / 'contact_sheet.html'}" in run(tmp_path / "photos", output).stdout
+    before = (output / "contact_sheet.html").stat().st_mtime_ns
+    run(tmp_path / "photos", output)
+    assert (output / "contact_sheet.html").stat().st_mtime_ns == before
+    write_images(tmp_path / "photos", 1, start=77)
+    run(tmp_path / "photos", output)
+    assert len(Page(output / "contact_sheet.html").pictures) == 6
+    run(tmp_path / "photos", tmp_path / "plain", "--no_contact_sheet")
+    assert not (tmp_path / "plain/contact_sheet.html").exists()
+    run(tmp_path / "photos", tmp_path / "again")
+    assert (tmp_path / "again/contact_sheet.html").read_bytes() == (output / "contact_sheet.html").read_bytes()

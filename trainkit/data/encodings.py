@@ -1,0 +1,167 @@
+"""What a frozen network makes of a prepared dataset, computed once and kept: rows of float16 numbers in Arrow files.
+
+A cache is a folder of units. A unit is a pure function from its rows to one file, which appears under its name when
+it is whole. So a killed run goes on where it stopped, any number of processes work on one folder side by side, each
+on the units that no other has taken, and the result does not depend on how many they were.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from trainkit.data.files import open_stream, read_schema, read_text, sizes, write_json, written
+from trainkit.errors import UserError
+
+COMPLETE_NAME, LOCKS_FOLDER = "encodings.json", "locks"
+SCHEMA = pa.schema([("values", pa.large_list(pa.float16()))])
+TOLD_KEY = b"told"
+POLL_S = 0.2
+
+
+def unit_name(number: int) -> str:
+    return f"unit-{number:06d}.arrow"
+
+
+def make_units(
+    folder: Path, names: list[str], make: Callable[[int], None], first: int = 0, tell: Callable[[int], None] = int
+) -> None:
+    """Call `make(number)` for each of `names` that is not in `folder`, together with all who do so at this time.
+
+    `make` writes `folder / names[number]` by `written`. `first` is where this process starts to look, so that several
+    seldom want the same one. `tell(n)` hears that n more are there. Returns when all are, whoever made them. Raises
+    `UserError` where nothing can be written.
+    """
+    locks = folder / LOCKS_FOLDER
+    missing = [*range(first, len(names)), *range(first)]
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+        while missing:
+            left, present = [], sizes(folder)
+            for number in missing:
+                name = names[number]
+                if name in present or _make_alone(folder / name, locks / f"{name}.lock", make, number):
+                    tell(1)
+                else:
+                    left.append(number)
+            if len(left) == len(missing):
+                time.sleep(POLL_S)  # others are at work on all that is left
+            missing = left
+        shutil.rmtree(locks, ignore_errors=True)
+        for name in sizes(folder):
+            if name.endswith(".tmp"):  # of a process that was killed
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--cache_dir: {folder} cannot be written ({error.strerror or error}); free space there or give another "
+            "folder: what is finished stays, the same command goes on from it"
+        ) from None
+
+
+def _make_alone(path: Path, lock_path: Path, make: Callable[[int], None], number: int) -> bool:
+    """Make a unit that nobody else is at; False where somebody is."""
+    lock = FileLock(lock_path, timeout=0)
+    try:
+        lock.acquire()
+    except (Timeout, FileNotFoundError):  # the latter where all is done, and another process swept the locks away
+        return False
+    try:
+        if not path.is_file():
+            make(number)
+    finally:
+        lock.release()
+    return True
+
+
+def write_rows(path: Path, batches: Iterable[list[np.ndarray]], told: dict | None = None) -> None:
+    """Write float arrays (any shape, flattened) as rows of float16, a record batch for each of `batches`.
+
+    `told` is what the unit says of itself (`unit_told`). Raises `ValueError` for a number that float16 cannot hold.
+    """
+    schema = SCHEMA.with_metadata({TOLD_KEY: json.dumps(told or {})})
+    with written(path) as temporary, pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as out:
+        for rows in batches:
+            with np.errstate(over="ignore"):
+                flat = [np.asarray(row).astype(np.float16).reshape(-1) for row in rows]
+            values = np.concatenate(flat)
+            if not np.isfinite(values).all():
+                raise ValueError("a number that is not finite, or beyond 65,504")
+            offsets = pa.array(list(accumulate(map(len, flat), initial=0)), pa.int64())
+            column = pa.LargeListArray.from_arrays(offsets, pa.array(values))
+            out.write_batch(pa.record_batch([column], schema=schema))
+
+
+def unit_told(path: Path) -> dict:
+    return json.loads(read_schema(path).metadata[TOLD_KEY])
+
+
+class Rows:
+    """The rows of the units in `folder` by number, mapped into memory when first touched.
+
+    A unit holds `rows_a_unit` of the `num_rows`, the last one what is left.
+    """
+
+    def __init__(self, folder: Path, num_rows: int, rows_a_unit: int):
+        self.folder, self.num_rows, self.rows_a_unit = folder, num_rows, rows_a_unit
+        self._open: dict[int, tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]] = {}
+
+    @property
+    def unit_names(self) -> list[str]:
+        return [unit_name(number) for number in range(-(-self.num_rows // self.rows_a_unit))]
+
+    def unit_rows(self, number: int) -> range:
+        start = number * self.rows_a_unit
+        return range(start, min(start + self.rows_a_unit, self.num_rows))
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Row `row`, flat float16: a view of the file."""
+        number, place = divmod(row, self.rows_a_unit)
+        starts, values, offsets = self._open.get(number) or self._open_unit(number)
+        batch = int(np.searchsorted(starts, place, side="right")) - 1
+        place -= int(starts[batch])
+        return values[batch][offsets[batch][place] : offsets[batch][place + 1]]
+
+    def longest(self) -> int:
+        """The most numbers in a row; reads where the rows of all units end, so ask once."""
+        longest = 0
+        for number in range(len(self.unit_names)):
+            opened = self._open.get(number) or self._open_unit(number)
+            longest = max(longest, *(int(np.diff(offsets).max()) for offsets in opened[2]))
+        return longest
+
+    def _open_unit(self, number: int) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        path = self.folder / unit_name(number)
+        try:
+            columns = [batch.column("values") for batch in open_stream(path)]
+        except (OSError, pa.ArrowException) as error:
+            raise _broken(path, " ".join(str(error).split())) from None
+        if sum(map(len, columns)) != len(self.unit_rows(number)):
+            raise _broken(path, f"it should hold {len(self.unit_rows(number))} rows")
+        starts = np.array(list(accumulate((len(column) for column in columns[:-1]), initial=0)))
+        values = [np.frombuffer(column.values.buffers()[1], dtype=np.float16) for column in columns]
+        offsets = [np.frombuffer(column.buffers()[1], dtype=np.int64) for column in columns]
+        opened = self._open[number] = starts, values, offsets  # threads may do so twice, to the same end
+        return opened
+
+
+def read_complete(folder: Path) -> dict | None:
+    """What a finished cache says of itself; None where there is none yet."""
+    try:
+        return json.loads(read_text(folder / COMPLETE_NAME))
+    except (OSError, ValueError):
+        return None
+
+
+def write_complete(folder: Path, told: dict) -> None:
+    """The mark that `folder` is finished; every process that finds all units there may write the same."""
+    write_json(folder / COMPLETE_NAME, told)
+
+
+def _broken(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged ({reason}); delete it and start again: only it is computed anew")

@@ -1,0 +1,136 @@
+"""Which images stay: who repeats whom, told by their hashes, and who is held out for validation."""
+
+# N images, M different hashes
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainkit.data.optional import load_package
+from trainkit.errors import UserError
+
+HASH_BITS = 64
+MAX_NEAR_DISTANCE = 16  # of 64 bits: two pictures that have nothing in common differ in about 32
+KEPT = -1
+NEAR_FLAG = "--deduplicate near"
+TRAIN, VALIDATION = 0, 1
+
+
+@dataclass(frozen=True)
+class HygieneSettings:
+    """Which of the images that could be read are kept, and for what."""
+
+    deduplicate: str = "none"  # none, exact or near
+    near_distance: int = 4  # bits, at most
+    validation_fraction: float = 0.0  # of the images, in [0, 1)
+
+    @property
+    def unit_key(self) -> tuple:
+        """The part that decides what a unit's files hold; the distance is looked at only when all units are done."""
+        return self.deduplicate, self.validation_fraction
+
+    @property
+    def needs_content_hash(self) -> bool:
+        return self.deduplicate != "none" or self.validation_fraction > 0
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return (TRAIN, VALIDATION) if self.validation_fraction else (TRAIN,)
+
+
+AS_IT_IS = HygieneSettings()
+
+
+def hygiene_from_options(options) -> HygieneSettings:
+    """What a script's `HygieneOptions` ask for. Raises `UserError` naming the flag."""
+    if not 0 <= options.validation_fraction < 1:
+        raise UserError(f"--validation_fraction {options.validation_fraction} must be at least 0 and below 1")
+    if not 0 <= options.near_distance <= MAX_NEAR_DISTANCE:
+        raise UserError(f"--near_distance {options.near_distance} must be 0 to {MAX_NEAR_DISTANCE} bits")
+    if options.deduplicate == "near":
+        load_package("imagehash", NEAR_FLAG)
+    distance = options.near_distance if options.deduplicate == "near" else HygieneSettings.near_distance
+    return HygieneSettings(options.deduplicate, distance, options.validation_fraction)
+
+
+def is_held_out(content_hash: str, fraction: float) -> bool:
+    """Whether an image belongs to the validation set: a matter of its pixels alone, so that it never changes sides."""
+    return int(content_hash[:16], 16) < fraction * 2**64
+
+
+def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
+    """For each image (N,) the first one of the same hash (N, K) uint64, or `KEPT` where that is itself."""
+    firsts = _first_equal(hashes)
+    firsts[firsts == np.arange(len(firsts))] = KEPT
+    return firsts
+
+
+def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """For each image (N,), in order, the first kept one within `distance` bits of its hash (uint64), else `KEPT`.
+
+    An image goes only when one that stays is near it: no chains, in which each is near the next and the last like
+    nothing before it.
+    """
+    firsts = _first_equal(hashes[:, None])
+    different = np.flatnonzero(firsts == np.arange(len(firsts)))
+    dropped: dict[int, int] = {}
+    for later, earlier in near_pairs(hashes[different], distance).tolist():
+        if later not in dropped and earlier not in dropped:
+            dropped[later] = earlier
+    stays = np.arange(len(firsts))
+    stays[different[np.array(list(dropped), dtype=np.int64)]] = different[
+        np.array(list(dropped.values()), dtype=np.int64)
+    ]
+    repeated = stays[firsts]
+    repeated[repeated == np.arange(len(firsts))] = KEPT
+    return repeated
+
+
+def _first_equal(hashes: np.ndarray) -> np.ndarray:
+    """For each row (N, K) the number of the first that is equal to it."""
+    order = np.lexsort(hashes.T)  # stable: of equals the first stays first
+    starts = np.ones(len(order), dtype=bool)
+    ordered = hashes[order]
+    starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    del ordered  # a hundred million images are a gigabyte in each of these
+    starts = np.flatnonzero(starts)
+    firsts = np.empty(len(order), dtype=np.int64)
+    firsts[order] = np.repeat(order[starts], np.diff(starts, append=len(order)))
+    return firsts
+
+
+def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """All pairs (later, earlier) of different hashes (M,) uint64 at most `distance` bits apart, sorted.
+
+    Exact, without comparing all with all: cut into b blocks of bits, two such hashes agree in at least b - distance
+    whole blocks; for each choice of so many the hashes are sorted by them, and only equal ones are compared.
+    """
+    num_blocks = _num_blocks(len(hashes), distance)
+    bounds = np.linspace(0, HASH_BITS, num_blocks + 1).astype(int).tolist()
+    masks = [((1 << (end - start)) - 1) << start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for chosen in itertools.combinations(masks, num_blocks - distance):
+        keys = hashes & np.uint64(sum(chosen))
+        order = np.argsort(keys)
+        keys, ordered = keys[order], hashes[order]
+        here, step = np.nonzero(keys[1:] == keys[:-1])[0], 1
+        while len(here):
+            near = here[np.bitwise_count(ordered[here] ^ ordered[here + step]) <= distance]
+            found.append(np.sort(np.stack([order[near], order[near + step]], axis=1), axis=1)[:, ::-1])
+            step += 1
+            here = here[here + step < len(keys)]
+            here = here[keys[here] == keys[here + step]]
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _num_blocks(num_hashes: int, distance: int) -> int:
+    """Few blocks make few sorts but many chance meetings: the number that costs least, in comparisons."""
+    sort_cost = 4 * math.log2(num_hashes + 2)
+
+    def cost(blocks: int) -> float:
+        key_bits = HASH_BITS * (blocks - distance) // blocks
+        return math.comb(blocks, distance) * (sort_cost + num_hashes / 2**key_bits)
+
+    return min(range(distance + 1, distance + 6), key=cost)

@@ -1,0 +1,24 @@
+"""What frozen networks have in common whose outputs are computed once: text encoders and image autoencoders."""
+
+import hashlib
+import os
+
+import torch
+
+
+def state_digest(module: torch.nn.Module, *parts: str) -> str:
+    """A name (16 hex digits) for the weights of `module`, whatever file they came from, and `parts`."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for part in parts:
+        digest.update(part.encode())
+    return digest.hexdigest()
+
+
+def local_device() -> torch.device:
+    """Where this process of the launch is going to train; known before Accelerate starts."""
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1", "yes"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")

@@ -1,0 +1,214 @@
+"""Images through a frozen autoencoder, once: training reads latents in the place of pixels.
+
+Mean and standard deviation of each latent are kept, so that training samples it anew at every visit, as a function of
+the seed, the step and the row. The latents of a mirrored image are not mirrored latents: with `--random_flip` both are
+kept (Rombach et al. 2022 for the model, section 3.3).
+
+B batch, C channels and h/w size of the latents, H/W pixels.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from trainkit.data.augment import build_augmentation
+from trainkit.data.dataset import PreparedImages
+from trainkit.data.encodings import Rows, make_units, read_complete, unit_name, write_complete, write_rows
+from trainkit.data.loader import to_model_range
+from trainkit.data.prepare import PREPARATION_NAME
+from trainkit.data.settings import parse_resolution, resize_mode_from_options
+from trainkit.diffusion.frozen import local_device, state_digest
+from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
+from trainkit.errors import UserError
+
+FLAG = "--vae_name_or_path"
+FORMAT = "1"  # raise it when the same image and VAE would give other numbers
+IMAGES_A_UNIT, IMAGES_A_BATCH, IMAGES_AT_ONCE = 1024, 64, 8
+
+
+class LatentImages:
+    """The latents of `images`, to training what a PreparedImages is; what is not told here is that of `images`.
+
+    `rows` holds mean and deviation (2 * C * h * w,) of each image, `mirrored` those of its mirror image or None.
+    """
+
+    bit_depth, fixed_size = None, True  # already in the model's range
+
+    def __init__(self, images: PreparedImages, vae: AutoencoderKL, digest: str, rows: Rows, mirrored: Rows | None):
+        self.images, self.vae, self.rows, self.mirrored = images, vae, rows, mirrored
+        self.channels = vae.config.latent_channels
+        self.height, self.width = (side >> halvings(vae.config) for side in (images.height, images.width))
+        self.fingerprint = f"{images.fingerprint}-{digest}"
+        self.scale, self.shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getattr__(self, name: str):
+        return getattr(self.images, name)
+
+    @property
+    def components(self) -> dict:
+        """What the saved pipeline has of it: it decodes."""
+        return {"vae": self.vae}
+
+    def gather(self, indices: np.ndarray, crops: np.ndarray | None = None) -> np.ndarray:
+        """The means (B, h, w, C) float32 of images, scaled as the model takes them."""
+        return self._scaled(self._rows(indices, None)[:, 0])
+
+    def sample(self, indices: np.ndarray, flip: np.ndarray | None, noise: np.ndarray) -> np.ndarray:
+        """Latents (B, h, w, C) float32 of images, mirrored where `flip` (B,) says, drawn by `noise` (B, C, h, w)."""
+        rows = self._rows(indices, flip)
+        return self._scaled(rows[:, 0] + rows[:, 1] * noise)
+
+    def _rows(self, indices: np.ndarray, flip: np.ndarray | None) -> np.ndarray:
+        found = np.empty((len(indices), 2, self.channels, self.height, self.width), dtype=np.float32)
+        for place, index in enumerate(indices.tolist()):
+            rows = self.rows if flip is None or not flip[place] else self.mirrored
+            found[place] = rows[index].reshape(found.shape[1:])
+        return found
+
+    def _scaled(self, latents: np.ndarray) -> np.ndarray:
+        return ((latents - self.shift) * self.scale).transpose(0, 2, 3, 1)
+
+
+def halvings(vae_config: dict) -> int:
+    """How often an AutoencoderKL halves an image."""
+    return len(vae_config["block_out_channels"]) - 1
+
+
+def check_latent_options(options) -> None:
+    """Raise `UserError` for what cannot go with `--vae_name_or_path`, before anything is prepared."""
+    name = options.vae_name_or_path
+    if name is None:
+        return
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"{FLAG} {name}: the folder is not there")
+    if build_augmentation(options, 3) is not None:
+        raise UserError(f"{FLAG} encodes images as they are: of the augmentations it goes with --random_flip alone")
+    given = options.train_data_dir if options.dataset_name is None else None
+    prepared = given is not None and Path(given, PREPARATION_NAME).is_file()
+    if not prepared and resize_mode_from_options(options) in (None, "random_crop"):
+        raise UserError(f"{FLAG} encodes each image once: add --center_crop, or --resize_mode pad or stretch")
+    if options.resolution is not None:
+        height, width = parse_resolution(options.resolution)
+        _check_size(options, _load(name, AutoencoderKL.load_config), height, width)
+
+
+def open_latents(options, images: PreparedImages, cache: Path, flips: bool) -> LatentImages:
+    """The latents of `images` by `--vae_name_or_path`, computed in `cache` where they are not there yet.
+
+    `flips`: those of the mirror images too. Every process of a run may call this at once: they share the work. Raises
+    `UserError`.
+    """
+    vae = _load(options.vae_name_or_path, lambda *where, **how: AutoencoderKL.from_pretrained(*where, **how))
+    vae = vae.eval().requires_grad_(False).float()
+    _check_images(options, vae, images)
+    digest = state_digest(vae, FORMAT)
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", images.folder.name)[:60]
+    folder = cache / "latents" / f"{stem}-{images.fingerprint}-{digest}"
+    rows = _encoded(images, vae, folder, mirror=False)
+    mirrored = _encoded(images, vae, folder / "mirrored", mirror=True) if flips else None
+    latents = LatentImages(images, vae, digest, rows, mirrored)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        _tell(latents, folder)
+    return latents
+
+
+def without_clipping(noise_scheduler: NoiseScheduler) -> NoiseScheduler:
+    """The same for latents, which no range holds as it holds pixels, in place."""
+    if not is_flow(noise_scheduler):  # whose solvers never clip
+        noise_scheduler.register_to_config(clip_sample=False)
+    return noise_scheduler
+
+
+def _encoded(images: PreparedImages, vae: AutoencoderKL, folder: Path, mirror: bool) -> Rows:
+    rows = Rows(folder, len(images), IMAGES_A_UNIT)
+    if read_complete(folder) is not None:
+        return rows
+    vae.to(local_device())
+    rank, world, units = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), len(rows.unit_names)
+
+    def make(number: int) -> None:
+        unit = rows.unit_rows(number)
+        batches = (unit[start : start + IMAGES_A_BATCH] for start in range(0, len(unit), IMAGES_A_BATCH))
+        try:
+            write_rows(folder / unit_name(number), (_encode(images, vae, batch, mirror) for batch in batches))
+        except ValueError as error:
+            raise UserError(f"{FLAG}: the VAE gave {error}; the cache holds float16: take another one") from None
+
+    with tqdm(total=units, unit=f" x {IMAGES_A_UNIT} latents", disable=None if rank == 0 else True) as bar:
+        make_units(folder, rows.unit_names, make, rank * units // max(1, world), bar.update)
+    vae.to("cpu")
+    write_complete(folder, {"images": len(images)})
+    return rows
+
+
+@torch.no_grad()
+def _encode(images: PreparedImages, vae: AutoencoderKL, batch: range, mirror: bool) -> list[np.ndarray]:
+    """Mean and deviation (2, C, h, w) of each image of `batch`."""
+    encoded = []
+    for start in range(0, len(batch), IMAGES_AT_ONCE):
+        pixels = images.gather(np.array(batch[start : start + IMAGES_AT_ONCE]), None)
+        pixels = pixels.astype(np.int32) if pixels.dtype == np.uint16 else pixels
+        inputs = to_model_range(torch.from_numpy(pixels).to(vae.device), images.bit_depth)
+        latents = vae.encode(inputs.flip(-1) if mirror else inputs).latent_dist
+        encoded += list(torch.stack([latents.mean, latents.std], dim=1).cpu().numpy())
+    return encoded
+
+
+def _load(name: str, load):
+    """What `load` gives of an AutoencoderKL in a folder or Hub repository, or in the `vae` of a pipeline there."""
+    for subfolder in ("vae", None):
+        try:
+            return load(name, subfolder=subfolder)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split()).partition(". ")[0][:300]
+    raise UserError(f"{FLAG} {name} is no AutoencoderKL ({reason}); give its folder or Hub id, or that of a pipeline")
+
+
+def _check_size(options, vae_config: dict, height: int, width: int) -> None:
+    from trainkit.diffusion.unet import unet_halvings
+
+    by_vae, by_unet = halvings(vae_config), unet_halvings(options)
+    factor = 2 ** (by_vae + by_unet)
+    if height % factor or width % factor:
+        raise UserError(
+            f"--resolution {height}x{width} must be divisible by {factor}: the VAE halves it {by_vae} times, and the "
+            f"UNet its latents {by_unet} times"
+        )
+
+
+def _check_images(options, vae: AutoencoderKL, images: PreparedImages) -> None:
+    _check_size(options, vae.config, images.height, images.width)
+    if vae.config.in_channels != images.channels:
+        raise UserError(
+            f"{FLAG} {options.vae_name_or_path} takes {vae.config.in_channels} channels, but --image_mode "
+            f"{images.image_mode} gives {images.channels}: change one of the two"
+        )
+    if not images.fixed_size or (images.stored_height, images.stored_width) != (images.height, images.width):
+        raise UserError(
+            f"{FLAG} encodes each image once, and these are cropped anew at each visit: prepare them at the training "
+            "size, with --center_crop or --resize_mode pad or stretch"
+        )
+
+
+def _tell(latents: LatentImages, folder: Path) -> None:
+    first = latents.gather(np.arange(min(len(latents), 256)))
+    mean, std = float(first.mean()), float(first.std())
+    print(
+        f"encoded images: {folder}, latents of {latents.channels}x{latents.height}x{latents.width}, mean {mean:.2f}, "
+        f"standard deviation {std:.2f}",
+        flush=True,
+    )
+    if not 0.5 < std < 2:
+        print(
+            f"WARNING: {FLAG}: latents should have a standard deviation near 1: set scaling_factor in its config.json "
+            f"to {latents.scale / std:.4g}",
+            flush=True,
+        )

@@ -1,0 +1,150 @@
+"""Start from the weights of a saved pipeline, whose conditions and image channels may be others.
+
+What is added starts so that the first prediction is the old model's: new channels at zero, new classes as its null
+one, a projection of vectors at zero.
+
+K classes, D numbers of the time embedding.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+from trainkit.diffusion.unet import find_unet
+from trainkit.errors import UserError
+
+UNET_CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+FLAG = "--pretrained_model_name_or_path"
+TABLE, NULL_VECTOR = "class_embedding.weight", "class_embedding.null_embedding"
+MEAN, SHIFT = "class_embedding.mean", "time_embedding.linear_2.bias"
+CHANNELS = ("conv_in.weight", "conv_out.weight", "conv_out.bias")
+EMBEDDING, WEIGHTS = "vector_embedding", "diffusion_pytorch_model.safetensors"
+
+
+def check_pretrained(options) -> None:
+    """Refuse a pipeline that cannot be read, or that was trained for another `--prediction_type`."""
+    name = options.pretrained_model_name_or_path
+    if name is None:
+        return
+    find_unet(name, FLAG)
+    try:
+        trained_for = DDPMScheduler.load_config(name, subfolder="scheduler").get("prediction_type")
+    except (OSError, ValueError):
+        return  # older pipelines keep it elsewhere
+    if trained_for not in (None, options.prediction_type):
+        raise UserError(
+            f"--prediction_type {options.prediction_type}, but {FLAG} {name} was trained for {trained_for}: give "
+            f"--prediction_type {trained_for}"
+        )
+
+
+def load_pretrained(unet: torch.nn.Module, name: str, class_names: list[str] | None = None) -> str:
+    """Load into `unet` what fits of the pipeline `name`, a folder or Hub id; says in one line what did and what not.
+
+    `class_names` (K,) are those that `unet` has, its null class aside. Raises `UserError` where nothing fits, or its
+    vectors are of another length.
+    """
+    config, subfolder = find_unet(name, FLAG)
+    try:
+        model_class = UNET_CLASSES[config.get("_class_name", "UNet2DModel")]
+        old = model_class.from_pretrained(name, subfolder=subfolder).state_dict()
+        if config.get("class_embed_type") == "identity":
+            old |= {f"class_embedding.{key}": value for key, value in _embedding_weights(name).items()}
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{FLAG} {name}: its UNet cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    new = unet.state_dict()
+    _check_vectors(old, new, name)
+    fitting, notes = _as_they_are(old, new), []
+    if SHIFT not in fitting:  # the width that everything else follows
+        raise UserError(
+            f"{FLAG} {name}: its weights do not fit this UNet; leave --model_config_name_or_path out, to take its own"
+        )
+    state = new | fitting
+    notes += _adapt_channels(old, state)
+    notes += _adapt_condition(old, state, _class_names(name), class_names)
+    done = {*fitting, *(key for key in CHANNELS if key in old), TABLE}
+    left = sorted(key for key in old.keys() | new.keys() if key not in done and not key.startswith("class_embedding."))
+    if left:
+        notes.append(f"not loaded: {', '.join(left[:8])}{f' and {len(left) - 8} more' if len(left) > 8 else ''}")
+    unet.load_state_dict(state)
+    return "; ".join([f"started from {name}: {len(fitting)} of {len(new)} tensors as they are", *notes])
+
+
+def _as_they_are(old: dict, new: dict) -> dict:
+    return {key: old[key] for key in new if key != TABLE and key in old and old[key].shape == new[key].shape}
+
+
+def _adapt_channels(old: dict, state: dict) -> list[str]:
+    """The channels that both have, and zeros in the others."""
+    changed = [key for key in CHANNELS if key in old and old[key].shape != state[key].shape]
+    width = "conv_norm_out.weight"  # the UNet's own, at both of its ends
+    if not changed or old[width].shape != state[width].shape:
+        return []
+    for key in changed:
+        both = tuple(slice(min(sizes)) for sizes in zip(old[key].shape, state[key].shape, strict=True))
+        state[key] = torch.zeros_like(state[key])
+        state[key][both] = old[key][both]
+    counts = [weights["conv_in.weight"].shape[1] for weights in (old, state)]
+    return [f"image channels {counts[0]} -> {counts[1]}" + (", new ones zero" if counts[1] > counts[0] else "")]
+
+
+def _adapt_condition(old: dict, state: dict, old_names: list[str] | None, names: list[str] | None) -> list[str]:
+    """Where the conditions differ, the null one of the old model is what the new one starts from."""
+    had_table, has_table, null_vector = old.get(TABLE), state.get(TABLE), old.get(NULL_VECTOR)
+    has_vectors = NULL_VECTOR in state
+    notes = []
+    if has_table is not None and had_table is not None:
+        rows, known = _rows(had_table, len(has_table), old_names, names)
+        state[TABLE] = had_table[rows]
+        notes.append(f"{known} of {len(has_table) - 1} classes as they were, the others as its null one")
+    elif has_table is not None:
+        state[TABLE] = torch.zeros_like(has_table)
+        notes.append(f"{len(has_table) - 1} classes added at zero")
+    elif has_vectors and null_vector is None:
+        notes.append("vectors added at zero")
+    dropped = had_table[-1] if had_table is not None and has_table is None else None
+    if null_vector is not None and not has_vectors:
+        dropped = null_vector
+    if dropped is not None:
+        state[SHIFT] = state[SHIFT] + dropped
+        notes.append("of its own condition the null one is kept, in the time embedding")
+    return notes
+
+
+def _rows(table: torch.Tensor, wanted: int, old_names: list[str] | None, names: list[str] | None) -> tuple[list, int]:
+    """For each of `wanted` rows the row of the old `table` (K + 1, D) to take, and how many are not the null one."""
+    null = len(table) - 1
+    if old_names is None or names is None:
+        same = wanted == len(table)
+        return (list(range(wanted)) if same else [null] * wanted), null if same else 0
+    numbers = {name: number for number, name in enumerate(old_names)}
+    rows = [numbers.get(name, null) for name in names]
+    return [*rows, null], sum(row != null for row in rows)
+
+
+def _check_vectors(old: dict, new: dict, name: str) -> None:
+    lengths = [len(weights[MEAN]) for weights in (old, new) if MEAN in weights]
+    if len(set(lengths)) > 1:
+        raise UserError(
+            f"{FLAG} {name} was trained with vectors of {lengths[0]} numbers, the training data has {lengths[1]}: "
+            "give the images vectors of that length, or another pipeline"
+        )
+
+
+def _embedding_weights(name: str) -> dict[str, torch.Tensor]:
+    """The weights of the component that embeds vectors; nothing of its code is run."""
+    if Path(name).is_dir():
+        return load_file(Path(name) / EMBEDDING / WEIGHTS)
+    return load_file(hf_hub_download(name, f"{EMBEDDING}/{WEIGHTS}"))
+
+
+def _class_names(name: str) -> list[str] | None:
+    """The names of a pipeline's classes by number, where it tells them."""
+    try:
+        id2label = DiffusionPipeline.load_config(name).get("id2label")
+    except (OSError, ValueError):
+        return None
+    return [id2label[key] for key in sorted(id2label, key=int)] if id2label else None

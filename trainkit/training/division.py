@@ -1,0 +1,50 @@
+"""How the global batch of an optimizer step is divided among processes and micro-steps."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from trainkit.data.dataset import PreparedImages
+from trainkit.data.loader import BatchShape
+from trainkit.errors import UserError
+from trainkit.training.speed import largest_micro_batch, memory_trial
+from trainkit.training.state import read_facts
+
+
+def divide_global_batch(
+    options,
+    accelerator: Accelerator,
+    unet: torch.nn.Module,
+    images: PreparedImages,
+    inputs_of: Callable[[int], dict[str, torch.Tensor]],
+    candidates: list[Path],
+) -> BatchShape:
+    """The division that the flags give; on resume the global batch of the first of `candidates` stays, and the
+    micro-steps follow.
+
+    `inputs_of(n)` are the further keyword arguments of `unet` for n images, for `--find_batch_size`. A collective.
+    Raises `UserError` where the batch of a checkpoint cannot be made up.
+    """
+    micro_steps, per_device = options.gradient_accumulation_steps, options.train_batch_size
+    kept = read_facts(candidates[0])["global_batch_size"] if candidates else None
+    if options.find_batch_size:
+        rows = (kept or per_device * micro_steps * accelerator.num_processes) // accelerator.num_processes
+        image_shape = (images.channels, images.height, images.width)
+        per_device = largest_micro_batch(rows, memory_trial(accelerator, unet, image_shape, inputs_of))
+        micro_steps = rows // per_device
+    once = per_device * accelerator.num_processes
+    if kept is not None:
+        if kept % once:
+            raise UserError(
+                f"--train_batch_size {per_device} on {accelerator.num_processes} processes cannot "
+                f"make up the global batch of {kept} images that {candidates[0].name} was trained with: choose a "
+                f"divisor of {kept // math.gcd(kept, accelerator.num_processes)}"
+            )
+        if kept // once != micro_steps and accelerator.is_main_process:
+            print(f"--gradient_accumulation_steps {kept // once} keeps the global batch of {kept}", flush=True)
+        micro_steps = kept // once
+    accelerator.gradient_accumulation_steps = micro_steps
+    return BatchShape(per_device, micro_steps, accelerator.num_processes, accelerator.process_index)
