@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -8,7 +6,7 @@ from trainkit.diffusion.noise_schedule import build_noise_scheduler, signal_to_n
 from trainkit.diffusion.objective import denoising_errors, loss_weights, prediction_target
 from trainkit.diffusion.unet import build_unet, check_resolution
 from trainkit.errors import UserError
-from trainkit.options import ObjectiveOptions
+from trainkit.options import ModelOptions, ObjectiveOptions
 
 IMAGES, NOISE = torch.rand(6, 3, 8, 8) * 2 - 1, torch.randn(6, 3, 8, 8)
 TIMESTEPS = torch.tensor([0, 10, 100, 300, 700, 990])
@@ -71,7 +69,7 @@ def test_resolution_the_unet_cannot_halve():
 
 
 def test_example_unet_has_the_examples_size():
-    options = SimpleNamespace(model_config_name_or_path=None, enable_xformers_memory_efficient_attention=False)
+    options = ModelOptions()
     with torch.device("meta"):
         unet = build_unet(options, 64, 64, 3)
     assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == 113.7

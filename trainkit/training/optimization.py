@@ -8,6 +8,7 @@ from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from trainkit.data.optional import load_package
 from trainkit.errors import UserError
 
 # Ends of the network and the embeddings of the timestep: Muon is for the matrices between them (Jordan et al. 2024).
@@ -142,11 +143,7 @@ def _pytorch_optimizer(name: str):
 def _bitsandbytes():
     if not torch.cuda.is_available():
         raise UserError("--optimizer adamw_8bit needs a CUDA GPU: take adamw, or adafactor, whose state is smaller")
-    try:
-        from bitsandbytes import optim
-    except ImportError:
-        raise UserError("--optimizer adamw_8bit needs a package: pip install bitsandbytes") from None
-    return optim
+    return load_package("bitsandbytes", "--optimizer adamw_8bit").optim
 
 
 def build_lr_scheduler(options, optimizer: torch.optim.Optimizer, max_train_steps: int) -> LambdaLR:
