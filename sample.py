@@ -1,24 +1,26 @@
 #!/usr/bin/env python
-"""Images from a saved unconditional pipeline, over all processes.
+"""Images from a saved pipeline, over all processes.
 
     python sample.py --model_name_or_path ddpm-model-64 --output_dir samples --num_images 64
     accelerate launch sample.py --model_name_or_path google/ddpm-cifar10-32 --output_dir samples \\
         --num_images 10000 --sample_batch_size 256 --scheduler ddim --num_inference_steps 50
+    accelerate launch sample.py --model_name_or_path conditional-cifar10-32 --output_dir samples --num_images 1000 \\
+        --class_labels all --guidance_scale 2
 
-Image i is made from seed + i: it is the same whatever the batch size and the number of processes. Writes
-000000.png ..., grid.png and sampling.json; started again, it makes only the images that are missing.
+Image i is made from seed + i, and of a conditional pipeline it shows condition i of those asked for, which go round:
+it is the same whatever the batch size and the number of processes. Writes 000000.png ..., grid.png, sampling.json and
+metadata.jsonl (what each image should show); started again, it makes only the images that are missing.
 """
 
-import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainkit.config import option, parse_options
 from trainkit.errors import UserError, run_script
+from trainkit.sampling.conditions import ConditionOptions, Conditions, refuse_conditions
 
-RECORD_NAME, GRID_NAME, GRID_IMAGES = "sampling.json", "grid.png", 100
+GRID_IMAGES = 100
 
 
 @dataclass
@@ -38,7 +40,7 @@ class PipelineOptions:
 class OutputOptions:
     """output: how many images, from which seeds, to where"""
 
-    output_dir: str = option("samples", "folder for 000000.png ..., grid.png and sampling.json")
+    output_dir: str = option("samples", "folder for 000000.png ..., grid.png, sampling.json and metadata.jsonl")
     num_images: int = option(64, "images in all, over all processes")
     seed: int = option(0, "seed of the first image; image i has seed + i")
 
@@ -55,7 +57,7 @@ class ComputeOptions:
 
 
 @dataclass
-class Options(PipelineOptions, OutputOptions, ComputeOptions):
+class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions):
     pass
 
 
@@ -63,9 +65,27 @@ def sample(options: Options) -> None:
     import torch
     from tqdm.auto import tqdm
 
+    from trainkit.sampling.conditional import decoded_shape, generate_conditional
     from trainkit.sampling.generate import generate, image_size
     from trainkit.sampling.grid import save_image, to_pil
-    from trainkit.sampling.load import find_pipeline, load_unet, weights_digest
+    from trainkit.sampling.load import (
+        find_pipeline,
+        is_conditional,
+        load_conditional_pipeline,
+        load_unet,
+        weights_digest,
+    )
+    from trainkit.sampling.record import (
+        GRID_NAME,
+        RECORD_NAME,
+        image_path,
+        read_record,
+        start_record,
+        versions,
+        write_grid,
+        write_json,
+        write_metadata,
+    )
     from trainkit.sampling.schedulers import check_steps, describe_scheduler, load_scheduler
     from trainkit.training.launch import start_accelerator
 
@@ -74,7 +94,14 @@ def sample(options: Options) -> None:
         model_folder = find_pipeline(options.model_name_or_path)
     scheduler = load_scheduler(model_folder, options.scheduler)
     check_steps(scheduler, options.num_inference_steps)
-    unet = load_unet(model_folder)
+    if is_conditional(model_folder):
+        model = load_conditional_pipeline(model_folder, scheduler)
+        conditions = Conditions(options, model)
+        height, width, _ = decoded_shape(model)
+    else:
+        refuse_conditions(options)
+        model, conditions = load_unet(model_folder), None
+        height, width = image_size(model)
 
     folder = Path(options.output_dir)
     settings = {
@@ -83,7 +110,8 @@ def sample(options: Options) -> None:
         "num_inference_steps": options.num_inference_steps,
         "seed": options.seed,
         "mixed_precision": accelerator.mixed_precision,
-        "height_width": list(image_size(unet)),
+        "height_width": [height, width],
+        **({} if conditions is None else conditions.settings()),
     }
     earlier = read_record(folder, settings)
     missing = [index for index in range(options.num_images) if not image_path(folder, index).exists()]
@@ -102,12 +130,19 @@ def sample(options: Options) -> None:
 
     share = missing[accelerator.process_index :: accelerator.num_processes]
     seeds = [options.seed + index for index in share]
-    unet.to(accelerator.device)
+    model.to(accelerator.device)
+    if conditions is None:
+        batches = generate(model, scheduler, seeds, options.num_inference_steps, options.sample_batch_size)
+    else:
+        batches = generate_conditional(
+            model, conditions.of(share), seeds, options.num_inference_steps, options.sample_batch_size,
+            **conditions.guidance,
+        )  # fmt: skip
     started = time.perf_counter()
     bar = tqdm(total=len(missing), unit="img", desc="sampling", disable=not accelerator.is_main_process)
     written = iter(share)
     with torch.inference_mode(), accelerator.autocast(), bar:
-        for images in generate(unet, scheduler, seeds, options.num_inference_steps, options.sample_batch_size):
+        for images in batches:
             for image in images:
                 save_image(to_pil(image), image_path(folder, next(written)))
             bar.update(min(len(images) * accelerator.num_processes, len(missing) - bar.n))
@@ -117,73 +152,14 @@ def sample(options: Options) -> None:
         seconds = time.perf_counter() - started
         rate = round(len(missing) / seconds, 2) if missing else earlier.get("images_per_second")
         write_json(folder / RECORD_NAME, record | {"images_per_second": rate, "complete": True})
+        if conditions is not None:
+            write_metadata(folder, [conditions.row(index) for index in range(record["num_images"])])
         write_grid(folder, min(options.num_images, GRID_IMAGES))
         speed = f", {rate:.1f} images/s" if missing else ""
         print(
             f"{folder}: {options.num_images} images, {len(missing)} of them made now{speed}; see {folder / GRID_NAME}"
         )
     accelerator.end_training()
-
-
-def image_path(folder: Path, index: int) -> Path:
-    return folder / f"{index:06d}.png"
-
-
-def read_record(folder: Path, settings: dict) -> dict:
-    """What `folder` says of the images in it, {} for a new one; `UserError` where they were made otherwise."""
-    path = folder / RECORD_NAME
-    if not path.exists():
-        if any(folder.glob("[0-9]*.png")):
-            raise UserError(f"--output_dir {folder} holds images but no {RECORD_NAME}; give another folder")
-        return {}
-    try:
-        earlier = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"--output_dir {folder}: {RECORD_NAME} is not readable; give another folder") from None
-    for name, value in settings.items():
-        if earlier.get(name) != value:
-            raise UserError(
-                f"--output_dir {folder} holds images made with another {name} ({brief(earlier.get(name))} there, "
-                f"{brief(value)} now); give another --output_dir, or delete this one"
-            )
-    return earlier
-
-
-def brief(value) -> str:
-    """A setting in a few words, for a message."""
-    return str(value.get("class")) if isinstance(value, dict) else str(value)[:60]
-
-
-def start_record(folder: Path, record: dict) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".tmp-*.png"):
-            leftover.unlink()
-        write_json(folder / RECORD_NAME, record | {"complete": False})
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def write_grid(folder: Path, count: int) -> None:
-    import numpy as np
-    from PIL import Image
-
-    from trainkit.sampling.grid import image_grid, save_image
-
-    images = [np.asarray(Image.open(image_path(folder, index))) for index in range(count)]
-    save_image(image_grid(np.stack([image.reshape(*image.shape[:2], -1) for image in images])), folder / GRID_NAME)
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "diffusers", "accelerate")}
 
 
 def main() -> None:

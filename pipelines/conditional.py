@@ -35,11 +35,7 @@ def encode_prompts(
     Raises:
         ValueError: a prompt has more tokens than that.
     """
-    length = prompt_length or prompt_limit(tokenizer, text_encoder)
-    for prompt in prompts:
-        tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        if tokens > length:
-            raise ValueError(f"prompt {prompt[:40]!r} has {tokens} tokens, the model takes {length}: shorten it")
+    length = check_prompts(tokenizer, text_encoder, prompts, prompt_length)
     tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     device = next(text_encoder.parameters()).device
     mask = tokens.attention_mask.to(device)
@@ -48,10 +44,15 @@ def encode_prompts(
     return states, mask
 
 
-def prompt_limit(tokenizer, text_encoder) -> int:
-    """The tokens that the encoder takes, at most."""
+def check_prompts(tokenizer, text_encoder, prompts: Sequence[str], prompt_length: int | None = None) -> int:
+    """The tokens L that every prompt is padded to; `ValueError` for a prompt that has more."""
     positions = getattr(text_encoder.config, "max_position_embeddings", None) or MAX_PROMPT_LENGTH
-    return min(tokenizer.model_max_length, positions, MAX_PROMPT_LENGTH)
+    length = prompt_length or min(tokenizer.model_max_length, positions, MAX_PROMPT_LENGTH)
+    for prompt in prompts:
+        tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if tokens > length:
+            raise ValueError(f"prompt: {prompt[:40]!r} has {tokens} tokens, the model takes {length}: shorten it")
+    return length
 
 
 def noise_level(scheduler, index: int, timestep: torch.Tensor) -> float:

@@ -92,9 +92,7 @@ def test_latents_are_those_of_the_vae_and_of_the_mirrored_image(opened, vae):
     flip = np.array([False, True, True])
     found = latents.sample(rows, flip, noise.numpy())
     chosen = torch.from_numpy(flip)[:, None, None, None]
-    drawn = torch.where(chosen, mirrored.mean, plain.mean) + torch.where(
-        chosen, mirrored.std, plain.std
-    ) * torch.from_numpy(noise)
+    drawn = torch.where(chosen, mirrored.mean, plain.mean) + torch.where(chosen, mirrored.std, plain.std) * noise
     assert np.allclose(found, ((drawn - 0.1) * 0.7).permute(0, 2, 3, 1).numpy(), atol=5e-3)
     assert not np.allclose(found[1], latents.gather(rows)[1], atol=0.05)
 

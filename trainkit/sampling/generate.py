@@ -33,15 +33,13 @@ def generate(
         UserError: `scheduler` cannot take `num_inference_steps`.
     """
     check_steps(scheduler, num_inference_steps)
-    height, width = image_size(unet)
-    batch_size = max(1, min(batch_size, MAXIMUM_VALUES // (unet.config.in_channels * height * width)))
+    batch_size = limited_batch_size(unet, batch_size)
     pipeline = DDPMPipeline(unet=unet, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     with _inference_mode(unet):
         for start in range(0, len(seeds), batch_size):
-            batch = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            images = pipeline(len(batch), batch, num_inference_steps, output_type="pt").images
-            yield (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            batch = seeded_generators(seeds[start : start + batch_size])
+            yield to_uint8(pipeline(len(batch), batch, num_inference_steps, output_type="pt").images)
             if progress is not None:
                 progress(len(batch))
 
@@ -60,18 +58,42 @@ def generate_over_processes(
     `batch_size` is a process's. Call it on every rank.
     """
     unet = accelerator.unwrap_model(unet)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    height, width = image_size(unet)
-    share = np.zeros((-(-num_images // world), height, width, unet.config.in_channels), dtype=np.uint8)
-    seeds = range(seed + rank, seed + num_images, world)
+    seeds = range(seed + accelerator.process_index, seed + num_images, accelerator.num_processes)
+    batches = generate(unet, scheduler, seeds, num_inference_steps, min(batch_size, max(1, len(seeds))))
+    return gather_images(accelerator, batches, num_images, (*image_size(unet), unet.config.in_channels))
+
+
+def gather_images(
+    accelerator: Accelerator, batches: Iterator[np.ndarray], num_images: int, shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Images (N, H, W, C) uint8 on every rank, of which `batches` makes each `num_processes`-th from this rank on.
+
+    `batches` runs under autocast. Call it on every rank.
+    """
+    world = accelerator.num_processes
+    share = np.zeros((-(-num_images // world), *shape), dtype=np.uint8)
     with accelerator.autocast():
         filled = 0
-        for images in generate(unet, scheduler, seeds, num_inference_steps, min(batch_size, len(share))):
+        for images in batches:
             share[filled : filled + len(images)] = images
             filled += len(images)
     gathered = accelerator.gather(torch.from_numpy(share).to(accelerator.device)).cpu().numpy()
     by_rank = gathered.reshape(world, *share.shape)
     return by_rank.swapaxes(0, 1).reshape(-1, *share.shape[1:])[:num_images]
+
+
+def limited_batch_size(unet: UNet2DModel, batch_size: int) -> int:
+    height, width = image_size(unet)
+    return max(1, min(batch_size, MAXIMUM_VALUES // (unet.config.in_channels * height * width)))
+
+
+def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """(B, H, W, C) uint8 from (B, C, H, W) in [0, 1]."""
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def image_size(unet: UNet2DModel) -> tuple[int, int]:

@@ -4,8 +4,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from diffusers import UNet2DModel
+import transformers
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 
+from pipelines.conditional import ConditionalPipeline
+from pipelines.vector_embedding import VectorEmbedding
 from trainkit.errors import UserError
 
 FLAG = "--model_name_or_path"
@@ -21,11 +24,13 @@ HUB_FILES = [
     f"{WEIGHTS_STEM}*.safetensors*",
     "scheduler_config.json",
 ]
+COMPANIONS = ("vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet", "guidance_vector_embedding")
+CONDITIONAL_FILES = [f"{part}/*.{end}" for part in COMPANIONS for end in ("json", "safetensors", "txt", "model")]
 PICKLED = [f"unet/{WEIGHTS_STEM}.bin", f"{WEIGHTS_STEM}.bin"]
 
 
 def find_pipeline(name_or_path: str) -> Path:
-    """The local folder of an unconditional pipeline; a Hub id is downloaded into the Hub's cache first.
+    """The local folder of a pipeline; a Hub id is downloaded into the Hub's cache first.
 
     Raises:
         UserError: there is no such folder or repository, or it holds another kind of pipeline.
@@ -51,6 +56,8 @@ def load_unet(folder: Path) -> UNet2DModel:
         unet = UNet2DModel.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{FLAG} {folder}: the UNet cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if unet.class_embedding is not None:
+        raise UserError(f"{FLAG} {folder}: its unet takes a condition, but the pipeline names no class that gives one")
     channels, out_channels = unet.config.in_channels, unet.config.out_channels
     if channels not in (1, 3, 4) or channels != out_channels:
         raise UserError(
@@ -61,10 +68,55 @@ def load_unet(folder: Path) -> UNet2DModel:
     return unet.eval()
 
 
+def is_conditional(folder: Path) -> bool:
+    """Whether the pipeline there takes labels, vectors or prompts."""
+    index = folder / "model_index.json"
+    return index.is_file() and _class_name(_read_json(index)) == ConditionalPipeline.__name__
+
+
+def load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> ConditionalPipeline:
+    """Our own ConditionalPipeline around the components in `folder`, in evaluation mode, float32, on the CPU.
+
+    Raises:
+        UserError: a component is of a class it cannot be, or cannot be read.
+    """
+    index = _read_json(folder / "model_index.json")
+    unets = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+    classes = {
+        "unet": unets,
+        "guidance_unet": unets,
+        "vector_embedding": {"VectorEmbedding": VectorEmbedding},
+        "guidance_vector_embedding": {"VectorEmbedding": VectorEmbedding},
+        "vae": {"AutoencoderKL": AutoencoderKL},
+        "text_encoder": transformers,
+        "tokenizer": transformers,
+    }
+    parts = {}
+    for name, known in classes.items():
+        class_name = (index.get(name) or [None, None])[1]
+        if class_name is None:
+            continue
+        component_class = known.get(class_name) if isinstance(known, dict) else getattr(known, class_name, None)
+        if component_class is None or not hasattr(component_class, "from_pretrained"):
+            raise UserError(f"{FLAG} {folder}: its {name} is a {class_name}, which this script does not know")
+        safe = {} if name == "tokenizer" else {"use_safetensors": True}
+        try:
+            parts[name] = component_class.from_pretrained(folder / name, local_files_only=True, **safe)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{FLAG} {folder}: {name} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            ) from None
+        if name != "tokenizer":
+            parts[name].eval()
+    settings = {name: index.get(name) for name in ("id2label", "prompt_length")}
+    return ConditionalPipeline(scheduler=scheduler, **parts, **settings)
+
+
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the UNet's configuration and weight files, to tell two models apart."""
+    """SHA-256 of the configuration and weight files of the UNet and its companions, to tell two models apart."""
     digest, source = hashlib.sha256(), _unet_folder(folder)
-    for path in [source / CONFIG_NAME, *sorted(source.glob(f"{WEIGHTS_STEM}*"))]:
+    companions = [path for pattern in CONDITIONAL_FILES for path in sorted(folder.glob(pattern))]
+    for path in [source / CONFIG_NAME, *sorted(source.glob(f"{WEIGHTS_STEM}*")), *companions]:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -79,9 +131,16 @@ def _check_pipeline_class(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         return
-    name = _read_json(index).get("_class_name")
-    if name not in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline"):  # the same two parts: unet and scheduler
-        raise UserError(f"{FLAG} {folder}: a {name}; this script samples unconditional pipelines (DDPMPipeline)")
+    name = _class_name(_read_json(index))
+    # the first three consist of the same two parts: unet and scheduler
+    if name not in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", ConditionalPipeline.__name__):
+        raise UserError(f"{FLAG} {folder}: a {name}; this script samples DDPMPipeline and ConditionalPipeline")
+
+
+def _class_name(index: dict) -> str | None:
+    """The pipeline's class; one that ships its own file stands as [file, class]."""
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list) and name else name
 
 
 def _read_json(path: Path) -> dict:
@@ -97,7 +156,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + CONDITIONAL_FILES))
         if not any(_unet_folder(folder).glob(f"{WEIGHTS_STEM}*")):
             folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + PICKLED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -1,0 +1,116 @@
+"""Conditional models carry their code: loaded elsewhere, saved again, pushed; and the documentation runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conditional_helpers import NAMES, class_pipeline, class_unet, text_parts, vector_unet
+from conftest import ROOT
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from huggingface_hub import ModelCard
+
+from pipelines.conditional import ConditionalPipeline
+from pipelines.vector_embedding import VectorEmbedding
+from trainkit.sampling.conditional import save_conditional_pipeline, stock_unet
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved model of each kind, as training saves them."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_conditional_pipeline(folder / "conditional-model", class_unet(), DDPMScheduler(), "A card.", id2label=NAMES)
+    save_conditional_pipeline(folder / "earlier-model", class_unet(1), DDPMScheduler(), "A card.", id2label=NAMES)
+    save_conditional_pipeline(folder / "vector", vector_unet(), DDPMScheduler(), "A card.")
+    unet, parts = text_parts(folder)
+    save_conditional_pipeline(folder / "text", unet, DDPMScheduler(), "A card.", prompt_length=8, **parts)
+    return folder
+
+
+ELSEWHERE = """
+import shutil, sys
+import torch
+from diffusers import DiffusionPipeline
+
+def image(pipeline, asked):
+    pipeline.set_progress_bar_config(disable=True)
+    values = dict(num_inference_steps=2, guidance_scale=2.0, output_type="pt")
+    return pipeline(**asked, **values, generator=torch.Generator().manual_seed(0)).images
+
+for kind, asked in {
+    "conditional-model": dict(class_labels=["cat", 1, None, "7"]),
+    "vector": dict(vectors=[[1.0, 2.0, 3.0], None]),
+    "text": dict(prompt=["a red square", None]),
+}.items():
+    pipeline = DiffusionPipeline.from_pretrained(kind, trust_remote_code=True)
+    first = image(pipeline, asked)
+    assert len(first) == len(next(iter(asked.values())))
+    torch.save(first, kind + ".pt")
+    pipeline.save_pretrained("again")
+    again = DiffusionPipeline.from_pretrained("again", trust_remote_code=True)
+    assert torch.equal(image(again, asked), first), kind
+    again.save_pretrained("again-" + kind)
+    shutil.rmtree("again")
+assert not {"trainkit", "pipelines"} & sys.modules.keys()
+"""
+
+
+def elsewhere(program, folder):
+    """Run `program` in a process that cannot see this repository."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", program]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "not expected" not in done.stderr and "Expected types" not in done.stderr
+    assert "following packages" not in done.stderr
+
+
+def test_a_saved_folder_loads_and_is_saved_again_without_this_repository(saved):
+    elsewhere(ELSEWHERE, saved)
+    for kind in ("conditional-model", "vector", "text"):
+        for folder in (saved / kind, saved / f"again-{kind}"):
+            index = json.loads((folder / "model_index.json").read_text())
+            assert index["_class_name"] == ["conditional", "ConditionalPipeline"] and "_name_or_path" not in index
+            assert (folder / "conditional.py").read_bytes() == (ROOT / "pipelines" / "conditional.py").read_bytes()
+    index = json.loads((saved / "again-vector" / "model_index.json").read_text())
+    assert index["vector_embedding"] == ["vector_embedding", "VectorEmbedding"]
+    assert (saved / "vector" / "schedulers" / "ddim").is_dir() and (saved / "vector" / "README.md").is_file()
+    made = torch.load(saved / "vector.pt", weights_only=True)
+    unet = vector_unet()
+    with stock_unet(unet) as embedding:
+        scheduler = DPMSolverMultistepScheduler.from_pretrained(saved / "vector" / "scheduler")
+        pipeline = ConditionalPipeline(unet, scheduler, embedding)
+        values = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
+        expected = pipeline(vectors=[[1.0, 2, 3], None], generator=torch.Generator().manual_seed(0), **values).images
+    torch.testing.assert_close(made, expected)
+    assert isinstance(unet.class_embedding, VectorEmbedding), "training goes on with its own"
+
+
+def test_the_code_in_the_documentation_runs(saved):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "conditional.md").read_text(), re.DOTALL)
+    blocks = [block for block in blocks if "conditional-model" in block or "earlier-model" in block]
+    assert len(blocks) == 5
+    elsewhere("\n".join(blocks), saved)
+    index = json.loads((saved / "autoguided-model" / "model_index.json").read_text())
+    assert index["guidance_unet"] == ["diffusers", "UNet2DModel"]
+
+
+def test_a_push_takes_the_code_along(monkeypatch):
+    pushed = {}
+
+    def upload(*, folder_path, **rest):
+        pushed.update({path.name: path.read_text() for path in Path(folder_path).glob("*.*")})
+
+    class Repository:
+        repo_id = "me/model"
+
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *names, **rest: Repository)
+    monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload)
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", lambda *names, **rest: ModelCard("x"))
+    class_pipeline().push_to_hub("me/model")
+    assert json.loads(pushed["model_index.json"])["_class_name"] == ["conditional", "ConditionalPipeline"]
+    assert "class ConditionalPipeline" in pushed["conditional.py"]

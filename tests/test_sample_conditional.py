@@ -1,0 +1,168 @@
+"""sample.py and conditional pipelines: what each image should show, the same for any division of the work."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conditional_helpers import NAMES, class_unet, text_parts, vector_unet
+from conftest import launch
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from sample import Options
+from sample import sample as run_sample
+from trainkit.errors import UserError
+from trainkit.sampling.conditional import save_conditional_pipeline
+from trainkit.sampling.pipeline import save_pipeline
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu_alone(monkeypatch):
+    for name, value in {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_conditional_pipeline(folder / "class", class_unet(), DDPMScheduler(), "", id2label=NAMES)
+    save_conditional_pipeline(folder / "vector", vector_unet(), DDPMScheduler(), "")
+    unet, parts = text_parts(folder)
+    save_conditional_pipeline(folder / "text", unet, DDPMScheduler(), "", prompt_length=8, **parts)
+    save_pipeline(folder / "plain", class_unet(num_class_embeds=None), DDPMScheduler(), "")
+    return folder
+
+
+def flags(model, output_dir, **changes):
+    values = {"model_name_or_path": str(model), "output_dir": str(output_dir), "num_images": 6, "seed": 3}
+    return values | {"num_inference_steps": 3, "sample_batch_size": 4, "cpu_threads": 1} | changes
+
+
+def sample(model, output_dir, **changes):
+    run_sample(Options(**flags(model, output_dir, **changes)))
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def read(folder, count=6):
+    return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")).astype(int) for i in range(count)])
+
+
+@pytest.fixture(scope="module")
+def samples(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        sample(models / "class", folder, class_labels=["all"], guidance_scale=3.0)
+    return folder
+
+
+def test_all_divides_the_images_evenly_and_says_what_each_shows(samples):
+    told = rows(samples)
+    assert [row["file_name"] for row in told] == [f"{index:06d}.png" for index in range(6)]
+    assert [row["label"] for row in told] == ["cat", "dog", "7"] * 2
+    assert [row["label_id"] for row in told] == [0, 1, 2] * 2
+    record = json.loads((samples / "sampling.json").read_text())
+    assert record["condition"] == "class_labels" and record["guidance_scale"] == 3.0 and record["complete"]
+
+
+def test_imagefolder_of_datasets_has_the_labels(samples, tmp_path):
+    from datasets import load_dataset
+
+    dataset = load_dataset("imagefolder", data_dir=str(samples), split="train", cache_dir=str(tmp_path))
+    assert dataset["label"] == ["cat", "dog", "7"] * 2
+    assert np.array_equal(np.asarray(dataset[1]["image"]), read(samples)[1])
+
+
+def test_two_processes_and_other_batches_make_the_same_images(models, samples, tmp_path):
+    values = flags(models / "class", tmp_path, sample_batch_size=2, guidance_scale=3.0)
+    words = [word for name, value in values.items() for word in (f"--{name}", value)]
+    launch("sample.py", *words, "--class_labels", "cat", "1", "7", processes=2)
+    assert np.abs(read(tmp_path) - read(samples)).max() <= 1
+    assert rows(tmp_path) == rows(samples)
+
+
+def test_a_second_start_makes_what_is_missing_and_more(models, samples, capsys):
+    before = read(samples)
+    (samples / "000002.png").unlink()
+    sample(models / "class", samples, class_labels=["all"], guidance_scale=3.0, num_images=7)
+    assert "7 images, 2 of them made now" in capsys.readouterr().out
+    assert np.abs(read(samples) - before).max() <= 1
+    assert rows(samples)[6]["label"] == "cat"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"class_labels": ["cat"]}, "another conditions_sha256"), ({"guidance_scale": 2.0}, "another guidance_scale")],
+)
+def test_other_conditions_do_not_mix_into_a_folder(models, samples, change, message):
+    with pytest.raises(UserError, match=message):
+        sample(models / "class", samples, **{"class_labels": ["all"], "guidance_scale": 3.0} | change)
+
+
+def test_prompts_and_vectors_come_from_files(models, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square\n\nblue circle\n")
+    sample(models / "text", tmp_path / "text", prompts_file=str(tmp_path / "prompts.txt"), guidance_scale=2.0)
+    assert [row["text"] for row in rows(tmp_path / "text")] == ["a red square", "", "blue circle"] * 2
+
+    vectors = np.array([[1, 2, 3], [np.nan] * 3], np.float32)
+    np.save(tmp_path / "vectors.npy", vectors)
+    (tmp_path / "vectors.csv").write_text("size,slant,width\n1,2,3\nnan,nan,nan\n")
+    for end in ("npy", "csv"):
+        sample(models / "vector", tmp_path / end, vectors_file=str(tmp_path / f"vectors.{end}"), num_images=2)
+        assert [row["vector"] for row in rows(tmp_path / end)] == [[1, 2, 3], None]
+    assert np.array_equal(read(tmp_path / "npy", 2), read(tmp_path / "csv", 2))
+
+
+def test_nothing_in_the_folder_is_executed(models, tmp_path):
+    (models / "vector" / "conditional.py").write_text("raise SystemExit('executed')")
+    (models / "vector" / "vector_embedding" / "vector_embedding.py").write_text("raise SystemExit('executed')")
+    np.save(tmp_path / "vectors.npy", np.zeros((1, 3)))
+    sample(models / "vector", tmp_path / "out", vectors_file=str(tmp_path / "vectors.npy"), num_images=1)
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("class", {}, "--class_labels is missing"),
+        ("class", {"class_labels": ["3"]}, "--class_labels: 3 must be 0 to 2"),
+        ("class", {"class_labels": ["dgo"]}, "--class_labels: no class is called 'dgo': did you mean 'dog'?"),
+        (
+            "class",
+            {"class_labels": ["all"], "prompts_file": "x"},
+            "--prompts_file: this pipeline takes --class_labels",
+        ),
+        ("class", {"class_labels": ["all"], "guidance_scale": 0.5}, "--guidance_scale 0.5 must be at least 1"),
+        ("class", {"class_labels": ["all"], "guidance_interval": [3.0, 1.0]}, "--guidance_interval 3.0 1.0: give"),
+        ("class", {"class_labels": ["all"], "guidance_interval": [3.0]}, "--guidance_interval 3.0: give two"),
+        ("class", {"class_labels": ["all"], "guidance_rescale": 1.5}, "--guidance_rescale 1.5 must be 0 to 1"),
+        ("vector", {"vectors_file": "short.npy"}, "the model takes (images, 3)"),
+        ("vector", {"vectors_file": "none.npy"}, "--vectors_file none.npy cannot be read"),
+        ("vector", {"vectors_file": "words.csv"}, "--vectors_file words.csv cannot be read"),
+        ("text", {"prompts_file": "long.txt"}, "has 22 tokens, the model takes 8: shorten it"),
+        ("text", {"prompts_file": "none.txt"}, "--prompts_file none.txt cannot be read"),
+        ("text", {"prompts_file": "empty.txt"}, "--prompts_file empty.txt is empty"),
+        ("plain", {"class_labels": ["0"]}, "--class_labels: this pipeline is unconditional; leave the flag out"),
+        ("plain", {"guidance_scale": 2.0}, "--guidance_scale: this pipeline is unconditional"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_written(models, tmp_path, monkeypatch, kind, change, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("short.npy", np.zeros((2, 2)))
+    (tmp_path / "words.csv").write_text("a,b,c\nd,e,f\n")
+    (tmp_path / "long.txt").write_text("red " * 20)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError) as refused:
+        sample(models / kind, tmp_path / "out", **change)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_weights_are_one_line(models, tmp_path):
+    shutil.copytree(models / "class", tmp_path / "broken")
+    (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="unet cannot be loaded"):
+        sample(tmp_path / "broken", tmp_path / "out", class_labels=["all"])

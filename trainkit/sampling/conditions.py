@@ -1,0 +1,167 @@
+"""What sample.py is asked for: image i shows condition i of a list of labels, prompts or vectors, which goes round."""
+
+# K conditions, D numbers of a vector
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trainkit.config import option
+from trainkit.errors import UserError
+
+FLAGS = {"class_labels": "class_labels", "prompt": "prompts_file", "vectors": "vectors_file"}
+ALL, NULL = "all", "null"
+
+
+@dataclass
+class ConditionOptions:
+    """condition: what a conditional pipeline is asked for; images take the conditions in turn"""
+
+    class_labels: list[str] | None = option(
+        None, "classes, by name or id; all: each of them; null: no class in particular", nargs="+"
+    )
+    prompts_file: str | None = option(None, "text file of one prompt a line; an empty line is no prompt in particular")
+    vectors_file: str | None = option(
+        None, ".npy (images, numbers) or .csv of a vector a line; a row of nan is no vector in particular"
+    )
+    guidance_scale: float = option(1.0, "strength of guidance; 1: none, and half the time a step")
+    guidance_interval: list[float] | None = option(
+        None, "noise levels LOW HIGH (sigma) between which to guide; default: at all", nargs="+"
+    )
+    guidance_rescale: float = option(0.0, "0 to 1: how much of the contrast that guidance adds is taken back")
+
+
+class Conditions:
+    """The conditions of a folder of samples, as `pipeline` takes them."""
+
+    def __init__(self, options: ConditionOptions, pipeline):
+        flag = FLAGS[pipeline.condition]
+        check_guidance(options)
+        for other in set(FLAGS.values()) - {flag}:
+            if getattr(options, other) is not None:
+                raise UserError(f"--{other}: this pipeline takes --{flag}")
+        if getattr(options, flag) is None:
+            raise UserError(f"--{flag} is missing: say what the images should show")
+        self.kind = pipeline.condition
+        self.values = {"class_labels": _labels, "prompt": _prompts, "vectors": _vectors}[self.kind](options, pipeline)
+        self.guidance = {
+            "guidance_scale": options.guidance_scale,
+            "guidance_interval": options.guidance_interval,
+            "guidance_rescale": options.guidance_rescale,
+        }
+        self._names = pipeline.config.id2label or {}
+
+    def of(self, images: Sequence[int]) -> list:
+        """The conditions of the images of these numbers."""
+        return [self.values[image % len(self.values)] for image in images]
+
+    def settings(self) -> dict:
+        """What decides what the images show, for their record."""
+        plain = json.dumps([_plain(value) for value in self.values])
+        return {
+            "condition": self.kind,
+            "conditions_sha256": hashlib.sha256(plain.encode()).hexdigest(),
+            **self.guidance,
+        }
+
+    def row(self, image: int) -> dict:
+        """The columns of the image's line in metadata.jsonl: label and label_id, or text, or vector."""
+        value = self.of([image])[0]
+        if self.kind == "prompt":
+            return {"text": value}
+        if self.kind == "vectors":
+            return {"vector": _plain(value)}
+        return {"label": NULL if value is None else self._names.get(value, str(value)), "label_id": value}
+
+
+def check_guidance(options: ConditionOptions) -> None:
+    """Raise `UserError` for guidance that makes no sense."""
+    if not options.guidance_scale >= 1:
+        raise UserError(f"--guidance_scale {options.guidance_scale} must be at least 1, which is no guidance")
+    if not 0 <= options.guidance_rescale <= 1:
+        raise UserError(f"--guidance_rescale {options.guidance_rescale} must be 0 to 1")
+    interval = options.guidance_interval
+    if interval is None:
+        return
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+        given = " ".join(map(str, interval))
+        raise UserError(f"--guidance_interval {given}: give two noise levels, the lower first, such as 0.2 3")
+
+
+def refuse_conditions(options: ConditionOptions) -> None:
+    """Raise `UserError` where conditions or guidance are asked of a pipeline that takes none."""
+    neutral = ConditionOptions()
+    for name in (*FLAGS.values(), "guidance_scale", "guidance_interval", "guidance_rescale"):
+        if getattr(options, name) != getattr(neutral, name):
+            raise UserError(f"--{name}: this pipeline is unconditional; leave the flag out")
+
+
+def _labels(options: ConditionOptions, pipeline) -> list[int | None]:
+    asked = []
+    for word in options.class_labels:
+        named = word in (pipeline.config.id2label or {}).values()
+        if word == ALL and not named:
+            asked += range(pipeline.num_classes)
+        else:
+            asked.append(None if word == NULL and not named else word)
+    try:
+        ids = pipeline.encode_labels(asked).tolist()
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    return [None if label == pipeline.num_classes else label for label in ids]
+
+
+def _prompts(options: ConditionOptions, pipeline) -> list[str]:
+    from pipelines.conditional import check_prompts  # late: it imports torch
+
+    file = options.prompts_file
+    try:
+        prompts = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts_file {file} cannot be read ({error}); give a text file in UTF-8") from None
+    if not prompts:
+        raise UserError(f"--prompts_file {file} is empty; write one prompt a line")
+    try:
+        check_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, pipeline.config.prompt_length)
+    except ValueError as error:
+        raise UserError(f"--prompts_file {file}: {error}") from None
+    return prompts
+
+
+def _vectors(options: ConditionOptions, pipeline) -> list[np.ndarray]:
+    file = Path(options.vectors_file)
+    try:
+        vectors = _read_csv(file) if file.suffix == ".csv" else np.load(file, allow_pickle=False)
+        vectors = np.asarray(vectors, dtype=np.float32)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--vectors_file {file} cannot be read ({error}); give a .npy or .csv of numbers") from None
+    if vectors.ndim != 2 or len(vectors) == 0:
+        raise UserError(f"--vectors_file {file} has shape {vectors.shape}; it must be (vectors, numbers)")
+    try:
+        pipeline.check_vectors(vectors)
+    except ValueError as error:
+        raise UserError(f"--vectors_file {file}: {error}") from None
+    return list(vectors)
+
+
+def _read_csv(file: Path) -> list[list[float]]:
+    """Its rows of numbers; a first line of words is a heading."""
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        rows = [row for row in csv.reader(lines) if row]
+    try:
+        [float(word) for word in rows[0]]
+    except (IndexError, ValueError):
+        rows = rows[1:]
+    return [[float(word) for word in row] for row in rows]
+
+
+def _plain(value):
+    """A condition in JSON: a null vector is null."""
+    if isinstance(value, np.ndarray):
+        return None if np.isnan(value).all() else value.tolist()
+    return value

@@ -1,0 +1,76 @@
+"""A folder of samples: its images, what it says of how they were made, what each shows, and its grid."""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainkit.errors import UserError
+from trainkit.sampling.grid import image_grid, save_image
+
+RECORD_NAME, METADATA_NAME, GRID_NAME = "sampling.json", "metadata.jsonl", "grid.png"
+
+
+def image_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"
+
+
+def read_record(folder: Path, settings: dict) -> dict:
+    """What `folder` says of the images in it, {} for a new one; `UserError` where they were made otherwise."""
+    path = folder / RECORD_NAME
+    if not path.exists():
+        if any(folder.glob("[0-9]*.png")):
+            raise UserError(f"--output_dir {folder} holds images but no {RECORD_NAME}; give another folder")
+        return {}
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"--output_dir {folder}: {RECORD_NAME} is not readable; give another folder") from None
+    for name, value in settings.items():
+        if earlier.get(name) != value:
+            raise UserError(
+                f"--output_dir {folder} holds images made with another {name} ({brief(earlier.get(name))} there, "
+                f"{brief(value)} now); give another --output_dir, or delete this one"
+            )
+    return earlier
+
+
+def brief(value) -> str:
+    """A setting in a few words, for a message."""
+    return str(value.get("class")) if isinstance(value, dict) else str(value)[:60]
+
+
+def start_record(folder: Path, record: dict) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".tmp-*.png"):
+            leftover.unlink()
+        write_json(folder / RECORD_NAME, record | {"complete": False})
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder") from None
+
+
+def write_metadata(folder: Path, rows: list[dict]) -> None:
+    """metadata.jsonl, as the imagefolder of `datasets` reads it: what each image was asked to show."""
+    lines = [json.dumps({"file_name": image_path(folder, index).name} | row) for index, row in enumerate(rows)]
+    temporary = folder / f".tmp-{METADATA_NAME}"
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / METADATA_NAME)
+
+
+def write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def write_grid(folder: Path, count: int) -> None:
+    images = [np.asarray(Image.open(image_path(folder, index))) for index in range(count)]
+    save_image(image_grid(np.stack([image.reshape(*image.shape[:2], -1) for image in images])), folder / GRID_NAME)
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "diffusers", "accelerate")}
