@@ -30,7 +30,8 @@ class PipelineOptions:
     model_name_or_path: str | None = option(None, "folder of a saved pipeline, or a Hub id; nothing in it is executed")
     scheduler: str | None = option(
         None,
-        "dpmsolver, sde_dpmsolver, sasolver, ddim or ddpm, or a name under schedulers/; default: the pipeline's own",
+        "dpmsolver, sde_dpmsolver, sasolver, ddim, ddpm, flow_euler or another name under schedulers/; default: the "
+        "pipeline's own",
     )
     num_inference_steps: int = option(20, "steps of the scheduler: calls of the UNet for an image")
 

@@ -59,9 +59,10 @@ def train(options: Options) -> None:
     from trainkit.diffusion.augmentation_input import add_augmentation_input
     from trainkit.diffusion.conditioning import add_vector_embedding, check_condition, open_condition
     from trainkit.diffusion.latents import check_latent_options, open_latents, without_clipping
-    from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
+    from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.pretrained import load_pretrained
+    from trainkit.diffusion.timesteps import draw_timesteps
     from trainkit.diffusion.unet import build_unet
     from trainkit.hub import create_repository
     from trainkit.training.launch import make_deterministic, set_cpu_threads
@@ -99,10 +100,11 @@ def train(options: Options) -> None:
     repo_id = create_repository(options) if options.push_to_hub and accelerator.is_main_process else None
 
     def losses(model, batch, timesteps):  # one an image, of training and of validation alike
-        noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)  # float32
+        noisy_images = add_noise(noise_scheduler, batch.images, batch.noise, timesteps)  # float32
         told = {} if batch.augmentation is None else {"augmentation": batch.augmentation}
         prediction = model(noisy_images, timesteps, **batch.condition, **told).sample  # under autocast
-        return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, options.snr_gamma)
+        weighting = options.snr_gamma, options.loss_weighting
+        return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
 
     def unguided_samples(unet, indices):  # guidance would trade the variety that the score looks for
         return samples(run, unet, noise_scheduler, condition.of_images(indices), guidance_scale=1.0)
@@ -115,7 +117,7 @@ def train(options: Options) -> None:
         score = SampleScore(run, held_out, noise_scheduler, unguided_samples)
 
     for batch in run.batches():
-        timesteps = uniform_timesteps(batch.uniforms, options.ddpm_num_steps)
+        timesteps = draw_timesteps(options, noise_scheduler, batch.uniforms)
         run.update(losses(run.model, batch, timesteps).mean())
 
         if run.due(steps=options.validation_steps):

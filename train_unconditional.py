@@ -29,9 +29,10 @@ def train(options: Options) -> None:
     from trainkit.data.augment_draws import LABELS
     from trainkit.data.cache import open_or_prepare
     from trainkit.diffusion.augmentation_input import add_augmentation_input
-    from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
+    from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.pretrained import load_pretrained
+    from trainkit.diffusion.timesteps import draw_timesteps
     from trainkit.diffusion.unet import build_unet
     from trainkit.hub import create_repository
     from trainkit.training.run import Run
@@ -53,16 +54,17 @@ def train(options: Options) -> None:
     repo_id = create_repository(options) if options.push_to_hub and accelerator.is_main_process else None
 
     def losses(model, batch, timesteps):  # one an image, of training and of validation alike
-        noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)  # float32
+        noisy_images = add_noise(noise_scheduler, batch.images, batch.noise, timesteps)  # float32
         told = {} if batch.augmentation is None else {"augmentation": batch.augmentation}
         prediction = model(noisy_images, timesteps, **told).sample  # under autocast
-        return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, options.snr_gamma)
+        weighting = options.snr_gamma, options.loss_weighting
+        return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
 
     validation = None if held_out is None else HeldOutLoss(run, held_out, losses, options.ddpm_num_steps)
     score = None if options.score_steps is None else SampleScore(run, held_out, noise_scheduler)
 
     for batch in run.batches():
-        timesteps = uniform_timesteps(batch.uniforms, options.ddpm_num_steps)
+        timesteps = draw_timesteps(options, noise_scheduler, batch.uniforms)
         run.update(losses(run.model, batch, timesteps).mean())
 
         if run.due(steps=options.validation_steps):

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -8,6 +6,7 @@ from trainkit.diffusion.noise_schedule import build_noise_scheduler, signal_to_n
 from trainkit.diffusion.objective import denoising_errors, loss_weights, prediction_target
 from trainkit.diffusion.unet import build_unet, check_resolution
 from trainkit.errors import UserError
+from trainkit.options import ModelOptions, ObjectiveOptions
 
 IMAGES, NOISE = torch.rand(6, 3, 8, 8) * 2 - 1, torch.randn(6, 3, 8, 8)
 TIMESTEPS = torch.tensor([0, 10, 100, 300, 700, 990])
@@ -56,7 +55,7 @@ def test_timesteps_cover_the_schedule():
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 def test_every_beta_schedule_builds(beta_schedule):
-    options = SimpleNamespace(ddpm_num_steps=100, ddpm_beta_schedule=beta_schedule, prediction_type="epsilon")
+    options = ObjectiveOptions(ddpm_num_steps=100, ddpm_beta_schedule=beta_schedule)
     alphas = build_noise_scheduler(options).alphas_cumprod
     assert len(alphas) == 100 and (alphas.diff() < 0).all()
 
@@ -70,7 +69,7 @@ def test_resolution_the_unet_cannot_halve():
 
 
 def test_example_unet_has_the_examples_size():
-    options = SimpleNamespace(model_config_name_or_path=None, enable_xformers_memory_efficient_attention=False)
+    options = ModelOptions()
     with torch.device("meta"):
         unet = build_unet(options, 64, 64, 3)
     assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == 113.7

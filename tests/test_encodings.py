@@ -82,7 +82,7 @@ def test_captions_are_drawn_evenly_and_dropped_as_often_as_asked(images, tmp_pat
 
 
 def test_a_condition_depends_on_its_image_and_draw_alone(images, tmp_path):
-    condition = text.CaptionCondition(text.encode_captions(images, Encoder(), tmp_path, ""), dropout=0.3)
+    condition = text.TextCondition(images, Encoder(), tmp_path, "", dropout=0.3)
     rows, uniforms = np.arange(12), np.random.default_rng(0).random(12)
     whole = condition.inputs(rows, uniforms)
     halves = [condition.inputs(rows[part], uniforms[part]) for part in (slice(5), slice(5, 12))]
@@ -156,6 +156,13 @@ def test_two_processes_share_the_units_and_make_each_once(tmp_path):
     assert [rows[number].tolist() for number in range(12)] == [[number] * 3 for number in range(12)]
     assert unit_told(tmp_path / unit_name(7)) == {"number": 7} and rows.longest() == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*rows.unit_names, "made"])
+
+
+def test_what_a_killed_process_left_is_swept_and_what_another_is_writing_is_not(tmp_path):
+    for name in (f"{unit_name(0)}.0.tmp", "encodings.json.0.tmp"):
+        (tmp_path / name).touch()
+    make_units(tmp_path, [unit_name(0)], lambda number: write_rows(tmp_path / unit_name(number), [[np.ones(1)]]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encodings.json.0.tmp", unit_name(0)]
 
 
 def test_rows_of_any_length_in_several_batches(tmp_path):

@@ -68,7 +68,8 @@ images = pipeline({argument}={example}, guidance_scale=2.0, num_inference_steps=
 """
 NAMED_CLASSES = 100
 SHOWN = (
-    "prediction_type", "ddpm_beta_schedule", "ddpm_num_steps", "snr_gamma", "optimizer", "learning_rate",
+    "prediction_type", "ddpm_beta_schedule", "noise_shift", "rescale_betas_zero_snr", "ddpm_num_steps",
+    "loss_weighting", "snr_gamma", "timestep_sampling", "optimizer", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "use_ema", "ema_max_decay", "random_flip", "mixed_precision", "seed",
 )  # fmt: skip
 

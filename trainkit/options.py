@@ -113,14 +113,32 @@ class ObjectiveOptions:
     """objective: what the UNet learns to predict, over which noise schedule"""
 
     prediction_type: str = option(
-        "epsilon", "what the UNet predicts: the noise, the image or the velocity",
-        choices=("epsilon", "sample", "v_prediction"),
+        "epsilon", "what the UNet predicts: the noise, the image, the velocity, or that of flow matching",
+        choices=("epsilon", "sample", "v_prediction", "flow_prediction"),
     )  # fmt: skip
-    snr_gamma: float | None = option(None, "min-SNR-gamma loss weight (Hang et al. 2023 use 5.0); default: none")
+    loss_weighting: str | None = option(
+        None, "weight of each noise level's error; default: min_snr with --snr_gamma, else none",
+        choices=("none", "min_snr", "soft_min_snr", "edm"),
+    )  # fmt: skip
+    snr_gamma: float | None = option(
+        None, "gamma of --loss_weighting min_snr (Hang et al. 2023) and soft_min_snr; default: 5 where they are named"
+    )
+    timestep_sampling: str = option(
+        "uniform", "which noise levels are trained on how often",
+        choices=("uniform", "logit_normal", "edm_lognormal"),
+    )  # fmt: skip
+    logit_mean: float = option(0.0, "logit_normal: mean of ln(t / (1 - t)), t from 0 (image) to 1 (noise)")
+    logit_std: float = option(1.0, "logit_normal: standard deviation of that")
+    edm_p_mean: float = option(-1.2, "edm_lognormal: mean of ln(noise / image), in standard deviations of the noise")
+    edm_p_std: float = option(1.2, "edm_lognormal: standard deviation of that")
     ddpm_num_steps: int = option(1000, "steps of the training noise schedule")
     ddpm_beta_schedule: str = option(
         "linear", "noise schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
     )
+    noise_shift: float = option(
+        1.0, "noise over image at each timestep times this: the image's side / 64, for example"
+    )
+    rescale_betas_zero_snr: bool = option(False, "end the noise schedule in pure noise (Lin et al. 2023)")
     ddpm_num_inference_steps: int = option(
         20, "solver steps for sample grids while training and for the saved pipeline's score (the example: 1000)"
     )
@@ -166,14 +184,24 @@ class OptimizationOptions:
     learning_rate: float = option(1e-4, "peak learning rate, after warm-up")
     lr_scheduler: str = option(
         "cosine", "learning-rate schedule over optimizer steps",
-        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step"),
+        choices=(
+            "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step",
+            "warmup_stable_decay",
+        ),
     )  # fmt: skip
     lr_warmup_steps: int = option(500, "optimizer steps over which the rate rises from 0")
     lr_step_size: int = option(10000, "with --lr_scheduler step: optimizer steps between two drops")
     lr_step_gamma: float = option(0.1, "with --lr_scheduler step: factor of each drop")
+    lr_num_cycles: int = option(1, "with --lr_scheduler cosine_with_restarts: cosines after warm-up")
+    lr_power: float = option(1.0, "with --lr_scheduler polynomial: power of what is left of the steps")
+    lr_decay_steps: int | None = option(
+        None, "with --lr_scheduler warmup_stable_decay: optimizer steps of the decay at the end; default: a fifth"
+    )
     optimizer: str = option(
         "adamw", "optimizer; muon learns sooner on short runs, at the learning rates of adamw",
-        choices=("adamw", "adam", "muon"),
+        choices=(
+            "adamw", "adam", "muon", "lion", "lamb", "adafactor", "prodigy", "schedule_free_adamw", "adamw_8bit",
+        ),
     )  # fmt: skip
     adam_beta1: float = option(0.95, "decay of the gradient's running mean")
     adam_beta2: float = option(0.999, "decay of the squared gradient's running mean")

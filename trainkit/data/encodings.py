@@ -55,7 +55,8 @@ def make_units(
             missing = left
         shutil.rmtree(locks, ignore_errors=True)
         for name in sizes(folder):
-            if name.endswith(".tmp"):  # of a process that was killed
+            # of a process that was killed; one that is a step ahead may be at the mark of completeness
+            if name.endswith(".tmp") and not name.startswith(COMPLETE_NAME):
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(

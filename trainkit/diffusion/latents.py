@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from trainkit.data.augment import build_augmentation
@@ -23,6 +23,7 @@ from trainkit.data.loader import to_model_range
 from trainkit.data.prepare import PREPARATION_NAME
 from trainkit.data.settings import parse_resolution, resize_mode_from_options
 from trainkit.diffusion.frozen import local_device, state_digest
+from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
 
 FLAG = "--vae_name_or_path"
@@ -119,9 +120,10 @@ def open_latents(options, images: PreparedImages, cache: Path, flips: bool) -> L
     return latents
 
 
-def without_clipping(noise_scheduler: DDPMScheduler) -> DDPMScheduler:
+def without_clipping(noise_scheduler: NoiseScheduler) -> NoiseScheduler:
     """The same for latents, which no range holds as it holds pixels, in place."""
-    noise_scheduler.register_to_config(clip_sample=False)
+    if not is_flow(noise_scheduler):  # whose solvers never clip
+        noise_scheduler.register_to_config(clip_sample=False)
     return noise_scheduler
 
 

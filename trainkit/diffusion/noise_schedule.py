@@ -1,20 +1,96 @@
-"""The noise schedule of training, as a stock DDPMScheduler that is saved with the model."""
+"""The noise schedule of training, as a stock scheduler of diffusers that is saved with the model.
+
+x_t = alpha_t image + sigma_t noise. Variance preserving (DDPMScheduler): alpha^2 = alpha_bar, sigma^2 = 1 - alpha_bar,
+at integer timesteps. Flow matching (FlowMatchEulerDiscreteScheduler): alpha = 1 - t / T, sigma = t / T, at any t in
+[0, T].
+"""
+
+# B batch, T training timesteps, SNR = alpha^2 / sigma^2, alpha_bar_t product of (1 - beta)
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+NoiseScheduler = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 
-def build_noise_scheduler(options) -> DDPMScheduler:
-    """The DDPMScheduler (Ho et al. 2020) that `ObjectiveOptions` describe: betas, number of steps, prediction type.
+def build_noise_scheduler(options) -> NoiseScheduler:
+    """The scheduler that `ObjectiveOptions` describe: noise schedule, number of steps, what is predicted.
 
     Beta schedules: linear (Ho et al. 2020, section 4), scaled_linear (Rombach et al. 2022), squaredcos_cap_v2
-    (Nichol & Dhariwal 2021, Eq. 17), sigmoid.
+    (Nichol & Dhariwal 2021, Eq. 17), sigmoid. `--noise_shift` and `--rescale_betas_zero_snr` change their betas, in
+    this order; flow matching has a shift alone.
     """
-    return DDPMScheduler(
-        num_train_timesteps=options.ddpm_num_steps,
-        beta_schedule=options.ddpm_beta_schedule,
-        prediction_type=options.prediction_type,
-    )
+    if options.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=options.ddpm_num_steps, shift=float(options.noise_shift)
+        )
+    settings = {
+        "num_train_timesteps": options.ddpm_num_steps,
+        "beta_schedule": options.ddpm_beta_schedule,
+        "prediction_type": options.prediction_type,
+    }
+    plain = DDPMScheduler(**settings)
+    if options.noise_shift == 1 and not options.rescale_betas_zero_snr:
+        return plain
+    alphas_cumprod = torch.cumprod(1 - plain.betas.double(), dim=0)
+    if options.noise_shift != 1:
+        alphas_cumprod = shifted(alphas_cumprod, options.noise_shift)
+    if options.rescale_betas_zero_snr:
+        alphas_cumprod = zero_terminal_snr(alphas_cumprod)
+    return DDPMScheduler(trained_betas=betas_of(alphas_cumprod).tolist(), **settings)
+
+
+def shifted(alphas_cumprod: torch.Tensor, shift: float) -> torch.Tensor:
+    """alpha_bar (T,) of the schedule whose noise is `shift` times as strong beside the image: SNR / shift^2.
+
+    log SNR' = log SNR + 2 log(64 / side) for shift = side / 64 (Hoogeboom et al. 2023, section 3.1).
+    """
+    return alphas_cumprod / (alphas_cumprod + shift**2 * (1 - alphas_cumprod))
+
+
+def zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """alpha_bar (T,) with 0 at the end and the first one kept (Lin et al. 2023, algorithm 1)."""
+    roots = alphas_cumprod.sqrt()
+    first, last = roots[0].clone(), roots[-1].clone()
+    return ((roots - last) * first / (first - last)).square()
+
+
+def betas_of(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Betas (T,) whose products are `alphas_cumprod`."""
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return 1 - alphas_cumprod / before
+
+
+def is_flow(scheduler) -> bool:
+    """Whether `scheduler` is one of flow matching, whose timesteps are continuous."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def prediction_type_of(scheduler: NoiseScheduler) -> str:
+    """What a network trained with `scheduler` predicts, by the name diffusers has for it."""
+    return "flow_prediction" if is_flow(scheduler) else scheduler.config.prediction_type
+
+
+def alpha_sigma(scheduler: NoiseScheduler, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Strengths of image and noise at `timesteps` (B,), two float32 (B,)."""
+    if is_flow(scheduler):
+        sigma = timesteps.float() / scheduler.config.num_train_timesteps
+        return 1 - sigma, sigma
+    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+
+def add_noise(
+    scheduler: NoiseScheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """`images` (B, C, H, W) with `noise` at `timesteps` (B,): float32, as the scheduler mixes them.
+
+    Flow matching mixes (1 - t) image + t noise (Liu et al. 2023, Eq. 1; Lipman et al. 2023).
+    """
+    if not is_flow(scheduler):
+        return scheduler.add_noise(images, noise, timesteps)
+    alpha, sigma = (strength[:, None, None, None] for strength in alpha_sigma(scheduler, timesteps))
+    return alpha * images + sigma * noise
 
 
 def uniform_timesteps(uniforms: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:

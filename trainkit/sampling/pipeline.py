@@ -4,15 +4,16 @@ import os
 import shutil
 from pathlib import Path
 
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 
+from trainkit.diffusion.noise_schedule import NoiseScheduler
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, save_bundle, scheduler_bundle
 
 # What the saved folder consists of, and all that is ever pushed to the Hub.
 PIPELINE_FILES = ("model_index.json", "unet", "scheduler", "schedulers", "README.md", "samples.png")
 
 
-def save_pipeline(folder: Path, unet: UNet2DModel, noise_scheduler: DDPMScheduler, model_card: str) -> None:
+def save_pipeline(folder: Path, unet: UNet2DModel, noise_scheduler: NoiseScheduler, model_card: str) -> None:
     """Save `unet` as a stock DDPMPipeline with its schedulers and README.md: staged, then renamed part by part.
 
     The folder may hold other files and an earlier save; a kill leaves the old part or the new one, never half of one.

@@ -16,18 +16,28 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SASolverScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SASolverScheduler,
+    SchedulerMixin,
+)
 
+from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
 
 DEFAULT_SCHEDULER = "dpmsolver"
 SCHEDULER_NAMES = ("dpmsolver", "sde_dpmsolver", "sasolver", "ddim", "ddpm")
+FLOW_SCHEDULER_NAMES = ("dpmsolver", "sde_dpmsolver", "flow_euler")
 SIGMA_MAX = 40.0
 TAIL_BETA = 1e-5
+EVEN_STRIDES_TO = 3.75  # sigma at T / 2 (linear betas: 3.4), over which too few of 20 even strides are at low noise
 CONFIG_NAME = "scheduler_config.json"
 
 
-def scheduler_bundle(noise_scheduler: DDPMScheduler) -> dict[str, SchedulerMixin]:
+def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixin]:
     """Schedulers by name that sample a model trained with `noise_scheduler`; `DEFAULT_SCHEDULER` is the few-step one.
 
     dpmsolver      DPM-Solver++(2M), deterministic: 10 to 50 steps (Lu et al. 2022)
@@ -35,7 +45,11 @@ def scheduler_bundle(noise_scheduler: DDPMScheduler) -> dict[str, SchedulerMixin
     sasolver       SA-Solver, stochastic where 200 <= t <= 800: 20 steps and more (Xue et al. 2023)
     ddim           DDIM, deterministic, first order: steps that divide T, 50 and more (Song et al. 2021)
     ddpm           ancestral sampling: 250 steps to T (Ho et al. 2020)
+
+    A model of flow matching gets the first two, and flow_euler: Euler steps, 50 and more (Esser et al. 2024).
     """
+    if is_flow(noise_scheduler):
+        return _flow_bundle(noise_scheduler)
     config = noise_scheduler.config
     solver = {"prediction_type": config.prediction_type, "num_train_timesteps": config.num_train_timesteps}
     if config.clip_sample:  # the solvers ignore `clip_sample`; thresholding at 1 is the same clamp to [-1, 1]
@@ -45,7 +59,9 @@ def scheduler_bundle(noise_scheduler: DDPMScheduler) -> dict[str, SchedulerMixin
     return {
         "dpmsolver": DPMSolverMultistepScheduler(**karras),
         "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras),
-        "sasolver": SASolverScheduler(
+        "sasolver": SASolverScheduler(**karras)
+        if _sigma_at_half(noise_scheduler) > EVEN_STRIDES_TO
+        else SASolverScheduler(
             timestep_spacing="trailing",
             lambda_min_clipped=_lambda_min(noise_scheduler),
             **solver,
@@ -61,6 +77,26 @@ def scheduler_bundle(noise_scheduler: DDPMScheduler) -> dict[str, SchedulerMixin
         ),
         # linspace is the one spacing that is right for any number of steps: DDPMScheduler looks up its neighbours
         "ddpm": DDPMScheduler.from_config(config, timestep_spacing="linspace"),
+    }
+
+
+def _flow_bundle(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, SchedulerMixin]:
+    """The schedulers of a model of flow matching; the solvers shift their steps by the root of the training's shift.
+
+    With all of it, 20 steps end at a noise that smooths what is finest in the image; with none of it, too few of them
+    are where a large image is decided.
+    """
+    config = noise_scheduler.config
+    solver = {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": math.sqrt(config.shift),
+        "num_train_timesteps": config.num_train_timesteps,
+    }
+    return {
+        "dpmsolver": DPMSolverMultistepScheduler(**solver),
+        "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **solver),
+        "flow_euler": FlowMatchEulerDiscreteScheduler.from_config(config),
     }
 
 
@@ -135,7 +171,7 @@ def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
     own = _load(folder / "scheduler" if (folder / "scheduler").is_dir() else folder)
     if shipped:
         return own
-    bundle = scheduler_bundle(DDPMScheduler.from_config(own.config))
+    bundle = scheduler_bundle(own if is_flow(own) else DDPMScheduler.from_config(own.config))
     if name is not None and name not in bundle:
         raise UserError(f"--scheduler {name} is none of {', '.join(bundle)}")
     return bundle[name or DEFAULT_SCHEDULER]
@@ -148,6 +184,11 @@ def _betas(noise_scheduler: DDPMScheduler) -> dict:
     if not known or config.trained_betas is not None or config.rescale_betas_zero_snr:
         return {"trained_betas": noise_scheduler.betas.double().tolist()}
     return {key: config[key] for key in ("beta_schedule", "beta_start", "beta_end")}
+
+
+def _sigma_at_half(noise_scheduler: DDPMScheduler) -> float:
+    alpha_bar = noise_scheduler.alphas_cumprod[len(noise_scheduler.alphas_cumprod) // 2].item()
+    return math.sqrt((1 - alpha_bar) / alpha_bar)
 
 
 def _lambda_min(noise_scheduler: DDPMScheduler) -> float:

@@ -34,7 +34,7 @@ from trainkit.training.division import divide_global_batch
 from trainkit.training.ema import ShadowWeights, build_ema
 from trainkit.training.guards import SkippedSteps, check_replicas, step_if_finite
 from trainkit.training.metrics import StepLog, plot_loss, truncate_metrics
-from trainkit.training.optimization import build_lr_scheduler, build_optimizer
+from trainkit.training.optimization import averaged_by_optimizer, build_lr_scheduler, build_optimizer
 from trainkit.training.resume import claim_output_dir, told_differences, whole_checkpoints
 from trainkit.training.sharding import (
     gradient_norm_to_tensor,
@@ -202,7 +202,7 @@ class Run:
         """
         self._flush_log()  # trackers take no step below one they have seen
         started = time.perf_counter()
-        with contextlib.nullcontext() if self.ema is None else self.ema.swapped_in():
+        with averaged_by_optimizer(self.optimizer.optimizer) if self.ema is None else self.ema.swapped_in():
             with without_augmentation_input(self.unet):
                 unet = unsharded_copy(self.unet) if self.sharded else self.unet
                 unet.eval()

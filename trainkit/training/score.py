@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.order import sample_indices
+from trainkit.diffusion.noise_schedule import NoiseScheduler
 from trainkit.errors import UserError
 from trainkit.evaluation.features import INPUT_SIZE, EfficientNetLite0, extract_features
 from trainkit.evaluation.images import ImageArray, PreparedFolder
@@ -47,7 +47,7 @@ class SampleScore:
         self,
         run,
         held_out: PreparedImages | None,
-        noise_scheduler: DDPMScheduler,
+        noise_scheduler: NoiseScheduler,
         make_samples: Callable[[torch.nn.Module, np.ndarray], np.ndarray] | None = None,
     ):
         self.run, options = run, run.options

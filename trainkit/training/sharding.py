@@ -140,7 +140,8 @@ def load_full_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Opt
     names, parameters = _names_of(model, optimizer), dict(model.named_parameters())
     _on_all_ranks(lambda: _optimizer_difference(names, parameters, state))
     indices = {name: index for index, name in enumerate(names)}
-    outline = _from_rank0_object(tree_map_only(torch.Tensor, lambda value: value.to("meta"), state))
+    shapes = tree_map_only(torch.Tensor, lambda value: value.to("meta"), state.get("state"))
+    outline = _from_rank0_object({"state": shapes, "param_groups": state.get("param_groups")})
     numbered = {
         indices[name]: {
             what: _divided(value, state["state"][name][what] if _is_rank0() else None, parameters[name])
@@ -237,11 +238,16 @@ def _optimizer_difference(names: list[str], parameters: dict[str, torch.Tensor],
         return f"state of {len(given)} parameters, or in other groups, for an optimizer of {len(names)}"
     for name, values in state["state"].items():
         for key, value in values.items():
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[name].shape:
+            if isinstance(value, torch.Tensor) and not _fits(value.shape, parameters[name].shape):
                 return (
                     f"{name}: {key} of shape {tuple(value.shape)} for a parameter of {tuple(parameters[name].shape)}"
                 )
     return None
+
+
+def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
+    """Whether state of `shape` can be a parameter's: one for one, of rows or columns, or of blocks of another rank."""
+    return len(shape) != len(parameter) or all(ours in (1, its) for ours, its in zip(shape, parameter, strict=True))
 
 
 def _from_rank0_object(value: Any) -> Any:

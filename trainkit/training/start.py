@@ -69,14 +69,18 @@ def parse_training_options(options_class: type[T], description: str) -> T:
 def check_before_preparation(options: TrainingOptions) -> None:
     """Raise `UserError` for what cannot work, while it costs nothing yet."""
     from trainkit.data.augment import check_augmentation
+    from trainkit.diffusion.objective import check_objective
     from trainkit.diffusion.pretrained import check_pretrained
     from trainkit.diffusion.unet import check_unet_options
+    from trainkit.training.optimization import check_optimization
     from trainkit.training.resume import check_output_dir
     from trainkit.training.score import check_score
     from trainkit.training.trackers import check_tracker
 
     check_tracker(options.logger)
     check_score(options)
+    check_objective(options)
+    check_optimization(options)
     check_augmentation(options, grey=options.image_mode == "L")
     check_unet_options(options)
     check_pretrained(options)

@@ -17,6 +17,7 @@ from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from trainkit.training.ema import ShadowWeights
 from trainkit.training.sharding import (
@@ -28,6 +29,7 @@ from trainkit.training.sharding import (
 
 UNET, EMA, WEIGHTS = "unet", "unet_ema", "diffusion_pytorch_model.safetensors"
 OPTIMIZER, STATE = "optimizer.safetensors", "training_state.json"
+TENSOR = "float32"  # marks a tensor in JSON, by its type
 KERNELS = ("fused", "foreach")  # a checkpoint of another device brings its numbers, not its choice of these
 
 
@@ -57,7 +59,8 @@ def take_snapshot(
     for name, values in saved.get("state", {}).items():
         for what, value in values.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"{name}/{what}"] = value
-    facts = facts | {"optimizer": {"param_groups": saved.get("param_groups", []), "numbers": numbers}}
+    groups = tree_map_only(Tensor, lambda value: {TENSOR: value.tolist()}, saved.get("param_groups", []))
+    facts = facts | {"optimizer": {"param_groups": groups, "numbers": numbers}}
     return Snapshot(configs, weights, tensors, facts)
 
 
@@ -152,7 +155,12 @@ def restore_random_states(folder: Path, rank: int) -> None:
 
 
 def _formed_like(form: Any, value: Any) -> Any:
-    """`value` with tuples where `form` has them: JSON knows lists alone, and optimizers tell them apart."""
+    """`value` with tuples where `form` has them: JSON knows lists alone, and optimizers tell them apart.
+
+    Tensors of a group (Prodigy's sums) come back from their numbers.
+    """
+    if isinstance(value, dict) and TENSOR in value:
+        return torch.tensor(value[TENSOR])
     if not isinstance(value, list) or not isinstance(form, (list, tuple)) or len(form) != len(value):
         return value
     return type(form)(_formed_like(*pair) for pair in zip(form, value, strict=True))

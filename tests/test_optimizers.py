@@ -1,0 +1,218 @@
+"""Every optimizer and every schedule of the rate: what is decayed, resumed bit for bit, refused."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from training_helpers import losses, same_weights, tiny_run
+
+from trainkit.errors import UserError
+from trainkit.options import HardwareOptions, OptimizationOptions
+from trainkit.training.optimization import (
+    averaged_by_optimizer,
+    build_lr_scheduler,
+    build_optimizer,
+    check_optimization,
+)
+from trainkit.training.state import restore, take_snapshot, write_snapshot
+
+NAMES = ("adamw", "adam", "muon", "lion", "lamb", "adafactor", "prodigy", "schedule_free_adamw")
+RATES = {"prodigy": 1.0, "lion": 3e-4, "adafactor": 1e-2}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def options_for(name, **settings):
+    return OptimizationOptions(
+        optimizer=name, learning_rate=RATES.get(name, 1e-3), adam_weight_decay=0.1, lr_warmup_steps=2,
+        lr_scheduler="constant_with_warmup", **settings,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Training:
+    """A tiny UNet that learns to give a fixed image, with the optimizer and its schedule."""
+
+    def __init__(self, tiny_unet, name, seed=0):
+        from diffusers import UNet2DModel
+
+        torch.manual_seed(seed)
+        self.unet = UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet))
+        self.optimizer = build_optimizer(options_for(name), self.unet)
+        self.lr_scheduler = build_lr_scheduler(options_for(name), self.optimizer, 100)
+
+    def loss(self, step):
+        noisy = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        return (self.unet(noisy, torch.full((2,), 10 * step)).sample - noisy * 0.5).square().mean()
+
+    def steps(self, first, end):
+        values = []
+        for step in range(first, end):
+            loss = self.loss(step)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.lr_scheduler.step()
+            values.append(loss.item())
+        return values
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_and_resumes_bit_for_bit(name, tiny_unet, tmp_path):
+    whole = Training(tiny_unet, name)
+    before = whole.steps(0, 5)
+    facts = {"lr_scheduler": whole.lr_scheduler.state_dict()}
+    write_snapshot(take_snapshot(whole.unet, None, whole.optimizer, facts), tmp_path)
+    after = whole.steps(5, 10)
+
+    resumed = Training(tiny_unet, name, seed=1)
+    facts = restore(tmp_path, resumed.unet, None, resumed.optimizer)
+    resumed.lr_scheduler.load_state_dict(facts["lr_scheduler"])
+    assert resumed.steps(5, 10) == after
+    assert all(torch.equal(*pair) for pair in zip(whole.unet.parameters(), resumed.unet.parameters(), strict=True))
+    for one, other in zip(whole.optimizer.param_groups, resumed.optimizer.param_groups, strict=True):
+        assert {key: value for key, value in one.items() if key != "params"} == {
+            key: value for key, value in other.items() if key != "params"
+        }
+    assert name == "prodigy" or whole.loss(0).item() < before[0]  # Prodigy is still finding its rate
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_norms_and_biases_are_not_decayed(name, tiny_unet):
+    training = Training(tiny_unet, name)
+    decayed = {
+        id(parameter): group["weight_decay"]
+        for group in training.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for key, parameter in training.unet.named_parameters():
+        assert decayed[id(parameter)] == (0.1 if parameter.ndim >= 2 else 0.0), key
+
+
+def test_the_schedule_free_average_is_the_papers_and_leaves_the_weights_as_they_are():
+    """x_t averages z_1 .. z_t, weighed by the square of the rate (Defazio et al. 2024); beside it z is plain steps."""
+    weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    model = torch.nn.ParameterList([weight])
+    optimizer = build_optimizer(options_for("schedule_free_adamw"), model)
+    average, squares = weight.detach().clone(), 0.0
+    for step, rate in enumerate([0.0, 0.01, 0.02, 0.02]):
+        optimizer.param_groups[0]["lr"] = rate
+        weight.grad = torch.tensor([[1.0, 3.0]]) * (step + 1)
+        optimizer.step()
+        squares += rate**2
+        part = rate**2 / squares if squares else 0.0
+        average = (1 - part) * average + part * optimizer.state[weight]["z"]
+        before = weight.detach().clone()
+        with averaged_by_optimizer(optimizer):
+            torch.testing.assert_close(weight.detach(), average)
+        assert torch.equal(weight, before)
+    assert not torch.allclose(weight, average)
+
+
+def test_a_schedule_free_run_saves_the_average_and_resumes(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
+    import train_unconditional
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def train(name, **flags):
+        flags |= {"optimizer": "schedule_free_adamw", "no_use_ema": True, "lr_scheduler": "constant_with_warmup"}
+        flags |= {"max_train_steps": 6, "preview_steps": 2}
+        arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
+        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
+        train_unconditional.main()
+        return tmp_path / name
+
+    whole, parts = train("whole"), train("parts")
+    shutil.rmtree(parts / "checkpoint-6")
+    train("parts", resume_from_checkpoint="latest")
+    assert losses(parts) == losses(whole)
+    for file in (f"checkpoint-6/unet/{WEIGHTS}", "checkpoint-6/optimizer.safetensors", f"unet/{WEIGHTS}"):
+        same_weights(whole / file, parts / file)
+    with pytest.raises(AssertionError):  # the saved pipeline is the average, the checkpoint what is trained
+        same_weights(whole / f"checkpoint-6/unet/{WEIGHTS}", whole / f"unet/{WEIGHTS}")
+
+
+def rates(steps, **settings):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = build_lr_scheduler(OptimizationOptions(**settings), optimizer, 100)
+    found = []
+    for step in range(100):
+        if step in steps:
+            found.append(scheduler.get_last_lr()[0])
+        if step == 50:  # as a checkpoint does
+            state = json.loads(json.dumps(scheduler.state_dict()))
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+            scheduler = build_lr_scheduler(OptimizationOptions(**settings), optimizer, 100)
+            scheduler.load_state_dict(state)
+        optimizer.step()
+        scheduler.step()
+    return pytest.approx(found, abs=1e-6)
+
+
+def test_schedules_have_their_shapes():
+    flags = {"learning_rate": 1.0, "lr_warmup_steps": 20}
+    assert rates((10, 20, 60, 79), lr_scheduler="cosine_with_restarts", lr_num_cycles=2, **flags) == [
+        0.5, 1.0, 1.0, 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 0.475)).item()),
+    ]  # fmt: skip
+    polynomial = rates((10, 20, 60), lr_scheduler="polynomial", lr_power=2.0, **flags)
+    assert polynomial == [0.5, 1.0, 0.25]
+    stable = {"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 40}
+    assert rates((10, 20, 59, 60, 70, 90), **stable, **flags) == [0.5, 1, 1, 1, 0.5, 1 - 0.75**0.5]
+    assert rates((79, 80, 85), lr_scheduler="warmup_stable_decay", **flags) == [1, 1, 0.5]  # a fifth
+
+
+def test_a_decay_longer_than_the_run_is_refused():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    options = OptimizationOptions(lr_scheduler="warmup_stable_decay", lr_warmup_steps=500)
+    with pytest.raises(UserError, match="--lr_warmup_steps 500 and --lr_decay_steps 20 are more than the 100 steps"):
+        build_lr_scheduler(options, optimizer, 100)
+
+
+class Options(OptimizationOptions, HardwareOptions):
+    use_ema = True
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ({"optimizer": "schedule_free_adamw"}, "add --no_use_ema"),
+        ({"optimizer": "prodigy"}, "take 1"),
+        ({"lr_num_cycles": 0}, "--lr_num_cycles 0 must be at least 1"),
+        ({"lr_power": 0.0}, "--lr_power 0.0 must be more than 0"),
+        ({"lr_decay_steps": 0}, "--lr_decay_steps 0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_in_one_line(flags, told):
+    options = Options(**flags)
+    options.shard_weights = False
+    with pytest.raises(UserError, match="--") as refusal:
+        check_optimization(options)
+    assert told in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_what_needs_more_than_is_here_is_refused(monkeypatch):
+    options = Options(optimizer="lion", learning_rate=1e-4)
+    options.shard_weights = True
+    with pytest.raises(UserError, match="--shard_weights divides the state of adam, adamw, muon, not of"):
+        check_optimization(options)
+    options = Options(optimizer="schedule_free_adamw", lr_scheduler="cosine")
+    options.use_ema = options.shard_weights = False
+    with pytest.raises(UserError, match="takes the place of --lr_scheduler cosine"):
+        check_optimization(options)
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(UserError, match="pip install pytorch-optimizer"):
+        check_optimization(Options(optimizer="lamb"))
+    for cuda, told in ((False, "needs a CUDA GPU"), (True, "pip install bitsandbytes")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(UserError, match=told):
+            check_optimization(Options(optimizer="adamw_8bit"))

@@ -1,0 +1,50 @@
+"""Which noise levels are trained on: each image's timestep, from its uniform number by an inverse CDF.
+
+So draws keep what the uniforms have: they are a function of (seed, step, row), and evenly spread uniforms give evenly
+spread quantiles.
+"""
+
+import torch
+
+from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow, uniform_timesteps
+
+
+def draw_timesteps(options, scheduler: NoiseScheduler, uniforms: torch.Tensor) -> torch.Tensor:
+    """Timesteps (B,) to train on from `uniforms` (B,) float64 in [0, 1), distributed as `--timestep_sampling` says.
+
+    int64 in [0, T) for DDPMScheduler, float32 in [0, T) for flow matching, where `--noise_shift` s maps t to
+    s t / (1 + (s - 1) t) (Esser et al. 2024, Eq. 23).
+
+    uniform        every timestep alike
+    logit_normal   t / T = sigmoid(mean + std z), z standard normal (Esser et al. 2024, Eq. 19)
+    edm_lognormal  ln(sigma / alpha) = P_mean + P_std z (Karras et al. 2022, table 1), whatever the schedule or shift:
+                   cut off at the ends of a DDPMScheduler's noise levels, and rounded to the nearest of them
+    """
+    num_train_timesteps, flow = scheduler.config.num_train_timesteps, is_flow(scheduler)
+    if options.timestep_sampling == "edm_lognormal":
+        if flow:
+            log_sigma = options.edm_p_mean + options.edm_p_std * torch.special.ndtri(uniforms)
+            return _below(torch.sigmoid(log_sigma), num_train_timesteps)  # sigma / alpha = t / (1 - t)
+        return _nearest_log_sigma(scheduler, uniforms, options.edm_p_mean, options.edm_p_std)
+    if options.timestep_sampling == "logit_normal":
+        uniforms = torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(uniforms))
+    if not flow:
+        return uniform_timesteps(uniforms, num_train_timesteps)
+    shift = options.noise_shift
+    return _below(shift * uniforms / (1 + (shift - 1) * uniforms), num_train_timesteps)
+
+
+def _below(times: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """`times` in [0, 1] as float32 timesteps below T: rounding must not put one into the next bin of validation."""
+    end = torch.nextafter(torch.tensor(float(num_train_timesteps)), torch.tensor(0.0)).item()
+    return (times * num_train_timesteps).float().clamp(max=end)
+
+
+def _nearest_log_sigma(scheduler: NoiseScheduler, uniforms: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    levels = ((1 - alphas_cumprod) / alphas_cumprod).log() / 2  # (T,), rising
+    # in numbers of standard deviations: a cut-off normal distribution is one over a part of the uniforms
+    ends = torch.special.ndtr((levels[[0, -1]] - mean) / std).tolist()
+    log_sigma = mean + std * torch.special.ndtri(ends[0] + uniforms * (ends[1] - ends[0]))
+    between = ((levels[1:] + levels[:-1]) / 2).to(uniforms.device)
+    return torch.bucketize(log_sigma, between)
