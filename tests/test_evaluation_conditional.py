@@ -212,11 +212,10 @@ def test_mistakes_are_told_before_anything_is_trained(real, tmp_path, monkeypatc
     monkeypatch.setattr(classifiers, "fit", lambda *arguments: pytest.fail("something was trained"))
     samples = write_samples(tmp_path / "samples", ["across", "zigzag"] * 3, ["across", "down"] * 3)
     (samples / "metadata.jsonl").rename(tmp_path / "metadata.jsonl")
-    flat, single = tmp_path / "flat", tmp_path / "single"
-    for folder in (flat, single / "across", single / "down"):
+    single = tmp_path / "single"
+    for folder in (single / "across", single / "down"):
         folder.mkdir(parents=True)
     for number, file in enumerate(sorted((real / "across").glob("*.png"))):
-        (flat / file.name).write_bytes(file.read_bytes())
         (single / ("across" if number else "down") / file.name).write_bytes(file.read_bytes())
     common = {"generated": samples, "reference": real, "cache_dir": tmp_path / "cache"}
     with pytest.raises(UserError, match="which class each image of --generated .*metadata.jsonl.*leave the flag"):
