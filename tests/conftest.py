@@ -6,6 +6,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for those of another worker cost ten times the work
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from PIL import Image

@@ -6,6 +6,7 @@ run starts anywhere at no cost.
 B batch (images a device and micro-step), A micro-steps, P processes, C channels, H/W pixels; B * A * P = global batch.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -101,6 +102,7 @@ class BatchLoader:
         self.condition = condition
         self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
         self.augmentation, self.wait_s = augmentation, 0.0
+        self._reading_ahead = threading.Lock()
         self._window: tuple[int, int] | None = None  # of positions, that was read ahead for
 
     def iterate(self, first_step: int, end_step: int) -> Iterator[Batch]:
@@ -173,10 +175,13 @@ class BatchLoader:
 
     def _read_ahead(self, position: int) -> None:
         """With blocks: have the window of `position` and the one behind it read, when it is first entered."""
-        if self.order.block_size == 0 or (self._window is not None and position < self._window[1]):
+        if self.order.block_size == 0:
             return
-        self._window = first, end = self.order.window(position)
-        self.images.read_ahead(self.order.ranges(first, end) + self.order.ranges(*self.order.window(end)))
+        with self._reading_ahead:  # several threads make batches
+            if self._window is not None and position < self._window[1]:
+                return
+            self._window = first, end = self.order.window(position)
+            self.images.read_ahead(self.order.ranges(first, end) + self.order.ranges(*self.order.window(end)))
 
     def _to_device(self, host_batch: dict) -> Batch:
         images, noise, uniforms = (
