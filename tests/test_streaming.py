@@ -10,6 +10,7 @@ from trainkit.data import files
 from trainkit.data.cache import local_copy
 from trainkit.data.dataset import PreparedImages
 from trainkit.data.files import location
+from trainkit.data.hygiene import HygieneSettings
 from trainkit.data.order import WINDOW_BLOCKS, SampleOrder
 from trainkit.data.prepare import prepare
 from trainkit.data.settings import PreparationSettings
@@ -133,3 +134,14 @@ def test_a_store_that_fails_is_one_line(prepared, monkeypatch):
     monkeypatch.setattr("trainkit.data.dataset.open_stream", fail)
     with pytest.raises(UserError, match="cannot be fetched .*connection reset"):
         images.gather(np.array([0]))
+
+
+def test_the_held_out_part_at_the_url_is_taken(image_folder, train):
+    hygiene = HygieneSettings(validation_fraction=0.3)
+    split = location("memory://bucket/split")
+    prepare(ImageFolder(image_folder), SETTINGS, split, num_proc=1, show_progress=False, hygiene=hygiene)
+    flags = {"train_data_dir": str(split), "validation_data_dir": f"{split}/validation", "validation_steps": 3}
+    output = train("split", streaming=True, **flags)
+    assert "validation_loss" in (output / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="is part of --train_data_dir"):
+        train("same", streaming=True, **flags | {"validation_data_dir": f"{split}/"})

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from trainkit.data.augment import to_training_size
-from trainkit.data.cache import open_or_prepare
+from trainkit.data.cache import cache_root, local_copy, open_or_prepare
 from trainkit.data.dataset import PreparedImages
+from trainkit.data.files import RemotePath, exists, location
 from trainkit.data.loader import Batch, Condition, to_model_range
 from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
 from trainkit.data.prepare import PREPARATION_NAME
@@ -45,12 +46,15 @@ def open_validation_images(options, images: PreparedImages) -> PreparedImages | 
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
     _refuse_training_images(options)
-    if Path(given, PREPARATION_NAME).is_file():
-        held_out = PreparedImages(given)
+    place = location(given, options.storage_options)
+    if exists(place / PREPARATION_NAME):
+        if isinstance(place, RemotePath):
+            place = local_copy(place, cache_root(options) / "copies")
+        held_out = PreparedImages(place)
         if held_out.settings.train_height is not None:  # it is stored larger, for any training size
             resolution = images.height, images.width
             check_training_size(resolution, (held_out.stored_height, held_out.stored_width))
-            held_out = PreparedImages(given, resolution)
+            held_out = PreparedImages(place, resolution)
     else:
         settings = replace(
             options,
@@ -172,9 +176,14 @@ def _refuse_training_images(options) -> None:
     """Images that are trained on say nothing about ones that are not."""
     if options.train_data_dir is None or options.dataset_name is not None:
         return
-    given, trained_on = Path(options.validation_data_dir).resolve(), Path(options.train_data_dir).resolve()
-    raw = not (trained_on / PREPARATION_NAME).is_file() and not (given / PREPARATION_NAME).is_file()
-    if given == trained_on or (raw and given.is_relative_to(trained_on)):
+    folders = [
+        location(where, options.storage_options) for where in (options.validation_data_dir, options.train_data_dir)
+    ]
+    raw = not any(exists(folder / PREPARATION_NAME) for folder in folders)
+    given, trained_on = (
+        str(folder.resolve() if isinstance(folder, Path) else folder).rstrip("/") for folder in folders
+    )
+    if given == trained_on or (raw and given.startswith(f"{trained_on}/")):
         raise UserError(
             f"--validation_data_dir {options.validation_data_dir} is part of --train_data_dir "
             f"{options.train_data_dir}, whose images are trained on: move the held-out images elsewhere"
