@@ -241,7 +241,7 @@ def test_training_takes_the_held_out_part(repeated, tmp_path):
     images = PreparedImages(tmp_path / "out")
     options = SimpleNamespace(
         train_data_dir=str(tmp_path / "out"), dataset_name=None, validation_data_dir=str(tmp_path / "out/validation"),
-        validation_steps=None, validation_images=8,
+        validation_steps=None, validation_images=8, storage_options=None,
     )  # fmt: skip
     held_out = open_validation_images(options, images)
     assert len(held_out) + len(images) == 306 and held_out.gather(np.arange(4)).shape == (4, 16, 16, 3)

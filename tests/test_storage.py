@@ -184,7 +184,11 @@ def test_held_out_images_that_are_stored_larger_come_at_the_training_size(photos
     trained_on = prepared(photos, tmp_path / "train", height=3, width=4)
     prepared(photos, tmp_path / "held_out", **stored_larger)
     options = SimpleNamespace(
-        validation_data_dir=str(tmp_path / "held_out"), validation_steps=1, validation_images=4, train_data_dir=None
+        validation_data_dir=str(tmp_path / "held_out"),
+        validation_steps=1,
+        validation_images=4,
+        train_data_dir=None,
+        storage_options=None,
     )
     held_out = open_validation_images(options, trained_on)
     assert (held_out.height, held_out.width, held_out.stored_height) == (3, 4, 12)
