@@ -72,8 +72,8 @@ class Options(SourceOptions, ImageOptions, HygieneOptions, OutputOptions):
 def main() -> None:
     options = parse_options(Options, __doc__.partition("\n")[0])
     if options.inspect is not None:
-        from trainkit.data.card import print_card
         from trainkit.data.files import location
+        from trainkit.data.preparation.card import print_card
 
         return print_card(location(options.inspect, options.storage_options))
     if options.export_hdf5 is not None and options.output_dir is None and is_prepared(options):
@@ -83,17 +83,17 @@ def main() -> None:
     if options.ray_address is not None and options.engine != "ray":
         raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
     from trainkit.data.cache import cache_root
-    from trainkit.data.contact_sheet import write_contact_sheet
     from trainkit.data.files import location
-    from trainkit.data.hygiene import hygiene_from_options
-    from trainkit.data.pool import run_jobs_apart
-    from trainkit.data.prepare import check_output, prepare
+    from trainkit.data.preparation.contact_sheet import write_contact_sheet
+    from trainkit.data.preparation.hygiene import hygiene_from_options
+    from trainkit.data.preparation.pool import run_jobs_apart
+    from trainkit.data.preparation.prepare import check_output, prepare
     from trainkit.data.settings import settings_from_options
-    from trainkit.data.sources import open_source
+    from trainkit.data.sources.opening import open_source
 
     settings, hygiene = settings_from_options(options), hygiene_from_options(options)
     if options.export_hdf5 is not None:
-        from trainkit.data.export import check_export
+        from trainkit.data.preparation.export import check_export
 
         check_export(Path(options.export_hdf5))
         if not settings.fixed_size:
@@ -102,7 +102,7 @@ def main() -> None:
     check_output(output_dir, settings, hygiene, overwrite)  # before a listing that may take long
     engine, work_dir = run_jobs_apart, cache_root(options) / "work"
     if options.engine == "ray":
-        from trainkit.data.ray_engine import ray_engine
+        from trainkit.data.preparation.ray_engine import ray_engine
 
         engine, work_dir = ray_engine(options.ray_address), None  # its workers share no folder of this machine
     source = open_source(options)
@@ -131,8 +131,8 @@ def is_prepared(options: Options) -> bool:
 
 
 def export(options: Options, folder: str) -> None:
-    from trainkit.data.dataset import PreparedImages
-    from trainkit.data.export import export_hdf5
+    from trainkit.data.loading.dataset import PreparedImages
+    from trainkit.data.preparation.export import export_hdf5
 
     images = PreparedImages(folder, storage_options=options.storage_options)
     export_hdf5(images, options.export_hdf5, options.hdf5_compression)

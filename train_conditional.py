@@ -52,10 +52,10 @@ class Options(ConditioningOptions, TextOptions, LatentOptions, TrainingOptions):
 
 def train(options: Options) -> None:
     # Imported late, so that --help answers at once.
-    from trainkit.data.augment_draws import LABELS
     from trainkit.data.cache import cache_root, open_or_prepare
-    from trainkit.data.class_order import balanced_order
-    from trainkit.data.statistics import vector_statistics
+    from trainkit.data.loading.augment_draws import LABELS
+    from trainkit.data.loading.class_order import balanced_order
+    from trainkit.data.loading.statistics import vector_statistics
     from trainkit.diffusion.augmentation_input import add_augmentation_input
     from trainkit.diffusion.conditioning import add_vector_embedding, check_condition, open_condition
     from trainkit.diffusion.latents import check_latent_options, open_latents, without_clipping

@@ -26,8 +26,8 @@ class Options(TrainingOptions):
 
 def train(options: Options) -> None:
     # Imported late, so that --help answers at once.
-    from trainkit.data.augment_draws import LABELS
     from trainkit.data.cache import open_or_prepare
+    from trainkit.data.loading.augment_draws import LABELS
     from trainkit.diffusion.augmentation_input import add_augmentation_input
     from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
     from trainkit.diffusion.objective import denoising_errors

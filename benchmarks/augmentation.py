@@ -19,8 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainkit.data.augment import augment  # noqa: E402
-from trainkit.data.augment_draws import Augmentation, draw_parameters  # noqa: E402
+from trainkit.data.loading.augment import augment  # noqa: E402
+from trainkit.data.loading.augment_draws import Augmentation, draw_parameters  # noqa: E402
 from trainkit.data.optional import load_package  # noqa: E402
 from trainkit.errors import run_script  # noqa: E402
 

@@ -24,15 +24,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainkit.data.images import PreparationSettings  # noqa: E402
-from trainkit.data.prepare import prepare  # noqa: E402
-from trainkit.data.sources import ImageFolder  # noqa: E402
+from trainkit.data.preparation.prepare import prepare  # noqa: E402
+from trainkit.data.settings import PreparationSettings  # noqa: E402
+from trainkit.data.sources.folder import ImageFolder  # noqa: E402
 
 SETTINGS = PreparationSettings(8, 8, resize_mode="crop")
 OPEN = """
 import sys, time
 import numpy as np
-from trainkit.data.dataset import PreparedImages
+from trainkit.data.loading.dataset import PreparedImages
 
 def resident_mb():
     lines = open("/proc/self/status").read().splitlines()

@@ -27,11 +27,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from prepare import write_photographs  # noqa: E402
 
-from trainkit.data.dataset import PreparedImages  # noqa: E402
-from trainkit.data.loader import to_model_range  # noqa: E402
-from trainkit.data.prepare import prepare  # noqa: E402
+from trainkit.data.loading.dataset import PreparedImages  # noqa: E402
+from trainkit.data.loading.loader import to_model_range  # noqa: E402
+from trainkit.data.preparation.prepare import prepare  # noqa: E402
 from trainkit.data.settings import PreparationSettings  # noqa: E402
-from trainkit.data.sources import ImageFolder  # noqa: E402
+from trainkit.data.sources.folder import ImageFolder  # noqa: E402
 
 SIDE = 64
 OURS = "prepared, uint8"
@@ -143,7 +143,7 @@ def contestants(folder: Path, images: PreparedImages, whole: PreparedImages, bat
             folder / "64.tar", batch_size, lambda content: np.array(Image.open(io.BytesIO(content)))
         )
     if importlib.util.find_spec("h5py"):
-        from trainkit.data.export import export_hdf5
+        from trainkit.data.preparation.export import export_hdf5
 
         export_hdf5(images, str(folder / "images.h5"), "none")
         found["HDF5, an image a chunk"] = lambda: hdf5(folder / "images.h5", batch_size)

@@ -33,7 +33,7 @@ print(time.perf_counter() - started)
 """
 OPEN = """
 import sys, time
-from trainkit.data.dataset import PreparedImages
+from trainkit.data.loading.dataset import PreparedImages
 started = time.perf_counter()
 images = PreparedImages(sys.argv[1])
 images.gather([0, len(images) - 1])

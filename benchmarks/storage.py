@@ -21,10 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from prepare import write_photographs  # noqa: E402
 
-from trainkit.data.dataset import PreparedImages  # noqa: E402
-from trainkit.data.prepare import prepare  # noqa: E402
+from trainkit.data.loading.dataset import PreparedImages  # noqa: E402
+from trainkit.data.preparation.prepare import prepare  # noqa: E402
 from trainkit.data.settings import PreparationSettings  # noqa: E402
-from trainkit.data.sources import ImageFolder  # noqa: E402
+from trainkit.data.sources.folder import ImageFolder  # noqa: E402
 
 STORAGES = {"pixels": ("pixels", 100), "png": ("png", 100), "jpeg, quality 95": ("jpeg", 95)}
 STORAGES |= {"webp, quality 95": ("webp", 95), "webp, lossless": ("webp", 100)}

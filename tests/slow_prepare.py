@@ -3,10 +3,11 @@
 import sys
 import time
 
-from trainkit.data import prepare, sources
+from trainkit.data.preparation import prepare
+from trainkit.data.sources import folder, records
 
 
-class SlowReader(sources.FolderReader):
+class SlowReader(folder.FolderReader):
     def read(self, entry):
         time.sleep(0.001)
         return super().read(entry)
@@ -15,7 +16,7 @@ class SlowReader(sources.FolderReader):
 if __name__ == "__main__":
     from tests.slow_prepare import SlowReader as Reader  # by a name that workers know
 
-    sources.UNIT_ITEMS, prepare.SLICE_ITEMS = 64, 8
-    sources.ImageFolder.reader = property(lambda self: Reader(str(self.folder), {}))
+    records.UNIT_ITEMS, prepare.SLICE_ITEMS = 64, 8
+    folder.ImageFolder.reader = property(lambda self: Reader(str(self.folder), {}))
     settings = prepare.PreparationSettings(16, 16, resize_mode="crop")
-    prepare.prepare(sources.ImageFolder(sys.argv[1]), settings, sys.argv[2], int(sys.argv[3]), show_progress=False)
+    prepare.prepare(folder.ImageFolder(sys.argv[1]), settings, sys.argv[2], int(sys.argv[3]), show_progress=False)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.prepare import prepare
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.sources import open_source
+from trainkit.data.sources.opening import open_source
 from trainkit.options import SourceOptions
 
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from source_files import assert_same, files_of, open_given, png, prepared, write_photos, write_tar, write_zip
 
-from trainkit.data import archives, sources
-from trainkit.data import prepare as prepare_module
+from trainkit.data.preparation import prepare as prepare_module
+from trainkit.data.sources import archives, records
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,7 +226,7 @@ def test_damage_anywhere_is_told_and_never_a_crash(photos, tmp_path, name):
 
 
 def test_fingerprints_follow_the_content(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_ITEMS", 4)
+    monkeypatch.setattr(records, "UNIT_ITEMS", 4)
     files = files_of(photos)
     first = open_given(write_zip(tmp_path / "p.zip", files))
     (tmp_path / "else").mkdir()

@@ -6,9 +6,9 @@ import torch
 from PIL import Image, ImageEnhance
 from torch.nn import functional
 
-from trainkit.data import augment as module
-from trainkit.data.augment import augment
-from trainkit.data.augment_draws import (
+from trainkit.data.loading import augment as module
+from trainkit.data.loading.augment import augment
+from trainkit.data.loading.augment_draws import (
     Augmentation,
     Parameters,
     affine_matrices,

@@ -6,10 +6,10 @@ import torch
 from test_augment import ALL, close
 
 from trainkit.config import parse_options
-from trainkit.data import augment as module
-from trainkit.data.augment import build_augmentation
-from trainkit.data.augment_draws import LABELS, Augmentation, draw_parameters
-from trainkit.data.loader import BatchLoader, BatchShape
+from trainkit.data.loading import augment as module
+from trainkit.data.loading.augment import build_augmentation
+from trainkit.data.loading.augment_draws import LABELS, Augmentation, draw_parameters
+from trainkit.data.loading.loader import BatchLoader, BatchShape
 from trainkit.errors import UserError
 from trainkit.options import AugmentationOptions
 

@@ -12,7 +12,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from safetensors.torch import load_file
 from training_helpers import losses, same_weights, tiny_run
 
-from trainkit.data.augment_draws import LABELS
+from trainkit.data.loading.augment_draws import LABELS
 from trainkit.diffusion.augmentation_input import add_augmentation_input, without_augmentation_input
 from trainkit.errors import UserError
 from trainkit.training.ema import ShadowWeights

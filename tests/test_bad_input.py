@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainkit.data.images import decode_image
-from trainkit.data.limits import RejectedImage
-from trainkit.data.pool import run_jobs_apart
-from trainkit.data.prepare import prepare
+from trainkit.data.images.decode import decode_image
+from trainkit.data.images.limits import RejectedImage
+from trainkit.data.preparation.pool import run_jobs_apart
+from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.sources import Record, Unit
+from trainkit.data.sources.records import Record, Unit
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = PreparationSettings(8, 8, resize_mode="crop")
@@ -105,8 +105,8 @@ def test_a_worker_cannot_take_the_memory_of_the_machine(tmp_path):
     """The limit on pixels is off here, so that only the bound on memory is left to stop 12 GB."""
     (tmp_path / "bomb.png").write_bytes(header_only_png(55_000, 55_000, 6))
     script = (
-        "from trainkit.data.limits import limit_memory, RejectedImage\n"
-        "from trainkit.data.images import PreparationSettings, decode_image\n"
+        "from trainkit.data.images.limits import limit_memory, RejectedImage\n"
+        "from trainkit.data.images.decode import PreparationSettings, decode_image\n"
         "limit_memory(89_478_485)\n"
         f"try: decode_image({str(tmp_path / 'bomb.png')!r}, PreparationSettings(8, 8, max_image_pixels=0))\n"
         "except RejectedImage as rejection: print(rejection.fault)\n"

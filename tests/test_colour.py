@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from trainkit.data.images import decode_image
+from trainkit.data.images.decode import decode_image
 from trainkit.data.settings import PreparationSettings
 
 SETTINGS = PreparationSettings(8, 8, resize_mode="crop")

@@ -8,10 +8,10 @@ import torch
 from conftest import TINY_UNET
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from trainkit.data.class_order import ClassBalancedOrder, balanced_order, class_shares
-from trainkit.data.loader import BatchLoader, BatchShape
-from trainkit.data.order import Purpose, uniform_draws
-from trainkit.data.statistics import mean_and_std, vector_statistics
+from trainkit.data.loading.class_order import ClassBalancedOrder, balanced_order, class_shares
+from trainkit.data.loading.loader import BatchLoader, BatchShape
+from trainkit.data.loading.order import Purpose, uniform_draws
+from trainkit.data.loading.statistics import mean_and_std, vector_statistics
 from trainkit.diffusion.conditioning import (
     ClassCondition,
     VectorCondition,

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainkit.data import prepare as prepare_module
-from trainkit.data import shards, sources
 from trainkit.data.cache import open_or_prepare
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.images import PreparationSettings, decode_image
-from trainkit.data.prepare import prepare
-from trainkit.data.sources import HubDataset, ImageFolder
+from trainkit.data.images.decode import PreparationSettings, decode_image
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation import prepare as prepare_module
+from trainkit.data.preparation import shards
+from trainkit.data.preparation.prepare import prepare
+from trainkit.data.sources import records
+from trainkit.data.sources.folder import ImageFolder
+from trainkit.data.sources.hub import HubDataset
 from trainkit.errors import UserError
 from trainkit.options import ImageOptions, LoadingOptions, SourceOptions
 
@@ -52,7 +54,7 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture
 def many_batches(monkeypatch):
     """Several shards of several record batches each, as large datasets have."""
-    monkeypatch.setattr(sources, "UNIT_ITEMS", 16)
+    monkeypatch.setattr(records, "UNIT_ITEMS", 16)
     monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 4)
     monkeypatch.setattr(shards, "BATCH_BYTES", 6000)
 

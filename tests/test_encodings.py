@@ -10,10 +10,10 @@ import pytest
 import torch
 from source_files import SETTINGS, open_given, png
 
-from trainkit.data.captions import CaptionIndex, split_captions
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.encodings import Rows, make_units, unit_name, unit_told, write_rows
-from trainkit.data.prepare import prepare
+from trainkit.data.loading.captions import CaptionIndex, split_captions
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.encodings import Rows, make_units, unit_name, unit_told, write_rows
+from trainkit.data.preparation.prepare import prepare
 from trainkit.diffusion import text
 from trainkit.errors import UserError
 

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, launch, launch_environment
 from training_helpers import STEPS, losses, same_weights, start_and_signal, tiny_run
 
-from trainkit.data.order import sample_indices
+from trainkit.data.loading.order import sample_indices
 from trainkit.errors import UserError
 from trainkit.training.ema import build_ema
 from trainkit.training.guards import step_if_finite

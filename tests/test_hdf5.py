@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from source_files import assert_same, files_of, open_given, prepared, write_photos
 
-from trainkit.data import prepare as prepare_module
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.export import export_hdf5
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation import prepare as prepare_module
+from trainkit.data.preparation.export import export_hdf5
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
 

@@ -13,8 +13,8 @@ import PIL
 import pytest
 from PIL import Image, ImageOps
 
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.listing import IMAGE_EXTENSIONS
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.sources.listing import IMAGE_EXTENSIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 from test_prepare import SETTINGS, Stopped, contents, count_decoded, run, write_images
 
-from trainkit.data import finalize as finalize_module
-from trainkit.data import prepare as prepare_module
-from trainkit.data import sources
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.hygiene import KEPT, HygieneSettings, exact_duplicates, near_duplicates, near_pairs
-from trainkit.data.prepare import prepare, read_preparation
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation import finalize as finalize_module
+from trainkit.data.preparation import prepare as prepare_module
+from trainkit.data.preparation.hygiene import KEPT, HygieneSettings, exact_duplicates, near_duplicates, near_pairs
+from trainkit.data.preparation.prepare import prepare, read_preparation
+from trainkit.data.preparation.shards import ShardWriter, open_stream
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.shards import ShardWriter, open_stream
-from trainkit.data.sources import ImageFolder
+from trainkit.data.sources import records
+from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 
 EXACT, NEAR = HygieneSettings("exact"), HygieneSettings("near")
@@ -48,7 +48,7 @@ def photograph(seed: int, side: int = 96) -> Image.Image:
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_ITEMS", 32)
+    monkeypatch.setattr(records, "UNIT_ITEMS", 32)
     monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 8)
 
 
@@ -276,7 +276,7 @@ def test_mean_and_std_are_exact_and_of_what_stays(repeated, tmp_path, small_unit
 
 
 def test_a_run_on_wrong_data_stops_early(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainkit.data.prepare.EARLY_FILES", 200)
+    monkeypatch.setattr("trainkit.data.preparation.prepare.EARLY_FILES", 200)
     write_images(tmp_path / "photos", 100)
     for number in range(500):
         (tmp_path / f"photos/bad{number:03d}.jpg").write_text("<html>not found</html>")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainkit.data.geometry import covering_size
-from trainkit.data.images import PreparationSettings, RejectedImage, decode_image
+from trainkit.data.images.decode import PreparationSettings, RejectedImage, decode_image
+from trainkit.data.images.geometry import covering_size
 from trainkit.data.settings import parse_resolution
 from trainkit.errors import UserError
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainkit.data import finalize as finalize_module
-from trainkit.data import prepare as prepare_module
-from trainkit.data import shards, sources
-from trainkit.data.images import PreparationSettings
-from trainkit.data.prepare import prepare, read_preparation
-from trainkit.data.sources import ImageFolder
+from trainkit.data.images.decode import PreparationSettings
+from trainkit.data.preparation import finalize as finalize_module
+from trainkit.data.preparation import prepare as prepare_module
+from trainkit.data.preparation import shards
+from trainkit.data.preparation.prepare import prepare, read_preparation
+from trainkit.data.sources import records
+from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_ITEMS", 64)
+    monkeypatch.setattr(records, "UNIT_ITEMS", 64)
     monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 8)
 
 

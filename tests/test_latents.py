@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from training_helpers import losses, same_weights, tiny_run
 
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.loader import BatchLoader, BatchShape
-from trainkit.data.order import Purpose, normal_draws
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.loader import BatchLoader, BatchShape
+from trainkit.data.loading.order import Purpose, normal_draws
 from trainkit.diffusion.latents import open_latents
 from trainkit.errors import UserError
 

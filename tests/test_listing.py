@@ -8,9 +8,9 @@ import tracemalloc
 import pyarrow as pa
 import pytest
 
-from trainkit.data import rowfile
-from trainkit.data.rowfile import RowFile, sorted_rows
-from trainkit.data.sources import ImageFolder
+from trainkit.data.sources import rowfile
+from trainkit.data.sources.folder import ImageFolder
+from trainkit.data.sources.rowfile import RowFile, sorted_rows
 
 SCHEMA = pa.schema([("key", pa.binary()), ("number", pa.int64())])
 
@@ -72,7 +72,7 @@ def test_metadata_in_any_order_joins_and_the_last_row_wins(tmp_path, run_rows):
 
 
 def test_units_hold_all_entries_once_and_give_slices(tmp_path, run_rows, monkeypatch):
-    monkeypatch.setattr("trainkit.data.sources.UNIT_ITEMS", 8)
+    monkeypatch.setattr("trainkit.data.sources.records.UNIT_ITEMS", 8)
     for number in range(100):
         (tmp_path / f"{number:03d}.png").touch()
     source = ImageFolder(tmp_path)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainkit.data.loader import BatchLoader, BatchShape
+from trainkit.data.loading.loader import BatchLoader, BatchShape
 
 
 class CountingImages:

@@ -10,9 +10,9 @@ import pytest
 from conftest import fresh_s3
 from source_files import SETTINGS, assert_same, files_of, open_given, prepared, write_photos, write_tar, write_zip
 
-from trainkit.data import locations
-from trainkit.data.locations import expand_braces, find_files, read_storage_options
-from trainkit.data.prepare import prepare
+from trainkit.data.preparation.prepare import prepare
+from trainkit.data.sources import locations
+from trainkit.data.sources.locations import expand_braces, find_files, read_storage_options
 from trainkit.errors import UserError
 from trainkit.options import SECRET_OPTIONS
 
@@ -61,7 +61,7 @@ def test_s3_gives_what_the_folder_gives(store, photos, tmp_path, name):
 
 
 def test_workers_read_from_s3(store, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainkit.data.prepare.SLICE_ITEMS", 8)
+    monkeypatch.setattr("trainkit.data.preparation.prepare.SLICE_ITEMS", 8)
     found = prepared("s3://bucket/p.zip", tmp_path / "out", num_proc=2, storage_options=store)
     assert_same(found, prepared(photos, tmp_path / "folder"))
 

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from trainkit.data.order import WINDOW_BLOCKS, Purpose, SampleOrder, normal_draws, sample_indices, uniform_draws
+from trainkit.data.loading.order import (
+    WINDOW_BLOCKS,
+    Purpose,
+    SampleOrder,
+    normal_draws,
+    sample_indices,
+    uniform_draws,
+)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 10, 1000, 4097])

@@ -15,13 +15,14 @@ import pytest
 from conftest import fresh_s3
 from PIL import Image
 
-from trainkit.data import prepare as prepare_module
-from trainkit.data import shards, sources
-from trainkit.data.dataset import PreparedImages
 from trainkit.data.files import RemotePath, location, sizes
-from trainkit.data.images import PreparationSettings
-from trainkit.data.prepare import prepare
-from trainkit.data.sources import ImageFolder
+from trainkit.data.images.decode import PreparationSettings
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation import prepare as prepare_module
+from trainkit.data.preparation import shards
+from trainkit.data.preparation.prepare import prepare
+from trainkit.data.sources import records
+from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ def store():
 @pytest.fixture
 def memory(monkeypatch):
     """A URL in the memory of this process, which is forgotten afterwards."""
-    monkeypatch.setattr(sources, "UNIT_ITEMS", 256)
+    monkeypatch.setattr(records, "UNIT_ITEMS", 256)
     yield "memory://store/set"
     fsspec.filesystem("memory").rm("/store", recursive=True)
 

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainkit.data import prepare as prepare_module
-from trainkit.data import shards, sources
-from trainkit.data.prepare import PreparationSettings, prepare, read_preparation
-from trainkit.data.sources import FolderReader, ImageFolder
+from trainkit.data.preparation import prepare as prepare_module
+from trainkit.data.preparation import shards
+from trainkit.data.preparation.prepare import PreparationSettings, prepare, read_preparation
+from trainkit.data.sources import records
+from trainkit.data.sources.folder import FolderReader, ImageFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
@@ -50,7 +51,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_ITEMS", 32)
+    monkeypatch.setattr(records, "UNIT_ITEMS", 32)
     monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 8)
 
 
@@ -245,8 +246,8 @@ def test_a_file_that_kills_the_worker_is_rejected_and_nothing_else_is_lost(tmp_p
 def test_a_program_read_from_a_pipe_may_prepare(photos, tmp_path):
     """Workers must not ask for the main script: it may be no file, have no guard, or be slow to import."""
     script = f"""
-from trainkit.data.prepare import PreparationSettings, prepare
-from trainkit.data.sources import ImageFolder
+from trainkit.data.preparation.prepare import PreparationSettings, prepare
+from trainkit.data.sources.folder import ImageFolder
 prepare(ImageFolder({str(photos)!r}), PreparationSettings(16, 16), {str(tmp_path / "out")!r}, num_proc=2)
 """
     done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, cwd=ROOT, timeout=60)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainkit.data import prepare as prepare_module
-from trainkit.data import sources
-from trainkit.data.images import PreparationSettings
-from trainkit.data.prepare import prepare
-from trainkit.data.ray_engine import ray_engine
-from trainkit.data.sources import FolderReader, ImageFolder
+from trainkit.data.images.decode import PreparationSettings
+from trainkit.data.preparation import prepare as prepare_module
+from trainkit.data.preparation.prepare import prepare
+from trainkit.data.preparation.ray_engine import ray_engine
+from trainkit.data.sources import records
+from trainkit.data.sources.folder import FolderReader, ImageFolder
 from trainkit.errors import UserError
 
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
@@ -36,7 +36,7 @@ class MortalReader(FolderReader):
 
 
 def test_a_killed_worker_costs_its_slice_and_the_result_is_that_of_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_ITEMS", 32)
+    monkeypatch.setattr(records, "UNIT_ITEMS", 32)
     monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 4)
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -18,11 +18,11 @@ from test_prepare import ROOT, SETTINGS, Stopped, count_decoded, run, write_imag
 from train_unconditional import Options
 from trainkit.config import parse_options
 from trainkit.data.cache import open_or_prepare
-from trainkit.data.contact_sheet import write_contact_sheet
-from trainkit.data.hygiene import AS_IT_IS, HygieneSettings
-from trainkit.data.prepare import prepare
+from trainkit.data.preparation.contact_sheet import write_contact_sheet
+from trainkit.data.preparation.hygiene import AS_IT_IS, HygieneSettings
+from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.sources import ImageFolder
+from trainkit.data.sources.folder import ImageFolder
 
 WICKED = "<script>alert('1')</script><img src=x onerror=alert(2)>.jpg".replace("/", "|")
 

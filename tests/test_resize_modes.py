@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainkit.data.images import decode_image
+from trainkit.data.images.decode import decode_image
 from trainkit.data.settings import PreparationSettings
 
 MODES = ("crop", "random_crop", "pad", "stretch")

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainkit.data.listing import Entry
-from trainkit.data.sources import HubDataset, ImageFolder, cut_by_name, open_source
+from trainkit.data.sources.folder import ImageFolder
+from trainkit.data.sources.hub import HubDataset
+from trainkit.data.sources.listing import Entry
+from trainkit.data.sources.opening import open_source
+from trainkit.data.sources.records import cut_by_name
 from trainkit.errors import UserError
 from trainkit.options import SourceOptions
 

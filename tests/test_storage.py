@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from trainkit.data.cache import open_or_prepare
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.loader import BatchLoader, BatchShape
-from trainkit.data.prepare import prepare
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.loader import BatchLoader, BatchShape
+from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings, settings_from_options
-from trainkit.data.sources import ImageFolder
+from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 from trainkit.options import ImageOptions, LoadingOptions, SourceOptions
 from trainkit.training.validation import open_validation_images

@@ -8,13 +8,13 @@ from training_helpers import losses, tiny_run
 
 from trainkit.data import files
 from trainkit.data.cache import local_copy
-from trainkit.data.dataset import PreparedImages
 from trainkit.data.files import location
-from trainkit.data.hygiene import HygieneSettings
-from trainkit.data.order import WINDOW_BLOCKS, SampleOrder
-from trainkit.data.prepare import prepare
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.order import WINDOW_BLOCKS, SampleOrder
+from trainkit.data.preparation.hygiene import HygieneSettings
+from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.sources import ImageFolder
+from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 
 URL = "memory://bucket/prepared"
@@ -25,7 +25,7 @@ SETTINGS = PreparationSettings(16, 16)
 def prepared(image_folder, tmp_path_factory):
     """The tiny images, prepared in a folder and at a URL, in shards of a few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainkit.data.sources.UNIT_ITEMS", 4)
+        patch.setattr("trainkit.data.sources.records.UNIT_ITEMS", 4)
         folder = tmp_path_factory.mktemp("prepared") / "set"
         for output in (folder, location(URL)):
             prepare(ImageFolder(image_folder), SETTINGS, output, num_proc=1, show_progress=False)
@@ -42,7 +42,7 @@ def fetched(monkeypatch):
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr("trainkit.data.dataset.open_stream", counted)
+    monkeypatch.setattr("trainkit.data.loading.dataset.open_stream", counted)
     return names
 
 
@@ -131,7 +131,7 @@ def test_a_store_that_fails_is_one_line(prepared, monkeypatch):
     def fail(path):
         raise OSError(5, "connection reset", str(path))
 
-    monkeypatch.setattr("trainkit.data.dataset.open_stream", fail)
+    monkeypatch.setattr("trainkit.data.loading.dataset.open_stream", fail)
     with pytest.raises(UserError, match="cannot be fetched .*connection reset"):
         images.gather(np.array([0]))
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from source_files import assert_same, files_of, open_given, png, prepared, write_photos
 
-from trainkit.data import sources
+from trainkit.data.sources import records
 from trainkit.errors import UserError
 
 
@@ -33,7 +33,7 @@ def photos(tmp_path_factory):
 
 @pytest.mark.parametrize("row_group_size", [1, 7, 1000])
 def test_rows_give_what_the_files_gave(photos, tmp_path, row_group_size, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_ITEMS", 8)
+    monkeypatch.setattr(records, "UNIT_ITEMS", 8)
     pq.write_table(table_of(photos), tmp_path / "t.parquet", row_group_size=row_group_size)
     wanted = prepared(photos, tmp_path / "folder")
     found = prepared(tmp_path / "t.parquet", tmp_path / "out")

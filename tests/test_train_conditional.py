@@ -96,7 +96,7 @@ def test_classes_from_training_to_the_saved_pipeline(train, photos, capsys):
 
 def test_labels_go_into_the_loss(train, monkeypatch):
     """Other labels, another run; all of them dropped, the run of one class."""
-    from trainkit.data.dataset import PreparedImages
+    from trainkit.data.loading.dataset import PreparedImages
 
     plain, dropped = train("plain"), train("dropped", conditioning_dropout=1)
     monkeypatch.setattr(PreparedImages, "labels", lambda images, indices: 1 - np.minimum(indices % 2, 1))

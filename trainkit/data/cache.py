@@ -6,10 +6,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trainkit.data.dataset import PreparedImages
 from trainkit.data.files import RemotePath, exists, fetch, for_each, location, sizes
-from trainkit.data.pool import run_jobs_apart
-from trainkit.data.prepare import (
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation.pool import run_jobs_apart
+from trainkit.data.preparation.prepare import (
     LOCK_NAME,
     PREPARATION_NAME,
     dataset_fingerprint,
@@ -23,7 +23,7 @@ from trainkit.data.settings import (
     resize_mode_from_options,
     settings_from_options,
 )
-from trainkit.data.sources import open_source
+from trainkit.data.sources.opening import open_source
 from trainkit.errors import UserError
 
 

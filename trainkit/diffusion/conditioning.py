@@ -16,8 +16,8 @@ from diffusers import UNet2DModel
 
 from pipelines.vector_embedding import VectorEmbedding
 from trainkit.data.cache import cache_root
-from trainkit.data.dataset import NO_LABEL, PreparedImages
-from trainkit.data.order import sample_indices
+from trainkit.data.loading.dataset import NO_LABEL, PreparedImages
+from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.text import TextCondition, check_text_options, load_text_encoder
 from trainkit.errors import UserError
 

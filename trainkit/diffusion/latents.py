@@ -16,11 +16,11 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from trainkit.data.augment import build_augmentation
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.encodings import Rows, make_units, read_complete, unit_name, write_complete, write_rows
-from trainkit.data.loader import to_model_range
-from trainkit.data.prepare import PREPARATION_NAME
+from trainkit.data.loading.augment import build_augmentation
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.encodings import Rows, make_units, read_complete, unit_name, write_complete, write_rows
+from trainkit.data.loading.loader import to_model_range
+from trainkit.data.preparation.prepare import PREPARATION_NAME
 from trainkit.data.settings import parse_resolution, resize_mode_from_options
 from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow

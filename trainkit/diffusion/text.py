@@ -14,10 +14,18 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainkit.data.captions import CaptionIndex, TextEncodings
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.encodings import Rows, make_units, read_complete, unit_name, unit_told, write_complete, write_rows
-from trainkit.data.order import sample_indices
+from trainkit.data.loading.captions import CaptionIndex, TextEncodings
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.encodings import (
+    Rows,
+    make_units,
+    read_complete,
+    unit_name,
+    unit_told,
+    write_complete,
+    write_rows,
+)
+from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.errors import UserError
 

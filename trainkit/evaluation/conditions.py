@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainkit.data.sources import ImageFolder as FolderSource
-from trainkit.data.sources import sorted_labels
+from trainkit.data.sources.folder import ImageFolder as FolderSource
+from trainkit.data.sources.records import sorted_labels
 from trainkit.evaluation.images import ImageFolder, PreparedFolder
 
 NULL = "null"  # what sample.py writes for no class in particular

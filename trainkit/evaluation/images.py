@@ -75,7 +75,7 @@ class PreparedFolder:
     """The images of a prepared dataset."""
 
     def __init__(self, folder: Path):
-        from trainkit.data.dataset import PreparedImages
+        from trainkit.data.loading.dataset import PreparedImages
 
         self.images = PreparedImages(folder)
         self.unreadable: dict[int, str] = {}  # preparation has left those out

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.loader import BatchShape
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.loader import BatchShape
 from trainkit.errors import UserError
 from trainkit.training.speed import largest_micro_batch, memory_trial
 from trainkit.training.state import read_facts

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.order import SampleOrder
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.order import SampleOrder
 from trainkit.errors import UserError
 
 SKIPPED_FILE, NAMED_IMAGES = "skipped_steps.jsonl", 8

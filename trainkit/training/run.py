@@ -23,10 +23,10 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
 
-from trainkit.data.augment import build_augmentation
-from trainkit.data.class_order import ClassBalancedOrder
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.loader import Batch, BatchLoader, Condition
+from trainkit.data.loading.augment import build_augmentation
+from trainkit.data.loading.class_order import ClassBalancedOrder
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.loader import Batch, BatchLoader, Condition
 from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.errors import UserError
 from trainkit.options import SECRET_OPTIONS

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from trainkit.data.dataset import PreparedImages
-from trainkit.data.order import sample_indices
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.noise_schedule import NoiseScheduler
 from trainkit.errors import UserError
 from trainkit.evaluation.features import INPUT_SIZE, EfficientNetLite0, extract_features

@@ -68,7 +68,7 @@ def parse_training_options(options_class: type[T], description: str) -> T:
 
 def check_before_preparation(options: TrainingOptions) -> None:
     """Raise `UserError` for what cannot work, while it costs nothing yet."""
-    from trainkit.data.augment import check_augmentation
+    from trainkit.data.loading.augment import check_augmentation
     from trainkit.diffusion.objective import check_objective
     from trainkit.diffusion.pretrained import check_pretrained
     from trainkit.diffusion.unet import check_unet_options

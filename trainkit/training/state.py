@@ -1,7 +1,7 @@
 """The exact training state: copied off the device in one go, written and read as safetensors and JSON.
 
-Everything random is a function of the seed and the step (trainkit/data/order.py), so there is little else to keep. A
-rank's random states are kept for the randomness that a script adds of its own.
+Everything random is a function of the seed and the step (trainkit/data/loading/order.py), so there is little else to
+keep. A rank's random states are kept for the randomness that a script adds of its own.
 """
 
 import json

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainkit.data.augment import to_training_size
 from trainkit.data.cache import cache_root, local_copy, open_or_prepare
-from trainkit.data.dataset import PreparedImages
 from trainkit.data.files import RemotePath, exists, location
-from trainkit.data.loader import Batch, Condition, to_model_range
-from trainkit.data.order import Purpose, normal_draws, sample_indices, uniform_draws
-from trainkit.data.prepare import PREPARATION_NAME
+from trainkit.data.loading.augment import to_training_size
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.loader import Batch, Condition, to_model_range
+from trainkit.data.loading.order import Purpose, normal_draws, sample_indices, uniform_draws
+from trainkit.data.preparation.prepare import PREPARATION_NAME
 from trainkit.data.settings import check_training_size
 from trainkit.diffusion.noise_schedule import uniform_timesteps
 from trainkit.errors import UserError

@@ -1,0 +1,135 @@
+"""Image file -> pixels of the target size, the same whatever the file's format, colour mode and orientation.
+
+Plain Pillow and numpy, no torch: worker processes import this and must start fast.
+"""
+
+# H/W target height and width, C channels, pixels in HWC order
+
+import io
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TgaImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from trainkit.data.images.colour import is_srgb, standard_mode
+from trainkit.data.images.deep import decode_deep, unit_array
+from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
+from trainkit.data.images.limits import RejectedImage, check_header, pillow_limits, rejection
+from trainkit.data.settings import PreparationSettings
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a picture is a fault, not a picture
+
+# Only picture formats: Pillow would also open PostScript (it runs Ghostscript) whatever the file's name says.
+PLUGINS = [
+    JpegImagePlugin.JpegImageFile,
+    PngImagePlugin.PngImageFile,
+    WebPImagePlugin.WebPImageFile,
+    GifImagePlugin.GifImageFile,
+    BmpImagePlugin.BmpImageFile,
+    BmpImagePlugin.DibImageFile,
+    PpmImagePlugin.PpmImageFile,
+    TiffImagePlugin.TiffImageFile,
+    Jpeg2KImagePlugin.Jpeg2KImageFile,
+    TgaImagePlugin.TgaImageFile,
+]
+try:
+    from PIL import AvifImagePlugin
+
+    PLUGINS.append(AvifImagePlugin.AvifImageFile)
+except ImportError:  # Pillow before 11.3
+    pass
+TGA_EXTENSIONS, TGA_FOOTER = (".tga", ".icb", ".vda", ".vst"), b"TRUEVISION-XFILE.\x00"
+FORMATS = [plugin.format for plugin in PLUGINS if plugin.format in Image.OPEN]
+
+
+def decode_image(image: bytes | str | Path | np.ndarray, settings: PreparationSettings) -> np.ndarray:
+    """Decode the (first frame of the) image in a file, or in the bytes of one, at its target size.
+
+    An image may also be an array (height, width, 1, 3 or 4) of uint8, uint16 or floats in [0, 1].
+
+    Returns (H, W, C), or with `resize_mode` random_crop an image of its own aspect that covers (H, W): of at most
+    `MAX_ASPECT` such windows. uint8, or uint16 at `bit_depth` 16 (8-bit samples times 257). Raises `RejectedImage`.
+    """
+    with pillow_limits(settings.max_image_pixels):
+        try:
+            with _open(image) as opened:
+                check_header(opened, settings)
+                if settings.bit_depth == 16:
+                    samples = unit_array(image) if isinstance(image, np.ndarray) else None
+                    return decode_deep(opened, lambda: _open(image), settings, samples)
+                return _decode(opened, settings)
+        except RejectedImage:
+            raise
+        except Exception as error:  # Pillow's plugins raise almost anything on a broken file
+            raise rejection(image, error) from None
+
+
+def _open(image: bytes | str | Path | np.ndarray) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        pixels = image if image.dtype == np.uint8 else np.rint(unit_array(image) * 255).astype(np.uint8)
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
+    if opened.format == "TGA" and not _is_targa(image, opened.fp):
+        opened.close()
+        raise Image.UnidentifiedImageError
+    return opened
+
+
+def _is_targa(image: bytes | str | Path, file: BinaryIO) -> bool:
+    """TGA has no mark at its start, so that other files look like it: told by its name or by the mark at its end."""
+    if not isinstance(image, bytes) and Path(image).suffix.lower() in TGA_EXTENSIONS:
+        return True
+    position = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(max(0, end - len(TGA_FOOTER)))
+    footer = file.read()
+    file.seek(position)
+    return footer == TGA_FOOTER
+
+
+def _decode(image: Image.Image, settings: PreparationSettings) -> np.ndarray:
+    """8 bits a channel, in Pillow throughout."""
+    target = (settings.width, settings.height)
+    orientation = None
+    if image.format in ("JPEG", "MPO"):
+        # The decoder itself can shrink by 2, 4 or 8; twice the size is left to the antialiased resize.
+        orientation, full_size = orientation_of(image), image.size
+        part, resized_size = plan_resize(full_size, settings, orientation)
+        wanted = [2 * side * full // kept for side, full, kept in zip(resized_size, full_size, part, strict=True)]
+        image.draft("L" if settings.image_mode == "L" and is_srgb(image) else None, tuple(wanted))
+        image.load()
+    else:
+        image.load()
+        # Only now: PNG may hold it behind the pixels, and TIFF has applied it by itself.
+        orientation, full_size = orientation_of(image), image.size
+        part, resized_size = plan_resize(full_size, settings, orientation)
+    image = middle_part(standard_mode(image, settings.image_mode), full_size, part)
+    if image.size != resized_size:
+        image = image.resize(resized_size, Image.Resampling.BILINEAR, reducing_gap=3.0)
+    if orientation in TRANSPOSES:
+        image = image.transpose(TRANSPOSES[orientation])
+    if settings.resize_mode == "crop":
+        image = image.crop(center_box(image.size, target))
+    if image.mode == "RGBA" and settings.image_mode != "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*settings.background, 255)), image)
+    if image.mode != settings.image_mode:
+        image = image.convert(settings.image_mode)
+    if settings.resize_mode == "pad" and image.size != target:
+        around = Image.new("RGB", (1, 1), settings.background).convert(settings.image_mode).getpixel((0, 0))
+        canvas = Image.new(settings.image_mode, target, 0 if settings.image_mode == "RGBA" else around)
+        canvas.paste(image, center_box(target, image.size)[:2])
+        image = canvas
+    return np.asarray(image).reshape(image.height, image.width, settings.channels)

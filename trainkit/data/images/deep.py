@@ -1,0 +1,117 @@
+"""Images of 16 bits a channel, in float32 throughout: Pillow has no 16-bit colour mode."""
+
+# H/W target height and width, C channels, samples in HWC order
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from trainkit.data.images.colour import DEEP_MODES, seen_samples, standard_mode, unit_samples
+from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
+from trainkit.data.settings import PreparationSettings
+
+# A 16-bit colour image: Pillow's unpackers keep one byte of each sample, this one or the other.
+OTHER_BYTE = {
+    "RGB;16B": "RGB;16L",
+    "RGB;16L": "RGB;16B",
+    "RGB;16N": "RGB;16B",
+    "RGBA;16B": "RGBA;16L",
+    "RGBA;16L": "RGBA;16B",
+    "RGBA;16N": "RGBA;16B",
+}
+
+
+def decode_deep(
+    image: Image.Image,
+    open_again: Callable[[], Image.Image],
+    settings: PreparationSettings,
+    samples: np.ndarray | None = None,
+) -> np.ndarray:
+    """The target (H, W, C) uint16 of an opened image; `open_again` opens it a second time.
+
+    `samples` are its pixels in [0, 1] where they are known already.
+    """
+    tile_args = image.tile[0][3] if len(getattr(image, "tile", ())) == 1 else None
+    image.load()
+    orientation = orientation_of(image)
+    if samples is None:
+        samples = _deep_samples(image, tile_args, open_again)  # (H, W, 1, 3 or 4) in [0, 1]
+    target = (settings.width, settings.height)
+    has_alpha = samples.shape[2] == 4
+    if has_alpha:
+        samples[..., :3] *= samples[..., 3:]
+    part, resized_size = plan_resize(image.size, settings, orientation)
+    planes = [Image.fromarray(np.ascontiguousarray(samples[..., channel])) for channel in range(samples.shape[2])]
+    planes = [middle_part(plane, image.size, part) for plane in planes]
+    planes = [plane.resize(resized_size, Image.Resampling.BILINEAR, reducing_gap=3.0) for plane in planes]
+    if orientation in TRANSPOSES:
+        planes = [plane.transpose(TRANSPOSES[orientation]) for plane in planes]
+    if settings.resize_mode == "crop":
+        planes = [plane.crop(center_box(plane.size, target)) for plane in planes]
+    samples = np.stack([np.asarray(plane) for plane in planes], axis=2)
+    background = np.array(settings.background, dtype=np.float32) / 255
+    if has_alpha:
+        color, alpha = samples[..., :3], samples[..., 3:]
+        if settings.image_mode == "RGBA":
+            samples = np.concatenate([color / np.maximum(alpha, 1e-6), alpha], axis=2)
+        else:
+            samples = color + (1 - alpha) * background
+    samples = _to_channels(samples, settings.image_mode)
+    if settings.resize_mode == "pad" and samples.shape[:2] != (settings.height, settings.width):
+        around = (
+            np.zeros(4) if settings.image_mode == "RGBA" else _to_channels(background[None, None], settings.image_mode)
+        )
+        canvas = np.broadcast_to(around, (settings.height, settings.width, settings.channels)).astype(np.float32)
+        left, top, right, bottom = center_box(target, samples.shape[1::-1])
+        canvas[top:bottom, left:right] = samples
+        samples = canvas
+    return np.rint(np.clip(samples, 0, 1) * 65535).astype(np.uint16)
+
+
+def unit_array(array: np.ndarray) -> np.ndarray:
+    """The samples of an array in [0, 1], float32: by the range of its type."""
+    full = np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1
+    return array.astype(np.float32) / np.float32(full)
+
+
+def both_bytes(image: Image.Image, tile_args, open_again: Callable[[], Image.Image]) -> np.ndarray | None:
+    """The samples (H, W, C) uint16 of a loaded 16-bit colour image whose tile had `tile_args`; None for any other.
+
+    Pillow reads 16-bit grey whole, but of 16-bit colour only the high bytes; the low ones are had by reading it
+    a second time with the other byte order.
+    """
+    raw_mode = tile_args[0] if isinstance(tile_args, tuple) else tile_args
+    other = OTHER_BYTE.get(raw_mode)
+    if other is None:
+        return None
+    with open_again() as second:
+        args = (other, *tile_args[1:]) if isinstance(tile_args, tuple) else other
+        second.tile = [second.tile[0]._replace(args=args)]
+        second.load()
+        low = np.asarray(second)
+    return np.asarray(image).astype(np.uint16) << 8 | low
+
+
+def _deep_samples(image: Image.Image, tile_args, open_again: Callable[[], Image.Image]) -> np.ndarray:
+    """The samples (H, W, C) of a loaded image in [0, 1], at the file's precision where Pillow can reach it."""
+    if image.mode in DEEP_MODES:
+        grey, seen = unit_samples(image)[..., None], seen_samples(image)
+        return grey if seen is None else np.concatenate([grey, grey, grey, seen[..., None]], axis=2, dtype=np.float32)
+    deep = both_bytes(image, tile_args, open_again)
+    if deep is not None:
+        return deep / np.float32(65535)
+    standard = standard_mode(image, "RGB")
+    samples = np.asarray(standard).reshape(image.height, image.width, -1)
+    return samples / np.float32(255)
+
+
+def _to_channels(samples: np.ndarray, image_mode: str) -> np.ndarray:
+    channels = samples.shape[2]
+    if image_mode == "L":
+        weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's convert("L")
+        return samples if channels == 1 else (samples[..., :3] @ weights)[..., None]
+    color = np.repeat(samples, 3, axis=2) if channels == 1 else samples
+    if image_mode == "RGBA" and color.shape[2] == 3:
+        return np.concatenate([color, np.ones_like(color[..., :1])], axis=2)
+    return color

@@ -1,0 +1,110 @@
+"""How an image lies in a prepared dataset: as plain pixels, or encoded as PNG, JPEG or WebP."""
+
+# H/W height and width, C channels, pixels in HWC order
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from trainkit.data.images.deep import both_bytes
+from trainkit.data.settings import PreparationSettings
+
+PNG_COLOR_TYPES = {1: 0, 3: 2, 4: 6}  # by channels
+PNG_UP_FILTER = 2
+
+
+def image_features(settings: PreparationSettings) -> dict[str, dict]:
+    """The columns of an image as `datasets` writes features; spelled out, since importing it takes a second."""
+    pixel = {"dtype": settings.dtype.name, "_type": "Value"}
+    if settings.storage != "pixels":
+        features = {"image": {"_type": "Image"}}
+    elif settings.fixed_size:
+        features = {"image": {"feature": pixel, "length": _image_length(settings), "_type": "List"}}
+    else:
+        features = {"image": {"feature": pixel, "_type": "List"}}
+    side = {"dtype": "int32", "_type": "Value"}
+    return features if settings.fixed_size else features | {"height": side, "width": side}
+
+
+def image_types(settings: PreparationSettings) -> dict[str, pa.DataType]:
+    """The Arrow types of `image_features`."""
+    if settings.storage != "pixels":
+        image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    else:
+        length = _image_length(settings) if settings.fixed_size else -1
+        image = pa.list_(pa.from_numpy_dtype(settings.dtype), length)
+    return {"image": image} if settings.fixed_size else {"image": image, "height": pa.int32(), "width": pa.int32()}
+
+
+def image_columns(images: list[np.ndarray], settings: PreparationSettings) -> dict[str, pa.Array]:
+    """The columns that hold `images`, each (H, W, C)."""
+    types = image_types(settings)
+    if settings.storage != "pixels":
+        encoded = pa.array([encode(image, settings) for image in images], pa.binary())
+        columns = {
+            "image": pa.StructArray.from_arrays([encoded, pa.nulls(len(images), pa.string())], names=["bytes", "path"])
+        }
+    else:
+        pixels = pa.array(np.concatenate([image.reshape(-1) for image in images]))
+        if settings.fixed_size:
+            return {"image": pa.FixedSizeListArray.from_arrays(pixels, images[0].size)}
+        offsets = np.cumsum([0] + [image.size for image in images], dtype=np.int64).astype(np.int32)
+        columns = {"image": pa.ListArray.from_arrays(pa.array(offsets), pixels)}
+    if not settings.fixed_size:
+        columns["height"] = pa.array([image.shape[0] for image in images], types["height"])
+        columns["width"] = pa.array([image.shape[1] for image in images], types["width"])
+    return columns
+
+
+def encode(image: np.ndarray, settings: PreparationSettings) -> bytes:
+    """The bytes of a file that holds `image` (H, W, C)."""
+    if settings.bit_depth == 16:
+        return _png_16_bit(image)
+    file = io.BytesIO()
+    picture = Image.fromarray(image[..., 0] if settings.channels == 1 else image)
+    quality = settings.storage_quality
+    if settings.storage == "png":
+        picture.save(file, "PNG")
+    elif settings.storage == "jpeg":
+        # Halved chroma shows in images as small as these; who asks for a low quality wants the bytes.
+        picture.save(file, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
+    else:
+        picture.save(file, "WEBP", quality=quality, lossless=quality == 100, exact=True)
+    return file.getvalue()
+
+
+def decode(content: bytes, settings: PreparationSettings) -> np.ndarray:
+    """What `encode` was given, or nearly so (JPEG, lossy WebP): (H, W, C). Other threads run while Pillow decodes."""
+    with Image.open(io.BytesIO(content), formats=[settings.storage.upper()]) as image:
+        tile_args = image.tile[0][3] if image.tile else None
+        image.load()
+        if settings.bit_depth == 16 and settings.channels > 1:
+            return both_bytes(image, tile_args, lambda: Image.open(io.BytesIO(content)))
+        if settings.bit_depth == 8 and image.mode != settings.image_mode:  # WebP knows neither grey nor opaque RGBA
+            image = image.convert(settings.image_mode)
+        pixels = np.asarray(image, dtype=settings.dtype)
+    return pixels.reshape(*pixels.shape[:2], settings.channels)
+
+
+def _image_length(settings: PreparationSettings) -> int:
+    return settings.height * settings.width * settings.channels
+
+
+def _png_16_bit(image: np.ndarray) -> bytes:
+    """A PNG of (H, W, C) uint16, which Pillow writes of grey alone (ISO/IEC 15948, each row less the one above)."""
+    height, width, channels = image.shape
+    rows = np.frombuffer(image.astype(">u2").tobytes(), dtype=np.uint8).reshape(height, -1)
+    filtered = rows.copy()
+    filtered[1:] -= rows[:-1]
+    lines = np.concatenate([np.full((height, 1), PNG_UP_FILTER, dtype=np.uint8), filtered], axis=1)
+    header = struct.pack(">IIBBBBB", width, height, 16, PNG_COLOR_TYPES[channels], 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(kind, content) for kind, content in chunks)
+
+
+def _png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -1,0 +1,322 @@
+"""A prepared dataset, opened by memory map: pixels come straight from the Arrow buffers in the page cache."""
+
+# B batch, H/W height and width of the stored window, h/w an image's own, C channels
+
+import bisect
+import ctypes
+import errno
+import json
+import mmap
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from trainkit.data.files import RemotePath, location, open_stream, read_text, size, sizes
+from trainkit.data.images.storage import decode
+from trainkit.data.preparation.prepare import FORMAT, PREPARATION_NAME, read_preparation
+from trainkit.data.settings import PreparationSettings
+from trainkit.errors import UserError
+
+NO_LABEL = -1
+FETCHES = 4  # shards of about 25 MB at once
+
+
+class _Batch(NamedTuple):
+    """One record batch: `columns` are Arrow's, the rest are views of its buffers."""
+
+    columns: pa.RecordBatch
+    pixels: np.ndarray  # (rows, H, W, C) of a fixed size, else flat; the bytes of encoded images, flat
+    offsets: list[int] | None  # where each image starts in what is flat, and where the last one ends
+    heights: list[int] | None  # of flat pixels
+    widths: list[int] | None
+
+
+class _Shard(NamedTuple):
+    starts: list[int]  # first row of each batch
+    batches: list[_Batch]
+
+
+class PreparedImages:
+    """The images of a prepared dataset by number, 0 to `len() - 1`. Raises `UserError` where it is not whole.
+
+    Opening reads three small files and the sizes in the folder; a shard is mapped when first touched. From a URL (with
+    `storage_options`, JSON) it is fetched whole then, and kept until `read_ahead` tells that others are wanted.
+    `stored_height` and `stored_width` are those of what `gather` gives, `height` and `width` those of training (its
+    `resolution`), which are smaller where the dataset was prepared so.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | RemotePath,
+        resolution: tuple[int, int] | None = None,
+        storage_options: str | None = None,
+    ):
+        self.folder = location(folder, storage_options)
+        preparation = read_preparation(self.folder)
+        if preparation is None:
+            raise UserError(
+                f"{folder} is no complete prepared dataset ({PREPARATION_NAME} is missing or of another run); "
+                "run prepare_dataset.py with the same --output_dir again"
+            )
+        if preparation.get("format") != FORMAT:
+            raise UserError(f"{folder} was prepared by another version of these scripts; prepare the images again")
+        info = json.loads(read_text(self.folder / "dataset_info.json"))
+        self.settings = PreparationSettings(
+            **{**preparation["settings"], "background": tuple(preparation["settings"]["background"])}
+        )
+        self.fingerprint: str = preparation["fingerprint"]
+        self.preparation = preparation
+        self.stored_height, self.stored_width = self.settings.height, self.settings.width
+        self.height = self.settings.train_height or self.stored_height
+        self.width = self.settings.train_width or self.stored_width
+        if resolution is not None:
+            self.height, self.width = resolution
+        self.channels, self.bit_depth = self.settings.channels, self.settings.bit_depth
+        self.image_mode, self.fixed_size = self.settings.image_mode, self.settings.fixed_size
+        self.label_names: list[str] | None = info["features"].get("label", {}).get("names")
+        self.has_text = "text" in info["features"]
+        self.vector_length: int | None = info["features"].get("vector", {}).get("length")
+        self._shards = [shard for shard in preparation["shards"] if shard["num_rows"]]
+        present = sizes(self.folder)
+        for shard in self._shards:
+            self._check_size(shard, present.get(shard["filename"]))
+        self._shard_starts = np.cumsum([0] + [shard["num_rows"] for shard in self._shards])
+        self._shards_open: dict[int, _Shard] = {}  # those touched so far
+        # Where the first pixel of each lies; 0: not open yet, or in several batches.
+        self._addresses = np.zeros(len(self._shards), dtype=np.int64)
+        self._being_opened: dict[int, Future[_Shard]] = {}
+        self._fetchers: ThreadPoolExecutor | None = None  # of shards that are wanted soon, from a URL
+        self._wanted: set[int] = set()
+        self._opening = threading.Lock()  # loaders gather from several threads
+
+    def __len__(self) -> int:
+        return int(self._shard_starts[-1])
+
+    def __reduce__(self):  # another process maps the files itself
+        return PreparedImages, (self.folder, (self.height, self.width))
+
+    def gather(self, indices: np.ndarray, crops: np.ndarray | None = None) -> np.ndarray:
+        """Copy images out, in the order of `indices` (B,): (B, H, W, C) uint8, or uint16 at 16 bits.
+
+        `crops` (B, 2) in [0, 1) places the stored window along height and width in images stored with their own
+        aspect; None takes the centre. Images of a fixed size have nothing to crop. Encoded ones are decoded here, so
+        that the threads that gather decode side by side.
+        """
+        height, width = self.stored_height, self.stored_width
+        if self.fixed_size and self.settings.storage == "pixels":
+            return self._gather_fixed(indices)
+        images = np.empty((len(indices), height, width, self.channels), dtype=self.settings.dtype)
+        for position, (batch, row) in enumerate(self._located(indices)):
+            image = self._whole_image(batch, row)
+            if crops is None:
+                top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
+            else:
+                top = int(crops[position, 0] * (image.shape[0] - height + 1))
+                left = int(crops[position, 1] * (image.shape[1] - width + 1))
+            images[position] = image[top : top + height, left : left + width]
+        return images
+
+    def _gather_fixed(self, indices: np.ndarray) -> np.ndarray:
+        """Images of one size are copied by a single call, out of all shards at once, wherever those are mapped."""
+        numbers, rows = self._shards_and_rows(indices)
+        addresses = self._addresses[numbers]
+        if not addresses.all():  # not yet open, or of large images in several batches, where the call costs little
+            located = self._located(indices)
+            addresses = self._addresses[numbers]
+            if not addresses.all():
+                return np.stack([batch.pixels[row] for batch, row in located])
+        shape = (self.stored_height, self.stored_width, self.channels)
+        size = int(np.prod(shape)) * self.settings.dtype.itemsize
+        return _copied(addresses + rows * size, size).view(self.settings.dtype).reshape(len(numbers), *shape)
+
+    def _whole_image(self, batch: _Batch, row: int) -> np.ndarray:
+        """(h, w, C), of the image's own size."""
+        flat = batch.pixels[batch.offsets[row] : batch.offsets[row + 1]]
+        if self.settings.storage != "pixels":
+            return decode(flat.tobytes(), self.settings)
+        return flat.reshape(batch.heights[row], batch.widths[row], self.channels)
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """Class numbers (B,) int64 into `label_names`; -1 where an image's class is not known."""
+        if self.label_names is None:
+            return np.full(len(indices), NO_LABEL, dtype=np.int64)
+        return np.array(self._values("label", indices), dtype=np.int64)
+
+    def texts(self, indices: np.ndarray) -> list[str]:
+        """Captions; an empty one where an image has none."""
+        return [text or "" for text in self._values("text", indices)] if self.has_text else [""] * len(indices)
+
+    def vectors(self, indices: np.ndarray) -> np.ndarray:
+        """Vectors (B, D) float32, those stored beside the images; D is 0 where there are none."""
+        length = self.vector_length or 0
+        vectors = np.empty((len(indices), length), dtype=np.float32)
+        for position, (batch, row) in enumerate(self._located(indices) if length else ()):
+            numbers = batch.columns.column("vector").values.to_numpy()
+            vectors[position] = numbers[row * length : (row + 1) * length]
+        return vectors
+
+    def sources(self, indices: np.ndarray) -> list[str]:
+        """Where each image came from: its path in the source folder, or its row."""
+        return self._values("source", indices)
+
+    def column(self, name: str) -> Iterator[np.ndarray]:
+        """The numbers of `label` (n,) or `vector` (n, D) of all images in their order, a record batch at a time."""
+        for batch, first, end in self._parts(0, len(self)):
+            values = batch.columns.column(name).slice(first, end - first)
+            if name == "vector":
+                yield values.flatten().to_numpy().reshape(end - first, self.vector_length)
+            else:
+                yield values.to_numpy(zero_copy_only=False)
+
+    def _values(self, column: str, indices: np.ndarray) -> list:
+        return [batch.columns.column(column)[row].as_py() for batch, row in self._located(indices)]
+
+    def read_ahead(self, ranges: list[tuple[int, int]]) -> None:
+        """Begin to read the images of `ranges` (first, end), from front to back; does not wait.
+
+        From a URL their shards are fetched, and kept besides those that the call before asked for; others are let go.
+        """
+        if isinstance(self.folder, RemotePath):
+            self._fetch_ahead(ranges)
+            return
+        for first, end in ranges:
+            for batch, start, stop in self._parts(first, end):
+                _will_need(batch.pixels, start, stop, batch.offsets)
+
+    def _fetch_ahead(self, ranges: list[tuple[int, int]]) -> None:
+        ends = [self._shards_and_rows(np.array([first, end - 1]))[0].tolist() for first, end in ranges]
+        numbers = dict.fromkeys(number for first, last in ends for number in range(first, last + 1))
+        if self._fetchers is None:
+            self._fetchers = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
+        with self._opening:
+            kept, self._wanted = self._wanted | set(numbers), set(numbers)
+            self._shards_open = {number: shard for number, shard in self._shards_open.items() if number in kept}
+        for number in numbers:
+            if number not in self._shards_open:
+                self._fetchers.submit(self._fetch, number)
+
+    def _fetch(self, number: int) -> None:
+        if number in self._wanted:  # still
+            self._shard(number)  # what goes wrong is told to whoever gathers from it
+
+    def _parts(self, first: int, end: int) -> Iterator[tuple[_Batch, int, int]]:
+        """The batches that hold rows `first` to `end` - 1, each with the rows in it."""
+        while first < end:
+            [(batch, row)] = self._located(np.array([first]))
+            count = min(end - first, batch.columns.num_rows - row)
+            yield batch, row, row + count
+            first += count
+
+    def _shards_and_rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each index the number of its shard and the row in it."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise IndexError(f"image {indices.min()} to {indices.max()} of {len(self)}")
+        numbers = np.searchsorted(self._shard_starts, indices, side="right") - 1
+        return numbers, indices - self._shard_starts[numbers]
+
+    def _located(self, indices: np.ndarray) -> list[tuple[_Batch, int]]:
+        """For each index its batch and the row in it."""
+        numbers, rows = self._shards_and_rows(indices)
+        located = []
+        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
+            starts, batches = self._shards_open.get(number) or self._shard(number)
+            place = 0 if len(batches) == 1 else bisect.bisect_right(starts, row) - 1
+            located.append((batches[place], row - starts[place]))
+        return located
+
+    def _shard(self, number: int) -> _Shard:
+        """Opened by the first thread that asks for it, while others open others."""
+        with self._opening:
+            if number in self._shards_open:
+                return self._shards_open[number]
+            opened = self._being_opened.get(number)
+            if is_first := opened is None:
+                opened = self._being_opened[number] = Future()
+        if is_first:
+            try:
+                opened.set_result(self._open_shard(number))
+            except BaseException as error:
+                opened.set_exception(error)
+            with self._opening:
+                if opened.exception() is None:
+                    self._shards_open[number] = opened.result()
+                del self._being_opened[number]
+        return opened.result()
+
+    def _open_shard(self, number: int) -> _Shard:
+        shard = self._shards[number]
+        path = self.folder / shard["filename"]
+        try:
+            self._check_size(shard, size(path))
+            batches = list(open_stream(path))
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            if isinstance(path, RemotePath) and getattr(error, "errno", None) == errno.EIO:
+                raise UserError(
+                    f"{path} cannot be fetched ({reason}); when the store answers, go on from a checkpoint"
+                ) from None
+            raise self._broken(path, reason) from None
+        if sum(batch.num_rows for batch in batches) != shard["num_rows"]:
+            raise self._broken(path, f"it should hold {shard['num_rows']} images")
+        starts = list(accumulate((batch.num_rows for batch in batches[:-1]), initial=0))
+        views = [self._views(batch) for batch in batches]
+        if len(views) == 1 and isinstance(path, Path):  # what is fetched does not stay
+            self._addresses[number] = views[0].pixels.ctypes.data
+        return _Shard(starts, views)
+
+    def _views(self, batch: pa.RecordBatch) -> _Batch:
+        images = batch.column("image")
+        if self.settings.storage != "pixels":
+            encoded = images.field("bytes")
+            content = np.frombuffer(encoded.buffers()[2], dtype=np.uint8)
+            return _Batch(batch, content, np.frombuffer(encoded.buffers()[1], dtype=np.int32).tolist(), None, None)
+        pixels = np.frombuffer(images.values.buffers()[1], dtype=self.settings.dtype)
+        if self.fixed_size:
+            pixels = pixels.reshape(batch.num_rows, self.stored_height, self.stored_width, self.channels)
+            return _Batch(batch, pixels, None, None, None)
+        offsets, heights, widths = (
+            column.to_numpy().astype(np.int64).tolist()
+            for column in (images.offsets, batch.column("height"), batch.column("width"))
+        )
+        return _Batch(batch, pixels, offsets, heights, widths)
+
+    def _check_size(self, shard: dict, num_bytes: int | None) -> None:
+        if num_bytes != shard["num_bytes"]:
+            found = "No such file" if num_bytes is None else f"{num_bytes} bytes instead of {shard['num_bytes']}"
+            raise self._broken(self.folder / shard["filename"], found)
+
+    def _broken(self, path: Path | RemotePath, reason: str) -> UserError:
+        return UserError(f"{path} is damaged ({reason}); delete it and run the preparation again: only it is redone")
+
+
+def _will_need(pixels: np.ndarray, first: int, end: int, offsets: list[int] | None) -> None:
+    """Tell the kernel that these rows of mapped `pixels` are read soon; where there is no such call, they just are."""
+    start, stop = (first, end) if offsets is None else (offsets[first], offsets[end])
+    part = pixels[start:stop]
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is None or not part.size:
+        return
+    address = part.ctypes.data
+    page_start = address - address % mmap.PAGESIZE
+    madvise(ctypes.c_void_p(page_start), ctypes.c_size_t(address + part.nbytes - page_start), mmap.MADV_WILLNEED)
+
+
+def _copied(addresses: np.ndarray, size: int) -> np.ndarray:
+    """The `size` bytes at each of `addresses` (B,), one after the other: uint8 (B * size,).
+
+    An array that begins at the lowest of them, whose elements are `size` bytes long and one byte apart, has each as an
+    element: numpy's own indexing does the copying, 1.6 times as fast as a loop over rows.
+    """
+    if len(addresses) == 0:
+        return np.empty(0, dtype=np.uint8)
+    lowest, highest = int(addresses.min()), int(addresses.max())
+    first = np.frombuffer((ctypes.c_char * size).from_address(lowest), dtype=f"V{size}")
+    everywhere = np.lib.stride_tricks.as_strided(first, shape=(highest - lowest + 1,), strides=(1,), writeable=False)
+    return everywhere[addresses - lowest].view(np.uint8)

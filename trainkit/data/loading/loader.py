@@ -1,0 +1,201 @@
+"""Batches for one process: gathered from the prepared dataset, with their noise, ahead of the training step.
+
+A batch is a pure function of its optimizer step and micro-step, so threads may make them in any order and a resumed
+run starts anywhere at no cost.
+
+B batch (images a device and micro-step), A micro-steps, P processes, C channels, H/W pixels; B * A * P = global batch.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from trainkit.data.loading.augment import augment
+from trainkit.data.loading.augment_draws import Augmentation, draw_parameters
+from trainkit.data.loading.class_order import ClassBalancedOrder
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.order import Purpose, SampleOrder, normal_draws, uniform_draws
+
+
+def to_model_range(pixels: torch.Tensor, bit_depth: int | None) -> torch.Tensor:
+    """Float32 images (B, C, H, W) in [-1, 1] from `pixels` (B, H, W, C) as stored, of `bit_depth` bits.
+
+    With None they are as the model takes them: latents.
+    """
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return images if bit_depth is None else images.div_((2**bit_depth - 1) / 2).sub_(1)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How the global batch of an optimizer step is divided among processes and micro-steps."""
+
+    per_device: int
+    micro_steps: int
+    num_processes: int
+    process_index: int
+
+    @property
+    def global_size(self) -> int:
+        return self.per_device * self.micro_steps * self.num_processes
+
+    def rows(self, micro_step: int) -> range:
+        """This process's rows of the global batch in `micro_step`."""
+        start = (micro_step * self.num_processes + self.process_index) * self.per_device
+        return range(start, start + self.per_device)
+
+
+class Condition(Protocol):
+    """What a model is told of the images beside their pixels (trainkit/diffusion/conditioning.py)."""
+
+    def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """The model's keyword arguments for the images `indices` (B,), on the host.
+
+        `uniforms` (B,) in [0, 1) decide whose condition is dropped; without them none is.
+        """
+
+
+@dataclass
+class Batch:
+    """What a micro-step trains on, all on the training device."""
+
+    images: torch.Tensor  # (B, C, H, W) float32 in [-1, 1]
+    noise: torch.Tensor  # (B, C, H, W) float32, standard normal
+    uniforms: torch.Tensor  # (B,) float64 in [0, 1), to draw timesteps from
+    indices: np.ndarray  # (B,) int64, rows of the prepared dataset
+    step: int  # optimizer step, from 0
+    micro_step: int  # 0 .. A - 1
+    augmentation: torch.Tensor | None = None  # (B, LABELS) float32, what was done to the images, where it is told
+    condition: dict[str, torch.Tensor] = field(default_factory=dict)  # keyword arguments of the model, B rows each
+
+
+class BatchLoader:
+    """Endless batches of `images` in the order of `seed`, from any step.
+
+    `wait_s` is the time in seconds that the training loop has waited for data so far.
+    """
+
+    def __init__(
+        self,
+        images: PreparedImages,
+        shape: BatchShape,
+        seed: int,
+        random_flip: bool,
+        device: torch.device,
+        num_threads: int,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        shuffle_block_size: int = 0,
+        augmentation: Augmentation | None = None,
+        condition: Condition | None = None,
+        order: SampleOrder | ClassBalancedOrder | None = None,
+    ):
+        self.images, self.shape, self.seed, self.random_flip = images, shape, seed, random_flip
+        self.order = order or SampleOrder(len(images), seed, shuffle_block_size)
+        self.condition = condition
+        self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
+        self.augmentation, self.wait_s = augmentation, 0.0
+        self._reading_ahead = threading.Lock()
+        self._window: tuple[int, int] | None = None  # of positions, that was read ahead for
+
+    def iterate(self, first_step: int, end_step: int) -> Iterator[Batch]:
+        """The micro-batches of optimizer steps `first_step` to `end_step` - 1, made ahead by threads."""
+        micro_steps = self.shape.micro_steps
+        places = ((i // micro_steps, i % micro_steps) for i in range(first_step * micro_steps, end_step * micro_steps))
+        if self.num_threads == 0:
+            for place in places:
+                started = time.perf_counter()
+                host_batch = self.make(*place)
+                self.wait_s += time.perf_counter() - started
+                yield self._to_device(host_batch)
+            return
+        executor = ThreadPoolExecutor(self.num_threads, thread_name_prefix="batches")
+        try:
+            ahead = deque(executor.submit(self.make, *place) for place in islice(places, 2 * self.num_threads))
+            while ahead:
+                started = time.perf_counter()
+                host_batch = ahead.popleft().result()
+                self.wait_s += time.perf_counter() - started
+                ahead.extend(executor.submit(self.make, *place) for place in islice(places, 1))
+                yield self._to_device(host_batch)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+            if self.order.block_size:
+                self.images.read_ahead([])  # what was asked for and not begun is not wanted any more
+
+    def make(self, step: int, micro_step: int) -> dict:
+        """The batch of one micro-step on the host: `images` (B, H, W, C) as stored, noise, uniforms, and the rest."""
+        total, rows = self.shape.global_size, self.shape.rows(micro_step)
+        here = slice(rows.start, rows.stop)
+
+        def uniforms(purpose: Purpose) -> np.ndarray:
+            return uniform_draws(self.seed, step, purpose, total)[here]
+
+        positions = step * total + np.arange(rows.start, rows.stop)
+        self._read_ahead(int(positions[-1]))
+        indices = self.order.indices(positions)
+        crops = None
+        if not self.images.fixed_size:
+            crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
+        shape = (self.images.channels, self.images.height, self.images.width)
+        flip, augmentation = uniforms(Purpose.FLIP) < 0.5 if self.random_flip else None, None
+        if self.images.bit_depth is None:  # latents: drawn anew, and of the mirror image where it is flipped
+            noise = normal_draws(self.seed, step, rows, shape, Purpose.LATENT)
+            pixels, flip = self.images.sample(indices, flip, noise), None
+        else:
+            pixels = self.images.gather(indices, crops)
+        if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
+            pixels = pixels.astype(np.int32)
+        if self.augmentation is not None:
+            augmentation = draw_parameters(
+                self.augmentation, self.seed, step, total, here, shape[1:], pixels.shape[1:3], flip
+            )
+            flip = None if augmentation.geometry is not None else flip  # it is in there
+        host_batch = {
+            "images": torch.from_numpy(pixels),
+            "noise": torch.from_numpy(normal_draws(self.seed, step, rows, shape)),
+            "uniforms": torch.from_numpy(uniforms(Purpose.TIMESTEPS)),
+            "flip": None if flip is None else torch.from_numpy(flip),
+            "augmentation": augmentation,
+        }
+        condition = {}
+        if self.condition is not None:
+            condition = self.condition.inputs(indices, uniforms(Purpose.CONDITION_DROPOUT))
+        if self.device.type == "cuda":
+            host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
+            condition = {name: x.pin_memory() for name, x in condition.items()}
+        return host_batch | {"condition": condition, "indices": indices, "step": step, "micro_step": micro_step}
+
+    def _read_ahead(self, position: int) -> None:
+        """With blocks: have the window of `position` and the one behind it read, when it is first entered."""
+        if self.order.block_size == 0:
+            return
+        with self._reading_ahead:  # several threads make batches
+            if self._window is not None and position < self._window[1]:
+                return
+            self._window = first, end = self.order.window(position)
+            self.images.read_ahead(self.order.ranges(first, end) + self.order.ranges(*self.order.window(end)))
+
+    def _to_device(self, host_batch: dict) -> Batch:
+        images, noise, uniforms = (
+            host_batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "uniforms")
+        )
+        images = to_model_range(images, self.images.bit_depth)
+        augmentation = host_batch["augmentation"]
+        augmentation = None if augmentation is None else augmentation.to(self.device)
+        images = augment(images, augmentation, (self.images.height, self.images.width))
+        if host_batch["flip"] is not None:
+            flip = host_batch["flip"].to(self.device, non_blocking=True)
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        images, noise = (x.contiguous(memory_format=self.memory_format) for x in (images, noise))
+        labels = None if augmentation is None else augmentation.labels
+        place = host_batch["indices"], host_batch["step"], host_batch["micro_step"]
+        condition = {name: x.to(self.device, non_blocking=True) for name, x in host_batch["condition"].items()}
+        return Batch(images, noise, uniforms, *place, labels, condition)

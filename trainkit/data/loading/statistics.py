@@ -1,0 +1,54 @@
+"""Mean and deviation of the vectors of a prepared dataset: taken once, and found in the cache from then on."""
+
+import json
+import os
+from collections.abc import Iterable
+
+import numpy as np
+
+from trainkit.data.cache import cache_root
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.errors import UserError
+
+# D numbers of a vector
+
+
+def vector_statistics(images: PreparedImages, options) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,) float32 of the vectors of `images`, from `--cache_dir` where they are there.
+
+    Every process of a run may call this at once: they write the same. Raises `UserError` where it cannot be written.
+    """
+    path = cache_root(options) / "vector_statistics" / f"{images.fingerprint}.json"
+    try:
+        kept = json.loads(path.read_text())
+        return np.float32(kept["mean"]), np.float32(kept["std"])
+    except (OSError, ValueError, KeyError):
+        pass
+    mean, std = mean_and_std(images.column("vector"))
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--cache_dir {path} cannot be written ({error.strerror}): choose another folder") from None
+    return mean, std
+
+
+def mean_and_std(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,) float32 over the rows of all `batches` (n, D), in one pass.
+
+    Sums of squares are about each batch's own mean (Chan et al. 1979), so that large means cost no digits. A number
+    that is the same everywhere gets a deviation of 1.
+    """
+    count, mean, squares = 0, 0.0, 0.0
+    for batch in batches:
+        rows = batch.astype(np.float64)
+        own_mean, total = rows.mean(0), count + len(rows)
+        shift = own_mean - mean
+        mean = mean + shift * (len(rows) / total)
+        squares = squares + ((rows - own_mean) ** 2).sum(0) + shift**2 * (count * len(rows) / total)
+        count = total
+    std = np.sqrt(squares / count)
+    std[std <= 1e-7 * np.abs(mean)] = 1.0
+    return mean.astype(np.float32), std.astype(np.float32)

@@ -1,0 +1,125 @@
+"""A prepared dataset in one screen of text: what is in it, where it came from, how to train on it."""
+
+from pathlib import Path
+
+from trainkit.data.files import RemotePath, exists, sizes
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation.finalize import (
+    LOCK_NAME,
+    PREPARATION_NAME,
+    REJECTED_NAME,
+    WORK_FOLDER,
+    read_preparation,
+)
+from trainkit.data.preparation.shards import VALIDATION_FOLDER
+from trainkit.errors import UserError
+
+SHOWN_CLASSES = 6
+
+
+def print_card(folder: Path | RemotePath, flag: str = "--inspect") -> None:
+    """Print the card of a prepared dataset. Raises `UserError` where it is unfinished, damaged or none."""
+    preparation = _read(folder, flag)
+    damage = None
+    try:
+        PreparedImages(folder)
+        if preparation.get("hygiene", {}).get("validation_fraction") and exists(folder / VALIDATION_FOLDER):
+            PreparedImages(folder / VALIDATION_FOLDER)
+    except UserError as error:
+        damage = error
+    print(card(folder, preparation), flush=True)
+    if damage is not None:
+        raise damage
+
+
+def _read(folder: Path | RemotePath, flag: str) -> dict:
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise UserError(f"{flag} {folder} {'is a file' if folder.exists() else 'does not exist'}; give a folder")
+    preparation = read_preparation(folder)
+    if preparation is not None:
+        return preparation
+    again = "run the prepare_dataset.py command that made it again: it goes on from what is there"
+    if exists(folder / PREPARATION_NAME):
+        raise UserError(f"{flag} {folder} is damaged ({PREPARATION_NAME} and state.json do not agree); {again}")
+    if exists(folder / LOCK_NAME) or exists(folder / WORK_FOLDER):
+        shards, slices = (
+            sum(name.endswith(".arrow") for name in sizes(where)) for where in (folder, folder / WORK_FOLDER)
+        )
+        raise UserError(f"{flag} {folder} is unfinished ({shards:,} shards, {slices:,} parts of others); {again}")
+    raise UserError(
+        f"{flag} {folder} is no prepared dataset (no {PREPARATION_NAME} in it); prepare_dataset.py makes one"
+    )
+
+
+def card(folder: Path | RemotePath, preparation: dict) -> str:
+    """The card's text, a dozen lines of `name  value`."""
+    settings, hygiene = preparation["settings"], preparation.get("hygiene", {})
+    size = f"{settings['height']}x{settings['width']} {settings['image_mode']}, {settings['bit_depth']} bits a channel"
+    num_bytes = sum(shard["num_bytes"] for shard in preparation["shards"])
+    num_images = preparation["num_images"]
+    versions = ", ".join(f"{name} {number}" for name, number in preparation["versions"].items())
+    lines = {
+        "images": f"{num_images:,} of {size}, stored as {settings.get('storage', 'pixels')}",
+        "held out": _held_out(folder, hygiene),
+        "classes": _classes(preparation["classes"]),
+        "rejected": _rejected(preparation["rejected"]),
+        "mean, std": _statistics(preparation, settings["image_mode"]),
+        "columns": ", ".join(preparation["columns"]),
+        "files": f"{len(preparation['shards']):,} shards, {num_bytes / 1e6:,.1f} MB, "
+        f"{num_bytes / max(num_images, 1):,.0f} bytes an image",
+        "settings": ", ".join(f"{name} {_told(value)}" for name, value in (settings | hygiene).items()),
+        "source": f"{preparation['source']['name']} ({preparation['source']['fingerprint']})",
+        "fingerprint": f"{preparation['fingerprint']}, format {preparation['format']}",
+        "made with": versions,
+        "train": _command(folder, settings, hygiene),
+    }
+    width = max(map(len, lines)) + 2
+    return "\n".join([f"{folder}", *(f"  {name:<{width}}{value}" for name, value in lines.items() if value)])
+
+
+def _held_out(folder: Path | RemotePath, hygiene: dict) -> str | None:
+    if not hygiene.get("validation_fraction"):
+        return None
+    held_out = read_preparation(folder / VALIDATION_FOLDER)
+    return f"{held_out['num_images']:,} more in {folder / VALIDATION_FOLDER}" if held_out else None
+
+
+def _classes(classes: dict[str, int]) -> str:
+    if not classes:
+        return "none"
+    ordered = sorted(classes.items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {count:,}" for name, count in ordered[:SHOWN_CLASSES])
+    if len(ordered) == 1:
+        return told
+    (_, most), (least_name, least) = ordered[0], ordered[-1]
+    more = f", ... {least_name} {least:,}" if len(ordered) > SHOWN_CLASSES else ""
+    skew = f"the largest is {most / least:,.1f} times the smallest" if least else f"{least_name} has no image"
+    return f"{len(ordered):,}: {told}{more}; {skew}"
+
+
+def _rejected(rejected: dict[str, int]) -> str:
+    if not rejected:
+        return "none"
+    faults = ", ".join(f"{count:,} {fault}" for fault, count in sorted(rejected.items(), key=lambda item: -item[1]))
+    return f"{sum(rejected.values()):,}: {faults}; see {REJECTED_NAME}"
+
+
+def _statistics(preparation: dict, image_mode: str) -> str | None:
+    pixels = preparation.get("pixels")
+    if pixels is None:
+        return None
+    values = zip(image_mode, pixels["mean"], pixels["std"], strict=True)
+    return ", ".join(f"{channel} {mean:.4f} {std:.4f}" for channel, mean, std in values) + " (of samples in 0..1)"
+
+
+def _told(value) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _command(folder: Path | RemotePath, settings: dict, hygiene: dict) -> str:
+    command = f"accelerate launch train_unconditional.py --train_data_dir {folder}"
+    if settings["image_mode"] != "RGB":
+        command += f" --image_mode {settings['image_mode']}"
+    if hygiene.get("validation_fraction"):
+        command += f" --validation_data_dir {folder / VALIDATION_FOLDER}"
+    return command + " --output_dir model"

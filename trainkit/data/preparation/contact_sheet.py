@@ -1,0 +1,177 @@
+"""A page to look at before training: samples of each class, duplicates beside what they repeat, what was rejected.
+
+One HTML file with everything inside it. The same dataset gives the same page.
+"""
+
+# B batch, H/W height and width, C channels
+
+import base64
+import html
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from trainkit.data.files import RemotePath, read_text, write_text
+from trainkit.data.images.decode import FORMATS, decode_image
+from trainkit.data.images.limits import RejectedImage
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation.finalize import PREPARATION_NAME, REJECTED_NAME, told_counts
+from trainkit.data.preparation.pieces import DUPLICATE_FAULT
+from trainkit.data.preparation.pool import quiet_decoders
+
+SHEET_NAME = "contact_sheet.html"
+SEED = 0
+SIDE = 128  # pixels, at most, of a picture on the page
+CLASS_SAMPLES, SHOWN_CLASSES, UNLABELLED_SAMPLES = 12, 24, 96
+SCANNED_LABELS = 20_000  # images whose class is looked up: enough for samples of any but the rarest
+SHOWN_REJECTED = 12  # of each fault
+# Files whose picture was told apart from its fault; the others hold none, or are a danger to open here.
+SHOWABLE_FAULTS = {"truncated", "corrupt", "too_small", "bad_aspect", "animated"}
+STYLE = """
+body { font: 14px system-ui, sans-serif; margin: 2em; max-width: 1400px }
+figure { display: inline-block; margin: 0 6px 10px 0; width: min-content; min-width: 100px; vertical-align: top;
+  overflow-wrap: anywhere }
+figcaption { font-size: 11px; color: #555; max-height: 5em; overflow: hidden }
+img { min-width: 64px; image-rendering: pixelated; background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%)
+  0 0 / 16px 16px }
+td { padding: 2px 12px 2px 0; vertical-align: top; overflow-wrap: anywhere }
+h2 { margin: 1.2em 0 .4em; font-size: 16px }
+"""
+
+
+def write_contact_sheet(folder: Path | RemotePath, source=None) -> Path | RemotePath:
+    """Write `contact_sheet.html` into a prepared dataset, unless it is there and newer; returns its path.
+
+    Pictures of duplicates and rejected files are read from `source`, where that is a folder of image files.
+    """
+    path = folder / SHEET_NAME
+    if (
+        isinstance(path, Path)
+        and path.is_file()
+        and path.stat().st_mtime_ns >= (folder / PREPARATION_NAME).stat().st_mtime_ns
+    ):
+        return path
+    images = PreparedImages(folder)
+    name = images.preparation["source"]["name"]
+    body = [f"<h1>{_escaped(name)}</h1>", f"<p>{_escaped(told_counts(images.preparation))}</p>"]
+    for title, indices in _samples(images):
+        sources, texts = images.sources(indices), images.texts(indices)
+        captions = [f"{source} {text}".strip() for source, text in zip(sources, texts, strict=True)]
+        figures = [_figure(pixels, caption) for pixels, caption in zip(images.gather(indices), captions, strict=True)]
+        body += [f"<h2>{_escaped(title)}</h2>", *figures]
+    with quiet_decoders():
+        body += _rejected_part(images, getattr(source, "folder", None))
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    head += f"<title>{_escaped(name)}</title><style>{STYLE}</style>"
+    write_text(path, "\n".join(["<!DOCTYPE html>", f"<html><head>{head}</head><body>", *body, "</body></html>", ""]))
+    return path
+
+
+def _samples(images: PreparedImages) -> list[tuple[str, np.ndarray]]:
+    """Titles and image numbers, of each class where there are classes."""
+    generator = np.random.default_rng(SEED)
+    count = len(images)
+    if images.label_names is None:
+        chosen = np.sort(generator.choice(count, min(count, UNLABELLED_SAMPLES), replace=False))
+        return [(f"{len(chosen)} of {count:,} images", chosen)]
+    seen = np.sort(generator.choice(count, min(count, SCANNED_LABELS), replace=False))
+    labels = images.labels(seen)
+    counts = images.preparation["classes"]
+    found = []
+    for label in np.unique(labels).tolist():
+        of_class = seen[labels == label]
+        name = images.label_names[label] if label >= 0 else "no class"
+        held = counts.get(name, count - sum(counts.values()))
+        chosen = generator.choice(of_class, min(len(of_class), CLASS_SAMPLES), replace=False)
+        found.append((f"{name}: {held:,}", np.sort(chosen)))
+    if len(found) > SHOWN_CLASSES:
+        found[SHOWN_CLASSES - 1] = (found[SHOWN_CLASSES - 1][0] + f" (and {len(found) - SHOWN_CLASSES} classes more)",
+                                    found[SHOWN_CLASSES - 1][1])  # fmt: skip
+    return found[:SHOWN_CLASSES]
+
+
+def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[str]:
+    by_fault: dict[str, list[dict]] = {}
+    for line in _rejected_lines(images.folder / REJECTED_NAME):
+        lines = by_fault.setdefault(line["fault"], [])
+        if len(lines) < SHOWN_REJECTED:
+            lines.append(line)
+    parts = []
+    for fault, lines in sorted(by_fault.items()):
+        explained = " (left: what stays)" if fault == DUPLICATE_FAULT else ""
+        count = images.preparation["rejected"].get(fault, 0)
+        parts += [f"<h2>{_escaped(fault)}: {count:,}{explained}</h2>", "<table>"]
+        for line in lines:
+            shown = [line.get("repeats"), line["source"]] if fault == DUPLICATE_FAULT else [line["source"]]
+            figures = []
+            if source_folder is not None and fault in {*SHOWABLE_FAULTS, DUPLICATE_FAULT}:
+                pictures = [(_readable(source_folder / name, images), name) for name in shown]
+                figures = [_figure(pixels, name) for pixels, name in pictures if pixels is not None]
+            told = f"{_escaped(line['source'])}<br>{_escaped(line['message'])}"
+            parts.append(f"<tr><td>{''.join(figures)}</td><td>{told}</td></tr>")
+        parts.append("</table>")
+    return parts
+
+
+def _rejected_lines(path: Path | RemotePath) -> Iterator[dict]:
+    """A line at a time: there may be many."""
+    if isinstance(path, Path):
+        with open(path, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+    else:
+        yield from map(json.loads, read_text(path).splitlines())
+
+
+def _readable(path: Path, images: PreparedImages) -> np.ndarray | None:
+    """What can be seen of a file: as it would have been prepared, else as much of it as its bytes give."""
+    try:
+        return decode_image(path, images.settings)
+    except RejectedImage:
+        pass
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                image.thumbnail((SIDE, SIDE))
+                return np.asarray(image.convert("RGBA"))
+    except Exception:  # whatever a plugin raises on what is left of a file: then it has no picture
+        return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _figure(pixels: np.ndarray, caption: str) -> str:
+    picture = base64.b64encode(_encoded(pixels)).decode()
+    mime = "png" if picture.startswith("iVBOR") else "jpeg"
+    return (
+        f'<figure><img src="data:image/{mime};base64,{picture}" alt="">'
+        f"<figcaption>{_escaped(caption[:200])}</figcaption></figure>"
+    )
+
+
+def _encoded(pixels: np.ndarray) -> bytes:
+    """An image (H, W, C) uint8 or uint16 as a PNG, or as a JPEG where that is far smaller."""
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    is_large = max(image.size) > SIDE // 2
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    if is_large and image.mode != "RGBA":
+        image.save(buffer, "JPEG", quality=88)
+    else:
+        image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _escaped(text: str) -> str:
+    """A file may be called anything."""
+    return html.escape(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))

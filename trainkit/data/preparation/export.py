@@ -1,0 +1,104 @@
+"""A prepared dataset -> one HDF5 file, an image a chunk, which other tools read and `--train_data_dir` takes."""
+
+# N images, H/W height and width, C channels
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.optional import load_package
+from trainkit.errors import UserError
+
+BATCH_BYTES = 16 * 2**20  # of pixels, copied at a time
+
+
+def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "none") -> None:
+    """Write `data` (N, H, W, C), and `labels`, `texts` and `vectors` where there are any, in the dataset's order.
+
+    Does nothing where the file holds just that. Raises `UserError` naming the flag.
+    """
+    path = Path(path)
+    check_export(path)
+    if not images.fixed_size:
+        raise UserError(f"--export_hdf5 {path} needs images of one size: prepare them again with --center_crop")
+    h5py = load_package("h5py", "--export_hdf5")
+    mark = f"{images.fingerprint} {compression}"
+    if _held(h5py, path) == mark:
+        print(f"{path} is up to date")
+        return
+    temporary = path.with_name(f"{path.name}.tmp")  # of one name: what a killed run left is written over
+    with _write_errors(path):
+        try:
+            with h5py.File(temporary, "w") as file:
+                _write(h5py, file, images, compression)
+                file.attrs["fingerprint"] = mark
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    print(f"{path}: {len(images):,} images, {path.stat().st_size / 1e6:,.1f} MB", flush=True)
+
+
+def check_export(path: Path) -> None:
+    """Raises `UserError` where the file cannot be written, or is not one that an export left."""
+    h5py = load_package("h5py", "--export_hdf5")
+    if path.suffix.lower() not in (".h5", ".hdf5"):
+        raise UserError(f"--export_hdf5 {path} must end in .h5 or .hdf5")
+    if path.exists() and _held(h5py, path) is None:
+        raise UserError(f"--export_hdf5 {path} is there already and no export of ours; give another name")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"--export_hdf5 {path}: its folder is missing or cannot be written; make it, or give another")
+
+
+def _held(h5py: Any, path: Path) -> str | None:
+    """What an export left as its mark; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return file.attrs.get("fingerprint")
+    except (OSError, RuntimeError):
+        return None
+
+
+def _write(h5py: Any, file: Any, images: PreparedImages, compression: str) -> None:
+    count, shape = len(images), (images.stored_height, images.stored_width, images.channels)
+    packed = {} if compression == "none" else {"compression": compression}
+    data = file.create_dataset("data", (count, *shape), images.settings.dtype, chunks=(1, *shape), **packed)
+    data.attrs["layout"] = "NHWC"
+    labels = texts = vectors = None
+    if images.label_names is not None:
+        labels = file.create_dataset("labels", (count,), "int64")
+        words = h5py.string_dtype()
+        file.attrs.create("class_names", np.array(images.label_names, dtype=object), dtype=words)
+    if images.has_text:
+        texts = file.create_dataset("texts", (count,), h5py.string_dtype())
+    if images.vector_length:
+        vectors = file.create_dataset("vectors", (count, images.vector_length), "float32")
+    step = max(1, BATCH_BYTES // data.dtype.itemsize // int(np.prod(shape)))
+    for start in range(0, count, step):
+        indices = np.arange(start, min(start + step, count))
+        rows = slice(start, start + len(indices))
+        data[rows] = images.gather(indices)
+        if labels is not None:
+            labels[rows] = images.labels(indices)
+        if texts is not None:
+            texts[rows] = images.texts(indices)
+        if vectors is not None:
+            vectors[rows] = images.vectors(indices)
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # HDF5 tells a full disk by either
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--export_hdf5 {path} cannot be written ({reason}); free space there, or give another"
+        ) from None

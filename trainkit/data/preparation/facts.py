@@ -1,0 +1,118 @@
+"""What is kept of an image besides its pixels: a hash of them, one of what it looks like, and their sums."""
+
+# N images, C channels, pixels in HWC order
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from trainkit.data.optional import load_package
+from trainkit.data.preparation.hygiene import NEAR_FLAG, HygieneSettings
+
+EXACT_PIXELS = 2**20  # squares of so many 16-bit samples add up to less than 2**53
+FACTS_SCHEMA = pa.schema(
+    {
+        "side": pa.uint8(),
+        "content_hash": pa.binary(16),
+        "perceptual_hash": pa.uint64(),
+        "num_pixels": pa.int64(),
+        "sums": pa.list_(pa.uint64()),
+        "squares": pa.list_(pa.uint64()),
+        "label": pa.int64(),
+        "source": pa.string(),
+    }
+)
+
+
+class ImageFacts(NamedTuple):
+    """What is kept of an image's pixels besides the pixels; all integers are exact."""
+
+    content_hash: str  # 32 hex digits of the stored pixels and their shape; empty where nobody asks
+    perceptual_hash: int
+    num_pixels: int
+    sums: list[int]  # (C,) of the samples, and of their squares
+    squares: list[int]
+
+
+def image_facts(pixels: np.ndarray, hygiene: HygieneSettings) -> ImageFacts:
+    """The facts of an image (H, W, C) uint8 or uint16, as it is stored (before a lossy encoding)."""
+    height, width, channels = pixels.shape
+    content_hash = ""
+    if hygiene.needs_content_hash:
+        digest = hashlib.blake2b(f"{height} {width} {channels} {pixels.dtype}".encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(pixels))
+        content_hash = digest.hexdigest()
+    sums, squares = _exact_sums(pixels.reshape(-1, channels))
+    near_hash = perceptual_hash(pixels) if hygiene.deduplicate == "near" else 0
+    return ImageFacts(content_hash, near_hash, height * width, sums, squares)
+
+
+def _exact_sums(samples: np.ndarray) -> tuple[list[int], list[int]]:
+    """Sums (C,) of the samples (pixels, C) and of their squares, in parts that float64 adds up without rounding."""
+    sums, squares = [0] * samples.shape[1], [0] * samples.shape[1]
+    for start in range(0, len(samples), EXACT_PIXELS):
+        planes = np.ascontiguousarray(samples[start : start + EXACT_PIXELS].T.astype(np.float64))
+        for channel, plane in enumerate(planes):
+            sums[channel] += int(plane.sum())
+            squares[channel] += int(plane @ plane)
+    return sums, squares
+
+
+def perceptual_hash(pixels: np.ndarray) -> int:
+    """The 64-bit pHash (imagehash) of the picture in grey, on white where it is transparent, whatever its size."""
+    from PIL import Image
+
+    imagehash = load_package("imagehash", NEAR_FLAG)
+
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    bits = imagehash.phash(image).hash
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def facts_batch(
+    sides: list[int], facts: list[ImageFacts], labels: list[int | None], sources: list[str]
+) -> pa.RecordBatch:
+    """The facts of a unit's images as a table, with which side each is on and what it is called."""
+    facts = [fact._replace(content_hash=bytes.fromhex(fact.content_hash)) for fact in facts]
+    columns = [sides, *(list(zip(*facts, strict=True)) or [[]] * len(ImageFacts._fields)), labels, sources]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, FACTS_SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=FACTS_SCHEMA)
+
+
+def facts_digest(batch: pa.RecordBatch) -> str:
+    """Tells two versions of a unit apart: a file that could not be read may be readable later."""
+    return hashlib.blake2b(repr(batch.to_pydict()).encode(), digest_size=8).hexdigest()
+
+
+def total_facts(facts: Iterable[ImageFacts]) -> dict:
+    """Their pixels, sums and sums of squares by channel, added up exactly."""
+    count, sums, squares = 0, [], []
+    for fact in facts:
+        count += fact.num_pixels
+        sums = [a + b for a, b in itertools.zip_longest(sums, fact.sums, fillvalue=0)]
+        squares = [a + b for a, b in itertools.zip_longest(squares, fact.squares, fillvalue=0)]
+    return {"num_pixels": count, "sums": sums, "squares": squares}
+
+
+def add_totals(totals: Iterable[dict]) -> dict:
+    return total_facts(ImageFacts("", 0, total["num_pixels"], total["sums"], total["squares"]) for total in totals)
+
+
+def mean_and_std(total: dict, max_value: int) -> dict[str, list[float]]:
+    """By channel, of samples scaled to [0, 1]; from the integer sums without a rounding before the last step."""
+    count = total["num_pixels"]
+    pairs = list(zip(total["sums"], total["squares"], strict=True))
+    variances = [(square * count - value * value) / (count * max_value) ** 2 for value, square in pairs]
+    return {
+        "mean": [round(value / (count * max_value), 8) for value, _ in pairs],
+        "std": [round(math.sqrt(variance), 8) for variance in variances],
+    }

@@ -1,0 +1,201 @@
+"""Worker processes that run jobs, and outlive the ones that die.
+
+Jobs are asked for only when there is room, so that memory stays flat however long the list is.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+
+from trainkit.data.images.limits import limit_memory
+from trainkit.data.preparation.shards import JoinJob, ShardWriter, SliceJob
+from trainkit.errors import UserError
+
+JOBS_IN_FLIGHT = 3  # for each process: one at work, two waiting
+THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+PRELOADED = ["numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "pyarrow"]
+
+_writer: ShardWriter | None = None  # of this worker process
+
+
+def num_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
+    """Run what `next_job()` gives (None: nothing at present) on `num_proc` processes; yields each job when done.
+
+    0 processes mean one for each core; one means this one, which an image may kill.
+    """
+    if num_proc != 1:
+        yield from run_jobs_apart(writer, next_job, num_proc)
+        return
+    while (job := next_job()) is not None:
+        run_job(writer, job)
+        yield job
+
+
+def run_jobs_apart(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
+    """`run_jobs` on `num_proc` (0: one for each core) worker processes.
+
+    One that dies costs nothing but time: its jobs are run again, each by itself, and an item that kills its process
+    every time is rejected.
+    """
+    num_proc = num_proc or num_cores()
+    with _single_threaded_children():
+        pool, in_flight = _start_pool(writer, num_proc), {}
+        try:
+            while True:
+                suspects = []
+                while not suspects and len(in_flight) < JOBS_IN_FLIGHT * num_proc:
+                    if (job := next_job()) is None:
+                        break
+                    try:
+                        in_flight[_submit(pool, run_job, job)] = job
+                    except BrokenProcessPool:
+                        suspects.append(job)
+                if not in_flight and not suspects:
+                    return
+                for future in wait(in_flight, return_when=FIRST_COMPLETED).done if in_flight else ():
+                    job = in_flight.pop(future)
+                    try:
+                        future.result()
+                    except BrokenProcessPool:
+                        suspects.append(job)
+                    else:
+                        yield job
+                if suspects:  # the pool is dead, and so is every job in it
+                    suspects += in_flight.values()
+                    in_flight.clear()
+                    pool.shutdown()
+                    for job in suspects:
+                        run_alone(partial(_deadly, writer), job)
+                        yield job
+                    pool = _start_pool(writer, num_proc)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run_alone(deadly: Callable[[Callable, list], tuple[int, ...]], job: SliceJob | JoinJob) -> None:
+    """Run a job whose process died; where it kills another one, find and reject the items that do it.
+
+    `deadly(function, arguments)` calls `function(writer, argument)` for each, in another process; it returns the
+    positions of those that killed it.
+    """
+    if not deadly(run_job, [job]):
+        return
+    if deadly(do_nothing, [None]):
+        raise UserError("worker processes die as soon as they start; try --num_proc 1")
+    if isinstance(job, SliceJob):
+        positions = deadly(probe, [job.items[position : position + 1] for position in range(len(job.items))])
+        if not deadly(run_job, [job._replace(deadly=positions)]):
+            return
+    raise UserError(f"writing {job.path} killed the process; is there too little memory? try a smaller --num_proc")
+
+
+def run_job(writer: ShardWriter, job: SliceJob | JoinJob) -> None:
+    with quiet_decoders():
+        writer.run(job)
+
+
+def do_nothing(writer: ShardWriter, argument: None) -> None:
+    pass
+
+
+def probe(writer: ShardWriter, items: Sequence) -> None:
+    with quiet_decoders():
+        writer.probe(items)
+
+
+def _deadly(writer: ShardWriter, function: Callable, arguments: list) -> tuple[int, ...]:
+    """Make the calls one at a time in another process; returns the positions of those that killed it."""
+    deadly, pool = [], _start_pool(writer, 1)
+    try:
+        for position, argument in enumerate(arguments):
+            try:
+                _submit(pool, function, argument).result()
+            except BrokenProcessPool:
+                deadly.append(position)
+                pool.shutdown()
+                pool = _start_pool(writer, 1)
+    finally:
+        pool.shutdown()
+    return tuple(deadly)
+
+
+def _start_pool(writer: ShardWriter, num_proc: int) -> ProcessPoolExecutor:
+    # Not fork: the parent may hold the threads and locks of torch.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+    return ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(writer,))
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable, argument) -> Future:
+    """`pool.submit`, which starts the processes it lacks; they are kept from importing the main script.
+
+    It may import torch, or have no `if __name__ == "__main__":`, or be no file at all, and workers need nothing of it.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        return pool.submit(_call, function, argument)
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_worker(writer: ShardWriter) -> None:
+    global _writer
+    _writer = writer
+    limit_memory(writer.settings.max_image_pixels)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A killed parent closes no queue: without this its workers would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _call(function: Callable, argument) -> None:
+    function(_writer, argument)
+
+
+@contextlib.contextmanager
+def quiet_decoders():
+    """Broken files are told in rejected.jsonl; what Pillow logs and C libraries print of them floods the screen."""
+    logger = logging.getLogger("PIL")
+    level, standard_error = logger.level, os.dup(2)
+    logger.setLevel(logging.CRITICAL)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _single_threaded_children():
+    """Many processes with as many BLAS threads each would only wait for each other."""
+    before = {name: os.environ.get(name) for name in THREAD_LIMITS}
+    os.environ.update(dict.fromkeys(THREAD_LIMITS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,0 +1,86 @@
+"""A folder of image files as a source: class folders, metadata files and sidecar captions are understood."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trainkit.data.images.limits import RejectedImage
+from trainkit.data.sources import records
+from trainkit.data.sources.listing import Entry, list_folder
+from trainkit.data.sources.records import NO_LABEL, Record, Unit, cuts, first_length, path_bytes, sorted_labels
+from trainkit.data.sources.vectors import MAX_VECTOR_BYTES, parse_npy
+
+
+class ImageFolder:
+    """Image files under a folder, recursively; class folders, metadata files and NAME.txt captions are understood."""
+
+    def __init__(self, folder: str | Path, flag: str = "--train_data_dir", vector_column: str = "vector"):
+        self.folder = Path(folder)
+        self.name = self.folder.resolve().name or "images"
+        self.entries, labels, self.has_text, has_vector = list_folder(self.folder, flag, vector_column)
+        self.label_names = sorted_labels(labels) if labels else None
+        vectors = (_entry_vector(self.folder, entry) for entry in self.entries) if has_vector else ()
+        self.vector_length = first_length(vectors)
+        self.fingerprint = _identity(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def reader(self) -> "FolderReader":
+        label_ids = {name: number for number, name in enumerate(self.label_names or ())}
+        return FolderReader(str(self.folder.resolve()), label_ids)
+
+    def units(self) -> list[Unit]:
+        parts = [self.entries.part(*bounds) for bounds in cuts(self.entries.paths(), records.UNIT_ITEMS)]
+        return [Unit(_identity(part), part) for part in parts]
+
+
+class FolderReader(NamedTuple):
+    folder: str
+    label_ids: dict[str, int]
+
+    def name(self, entry: Entry) -> str:
+        return entry.path
+
+    def read(self, entry: Entry) -> Record:
+        path, text = Path(self.folder, entry.path), entry.text
+        if text is None and entry.caption_file:
+            text = _read_caption(path.with_suffix(".txt"))
+        vector = None
+        if entry.vector is not None or entry.vector_file:
+            vector = _entry_vector(self.folder, entry)()
+        return Record(path, self.label_ids.get(entry.label, NO_LABEL), text, vector)
+
+
+def _entry_vector(folder: str | Path, entry: Entry) -> Callable[[], np.ndarray] | None:
+    """A function that reads it; None for an entry that has none."""
+    if entry.vector is not None:
+        return lambda: np.frombuffer(entry.vector, np.float32)
+    return (lambda: _read_npy(Path(folder, entry.path).with_suffix(".npy"))) if entry.vector_file else None
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            return parse_npy(file.read(MAX_VECTOR_BYTES))
+    except OSError as error:
+        raise RejectedImage("bad_vector", f"{path.name}: {error.strerror}") from None
+
+
+def _read_caption(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:  # gone since the listing: the next one tells it apart
+        return None
+
+
+def _identity(entries: Iterable[Entry]) -> str:
+    digest, separator = hashlib.blake2b(digest_size=8), ""
+    for entry in entries:
+        digest.update(path_bytes(separator + repr(tuple(entry))))
+        separator = "\n"
+    return digest.hexdigest()

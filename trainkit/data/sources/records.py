@@ -1,0 +1,92 @@
+"""What every source of images is made of: records, work units, and how a listing is cut into them.
+
+A source lists itself without opening an image, cuts that listing into work units, and gives a small picklable
+`reader` with which any process names a unit's items and turns them into `Record`s.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trainkit.data.images.limits import RejectedImage
+from trainkit.data.sources.listing import Entry
+
+UNIT_ITEMS = 2048  # mean length of a work unit
+NO_LABEL = -1  # ClassLabel of an image whose class nobody told
+
+
+class Record(NamedTuple):
+    """One image on its way to the decoder. `image`: path, bytes, or None where the source holds no image.
+
+    As an array it is (height, width, channels), uint8 or uint16, or floats in [0, 1].
+    """
+
+    image: Path | bytes | np.ndarray | None
+    label: int
+    text: str | None
+    vector: np.ndarray | None = None  # float32
+
+
+class Unit(NamedTuple):
+    """A run of items that becomes one shard; `identity` changes whenever one of its items does."""
+
+    identity: str
+    items: Sequence
+
+
+def first_length(vectors: Iterable[Callable[[], np.ndarray] | None]) -> int | None:
+    """Length of the first vector that can be read: the others must be like it.
+
+    None where nothing has a vector, 0 where no vector can be read.
+    """
+    length = None
+    for read in vectors:
+        if read is not None:
+            length = 0
+            with contextlib.suppress(RejectedImage):
+                if len(vector := read()):
+                    return len(vector)
+    return length
+
+
+def cut_by_name(entries: list[Entry], mean: int) -> Iterator[list[Entry]]:
+    """The runs of `cuts`, as lists."""
+    return (entries[start:stop] for start, stop in cuts((entry.path for entry in entries), mean))
+
+
+def cuts(paths: Iterable[str], mean: int) -> Iterator[tuple[int, int]]:
+    """Cut a sorted listing into runs of about `mean`, of at least half and at most four times as many: (start, stop).
+
+    A run ends where a hash of the path says so, not at a count: an added file changes its own run, no other.
+    """
+    start, stop = 0, 0
+    for stop, path in enumerate(paths, 1):
+        count = stop - start
+        if count < mean // 2:
+            continue
+        path_hash = hashlib.blake2b(path_bytes(path), digest_size=8).digest()
+        if count == 4 * mean or int.from_bytes(path_hash, "little") % (mean - mean // 2) == 0:
+            yield start, stop
+            start = stop
+    if start < stop:
+        yield start, stop
+
+
+def sorted_labels(names: set[str]) -> list[str]:
+    """By number where all are whole numbers, else by name."""
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def path_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
