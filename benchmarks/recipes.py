@@ -5,7 +5,7 @@
 
 An arm is train_unconditional.py's defaults with a few flags changed; `diffusers` is recipes/diffusers_defaults.yaml.
 All arms train the same UNet, one thread each, `--jobs` at a time. How many steps fit into `--seconds` is measured
-first, for each arm alone, so that a busy moment costs no arm its steps. An arm may have another share of the time:
+first, once for all arms of one optimizer and batch size, so that a busy moment costs no arm its steps. An arm may have another share of the time:
 `--arms diffusers default@0.33`. Samples are made by the saved pipeline's default scheduler in 20 steps and scored by
 KID against held-out images. Finished runs are kept in OUTPUT_DIR/runs.jsonl, so that the same command goes on after a
 stop. The table is printed, and written to OUTPUT_DIR/table.md.
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from trainkit.config import option, parse_options  # noqa: E402
 from trainkit.errors import UserError, run_script  # noqa: E402
 
-CALIBRATION_STEPS, CALIBRATION_TAIL = 40, 20  # steps of a calibration, and the last of them that are timed
+CALIBRATION_STEPS, CALIBRATION_TAIL = 120, 100  # steps of a calibration, and the last of them that are timed
 EPSILON = ["--prediction_type", "epsilon"]
 LINEAR = ["--ddpm_beta_schedule", "linear"]
 FLOW = ["--prediction_type", "flow_prediction"]
@@ -116,16 +116,18 @@ def kept(output_dir: Path) -> dict[tuple[str, int, int], dict]:
 
 
 def calibrated(options, arm: str, output_dir: Path) -> dict[str, float]:
-    """Steps a second of an arm alone on one thread, measured once and kept in `output_dir`."""
+    """Steps a second of an arm alone on one thread, measured once a kind of step and kept in `output_dir`."""
     file = output_dir / "speed.json"
     speeds = json.loads(file.read_text()) if file.is_file() else {}
-    if arm not in speeds:
+    kind = "adamw" if "adamw" in ARMS[arm] or arm == "diffusers" else "muon"
+    kind += next((f", batch {ARMS[arm][at + 1]}" for at, flag in enumerate(ARMS[arm]) if "batch" in flag), "")
+    if kind not in speeds:
         run_dir = output_dir / "calibration"
         steps = ["--max_train_steps", str(CALIBRATION_STEPS), "--logging_steps", str(CALIBRATION_TAIL)]
         last = train(options, ARMS[arm], run_dir, 0, steps)[-1]
-        speeds[arm] = {"steps_per_s": last["images_per_s"] / (last["images"] / last["step"])}
+        speeds[kind] = {"steps_per_s": last["images_per_s"] / (last["images"] / last["step"])}
         file.write_text(json.dumps(speeds, indent=1))
-    return speeds[arm]
+    return speeds[kind]
 
 
 def run_folder(output_dir: Path, name: str, seed: int, steps: int) -> Path:
