@@ -224,6 +224,10 @@ class EmaOptions:
     ema_half_life_images: int | None = option(
         None, "images after which a weight counts half; in the place of --ema_max_decay, for any batch size"
     )
+    ema_power_lengths: list[float] | None = option(
+        None, "also track power-function averages of these sigma_rel (Karras et al. 2024), such as 0.05 0.1", nargs="+"
+    )
+    ema_snapshot_steps: int | None = option(None, "optimizer steps between their snapshots (also at the end)")
 
 
 @dataclass
