@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from conditional_helpers import vector_unet
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_helpers import same_training_state, same_weights, tiny_run
 
+import reconstruct_ema
 from trainkit.diffusion.power_profiles import LONGEST, combination, gamma_of, inner_products, sigma_rel_of
 from trainkit.errors import UserError
-from trainkit.sampling.conditional import save_conditional_pipeline
+from trainkit.sampling.conditional import generate_conditional, save_conditional_pipeline
 from trainkit.sampling.load import load_conditional_pipeline
+from trainkit.sampling.schedulers import load_scheduler
+from trainkit.training.post_hoc import Snapshots
 from trainkit.training.power_ema import PowerAverage, PowerAverages, snapshot_file, snapshot_files
 
 RUN = {
@@ -188,7 +191,6 @@ def test_averages_that_cannot_be_are_refused(train, tmp_path, flags, message):
 @pytest.fixture
 def reconstruct(tmp_path, monkeypatch):
     """reconstruct_ema.py in this process; returns the folder that it made."""
-    import reconstruct_ema
 
     def call(model_dir, name="made", **flags):
         words = ["reconstruct_ema.py", "--model_dir", str(model_dir), "--output_dir", str(tmp_path / name)]
@@ -232,14 +234,14 @@ def test_an_earlier_step(run, reconstruct):
 
 
 def test_the_best_length_by_score(two_lengths, reconstruct, image_folder, capsys):
-    flags = {"sigma_rel": "auto", "reference": image_folder, "lengths": [0.1, 0.06], "num_images": 6}
+    flags = {"sigma_rel": "auto", "reference": image_folder / "round", "lengths": [0.1, 0.06], "num_images": 6}
     made = reconstruct(two_lengths, num_inference_steps=2, **flags)
     record = json.loads((made / "reconstruction.json").read_text())
     rows = record["scores"]
     assert [row["sigma_rel"] for row in rows] == [0.06, 0.1] and rows[0]["kid"] != rows[1]["kid"]
     assert record["sigma_rel"] == min(rows, key=lambda row: row["kid"])["sigma_rel"]
     output = capsys.readouterr().out
-    assert f"{rows[0]['kid']:9.4g}" in output and "6 samples at each length, 37 reference images" in output
+    assert f"{rows[0]['kid']:9.4g}" in output and "6 samples at each length, 18 reference images" in output
     again = reconstruct(two_lengths, "again", sigma_rel=record["sigma_rel"])
     same_weights(made / "unet" / WEIGHTS, again / "unet" / WEIGHTS)
 
@@ -264,13 +266,20 @@ def test_weights_and_the_embedding_of_vectors_as_if_tracked(tmp_path, reconstruc
     for step in range(2, 25, 2):
         snapshot_file(run, step, 0.08).unlink()
     save_conditional_pipeline(run, unet, DDPMScheduler(), "card")
-    made = load_conditional_pipeline(reconstruct(run, sigma_rel=0.08), DDIMScheduler())
+    made_in = reconstruct(run, sigma_rel=0.08)
+    made = load_conditional_pipeline(made_in, load_scheduler(run, None))
     found = {f"class_embedding.{name}": value for name, value in made.vector_embedding.state_dict().items()}
     found |= made.unet.state_dict()
     tracked = averages.by_folder["unet_ema_0.08"].full_weights()
     assert found.keys() == tracked.keys()
     assert distance(found, tracked) < 0.005 * distance(unet.state_dict(), tracked)
     assert torch.equal(found["class_embedding.std"], unet.class_embedding.std)
+
+    np.save(tmp_path / "vectors.npy", np.eye(3))  # what is scored is what is saved
+    options = reconstruct_ema.Options(vectors_file=str(tmp_path / "vectors.npy"), num_images=3, num_inference_steps=2)
+    coefficients = Snapshots(run).coefficients(0.08)[0]
+    images = reconstruct_ema.Sampler(options, run, torch.device("cpu")).samples(Snapshots(run), coefficients)
+    assert np.array_equal(images, np.concatenate(list(generate_conditional(made, np.eye(3), range(3), 2, 3))))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +308,10 @@ def test_damaged_snapshots_are_named(two_lengths, reconstruct, tmp_path):
         reconstruct(two_lengths, sigma_rel=0.1)
     save_file(whole | {"conv_in.bias": torch.zeros(5)}, file, told)
     with pytest.raises(UserError, match="step-5-sigma_rel-0.1.safetensors .* different models .conv_in.bias"):
+        reconstruct(two_lengths, sigma_rel=0.1)
+    save_file(whole, file, told)
+    (two_lengths / "unet").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="--model_dir .*no unet/config.json there"):
         reconstruct(two_lengths, sigma_rel=0.1)
     shutil.rmtree(two_lengths / "ema_snapshots")
     with pytest.raises(UserError, match="--model_dir nowhere is no folder"):

@@ -127,6 +127,8 @@ def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path
                 shutil.copytree(source, staging / name)
             elif source.is_file():
                 shutil.copy2(source, staging / name)
+        if not any((staging / "unet").glob("*.safetensors")):
+            raise UserError(f"{FLAG} {snapshots.folder}: unet/ holds no safetensors to take the place of")
         for part, prefix in PARTS.items():
             for file in sorted((staging / part).glob("*.safetensors")):
                 with safe_open(file, "pt") as saved:

@@ -24,7 +24,7 @@ from trainkit.errors import UserError
 from trainkit.training.ema import ShadowWeights
 from trainkit.training.state import EMA, read_facts
 
-FOLDER, NAME = "ema_snapshots", re.compile(r"step-(\d+)-sigma_rel-([\d.e-]+)\.safetensors")
+FOLDER, NAME = "ema_snapshots", re.compile(r"step-(\d+)-sigma_rel-(\d+(?:\.\d+)?(?:e-\d+)?)\.safetensors")
 TEMPORARY = ".tmp-"
 
 
@@ -47,7 +47,7 @@ def check_power_lengths(options) -> None:
             gamma_of(length)
         except ValueError as error:
             raise UserError(f"--ema_power_lengths {error}") from None
-    if len(set(lengths)) < len(lengths):
+    if len(set(_told(lengths).split())) < len(lengths):
         raise UserError(f"--ema_power_lengths {_told(lengths)} names a length twice")
 
 
@@ -57,12 +57,9 @@ def snapshot_file(output_dir: Path, step: int, sigma_rel: float) -> Path:
 
 def snapshot_files(output_dir: Path) -> dict[Path, int]:
     """The snapshots in a run's folder, and the step of each, in the order of steps."""
-    named = [(path, NAME.fullmatch(path.name)) for path in (output_dir / FOLDER).glob("step-*")]
-    return {path: int(match[1]) for path, match in sorted(named, key=lambda pair: _order(pair[1])) if match}
-
-
-def _order(match: re.Match | None) -> tuple[int, float]:
-    return (int(match[1]), float(match[2])) if match else (-1, 0.0)
+    matches = [NAME.fullmatch(path.name) for path in (output_dir / FOLDER).glob("step-*")]
+    found = sorted((int(match[1]), float(match[2]), match[0]) for match in matches if match)
+    return {output_dir / FOLDER / name: step for step, _, name in found}
 
 
 class PowerAverage(ShadowWeights):

@@ -23,7 +23,8 @@ from trainkit.training.metrics import truncate_metrics
 # What a run learns depends on these rooms and options; the rest may differ between its parts.
 ROOMS = (ImageOptions, AugmentationOptions, ModelOptions, ObjectiveOptions, OptimizationOptions, EmaOptions)
 BOUND = {field.name for room in ROOMS for field in fields(room)} | {"seed", "mixed_precision", "shuffle_block_size"}
-FREE = {"train_batch_size", "gradient_accumulation_steps", "max_skipped_steps"}  # the global batch is kept by itself
+# The global batch is kept by itself.
+FREE = {"train_batch_size", "gradient_accumulation_steps", "max_skipped_steps", "ema_snapshot_steps"}
 
 
 def check_output_dir(options) -> None:
