@@ -5,10 +5,10 @@
 
 An arm is train_unconditional.py's defaults with a few flags changed; `diffusers` is recipes/diffusers_defaults.yaml.
 All arms train the same UNet, one thread each, `--jobs` at a time. How many steps fit into `--seconds` is measured
-first, for each arm alone, so that a busy moment costs no arm its steps. An arm may have another share of the time:
-`--arms diffusers default@0.33`. Samples are made by the saved pipeline's default scheduler in 20 steps and scored by
-KID against held-out images. Finished runs are kept in OUTPUT_DIR/runs.jsonl, so that the same command goes on after a
-stop. The table is printed, and written to OUTPUT_DIR/table.md.
+first, once for all arms of one optimizer and batch size: a busy moment later on costs no arm its steps. An arm may
+have another share of the time: `--arms diffusers default@0.33`. Samples are made by the saved pipeline's default
+scheduler in 20 steps and scored by KID against held-out images. Finished runs are kept in OUTPUT_DIR/runs.jsonl, so
+that the same command goes on after a stop. The table is printed, and written to OUTPUT_DIR/table.md.
 """
 
 import json
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from trainkit.config import option, parse_options  # noqa: E402
 from trainkit.errors import UserError, run_script  # noqa: E402
 
-CALIBRATION_STEPS, CALIBRATION_TAIL = 40, 20  # steps of a calibration, and the last of them that are timed
+CALIBRATION_STEPS, CALIBRATION_TAIL = 120, 100  # steps of a calibration, and the last of them that are timed
 EPSILON = ["--prediction_type", "epsilon"]
 LINEAR = ["--ddpm_beta_schedule", "linear"]
 FLOW = ["--prediction_type", "flow_prediction"]
@@ -79,8 +79,7 @@ def main() -> None:
     done = kept(output_dir)
     steps = {}
     for name, arm, share in arms:
-        speed = calibrated(options, arm, output_dir)
-        steps[name] = max(1, round(options.seconds * share * speed["steps_per_s"]))
+        steps[name] = max(1, round(options.seconds * share * steps_per_second(options, arm, output_dir)))
 
     jobs = [
         (name, ARMS[arm], seed)
@@ -115,17 +114,19 @@ def kept(output_dir: Path) -> dict[tuple[str, int, int], dict]:
     return {(run["name"], run["seed"], run["steps"]): run for run in runs}
 
 
-def calibrated(options, arm: str, output_dir: Path) -> dict[str, float]:
-    """Steps a second of an arm alone on one thread, measured once and kept in `output_dir`."""
+def steps_per_second(options, arm: str, output_dir: Path) -> float:
+    """Speed of an arm alone on one thread, measured once a kind of step and kept in `output_dir`."""
     file = output_dir / "speed.json"
     speeds = json.loads(file.read_text()) if file.is_file() else {}
-    if arm not in speeds:
+    kind = "adamw" if "adamw" in ARMS[arm] or arm == "diffusers" else "muon"
+    kind += next((f", batch {ARMS[arm][at + 1]}" for at, flag in enumerate(ARMS[arm]) if "batch" in flag), "")
+    if kind not in speeds:
         run_dir = output_dir / "calibration"
         steps = ["--max_train_steps", str(CALIBRATION_STEPS), "--logging_steps", str(CALIBRATION_TAIL)]
         last = train(options, ARMS[arm], run_dir, 0, steps)[-1]
-        speeds[arm] = {"steps_per_s": last["images_per_s"] / (last["images"] / last["step"])}
+        speeds[kind] = last["images_per_s"] / (last["images"] / last["step"])
         file.write_text(json.dumps(speeds, indent=1))
-    return speeds[arm]
+    return speeds[kind]
 
 
 def run_folder(output_dir: Path, name: str, seed: int, steps: int) -> Path:
@@ -140,20 +141,9 @@ def trained(options, name: str, flags: list[str], seed: int, steps: int, output_
     ]
     run_dir = run_folder(output_dir, name, seed, steps)
     log = train(options, [*flags, "--max_train_steps", str(steps)], run_dir, seed, scoring)
-    steps_log = [line for line in log if "images_per_s" in line]
-    images = [line["images"] for line in steps_log]
-    result = {
-        "name": name,
-        "seed": seed,
-        "steps": steps,
-        "images": images[-1],
-        "seconds": sum(
-            (now - before) / line["images_per_s"]
-            for before, now, line in zip([0, *images], images, steps_log, strict=False)
-        ),
-    }
+    result = {"name": name, "seed": seed, "steps": steps}
     for line in log:
-        result |= {key: line[key] for key in ("kid", "kid_std", "validation_loss") if key in line}
+        result |= {key: line[key] for key in ("images", "kid", "kid_std", "validation_loss") if key in line}
     with open(output_dir / "runs.jsonl", "a") as file:
         file.write(json.dumps(result) + "\n")
     return result
@@ -204,12 +194,11 @@ def tabled(steps: dict[str, int], runs: dict) -> str:
         if of_arm:
             kid = [run["kid"] for run in of_arm]
             spread = statistics.stdev(kid) if len(kid) > 1 else float("nan")
-            seconds = statistics.mean(run["seconds"] for run in of_arm)
-            rows.append((statistics.mean(kid), spread, of_arm[0]["images"], seconds, len(kid), name))
-    lines = ["| arm | KID | spread over seeds | seeds | images | seconds |", "|---|---|---|---|---|---|"]
+            rows.append((statistics.mean(kid), spread, len(kid), of_arm[0]["images"], name))
+    lines = ["| arm | KID | spread over seeds | seeds | images |", "|---|---|---|---|---|"]
     lines += [
-        f"| {name} | {kid:.3f} | {spread:.3f} | {count} | {images:,} | {seconds:.0f} |"
-        for kid, spread, images, seconds, count, name in sorted(rows)
+        f"| {name} | {kid:.3f} | {spread:.3f} | {count} | {images:,} |"
+        for kid, spread, count, images, name in sorted(rows)
     ]
     return "\n".join(lines) + "\n"
 
