@@ -19,6 +19,7 @@ import numpy as np
 
 from trainkit.data.images.limits import RejectedImage
 from trainkit.data.sources import records
+from trainkit.data.sources.ignored import Ignored
 from trainkit.data.sources.locations import DataFile, Location, open_file, opened, read_range, read_whole
 from trainkit.data.sources.members import (
     CONTENT_EXTENSIONS,
@@ -47,13 +48,13 @@ class Archives:
     """The images in archives, in their order there, or the files below a URL (`root`)."""
 
     def __init__(self, files: list[DataFile], name: str, vector_column: str, root: str | None = None):
-        self.name, self.files = name, files
+        self.name, self.files, self.ignored = name, files, Ignored()
         if root is not None:
-            self.members = collect(_remote_files(files), 0, root, vector_column)
+            self.members = collect(_remote_files(files), 0, root, vector_column, self.ignored)
         else:
             self.members = []
             for number, file in enumerate(files):
-                self.members += collect(_listed(file), number, file.location.path, vector_column)
+                self.members += collect(_listed(file), number, file.location.path, vector_column, self.ignored)
         if all(member.fault for member in self.members):
             faults = [f"{member.path}: {member.fault[1]}" for member in self.members]
             found = f"{len(faults)} rejected, the first {faults[0]}" if faults else "no image file found inside"
