@@ -58,7 +58,8 @@ class Archives:
         if all(member.fault for member in self.members):
             faults = [f"{member.path}: {member.fault[1]}" for member in self.members]
             found = f"{len(faults)} rejected, the first {faults[0]}" if faults else "no image file found inside"
-            raise UserError(f"--train_data_dir {root or name} holds no image that can be read ({found})")
+            given = files[0].location.path if len(files) == 1 else root or name
+            raise UserError(f"--train_data_dir {given} holds no image that can be read ({found})")
         if not any(member.label for member in self.members):
             folders = class_folders(member.path for member in self.members if not _is_damage(member))
             self.members = [
