@@ -23,7 +23,7 @@ from trainkit.errors import UserError
 
 JOBS_IN_FLIGHT = 3  # for each process: one at work, two waiting
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-# Once, before the workers are forked. Pandas, since pyarrow imports it at its first array: 0.4 s of CPU each otherwise.
+# Once, before workers are forked. Pandas, since pyarrow imports it at its first array: 0.4 s of CPU each otherwise.
 PRELOADED = ["numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "pyarrow", "pandas"]
 DIED = object()  # the result of a call that killed its process
 
