@@ -157,7 +157,7 @@ MEAN, DEVIATION = 0.4, 0.2
 
 
 class ExactDenoiser(UNet2DModel):
-    """For pixels that are normally distributed: the noise of a DDPM, the velocity of flow matching, or what EDM asks."""
+    """For normally distributed pixels: the noise of a DDPM, the velocity of flow matching, or what EDM asks for."""
 
     def forward(self, sample, timestep, class_labels):
         if self.config.attention_head_dim == "edm":  # Karras et al. 2022, Eq. 7, of data of deviation 0.5
