@@ -305,6 +305,16 @@ def test_a_model_of_captions_goes_on_with_the_same_or_another_encoder(tmp_path):
     assert torch.equal(predict(other, encoder_hidden_states=states), predict(other, encoder_hidden_states=-states))
 
 
+def test_the_pipeline_s_noise_schedule_is_taken_where_none_is_named(tmp_path):
+    DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="scaled_linear")).save_pretrained(tmp_path)
+    for named, wanted in ((None, "scaled_linear"), ("linear", "linear")):
+        options = SimpleNamespace(
+            pretrained_model_name_or_path=str(tmp_path), prediction_type="epsilon", ddpm_beta_schedule=named
+        )
+        check_pretrained(options)
+        assert options.ddpm_beta_schedule == wanted
+
+
 def test_what_does_not_fit_is_told(tmp_path):
     old = trained(make_unet())
     DDPMPipeline(old, DDPMScheduler(prediction_type="sample")).save_pretrained(tmp_path)
@@ -312,7 +322,9 @@ def test_what_does_not_fit_is_told(tmp_path):
     assert "not loaded: down_blocks.0.resnets.1" in load_pretrained(deeper, str(tmp_path))
     with pytest.raises(UserError, match="its weights do not fit this UNet"):
         load_pretrained(make_unet(block_out_channels=(16, 32)), str(tmp_path))
-    options = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path), prediction_type="epsilon")
+    options = SimpleNamespace(
+        pretrained_model_name_or_path=str(tmp_path), prediction_type="epsilon", ddpm_beta_schedule=None
+    )
     with pytest.raises(UserError, match="give --prediction_type sample"):
         check_pretrained(options)
     options.pretrained_model_name_or_path = "/nowhere"

@@ -65,6 +65,16 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
     assert parse("--config=" + str(tmp_path / "recipe.yaml")).use_ema is False
 
 
+def test_a_later_recipe_wins_over_an_earlier_one(tmp_path):
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    files[0].write_text("depth: 7\nkind: large\n")
+    files[1].write_text("depth: 8\n")
+    for words in (("--config", *files), ("--config", files[0], "--depth", 8, "--config", files[1])):
+        options = parse(*words)
+        assert (options.depth, options.kind) == (8, "large")
+    assert parse("--config", files[1], files[0]).depth == 7
+
+
 @pytest.mark.parametrize("text", ["1e-4", "0.0001", "1.0e-4", "'1e-4'"])
 def test_yaml_floats_are_floats_however_they_are_written(tmp_path, text):
     assert parse(yaml=f"learning_rate: {text}", tmp_path=tmp_path).learning_rate == 1e-4
@@ -237,3 +247,17 @@ def test_a_bare_no_in_a_recipe_is_the_word_where_a_flag_has_it(tmp_path):
     (tmp_path / "recipe.yaml").write_text("mixed_precision: no\nchannels_last: yes\nuse_ema: no\n")
     options = parse_options(TrainOptions, "", ["--config", str(tmp_path / "recipe.yaml")])
     assert (options.mixed_precision, options.channels_last, options.use_ema) == ("no", "yes", False)
+
+
+def test_the_example_s_defaults_come_back_as_a_recipe():
+    from train_unconditional import Options as TrainOptions
+
+    ours = parse_options(TrainOptions, "", [])
+    theirs = parse_options(TrainOptions, "", ["--config", str(ROOT / "recipes" / "diffusers_defaults.yaml")])
+    assert (theirs.prediction_type, theirs.ddpm_beta_schedule, theirs.ddpm_num_steps) == ("epsilon", "linear", 1000)
+    assert (theirs.optimizer, theirs.learning_rate, theirs.lr_scheduler) == ("adamw", 1e-4, "cosine")
+    assert (theirs.lr_warmup_steps, theirs.train_batch_size, theirs.num_epochs) == (500, 16, 100)
+    assert (theirs.adam_beta1, theirs.adam_beta2, theirs.adam_weight_decay) == (0.95, 0.999, 1e-6)
+    assert (theirs.ema_inv_gamma, theirs.ema_power, theirs.ema_max_decay) == (1.0, 0.75, 0.9999)
+    assert theirs.ddpm_num_inference_steps == 1000
+    assert ours.prediction_type != theirs.prediction_type and ours.optimizer != theirs.optimizer

@@ -1,8 +1,8 @@
 """Dataclass -> command line -> YAML.
 
 A script's options are a dataclass whose bases are the groups it shares with other scripts; every field is one flag of
-the same name. Values come, strongest first, from the command line, from `--config FILE.yaml` and from the field's
-default.
+the same name. Values come, strongest first, from the command line, from the files of `--config` (a later one over an
+earlier one) and from the field's default.
 Nothing here imports torch, so that `--help` answers at once.
 """
 
@@ -35,15 +35,14 @@ def option(default: Any, help: str, *, choices: tuple | None = None, nargs: str 
 
 
 def parse_options(options_class: type[T], description: str, argv: list[str] | None = None) -> T:
-    """Read `options_class` from the command line (`argv`, or `sys.argv`), over the YAML file that `--config` names.
+    """Read `options_class` from the command line (`argv`, or `sys.argv`), over the YAML files that `--config` names.
 
     Raises `UserError` naming the nearest known name for an unknown flag or YAML key, and the flag for a bad value.
     """
     parser = build_parser(options_class, description)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config")
-    config_file = early.parse_known_args(argv)[0].config
-    if config_file is not None:
+    early.add_argument("--config", nargs="+", action="extend", default=[])
+    for config_file in early.parse_known_args(argv)[0].config:
         parser.set_defaults(**_read_yaml(Path(config_file), parser))
     values, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -67,7 +66,11 @@ def build_parser(options_class: type, description: str) -> argparse.ArgumentPars
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, usage=None
     )
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="YAML file of flag: value; the command line overrides it"
+        "--config",
+        metavar="FILE.yaml",
+        nargs="+",
+        action="extend",
+        help="YAML files of flag: value; a later one overrides an earlier one, the command line all of them",
     )
     hints = typing.get_type_hints(options_class)
     for group_class in _groups(options_class):

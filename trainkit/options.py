@@ -113,7 +113,7 @@ class ObjectiveOptions:
     """objective: what the UNet learns to predict, over which noise schedule"""
 
     prediction_type: str = option(
-        "epsilon", "what the UNet predicts: the noise, the image, the velocity, or that of flow matching",
+        "v_prediction", "what the UNet predicts: the noise, the image, the velocity, or that of flow matching",
         choices=("epsilon", "sample", "v_prediction", "flow_prediction"),
     )  # fmt: skip
     loss_weighting: str | None = option(
@@ -132,9 +132,10 @@ class ObjectiveOptions:
     edm_p_mean: float = option(-1.2, "edm_lognormal: mean of ln(noise / image), in standard deviations of the noise")
     edm_p_std: float = option(1.2, "edm_lognormal: standard deviation of that")
     ddpm_num_steps: int = option(1000, "steps of the training noise schedule")
-    ddpm_beta_schedule: str = option(
-        "linear", "noise schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-    )
+    ddpm_beta_schedule: str | None = option(
+        None, "noise schedule; default: that of --pretrained_model_name_or_path, else squaredcos_cap_v2",
+        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+    )  # fmt: skip
     noise_shift: float = option(
         1.0, "noise over image at each timestep times this: the image's side / 64, for example"
     )
@@ -181,7 +182,7 @@ class OptimizationOptions:
     max_train_images: int | None = option(None, "images in all, in the place of --max_train_steps: for any batch size")
     train_batch_size: int = option(16, "images a device and micro-step; the global batch is logged")
     gradient_accumulation_steps: int = option(1, "micro-steps to one optimizer step")
-    learning_rate: float = option(1e-4, "peak learning rate, after warm-up")
+    learning_rate: float = option(2e-3, "peak learning rate, after warm-up")
     lr_scheduler: str = option(
         "cosine", "learning-rate schedule over optimizer steps",
         choices=(
@@ -189,7 +190,7 @@ class OptimizationOptions:
             "warmup_stable_decay",
         ),
     )  # fmt: skip
-    lr_warmup_steps: int = option(500, "optimizer steps over which the rate rises from 0")
+    lr_warmup_steps: int = option(100, "optimizer steps over which the rate rises from 0")
     lr_step_size: int = option(10000, "with --lr_scheduler step: optimizer steps between two drops")
     lr_step_gamma: float = option(0.1, "with --lr_scheduler step: factor of each drop")
     lr_num_cycles: int = option(1, "with --lr_scheduler cosine_with_restarts: cosines after warm-up")
@@ -198,7 +199,7 @@ class OptimizationOptions:
         None, "with --lr_scheduler warmup_stable_decay: optimizer steps of the decay at the end; default: a fifth"
     )
     optimizer: str = option(
-        "adamw", "optimizer; muon learns sooner on short runs, at the learning rates of adamw",
+        "muon", "optimizer; muon learns sooner than adamw, at the same learning rates or larger",
         choices=(
             "adamw", "adam", "muon", "lion", "lamb", "adafactor", "prodigy", "schedule_free_adamw", "adamw_8bit",
         ),

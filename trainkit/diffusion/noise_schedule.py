@@ -10,6 +10,8 @@ at integer timesteps. Flow matching (FlowMatchEulerDiscreteScheduler): alpha = 1
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+DEFAULT_BETA_SCHEDULE = "squaredcos_cap_v2"
 NoiseScheduler = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 
@@ -26,7 +28,7 @@ def build_noise_scheduler(options) -> NoiseScheduler:
         )
     settings = {
         "num_train_timesteps": options.ddpm_num_steps,
-        "beta_schedule": options.ddpm_beta_schedule,
+        "beta_schedule": options.ddpm_beta_schedule or DEFAULT_BETA_SCHEDULE,
         "prediction_type": options.prediction_type,
     }
     plain = DDPMScheduler(**settings)

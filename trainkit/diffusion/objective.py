@@ -26,7 +26,7 @@ def check_objective(options) -> None:
         raise UserError(
             f"--snr_gamma {gamma} belongs to --loss_weighting min_snr or soft_min_snr, not {weighting}: leave one out"
         )
-    if flow and options.ddpm_beta_schedule != "linear":
+    if flow and options.ddpm_beta_schedule is not None:
         raise UserError(
             f"--ddpm_beta_schedule {options.ddpm_beta_schedule}: --prediction_type flow_prediction has no betas, only "
             "--noise_shift; leave it out"
@@ -131,10 +131,12 @@ def loss_weights(
 
 def _check_end(options) -> None:
     """Refuse a schedule that a shift below 1 makes end in an image still seen, where sampling starts from noise."""
-    left = build_noise_scheduler(options).alphas_cumprod[-1].sqrt().item()
+    scheduler = build_noise_scheduler(options)
+    left = scheduler.alphas_cumprod[-1].sqrt().item()
     if left > MOST_IMAGE_AT_END:
+        schedule = scheduler.config.beta_schedule
         raise UserError(
-            f"--noise_shift {options.noise_shift}: the last timestep of {options.ddpm_beta_schedule} would still hold "
+            f"--noise_shift {options.noise_shift}: the last timestep of {schedule} would still hold "
             f"{left:.0%} of the image, and sampling starts from pure noise; take a larger one, or squaredcos_cap_v2"
         )
 

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UN
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
+from trainkit.diffusion.noise_schedule import BETA_SCHEDULES
 from trainkit.diffusion.text_unet import adapt_cross_attention
 from trainkit.diffusion.unet import find_unet
 from trainkit.errors import UserError
@@ -26,15 +27,22 @@ EMBEDDING, WEIGHTS = "vector_embedding", "diffusion_pytorch_model.safetensors"
 
 
 def check_pretrained(options) -> None:
-    """Refuse a pipeline that cannot be read, or that was trained for another `--prediction_type`."""
+    """Refuse a pipeline that cannot be read, or that was trained for another `--prediction_type`.
+
+    Its noise schedule becomes `--ddpm_beta_schedule`, where that was not given.
+    """
     name = options.pretrained_model_name_or_path
     if name is None:
         return
     find_unet(name, FLAG)
     try:
-        trained_for = DDPMScheduler.load_config(name, subfolder="scheduler").get("prediction_type")
+        config = DDPMScheduler.load_config(name, subfolder="scheduler")
     except (OSError, ValueError):
         return  # older pipelines keep it elsewhere
+    trained_for = config.get("prediction_type")
+    if options.ddpm_beta_schedule is None and trained_for != "flow_prediction":
+        schedule = config.get("beta_schedule")
+        options.ddpm_beta_schedule = schedule if schedule in BETA_SCHEDULES else None
     if trained_for not in (None, options.prediction_type):
         raise UserError(
             f"--prediction_type {options.prediction_type}, but {FLAG} {name} was trained for {trained_for}: give "

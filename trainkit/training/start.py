@@ -69,6 +69,7 @@ def parse_training_options(options_class: type[T], description: str) -> T:
 def check_before_preparation(options: TrainingOptions) -> None:
     """Raise `UserError` for what cannot work, while it costs nothing yet."""
     from trainkit.data.loading.augment import check_augmentation
+    from trainkit.diffusion.noise_schedule import DEFAULT_BETA_SCHEDULE
     from trainkit.diffusion.objective import check_objective
     from trainkit.diffusion.pretrained import check_pretrained
     from trainkit.diffusion.unet import check_unet_options
@@ -84,6 +85,8 @@ def check_before_preparation(options: TrainingOptions) -> None:
     check_augmentation(options, grey=options.image_mode == "L")
     check_unet_options(options)
     check_pretrained(options)
+    if options.ddpm_beta_schedule is None and options.prediction_type != "flow_prediction":
+        options.ddpm_beta_schedule = DEFAULT_BETA_SCHEDULE  # by name in the log and on the model card
     check_output_dir(options)
 
 

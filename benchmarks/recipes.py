@@ -1,0 +1,218 @@
+"""Which settings are best for the same time? Trains each of them on real images for as long, and scores the samples.
+
+    python recipes/fetch_images.py fashion_mnist data/fashion --limit 10000
+    python benchmarks/recipes.py --data_dir data/fashion --seconds 120 --seeds 0 1 2 --output_dir recipes-fashion
+
+An arm is train_unconditional.py's defaults with a few flags changed; `diffusers` is recipes/diffusers_defaults.yaml.
+All arms train the same UNet, one thread each, `--jobs` at a time. How many steps fit into `--seconds` is measured
+first, for each arm alone, so that a busy moment costs no arm its steps. An arm may have another share of the time:
+`--arms diffusers default@0.33`. Samples are made by the saved pipeline's default scheduler in 20 steps and scored by
+KID against held-out images. Finished runs are kept in OUTPUT_DIR/runs.jsonl, so that the same command goes on after a
+stop. The table is printed, and written to OUTPUT_DIR/table.md.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from trainkit.config import option, parse_options  # noqa: E402
+from trainkit.errors import UserError, run_script  # noqa: E402
+
+CALIBRATION_STEPS, CALIBRATION_TAIL = 40, 20  # steps of a calibration, and the last of them that are timed
+EPSILON = ["--prediction_type", "epsilon"]
+LINEAR = ["--ddpm_beta_schedule", "linear"]
+FLOW = ["--prediction_type", "flow_prediction"]
+ARMS = {
+    "default": [],
+    "diffusers": ["--config", str(ROOT / "recipes/diffusers_defaults.yaml")],
+    "epsilon, linear": EPSILON + LINEAR,
+    "epsilon, cosine": EPSILON,
+    "v, linear": LINEAR,
+    "flow": FLOW,
+    "flow, logit-normal": [*FLOW, "--timestep_sampling", "logit_normal"],
+    "min-SNR": ["--loss_weighting", "min_snr"],
+    "epsilon, linear, min-SNR": [*EPSILON, *LINEAR, "--loss_weighting", "min_snr"],
+    "logit-normal": ["--timestep_sampling", "logit_normal"],
+    "shift 0.5": ["--noise_shift", "0.5"],
+    "AdamW 1e-3": ["--optimizer", "adamw", "--learning_rate", "1e-3"],
+    "AdamW 2e-3": ["--optimizer", "adamw", "--learning_rate", "2e-3"],
+    "rate 1e-3": ["--learning_rate", "1e-3"],
+    "rate 2.5e-3": ["--learning_rate", "2.5e-3"],
+    "rate 5e-3": ["--learning_rate", "5e-3"],
+    "rate 1e-2": ["--learning_rate", "1e-2"],
+    "batch 32": ["--train_batch_size", "32"],
+    "batch 64": ["--train_batch_size", "64"],
+    "EMA 0.99": ["--ema_max_decay", "0.99"],
+    "EMA 0.999": ["--ema_max_decay", "0.999"],
+    "EMA power 0.6": ["--ema_power", "0.6"],
+    "no EMA": ["--no_use_ema"],
+}
+
+
+@dataclass
+class BenchmarkOptions:
+    """benchmark"""
+
+    data_dir: str = option("data/fashion", "folder that recipes/fetch_images.py made: train/ and heldout/")
+    arms: list[str] = option(["default", "diffusers"], "which settings, `all`, or NAME@SHARE of the time", nargs="+")
+    seeds: list[int] = option([0, 1, 2], "seeds that each arm is trained with", nargs="+")
+    seconds: float = option(120.0, "seconds of training each run gets, on one thread")
+    unet: str = option(str(ROOT / "recipes/mnist_unet"), "config of the UNet; its channels follow the images")
+    num_images: int = option(500, "samples to a score")
+    jobs: int = option(2, "runs at a time, a thread each")
+    output_dir: str = option("recipes-benchmark", "folder for runs, samples and the table")
+
+
+def main() -> None:
+    options = parse_options(BenchmarkOptions, __doc__)
+    arms = [(name, *split_share(name)) for name in (ARMS if options.arms == ["all"] else options.arms)]
+    output_dir = Path(options.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    done = kept(output_dir)
+    steps = {}
+    for name, arm, share in arms:
+        speed = calibrated(options, arm, output_dir)
+        steps[name] = max(1, round(options.seconds * share * speed["steps_per_s"]))
+
+    jobs = [
+        (name, ARMS[arm], seed)
+        for seed in options.seeds
+        for name, arm, _ in arms
+        if (name, seed, steps[name]) not in done
+    ]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for result in pool.map(lambda job: trained(options, *job, steps[job[0]], output_dir), jobs):
+            print(json.dumps(result), flush=True)
+    table = tabled(steps, kept(output_dir))
+    (output_dir / "table.md").write_text(table)
+    print(table)
+
+
+def split_share(name: str) -> tuple[str, float]:
+    """`default@0.33` -> ("default", 0.33). Raises `UserError`."""
+    arm, _, share = name.partition("@")
+    if arm not in ARMS:
+        raise UserError(f"--arms {arm} is not one of: {', '.join(ARMS)}")
+    try:
+        return arm, float(share or 1)
+    except ValueError:
+        raise UserError(f"--arms {name}: the share after @ must be a number") from None
+
+
+def kept(output_dir: Path) -> dict[tuple[str, int, int], dict]:
+    """The finished runs of `output_dir` by (name, seed, steps)."""
+    file = output_dir / "runs.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    runs = [json.loads(line) for line in lines]
+    return {(run["name"], run["seed"], run["steps"]): run for run in runs}
+
+
+def calibrated(options, arm: str, output_dir: Path) -> dict[str, float]:
+    """Steps a second of an arm alone on one thread, measured once and kept in `output_dir`."""
+    file = output_dir / "speed.json"
+    speeds = json.loads(file.read_text()) if file.is_file() else {}
+    if arm not in speeds:
+        run_dir = output_dir / "calibration"
+        steps = ["--max_train_steps", str(CALIBRATION_STEPS), "--logging_steps", str(CALIBRATION_TAIL)]
+        last = train(options, ARMS[arm], run_dir, 0, steps)[-1]
+        speeds[arm] = {"steps_per_s": last["images_per_s"] / (last["images"] / last["step"])}
+        file.write_text(json.dumps(speeds, indent=1))
+    return speeds[arm]
+
+
+def run_folder(output_dir: Path, name: str, seed: int, steps: int) -> Path:
+    return output_dir / re.sub("[^a-z0-9.@]+", "-", f"{name} {seed} {steps}".lower())
+
+
+def trained(options, name: str, flags: list[str], seed: int, steps: int, output_dir: Path) -> dict:
+    """Train and score one run; its numbers are appended to runs.jsonl."""
+    scoring = [
+        *("--score_steps", str(10**9), "--score_images", str(options.num_images), "--eval_batch_size", "100"),
+        *("--validation_data_dir", f"{options.data_dir}/heldout"),
+    ]
+    run_dir = run_folder(output_dir, name, seed, steps)
+    log = train(options, [*flags, "--max_train_steps", str(steps)], run_dir, seed, scoring)
+    steps_log = [line for line in log if "images_per_s" in line]
+    images = [line["images"] for line in steps_log]
+    result = {
+        "name": name,
+        "seed": seed,
+        "steps": steps,
+        "images": images[-1],
+        "seconds": sum(
+            (now - before) / line["images_per_s"]
+            for before, now, line in zip([0, *images], images, steps_log, strict=False)
+        ),
+    }
+    for line in log:
+        result |= {key: line[key] for key in ("kid", "kid_std", "validation_loss") if key in line}
+    with open(output_dir / "runs.jsonl", "a") as file:
+        file.write(json.dumps(result) + "\n")
+    return result
+
+
+def train(options, flags: list[str], run_dir: Path, seed: int, more_flags: list[str]) -> list[dict]:
+    """Run train_unconditional.py with `flags`; the lines of its metrics.jsonl. `more_flags` win over all others."""
+    command = [
+        *(sys.executable, str(ROOT / "train_unconditional.py")),
+        *("--train_data_dir", f"{options.data_dir}/train", "--model_config_name_or_path", options.unet, *flags),
+        *("--resolution", str(resolution(options)), "--center_crop", "--image_mode", image_mode(options)),
+        *("--output_dir", str(run_dir), "--overwrite_output_dir", "--seed", str(seed), "--cpu_threads", "1"),
+        *("--mixed_precision", "bf16", "--logger", "none", "--checkpointing_steps", "0", "--num_epochs", "1000000"),
+        *("--preview_steps", str(10**9), "--save_model_epochs", str(10**9)),
+        *("--ddpm_num_inference_steps", "20", *more_flags),
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if finished.returncode:
+        raise UserError(f"{' '.join(command)} failed: {finished.stderr[-2000:]}")
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def first_image(options):
+    from PIL import Image
+
+    file = next(iter(sorted(Path(options.data_dir, "train").rglob("*.png"))), None)
+    if file is None:
+        raise UserError(f"--data_dir {options.data_dir}: no train/**/*.png; python recipes/fetch_images.py makes it")
+    return Image.open(file)
+
+
+def resolution(options) -> int:
+    return min(first_image(options).size)
+
+
+def image_mode(options) -> str:
+    return first_image(options).mode
+
+
+def tabled(steps: dict[str, int], runs: dict) -> str:
+    """A Markdown table of the arms, best first: mean over seeds and their spread (standard deviation).
+
+    `steps` has the arms and the length of their runs.
+    """
+    rows = []
+    for name in steps:
+        of_arm = [run for (arm, _, count), run in runs.items() if arm == name and count == steps[name]]
+        if of_arm:
+            kid = [run["kid"] for run in of_arm]
+            spread = statistics.stdev(kid) if len(kid) > 1 else float("nan")
+            seconds = statistics.mean(run["seconds"] for run in of_arm)
+            rows.append((statistics.mean(kid), spread, of_arm[0]["images"], seconds, len(kid), name))
+    lines = ["| arm | KID | spread over seeds | seeds | images | seconds |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {kid:.3f} | {spread:.3f} | {count} | {images:,} | {seconds:.0f} |"
+        for kid, spread, images, seconds, count, name in sorted(rows)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_script(main)
