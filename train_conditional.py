@@ -66,6 +66,7 @@ def train(options: Options) -> None:
     from trainkit.diffusion.unet import build_unet
     from trainkit.hub import create_repository
     from trainkit.training.launch import make_deterministic, set_cpu_threads
+    from trainkit.training.learning_rate import find_learning_rate
     from trainkit.training.run import Run
     from trainkit.training.score import SampleScore
     from trainkit.training.start import check_before_preparation, start_accelerator
@@ -109,6 +110,12 @@ def train(options: Options) -> None:
     def unguided_samples(unet, indices):  # guidance would trade the variety that the score looks for
         return samples(run, unet, noise_scheduler, condition.of_images(indices), guidance_scale=1.0)
 
+    def loss_of(model, batch):
+        return losses(model, batch, draw_timesteps(options, noise_scheduler, batch.uniforms)).mean()
+
+    if options.find_learning_rate:
+        find_learning_rate(run, loss_of)
+        return
     validation = None
     if held_out is not None:
         validation = HeldOutLoss(run, held_out, losses, options.ddpm_num_steps, held_out_condition)
@@ -117,8 +124,7 @@ def train(options: Options) -> None:
         score = SampleScore(run, held_out, noise_scheduler, unguided_samples)
 
     for batch in run.batches():
-        timesteps = draw_timesteps(options, noise_scheduler, batch.uniforms)
-        run.update(losses(run.model, batch, timesteps).mean())
+        run.update(loss_of(run.model, batch))
 
         if run.due(steps=options.validation_steps):
             validation.measure()

@@ -35,6 +35,7 @@ def train(options: Options) -> None:
     from trainkit.diffusion.timesteps import draw_timesteps
     from trainkit.diffusion.unet import build_unet
     from trainkit.hub import create_repository
+    from trainkit.training.learning_rate import find_learning_rate
     from trainkit.training.run import Run
     from trainkit.training.score import SampleScore
     from trainkit.training.start import check_before_preparation, start_accelerator
@@ -60,12 +61,17 @@ def train(options: Options) -> None:
         weighting = options.snr_gamma, options.loss_weighting
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
 
+    def loss_of(model, batch):
+        return losses(model, batch, draw_timesteps(options, noise_scheduler, batch.uniforms)).mean()
+
+    if options.find_learning_rate:
+        find_learning_rate(run, loss_of)
+        return
     validation = None if held_out is None else HeldOutLoss(run, held_out, losses, options.ddpm_num_steps)
     score = None if options.score_steps is None else SampleScore(run, held_out, noise_scheduler)
 
     for batch in run.batches():
-        timesteps = draw_timesteps(options, noise_scheduler, batch.uniforms)
-        run.update(losses(run.model, batch, timesteps).mean())
+        run.update(loss_of(run.model, batch))
 
         if run.due(steps=options.validation_steps):
             validation.measure()

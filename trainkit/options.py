@@ -183,6 +183,7 @@ class OptimizationOptions:
     train_batch_size: int = option(16, "images a device and micro-step; the global batch is logged")
     gradient_accumulation_steps: int = option(1, "micro-steps to one optimizer step")
     learning_rate: float = option(2e-3, "peak learning rate, after warm-up")
+    find_learning_rate: bool = option(False, "train nothing: try rates for 120 steps, suggest one, draw the curve")
     lr_scheduler: str = option(
         "cosine", "learning-rate schedule over optimizer steps",
         choices=(

@@ -134,7 +134,7 @@ class Run:
                 self._micro_step = batch.micro_step
                 first_row = self.shape.rows(batch.micro_step).start
                 torch.manual_seed(hash((self.options.seed, batch.step, first_row)))  # dropout, where the model has any
-                with contextlib.nullcontext() if self.end_of_step else self._no_gradient_sync():
+                with contextlib.nullcontext() if self.end_of_step else self.no_gradient_sync():
                     yield batch
                 if self.end_of_step and signals.agreed():
                     self.stopped = True
@@ -151,7 +151,8 @@ class Run:
             self.checkpoints.close()
             self.log.close()
 
-    def _no_gradient_sync(self) -> contextlib.AbstractContextManager:
+    def no_gradient_sync(self) -> contextlib.AbstractContextManager:
+        """Around every micro-step of an optimizer step but the last."""
         return no_gradient_sync(self.unet) if self.sharded else self.accelerator.no_sync(self.model)
 
     @property

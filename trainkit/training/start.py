@@ -73,6 +73,7 @@ def check_before_preparation(options: TrainingOptions) -> None:
     from trainkit.diffusion.objective import check_objective
     from trainkit.diffusion.pretrained import check_pretrained
     from trainkit.diffusion.unet import check_unet_options
+    from trainkit.training.learning_rate import check_learning_rate_search
     from trainkit.training.optimization import check_optimization
     from trainkit.training.power_ema import check_power_lengths
     from trainkit.training.resume import check_output_dir
@@ -84,6 +85,7 @@ def check_before_preparation(options: TrainingOptions) -> None:
     check_objective(options)
     check_optimization(options)
     check_power_lengths(options)
+    check_learning_rate_search(options)
     check_augmentation(options, grey=options.image_mode == "L")
     check_unet_options(options)
     check_pretrained(options)

@@ -1,0 +1,69 @@
+"""`--find_learning_rate`: what it suggests, what it leaves behind, what it refuses."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from training_helpers import losses, same_weights, tiny_run
+
+from trainkit.errors import UserError
+from trainkit.training import learning_rate
+from trainkit.training.learning_rate import FILE, suggested_rate
+
+RATES = np.geomspace(1e-6, 1, 121).tolist()
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def test_a_third_of_the_rate_of_the_lowest_loss_is_suggested():
+    curve = [1 - 0.8 * np.exp(-((np.log10(rate) + 2) ** 2)) for rate in RATES]  # lowest at 1e-2
+    assert suggested_rate(RATES, curve) == pytest.approx(3e-3)
+    lucky = list(curve)
+    lucky[20] = 0.01  # one step is no minimum
+    assert suggested_rate(RATES, lucky) == pytest.approx(3e-3)
+    assert suggested_rate(RATES[:85], [*curve[:84], float("nan")]) == pytest.approx(3e-3)  # failed at 1.6e-2
+
+
+def test_a_loss_that_never_falls_is_said():
+    with pytest.raises(UserError, match="--find_learning_rate: the loss .* fell at no rate") as refusal:
+        suggested_rate(RATES, [1.0 + rate for rate in RATES])
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_search_finds_a_rate_and_leaves_the_run_as_it_was(
+    image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch, capsys, accumulation
+):
+    import train_unconditional
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(learning_rate, "STEPS", 30)
+
+    def train(name, **flags):
+        flags |= {"max_train_steps": 3, "gradient_accumulation_steps": accumulation}
+        arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
+        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
+        train_unconditional.main()
+        return tmp_path / name
+
+    searched = train("searched", find_learning_rate=True)
+    found = json.loads((searched / FILE).read_text())
+    assert sorted(path.name for path in searched.iterdir()) == [FILE, "learning_rate.png"]
+    assert f"--learning_rate {found['learning_rate']:.2g} is a good start" in capsys.readouterr().out
+    assert len(found["rates"]) == len(found["losses"]) and found["rates"] == sorted(found["rates"])
+    assert 1e-5 < found["learning_rate"] < max(found["rates"])
+    assert min(found["losses"]) < 0.9 * found["losses"][0]  # it did train while it searched
+    train("searched")
+    plain = train("plain")
+    assert losses(searched) == losses(plain)
+    same_weights(searched / WEIGHTS, plain / WEIGHTS)
+
+
+def test_prodigy_needs_no_search(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
+    import train_unconditional
+
+    flags = {"find_learning_rate": True, "optimizer": "prodigy", "learning_rate": 1}
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, **flags)
+    monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
+    with pytest.raises(UserError, match="--optimizer prodigy finds the rate itself"):
+        train_unconditional.main()

@@ -1,0 +1,138 @@
+"""Which learning rate suits these images, this network and this batch? A short run whose rate rises until it fails.
+
+The loss is not that of the batches trained on, which jumps with the timesteps they draw, but that of always the same
+images, noise and evenly spread timesteps after each step: so a hundred steps give a curve that can be read (the range
+test of Smith 2017, with this probe). Nothing of it is kept: the run that follows is the one there would be without.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from trainkit.data.loading.loader import Batch
+from trainkit.errors import UserError
+
+LEAST_RATE, MOST_RATE, STEPS = 1e-6, 1.0, 120  # 20 steps to a factor of ten
+FAILED = 1.5  # times the least loss so far, from which on nothing is to be learned from higher rates
+BEFORE_LOWEST = 3.0  # a whole run keeps its rate far longer than the sweep does
+FILE = "learning_rate.json"
+
+
+def check_learning_rate_search(options) -> None:
+    """Raise `UserError` where `--find_learning_rate` has nothing to find."""
+    if options.find_learning_rate and options.optimizer == "prodigy":
+        raise UserError("--find_learning_rate: --optimizer prodigy finds the rate itself; leave the flag out")
+
+
+def find_learning_rate(run, loss_of: Callable[[torch.nn.Module, Batch], torch.Tensor]) -> float:
+    """Sweep the rate of `run`, which must not be trained afterwards; print, plot and return the suggested one.
+
+    `loss_of(model, batch)` is the scalar loss of training. Writes learning_rate.json (rates, losses, the suggestion)
+    and learning_rate.png into --output_dir, and no checkpoint. A collective.
+    """
+    probe = _probe(run)
+    rates, losses = [], []
+    run.model.train()
+    for rate, batches in zip(np.geomspace(LEAST_RATE, MOST_RATE, STEPS).tolist(), _steps(run), strict=True):
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        _step(run, batches, loss_of)
+        with torch.no_grad():
+            loss = run.accelerator.reduce(loss_of(run.model, probe).float(), "mean").item()
+        rates.append(rate)
+        losses.append(loss)
+        if not math.isfinite(loss) or loss > max(losses[0], FAILED * min(losses)):
+            break
+    suggestion = suggested_rate(rates, losses)
+    if run.accelerator.is_main_process:
+        with run.writing(FILE):
+            _write(run, rates, losses, suggestion)
+    run.accelerator.print(
+        f"\n--learning_rate {suggestion:.2g} is a good start for --optimizer {run.options.optimizer}; the curve is in "
+        f"{run.output_dir / 'learning_rate.png'}. Nothing was trained: run again without --find_learning_rate",
+        flush=True,
+    )
+    run.accelerator.end_training()
+    return suggestion
+
+
+def suggested_rate(rates: list[float], losses: list[float]) -> float:
+    """A rate from a sweep: a third of the one at which the smoothed loss is the lowest, to one digit.
+
+    Raises `UserError` where the loss never fell.
+    """
+    smooth = _smoothed([loss if math.isfinite(loss) else float("inf") for loss in losses])
+    lowest = int(np.argmin(smooth))
+    if not smooth[lowest] < 0.98 * losses[0]:
+        raise UserError(
+            f"--find_learning_rate: the loss ({losses[0]:.3f}) fell at no rate from {rates[0]:g} to {rates[-1]:g}; "
+            "leave the flag out, or, with --pretrained_model_name_or_path, start from --learning_rate 2e-5"
+        )
+    return float(f"{rates[lowest] / BEFORE_LOWEST:.0e}")
+
+
+def _smoothed(losses: list[float]) -> np.ndarray:
+    """The median of each five neighbours: one lucky step is no minimum."""
+    padded = np.pad(np.asarray(losses), 2, mode="edge")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
+
+
+def _steps(run):
+    """The micro-batches of each of `STEPS` optimizer steps from the run's own on, as training would see them."""
+    micro_steps, batches = run.shape.micro_steps, []
+    for batch in run.loader.iterate(run.step, run.step + STEPS):
+        batches.append(batch)
+        if len(batches) == micro_steps:
+            yield batches
+            batches = []
+
+
+def _probe(run) -> Batch:
+    """A micro-batch that the sweep does not train on, its timesteps evenly spread over all processes."""
+    batch = next(iter(run.loader.iterate(run.step + STEPS, run.step + STEPS + 1)))
+    count, world = len(batch.uniforms), run.accelerator.num_processes
+    places = torch.arange(run.accelerator.process_index, count * world, world, dtype=torch.float64)
+    return replace(batch, uniforms=((places + 0.5) / (count * world)).to(batch.uniforms.device))
+
+
+def _step(run, batches: list[Batch], loss_of) -> None:
+    for number, batch in enumerate(batches):
+        with run.no_gradient_sync() if number < len(batches) - 1 else contextlib.nullcontext():
+            run.accelerator.backward(loss_of(run.model, batch))
+    run.accelerator.clip_grad_norm_(run.unet.parameters(), run.options.max_grad_norm or math.inf)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+def _write(run, rates: list[float], losses: list[float], suggestion: float) -> None:
+    found = {
+        "learning_rate": suggestion,
+        "optimizer": run.options.optimizer,
+        "global_batch_size": run.shape.global_size,
+        "rates": rates,
+        "losses": [loss if math.isfinite(loss) else None for loss in losses],
+    }
+    staging = run.output_dir / f".tmp-{FILE}"
+    staging.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(staging, run.output_dir / FILE)
+    _plot(run.output_dir / "learning_rate.png", rates, losses, suggestion)
+
+
+def _plot(file, rates: list[float], losses: list[float], suggestion: float) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="learning rate", ylabel="loss of the probe", xscale="log")
+    axes.plot(rates, losses)
+    axes.axvline(suggestion, color="red", label=f"{suggestion:.2g}")
+    axes.set_ylim(0, 1.2 * losses[0])
+    axes.legend()
+    staging = file.with_name(f".tmp-{file.name}")
+    figure.savefig(staging, dpi=100, format="png")
+    os.replace(staging, file)
