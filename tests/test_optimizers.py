@@ -9,7 +9,7 @@ import torch
 from training_helpers import losses, same_weights, tiny_run
 
 from trainkit.errors import UserError
-from trainkit.options import HardwareOptions, OptimizationOptions
+from trainkit.options.training import HardwareOptions, OptimizationOptions
 from trainkit.training.optimization import (
     averaged_by_optimizer,
     build_lr_scheduler,

@@ -26,7 +26,7 @@ from transformers import (
 
 from trainkit.diffusion.text import TextCondition, load_text_encoder
 from trainkit.errors import UserError
-from trainkit.options import TextOptions
+from trainkit.options.model import TextOptions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WORDS = "[PAD] [UNK] [CLS] [SEP] a red green blue square of shade one two".split()

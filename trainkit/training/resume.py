@@ -9,14 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from trainkit.errors import UserError
-from trainkit.options import (
-    AugmentationOptions,
-    EmaOptions,
-    ImageOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizationOptions,
-)
+from trainkit.options.data import AugmentationOptions, ImageOptions
+from trainkit.options.model import ModelOptions, ObjectiveOptions
+from trainkit.options.training import EmaOptions, OptimizationOptions
 from trainkit.training import checkpoint as checkpoints
 from trainkit.training.metrics import truncate_metrics
 

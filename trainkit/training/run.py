@@ -29,7 +29,7 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch, BatchLoader, Condition
 from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.errors import UserError
-from trainkit.options import SECRET_OPTIONS
+from trainkit.options.training import SECRET_OPTIONS
 from trainkit.training.division import divide_global_batch
 from trainkit.training.ema import ShadowWeights, build_ema
 from trainkit.training.guards import SkippedSteps, check_replicas, step_if_finite

@@ -7,19 +7,15 @@ from typing import TypeVar
 
 from trainkit.config import parse_options
 from trainkit.errors import UserError
-from trainkit.options import (
-    AugmentationOptions,
+from trainkit.options.data import AugmentationOptions, ImageOptions, LoadingOptions, SourceOptions
+from trainkit.options.model import ModelOptions, ObjectiveOptions
+from trainkit.options.training import (
     CheckpointOptions,
     EmaOptions,
     HardwareOptions,
     HubOptions,
-    ImageOptions,
-    LoadingOptions,
     LoggingOptions,
-    ModelOptions,
-    ObjectiveOptions,
     OptimizationOptions,
-    SourceOptions,
     ValidationOptions,
 )
 
