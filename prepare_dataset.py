@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainkit.config import option, parse_options
 from trainkit.errors import UserError, run_script
-from trainkit.options import ImageOptions, SourceOptions
+from trainkit.options.data import ImageOptions, SourceOptions
 
 
 @dataclass

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from trainkit.config import option
 from trainkit.errors import run_script
-from trainkit.options import LatentOptions, TextOptions
+from trainkit.options.model import LatentOptions, TextOptions
 from trainkit.training.start import TrainingOptions, parse_training_options
 
 

@@ -25,19 +25,19 @@ MAX_PROMPT_LENGTH = 512  # tokens, for an encoder that names no limit
 
 
 def encode_prompts(
-    tokenizer, text_encoder, prompts: Sequence[str], prompt_length: int | None = None
+    tokenizer, text_encoder, prompts: Sequence[str], prompt_length: int | None = None, device=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states (B, L, width) of a transformers encoder and the mask (B, L) of the tokens that are no padding.
 
     Every prompt is padded to `prompt_length` tokens, the encoder's own limit where it is None, so that its encoding
-    does not depend on the others.
+    does not depend on the others. `device` is where the encoder runs, if its weights lie elsewhere (offloaded ones).
 
     Raises:
         ValueError: a prompt has more tokens than that.
     """
     length = check_prompts(tokenizer, text_encoder, prompts, prompt_length)
     tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    device = next(text_encoder.parameters()).device
+    device = device or next(text_encoder.parameters()).device
     mask = tokens.attention_mask.to(device)
     with torch.no_grad():
         states = text_encoder(input_ids=tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
@@ -49,6 +49,8 @@ def check_prompts(tokenizer, text_encoder, prompts: Sequence[str], prompt_length
     positions = getattr(text_encoder.config, "max_position_embeddings", None) or MAX_PROMPT_LENGTH
     length = prompt_length or min(tokenizer.model_max_length, positions, MAX_PROMPT_LENGTH)
     for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt: {prompt!r} is no text")
         tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         if tokens > length:
             raise ValueError(f"prompt: {prompt[:40]!r} has {tokens} tokens, the model takes {length}: shorten it")
@@ -65,6 +67,19 @@ def noise_level(scheduler, index: int, timestep: torch.Tensor) -> float:
         alpha = np.interp(float(timestep), np.arange(len(alphas_cumprod)), alphas_cumprod)
         return math.inf if alpha <= 0 else math.sqrt((1 - alpha) / alpha)
     return float(scheduler.sigmas[index])
+
+
+def checked_interval(scale: float, interval: Sequence[float] | None, rescale: float) -> tuple[float, float]:
+    """The noise levels (low, high) to guide between; `ValueError` for guidance that makes no sense."""
+    if not 1 <= scale < math.inf:
+        raise ValueError(f"guidance_scale {scale} must be at least 1 (no guidance)")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale {rescale} must be 0 to 1")
+    if interval is None:
+        return 0.0, math.inf
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"guidance_interval {interval}: give two noise levels, the lower first, both at least 0")
+    return tuple(interval)
 
 
 def rescaled(guided: torch.Tensor, conditional: torch.Tensor, factor: float) -> torch.Tensor:
@@ -112,15 +127,10 @@ class ConditionalPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(
-            unet=unet,
-            scheduler=scheduler,
-            vector_embedding=vector_embedding,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            vae=vae,
-            guidance_unet=guidance_unet,
+            unet=unet, scheduler=scheduler, vector_embedding=vector_embedding, text_encoder=text_encoder,
+            tokenizer=tokenizer, vae=vae, guidance_unet=guidance_unet,
             guidance_vector_embedding=guidance_vector_embedding,
-        )
+        )  # fmt: skip
         names = None if id2label is None else {int(label): str(name) for label, name in id2label.items()}
         self.register_to_config(id2label=names, prompt_length=prompt_length)
 
@@ -153,9 +163,8 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def encode_labels(self, labels) -> torch.Tensor:
         """Labels (B,) from ids, names and None (null), one or several; a number that is no name counts as an id."""
-        if isinstance(labels, torch.Tensor | np.ndarray):
-            labels = labels.reshape(-1).tolist()
-        labels = labels if isinstance(labels, list | tuple) else [labels]
+        labels = labels.reshape(-1).tolist() if isinstance(labels, torch.Tensor | np.ndarray) else labels
+        labels = list(labels) if isinstance(labels, list | tuple | range) else [labels]
         ids = {name: label for label, name in (self.config.id2label or {}).items()}
         return torch.tensor([self._label_id(label, ids) for label in labels], device=self._execution_device)
 
@@ -164,11 +173,11 @@ class ConditionalPipeline(DiffusionPipeline):
             return self.num_classes
         if isinstance(label, str) and label in ids:
             return int(ids[label])
-        if isinstance(label, str) and not label.isdigit():
+        if isinstance(label, str) and not label.isdecimal():
             nearest = difflib.get_close_matches(label, ids, n=1, cutoff=0)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "the model has no names, give ids"
             raise ValueError(f"class_labels: no class is called {label!r}: {hint}")
-        if isinstance(label, float) and label != int(label):
+        if not isinstance(label, str) and (np.ndim(label) or not math.isfinite(label) or label != int(label)):
             raise ValueError(f"class_labels: {label} is no whole number")
         if not 0 <= int(label) < self.num_classes:
             raise ValueError(f"class_labels: {label} must be 0 to {self.num_classes - 1} (None is the null class)")
@@ -178,13 +187,12 @@ class ConditionalPipeline(DiffusionPipeline):
         """Vectors (B, D) float32 from one or several, in a tensor, an array or lists; None or all NaN is null."""
         length = self.vector_embedding.config.vector_length
         if isinstance(vectors, list | tuple):
-            several = any(row is None or np.ndim(row) > 0 for row in vectors)
-            null = np.full(length, np.nan)
-            vectors = [null if row is None else np.asarray(row) for row in (vectors if several else [vectors])]
-            wrong = next((row for row in vectors if row.shape != (length,)), None)
+            rows = vectors if any(row is None or np.ndim(row) > 0 for row in vectors) else [vectors]
+            rows = [np.full(length, np.nan) if row is None else np.asarray(row, dtype=np.float64) for row in rows]
+            wrong = next((row for row in rows if row.shape != (length,)), None)
             if wrong is not None:
                 raise ValueError(f"vectors: {wrong.size} numbers in a vector, the model takes {length}")
-            vectors = np.stack(vectors)
+            vectors = np.stack(rows)
         vectors = torch.as_tensor(vectors, dtype=torch.float32, device=self._execution_device)
         vectors = vectors[None] if vectors.ndim == 1 else vectors
         if vectors.ndim != 2 or vectors.shape[1] != length:
@@ -217,7 +225,8 @@ class ConditionalPipeline(DiffusionPipeline):
         return encoded, len(next(iter(encoded[0].values())))
 
     def _encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        states, mask = encode_prompts(self.tokenizer, self.text_encoder, prompts, self.config.prompt_length)
+        parts = self.tokenizer, self.text_encoder, prompts, self.config.prompt_length
+        states, mask = encode_prompts(*parts, device=self._execution_device)
         return {"encoder_hidden_states": states.to(self.unet.dtype), "encoder_attention_mask": mask}
 
     def _given(self, **arguments):
@@ -227,7 +236,10 @@ class ConditionalPipeline(DiffusionPipeline):
                 raise ValueError(f"{name}: this model takes {self.condition}")
         if arguments[self.condition] is None:
             raise ValueError(f"{self.condition} is missing: say what to make ([None] for the null condition)")
-        return arguments[self.condition]
+        given = arguments[self.condition]
+        if (isinstance(given, list | tuple) and not given) or getattr(given, "shape", ())[:1] == (0,):
+            raise ValueError(f"{self.condition}: the list is empty")
+        return given
 
     def _start(self, batch_size: int, generator, latents: torch.Tensor | None) -> torch.Tensor:
         size = self.unet.config.sample_size
@@ -300,21 +312,16 @@ class ConditionalPipeline(DiffusionPipeline):
             callback_on_step_end: called as (pipeline, step, timestep, tensors) and returns tensors, as in diffusers.
         """
         conditions = self._given(class_labels=class_labels, vectors=vectors, prompt=prompt)
-        low, high = guidance_interval or (0.0, math.inf)
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale {guidance_scale} must be at least 1 (no guidance)")
-        if not 0 <= low < high:
-            raise ValueError(f"guidance_interval {low} {high}: give the lower noise level first, both at least 0")
-        if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale {guidance_rescale} must be 0 to 1")
+        low, high = checked_interval(guidance_scale, guidance_interval, guidance_rescale)
+        if min(num_images_per_prompt, num_inference_steps) < 1:
+            raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs: none but {self._callback_tensor_inputs} can be given"
-            )
+        tensor_names = set(callback_on_step_end_tensor_inputs or ())
+        if not tensor_names <= set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs: only {self._callback_tensor_inputs} can be given")
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         encoded, batch_size = self.encode(conditions, num_images_per_prompt)
@@ -334,8 +341,8 @@ class ConditionalPipeline(DiffusionPipeline):
                 prediction = self._predict(sample, timestep, encoded, guided, guidance_rescale)
                 latents = self.scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                    latents = callback_on_step_end(self, index, timestep, tensors).pop("latents", latents)
+                    tensors = {"latents": latents} if tensor_names else {}
+                    latents = (callback_on_step_end(self, index, timestep, tensors) or {}).get("latents", latents)
                 bar.update()
         images = self._finish(latents, output_type)
         self.maybe_free_model_hooks()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import is_accelerate_available
 from torch import nn
 
 
@@ -17,14 +18,16 @@ class VectorEmbedding(ModelMixin, ConfigMixin):
     everything, so that a UNet starts as if it had no condition.
     """
 
+    # Loaded in another type, the statistics stay float32; without accelerate diffusers does that by itself.
+    _keep_in_fp32_modules = ["mean", "std"] if is_accelerate_available() else None
     _source = Path(__file__).read_text(encoding="utf-8")  # kept: diffusers overwrites its copy of a loaded file
 
     @register_to_config
     def __init__(self, vector_length: int, embedding_dim: int, hidden_dim: int | None = None):
         super().__init__()
         hidden_dim = hidden_dim or embedding_dim
-        self.register_buffer("mean", torch.zeros(vector_length))
-        self.register_buffer("std", torch.ones(vector_length))
+        self.register_buffer("mean", torch.zeros(vector_length, dtype=torch.float32))
+        self.register_buffer("std", torch.ones(vector_length, dtype=torch.float32))
         self.null_embedding = nn.Parameter(torch.zeros(embedding_dim))
         self.linear_1 = nn.Linear(vector_length, hidden_dim)
         self.linear_2 = nn.Linear(hidden_dim, hidden_dim)
@@ -37,6 +40,14 @@ class VectorEmbedding(ModelMixin, ConfigMixin):
         self.mean.copy_(torch.as_tensor(mean))
         std = torch.as_tensor(std)
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+    def _apply(self, fn, recurse: bool = True):
+        """What `.to(...)` does: the statistics stay float32, of which fewer digits would not tell vectors apart."""
+        kept = self.mean, self.std
+        super()._apply(fn, recurse)
+        if not (kept[0].is_meta or self.mean.is_meta):
+            self.mean, self.std = (numbers.to(self.mean.device) for numbers in kept)
+        return self
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         null = vectors.isnan().any(dim=1, keepdim=True)

@@ -13,7 +13,7 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.opening import open_source
-from trainkit.options import SourceOptions
+from trainkit.options.data import SourceOptions
 
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 

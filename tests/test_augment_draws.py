@@ -11,7 +11,7 @@ from trainkit.data.loading.augment import build_augmentation
 from trainkit.data.loading.augment_draws import LABELS, Augmentation, draw_parameters
 from trainkit.data.loading.loader import BatchLoader, BatchShape
 from trainkit.errors import UserError
-from trainkit.options import AugmentationOptions
+from trainkit.options.data import AugmentationOptions
 
 
 def drawn(augmentation, count=4000, step=0, seed=0, flipped=None):

@@ -19,6 +19,7 @@ from trainkit.diffusion.conditioning import (
     open_condition,
 )
 from trainkit.diffusion.pretrained import check_pretrained, load_pretrained
+from trainkit.diffusion.unet import build_unet
 from trainkit.errors import UserError
 from trainkit.sampling.conditional import save_conditional_pipeline
 
@@ -257,6 +258,51 @@ def test_more_and_fewer_image_channels(tmp_path):
     back = make_unet(channels=1)
     assert "image channels 3 -> 1" in load_pretrained(back, str(tmp_path / "colour"))
     torch.testing.assert_close(predict(back, images[:, :1]), predict(grey, images[:, :1]), atol=1e-5, rtol=1e-5)
+
+
+def text_unet(pipeline, width):
+    """The UNet that --condition text builds to start from a saved pipeline."""
+    options = SimpleNamespace(condition="text", pretrained_model_name_or_path=str(pipeline), image_mode="RGB")
+    options.model_config_name_or_path, options.enable_xformers_memory_efficient_attention = None, False
+    torch.manual_seed(3)
+    return build_unet(options, 8, 8, 3, cross_attention_dim=width).eval()
+
+
+@pytest.mark.parametrize("heads", [8, None])
+def test_captions_are_added_to_a_model_without(tmp_path, heads):
+    """What it predicts stays; but diffusers knows no middle with self- and cross-attention."""
+    old = trained(make_unet(add_attention=False, num_class_embeds=3, attention_head_dim=heads))
+    DDPMPipeline(old, DDPMScheduler()).save_pretrained(tmp_path)
+    new, text = text_unet(tmp_path, 12), {"encoder_hidden_states": torch.randn(4, 5, 12)}
+    told = load_pretrained(new, str(tmp_path))
+    assert "1 layers of cross-attention added at zero" in told and "not loaded" not in told
+    null = predict(old, class_labels=torch.full((4,), 2))
+    torch.testing.assert_close(predict(new, **text), null, atol=1e-5, rtol=1e-5)
+    new(torch.randn(4, 3, 8, 8), 5, **text).sample.mean().backward()
+    assert new.mid_block.attentions[0].proj_out.weight.grad.any()
+
+    plain = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    old = trained(make_unet(**plain))
+    DDPMPipeline(old, DDPMScheduler()).save_pretrained(tmp_path / "plain")
+    new = text_unet(tmp_path / "plain", 12)
+    told = load_pretrained(new, str(tmp_path / "plain"))
+    assert "4 layers of cross-attention" in told and "not loaded: mid_block.attentions.0.group_norm" in told
+    assert list(new.config.down_block_types) == ["DownBlock2D", "CrossAttnDownBlock2D"]
+
+
+def test_a_model_of_captions_goes_on_with_the_same_or_another_encoder(tmp_path):
+    DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(tmp_path / "plain")
+    old = trained(text_unet(tmp_path / "plain", 12))
+    save_conditional_pipeline(tmp_path / "text", old, DDPMScheduler(), "")
+    same, other = (text_unet(tmp_path / "text", width) for width in (12, 20))
+    states = torch.randn(4, 5, 20)
+    told = load_pretrained(same, str(tmp_path / "text"))
+    assert f"{len(old.state_dict())} of {len(old.state_dict())} tensors" in told and ";" not in told
+    inputs = {"encoder_hidden_states": states[..., :12]}
+    assert torch.equal(predict(same, **inputs), predict(old, **inputs))
+    told = load_pretrained(other, str(tmp_path / "text"))
+    assert "text 12 -> 20 numbers a token" in told and "not loaded" not in told
+    assert torch.equal(predict(other, encoder_hidden_states=states), predict(other, encoder_hidden_states=-states))
 
 
 def test_the_pipeline_s_noise_schedule_is_taken_where_none_is_named(tmp_path):

@@ -25,7 +25,7 @@ from trainkit.data.sources import records
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.data.sources.hub import HubDataset
 from trainkit.errors import UserError
-from trainkit.options import ImageOptions, LoadingOptions, SourceOptions
+from trainkit.options.data import ImageOptions, LoadingOptions, SourceOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,7 +6,7 @@ from trainkit.diffusion.noise_schedule import build_noise_scheduler, signal_to_n
 from trainkit.diffusion.objective import denoising_errors, loss_weights, prediction_target
 from trainkit.diffusion.unet import build_unet, check_resolution
 from trainkit.errors import UserError
-from trainkit.options import ModelOptions, ObjectiveOptions
+from trainkit.options.model import ModelOptions, ObjectiveOptions
 
 IMAGES, NOISE = torch.rand(6, 3, 8, 8) * 2 - 1, torch.randn(6, 3, 8, 8)
 TIMESTEPS = torch.tensor([0, 10, 100, 300, 700, 990])

@@ -18,6 +18,7 @@ from trainkit.data.loading.order import sample_indices
 from trainkit.errors import UserError
 from trainkit.training.ema import build_ema
 from trainkit.training.guards import step_if_finite
+from trainkit.training.power_ema import snapshot_files
 from trainkit.training.state import Snapshot
 from trainkit.training.writer import CheckpointWriter
 
@@ -273,16 +274,21 @@ def test_muon_takes_the_inner_matrices_and_resumes_bit_for_bit(train, tiny_unet)
 def test_sharded_weights_are_the_same_run_and_resume_anywhere(image_folder, tiny_unet, cache_dir, tmp_path):
     """Two processes with half of the weights each, and accumulation: their checkpoint goes on in one process."""
     flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shard_weights": True, "preview_steps": 10}
-    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **flags)
+    averages = {"ema_power_lengths": [0.05, 0.1], "ema_snapshot_steps": 10}
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **flags, **averages)
     launch("train_unconditional.py", *arguments, processes=2)
-    whole = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole")
+    whole = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole", **averages)
     launch("train_unconditional.py", *whole)
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
-    for file in (WEIGHTS, "checkpoint-20/optimizer.safetensors", "checkpoint-20/unet_ema/" + WEIGHTS[5:]):
+    snapshots = [path.relative_to(tmp_path / "sharded").as_posix() for path in snapshot_files(tmp_path / "sharded")]
+    assert len(snapshots) == 4
+    parts = ("optimizer.safetensors", *(f"unet_ema{which}/{WEIGHTS[5:]}" for which in ("", "_0.05", "_0.1")))
+    for file in (WEIGHTS, *(f"checkpoint-20/{part}" for part in parts), *snapshots):
         same_weights(tmp_path / "sharded" / file, tmp_path / "whole" / file, tolerance=1e-3)
     for step in (18, 20):
         shutil.rmtree(tmp_path / "sharded" / f"checkpoint-{step}")
-    alone = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", resume_from_checkpoint="latest")
+    averages["resume_from_checkpoint"] = "latest"
+    alone = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **averages)
     assert "15 of 20 steps done" in launch("train_unconditional.py", *alone).stdout
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
@@ -298,9 +304,9 @@ def test_a_checkpoint_does_not_bring_its_kernels_along(tiny_unet, tmp_path):
     for parameter in unet.parameters():
         parameter.grad = torch.ones_like(parameter)
     fused.step()
-    write_snapshot(take_snapshot(unet, None, fused, {"step": 1}), tmp_path)
+    write_snapshot(take_snapshot(unet, {}, fused, {"step": 1}), tmp_path)
     plain = torch.optim.AdamW(unet.parameters(), lr=9.0)
-    restore(tmp_path, unet, None, plain)
+    restore(tmp_path, unet, {}, plain)
     assert plain.param_groups[0]["fused"] is None and plain.param_groups[0]["lr"] == 1e-3
     first = next(unet.parameters())
     assert torch.equal(plain.state[first]["exp_avg"], fused.state[first]["exp_avg"])

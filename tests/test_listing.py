@@ -3,14 +3,19 @@
 import itertools
 import os
 import random
+import re
 import tracemalloc
 
 import pyarrow as pa
 import pytest
+from source_files import SETTINGS, open_given, png, write_zip
 
+from trainkit.data.preparation.card import card
+from trainkit.data.preparation.prepare import prepare
 from trainkit.data.sources import rowfile
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.data.sources.rowfile import RowFile, sorted_rows
+from trainkit.errors import UserError
 
 SCHEMA = pa.schema([("key", pa.binary()), ("number", pa.int64())])
 
@@ -69,6 +74,39 @@ def test_metadata_in_any_order_joins_and_the_last_row_wins(tmp_path, run_rows):
     assert len(told) == 41 and source.label_names == ["x", "y"]
     assert told["sub/7.png"] == ("second", "y", 0) and told["sub/8.png"] == ("deeper", None, 0)
     assert told["sub/9.png"] == ("first 9", "x", 0) and told["zz.png"] == ("gone", "x", -1)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_pipes_and_links_in_a_circle_are_lines_and_never_waited_for(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "fine.png").write_bytes(png())
+    for name in ("pipe.png", "fine.txt", "fine.npy"):
+        os.mkfifo(folder / name)
+    for name, target in (("self.png", "self.png"), ("up", "."), ("zero.png", "/dev/zero"), ("gone.png", "nowhere")):
+        (folder / name).symlink_to(target)
+    source = ImageFolder(folder)
+    found = prepare(source, SETTINGS, tmp_path / "out", 1, show_progress=False)
+    assert found["rejected"] == {"missing": 1, "not_a_file": 2, "unreadable": 1} and found["num_images"] == 1
+    assert (source.has_text, source.vector_length) == (False, None)
+    os.mkfifo(folder / "metadata.csv")
+    with pytest.raises(UserError, match="metadata.csv: a pipe"):
+        ImageFolder(folder)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_that_are_no_images_are_counted(tmp_path, capsys, packed):
+    files = [("a.png", png()), ("a.txt", b"seen"), ("b.txt", b"alone"), ("b.PDF", b""), ("c.pdf", b"")]
+    files += [("README", b""), ("told.dat", png(1)), ("told.txt", b"seen too"), (".hidden", b"")]
+    files += [("metadata.csv", b"file_name,label\ntold.dat,x\n")]
+    for name, content in files:
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(content)
+    given = write_zip(tmp_path / "photos.zip", files) if packed else tmp_path / "photos"
+    preparation = prepare(open_given(given), SETTINGS, tmp_path / "out", 1)
+    assert "ignored 4 files that are no images: .pdf 2, .txt 1, README 1" in capsys.readouterr().out
+    assert preparation["ignored"] == {".pdf": 2, ".txt": 1, "README": 1} and preparation["num_images"] == 2
+    assert re.search("ignored +4 files .*: .pdf 2", card(tmp_path / "out", preparation))
 
 
 def test_units_hold_all_entries_once_and_give_slices(tmp_path, run_rows, monkeypatch):

@@ -14,7 +14,7 @@ from trainkit.data.preparation.prepare import prepare
 from trainkit.data.sources import locations
 from trainkit.data.sources.locations import expand_braces, find_files, read_storage_options
 from trainkit.errors import UserError
-from trainkit.options import SECRET_OPTIONS
+from trainkit.options.training import SECRET_OPTIONS
 
 SECRET = "a-very-secret-word"
 

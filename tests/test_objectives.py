@@ -15,7 +15,7 @@ from trainkit.diffusion.objective import (
 )
 from trainkit.diffusion.timesteps import draw_timesteps
 from trainkit.errors import UserError
-from trainkit.options import ObjectiveOptions
+from trainkit.options.model import ObjectiveOptions
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 WEIGHTINGS = ("none", "min_snr", "soft_min_snr", "edm")

@@ -9,7 +9,7 @@ import torch
 from training_helpers import losses, same_weights, tiny_run
 
 from trainkit.errors import UserError
-from trainkit.options import HardwareOptions, OptimizationOptions
+from trainkit.options.training import HardwareOptions, OptimizationOptions
 from trainkit.training.optimization import (
     averaged_by_optimizer,
     build_lr_scheduler,
@@ -71,11 +71,11 @@ def test_it_learns_and_resumes_bit_for_bit(name, tiny_unet, tmp_path):
     whole = Training(tiny_unet, name)
     before = whole.steps(0, 5)
     facts = {"lr_scheduler": whole.lr_scheduler.state_dict()}
-    write_snapshot(take_snapshot(whole.unet, None, whole.optimizer, facts), tmp_path)
+    write_snapshot(take_snapshot(whole.unet, {}, whole.optimizer, facts), tmp_path)
     after = whole.steps(5, 10)
 
     resumed = Training(tiny_unet, name, seed=1)
-    facts = restore(tmp_path, resumed.unet, None, resumed.optimizer)
+    facts = restore(tmp_path, resumed.unet, {}, resumed.optimizer)
     resumed.lr_scheduler.load_state_dict(facts["lr_scheduler"])
     assert resumed.steps(5, 10) == after
     assert all(torch.equal(*pair) for pair in zip(whole.unet.parameters(), resumed.unet.parameters(), strict=True))

@@ -157,9 +157,15 @@ MEAN, DEVIATION = 0.4, 0.2
 
 
 class ExactDenoiser(UNet2DModel):
-    """For pixels that are normally distributed: the noise of a DDPM, or the velocity of flow matching."""
+    """For normally distributed pixels: the noise of a DDPM, the velocity of flow matching, or what EDM asks for."""
 
     def forward(self, sample, timestep, class_labels):
+        if self.config.attention_head_dim == "edm":  # Karras et al. 2022, Eq. 7, of data of deviation 0.5
+            sigma = math.exp(4 * timestep)
+            total = sigma**2 + 0.25
+            sample = sample * math.sqrt(total)
+            denoised = (DEVIATION**2 * sample + sigma**2 * MEAN) / (DEVIATION**2 + sigma**2)
+            return UNet2DOutput(sample=(denoised - 0.25 / total * sample) * math.sqrt(total) / (0.5 * sigma))
         if self.config.attention_head_dim == "flow":
             signal, noise = 1 - timestep / 1000, timestep / 1000
             slope = (noise - signal * DEVIATION**2) / (signal**2 * DEVIATION**2 + noise**2)
@@ -172,16 +178,19 @@ class ExactDenoiser(UNet2DModel):
 @pytest.mark.parametrize(
     "name",
     "DDPM DDIM EulerDiscrete EulerAncestralDiscrete HeunDiscrete UniPCMultistep DEISMultistep DPMSolverMultistep "
-    "KDPM2Discrete LMSDiscrete PNDM FlowMatchEulerDiscrete FlowMatchHeunDiscrete".split(),
+    "DPMSolverMultistep-sde DPMSolverSinglestep SASolver KDPM2Discrete KDPM2AncestralDiscrete LMSDiscrete PNDM "
+    "EDMEuler EDMDPMSolverMultistep FlowMatchEulerDiscrete FlowMatchHeunDiscrete".split(),
 )
 def test_any_scheduler_samples_what_it_should(name):
     unet = ExactDenoiser(**UNET | {"num_class_embeds": 4, "sample_size": 8})
+    name, _, kind = name.partition("-")
     scheduler_class, betas = getattr(diffusers, f"{name}Scheduler"), DDPMScheduler(clip_sample=False).config
-    if "Flow" in name:
+    if name.startswith(("Flow", "EDM")):
         scheduler = scheduler_class()
-        unet.register_to_config(attention_head_dim="flow")
+        unet.register_to_config(attention_head_dim="flow" if "Flow" in name else "edm")
     else:
-        scheduler = scheduler_class.from_config(betas, timestep_spacing="linspace")
+        more = {"algorithm_type": "sde-dpmsolver++"} if kind else {}
+        scheduler = scheduler_class.from_config(betas, timestep_spacing="linspace", **more)
     pipeline = ConditionalPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     image = images_of(pipeline, class_labels=[0, 1], num_inference_steps=100, output_type="latent")
@@ -225,6 +234,43 @@ def test_a_callback_sees_and_changes_every_step_and_can_stop():
     assert not made.any()
 
 
+def test_a_callback_may_leave_everything_as_it_is():
+    pipeline, seen = class_pipeline(), []
+    for told in (None, [], ["latents"]):
+        images = images_of(
+            pipeline, class_labels=[0, 1], callback_on_step_end_tensor_inputs=told,
+            callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(list(tensors)),
+        )  # fmt: skip
+        assert torch.equal(images, images_of(pipeline, class_labels=[0, 1]))
+    assert seen == [[]] * 8 + [["latents"]] * 4
+
+
+def test_vectors_are_told_apart_in_half_precision(tmp_path):
+    pipeline = vector_pipeline()
+    pipeline.vector_embedding.set_statistics(torch.full((3,), 100_000.0), torch.tensor([0.5, 1.0, 1.0]))
+    asked = {"vectors": [[100_000.5, 100_001, 99_999], [99_999.5, 100_001, 99_999]], "guidance_scale": 2.0}
+    expected = images_of(pipeline, **asked)
+    pipeline.vector_embedding.save_pretrained(tmp_path)
+    pipeline.to(dtype=torch.bfloat16)
+    found = images_of(pipeline, **asked)
+    assert found.dtype == torch.float32 and (found - expected).abs().mean() < 0.05
+    loaded = VectorEmbedding.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    assert loaded.output.weight.dtype == torch.float16 and loaded.mean.dtype == torch.float32
+    vectors = torch.tensor(asked["vectors"])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(vectors).float(), VectorEmbedding.from_pretrained(tmp_path)(vectors), atol=0.02, rtol=0.02
+        )
+
+
+def test_offloaded_parts_make_the_same_images(text_pipeline):
+    pipeline = class_pipeline(guidance_unet=class_unet(seed=1))
+    for pipe, asked in ((pipeline, {"class_labels": [0, 1]}), (text_pipeline, {"prompt": ["a red square", None]})):
+        expected = images_of(pipe, guidance_scale=2.0, **asked)
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(images_of(pipe, guidance_scale=2.0, **asked), expected)
+
+
 def test_new_vector_embeddings_leave_the_unet_as_it_was_and_learn_null():
     embedding = VectorEmbedding(3, 8)
     vectors = torch.tensor([[1.0, 2, 3], [torch.nan] * 3])
@@ -252,7 +298,22 @@ def test_an_encoding_does_not_depend_on_the_other_prompts(text_pipeline):
         ({"class_labels": [-1]}, "class_labels: -1 must be 0 to 2"),
         ({"class_labels": "dgo"}, "no class is called 'dgo': did you mean 'dog'?"),
         ({"class_labels": 0, "guidance_scale": 0.5}, "guidance_scale 0.5 must be at least 1"),
-        ({"class_labels": 0, "guidance_interval": (3, 1)}, "guidance_interval 3 1: give the lower noise level first"),
+        (
+            {"class_labels": 0, "guidance_interval": (3, 1)},
+            "guidance_interval (3, 1): give two noise levels, the lower",
+        ),
+        ({"class_labels": 0, "guidance_interval": [3]}, "guidance_interval [3]: give two noise levels"),
+        ({"class_labels": 0, "guidance_scale": math.nan}, "guidance_scale nan must be at least 1"),
+        ({"class_labels": [1.5, 0]}, "class_labels: 1.5 is no whole number"),
+        ({"class_labels": math.nan}, "class_labels: nan is no whole number"),
+        ({"class_labels": "\u00b2"}, "no class is called '\u00b2'"),
+        ({"class_labels": []}, "class_labels: the list is empty"),
+        ({"class_labels": torch.zeros(0)}, "class_labels: the list is empty"),
+        ({"class_labels": 0, "num_images_per_prompt": 0}, "num_images_per_prompt and num_inference_steps must be"),
+        (
+            {"class_labels": 0, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+            "only ['latents'] can be given",
+        ),
         ({"class_labels": 0, "guidance_rescale": 2}, "guidance_rescale 2 must be 0 to 1"),
         ({"class_labels": 0, "output_type": "jpg"}, "output_type 'jpg'"),
         ({"class_labels": [0, 1], "generator": generators(1)}, "1 generators for 2 images"),

@@ -4,8 +4,10 @@ import base64
 import dataclasses
 import html.parser
 import io
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,8 @@ from test_prepare import ROOT, SETTINGS, Stopped, count_decoded, run, write_imag
 from train_unconditional import Options
 from trainkit.config import parse_options
 from trainkit.data.cache import open_or_prepare
-from trainkit.data.preparation.contact_sheet import write_contact_sheet
+from trainkit.data.preparation import contact_sheet
+from trainkit.data.preparation.contact_sheet import picture_of, write_contact_sheet
 from trainkit.data.preparation.hygiene import AS_IT_IS, HygieneSettings
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
@@ -43,6 +46,12 @@ def photos(tmp_path_factory) -> Path:
 def inspect(folder: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "prepare_dataset.py"), "--inspect", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def deadly_picture(writer, path: Path) -> bytes | None:
+    if path.name == "cut.jpg":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return picture_of(writer, path)
 
 
 def prepared(photos: Path, output: Path, settings=SETTINGS, hygiene=AS_IT_IS) -> dict:
@@ -140,6 +149,13 @@ def test_the_sheet_shows_samples_duplicates_and_rejects(photos, tmp_path, settin
     for text in ("<b>few: 20", "many: 40", "the same pixels as many/00022.png", "truncated: 1", "not_an_image: 1"):
         assert text in page.text
     assert f"many/{WICKED}" in page.text and not page.tags & {"script", "b"}
+
+
+def test_a_picture_that_kills_its_process_is_left_out_of_the_sheet(photos, tmp_path, monkeypatch):
+    prepared(photos, tmp_path / "out", hygiene=HygieneSettings("exact"))
+    monkeypatch.setattr(contact_sheet, "picture_of", deadly_picture)
+    page = Page(write_contact_sheet(tmp_path / "out", ImageFolder(photos)))
+    assert len(page.pictures) == 12 + 12 + 2 and "truncated: 1" in page.text, "all but the cut one"
 
 
 def test_a_source_without_files_has_a_sheet_too(photos, tmp_path):

@@ -1,6 +1,7 @@
 """sample.py and conditional pipelines: what each image should show, the same for any division of the work."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -136,6 +137,11 @@ def test_nothing_in_the_folder_is_executed(models, tmp_path):
             "--prompts_file: this pipeline takes --class_labels",
         ),
         ("class", {"class_labels": ["all"], "guidance_scale": 0.5}, "--guidance_scale 0.5 must be at least 1"),
+        (
+            "class",
+            {"class_labels": ["all"], "guidance_scale": math.inf},
+            "--guidance_scale inf must be at least 1",
+        ),
         ("class", {"class_labels": ["all"], "guidance_interval": [3.0, 1.0]}, "--guidance_interval 3.0 1.0: give"),
         ("class", {"class_labels": ["all"], "guidance_interval": [3.0]}, "--guidance_interval 3.0: give two"),
         ("class", {"class_labels": ["all"], "guidance_rescale": 1.5}, "--guidance_rescale 1.5 must be 0 to 1"),

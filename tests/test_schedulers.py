@@ -9,7 +9,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteSchedul
 
 from trainkit.diffusion.noise_schedule import alpha_sigma, build_noise_scheduler, is_flow, prediction_type_of
 from trainkit.errors import UserError
-from trainkit.options import ObjectiveOptions
+from trainkit.options.model import ObjectiveOptions
 from trainkit.sampling.schedulers import (
     DEFAULT_SCHEDULER,
     FLOW_SCHEDULER_NAMES,

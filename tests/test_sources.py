@@ -17,7 +17,7 @@ from trainkit.data.sources.listing import Entry
 from trainkit.data.sources.opening import open_source
 from trainkit.data.sources.records import cut_by_name
 from trainkit.errors import UserError
-from trainkit.options import SourceOptions
+from trainkit.options.data import SourceOptions
 
 
 def write_image(path, value: int = 0) -> None:

@@ -156,7 +156,7 @@ def test_the_log_says_what_the_hardware_does(train):
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_the_update_is_fused_and_that_of_the_formula(name):
-    from trainkit.options import OptimizationOptions
+    from trainkit.options.training import OptimizationOptions
     from trainkit.training.optimization import build_optimizer
 
     torch.manual_seed(0)

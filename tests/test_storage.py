@@ -18,7 +18,7 @@ from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings, settings_from_options
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
-from trainkit.options import ImageOptions, LoadingOptions, SourceOptions
+from trainkit.options.data import ImageOptions, LoadingOptions, SourceOptions
 from trainkit.training.validation import open_validation_images
 
 

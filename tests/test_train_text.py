@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from trainkit.diffusion.text import load_text_encoder
+from trainkit.diffusion.text import TextCondition, load_text_encoder
 from trainkit.errors import UserError
-from trainkit.options import TextOptions
+from trainkit.options.model import TextOptions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WORDS = "[PAD] [UNK] [CLS] [SEP] a red green blue square of shade one two".split()
@@ -166,6 +167,20 @@ def test_the_pipeline_loads_without_this_repository(whole, tmp_path):
     assert "42 tokens, the model takes 16" in done.stdout
     assert {"text_encoder", "tokenizer", "conditional.py", "samples.png"} <= {path.name for path in copy.iterdir()}
     assert json.loads((copy / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
+
+
+def test_captions_that_training_cuts_are_cut_for_previews_too(bert):
+    encoder = load_text_encoder(TextOptions(text_encoder_name_or_path=str(bert)))
+    assert encoder.cut("a red square") == "a red square"
+    assert encoder.cut("a " * 40 + "red") == "a " * 13 + "a"  # 16 tokens, two of which frame it
+    encoder.max_tokens = 2
+    assert encoder.cut("red red red") == ""
+
+    condition = object.__new__(TextCondition)
+    index = SimpleNamespace(first_of=lambda indices: indices, texts=lambda numbers: ["a blue square"] * len(numbers))
+    condition.encoder, condition.encodings = encoder, SimpleNamespace(index=index)
+    encoder.max_tokens = 4
+    assert condition.of_images(np.arange(2)) == ["a blue"] * 2 and condition.example() == "'a blue'"
 
 
 def test_it_is_trained_validated_and_checkpointed(whole):

@@ -15,7 +15,10 @@ STEPS = 20
 
 
 def tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags):
-    """Arguments of a run of 20 steps of 8 images at 16 px; `flags` override: None leaves one out, True is a switch."""
+    """Arguments of a run of 20 steps of 8 images at 16 px; `flags` override.
+
+    None leaves one out, True is a switch, a list is several words.
+    """
     values = {
         "train_data_dir": image_folder, "model_config_name_or_path": tiny_unet, "cache_dir": cache_dir,
         "output_dir": output_dir, "resolution": 16, "random_flip": True, "max_train_steps": STEPS,
@@ -28,7 +31,8 @@ def tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags):
     arguments = []
     for name, value in values.items():
         if value is not None:
-            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            words = [] if value is True else value if isinstance(value, list) else [value]
+            arguments += [f"--{name}", *map(str, words)]
     return arguments
 
 

@@ -1,7 +1,7 @@
 """Start from the weights of a saved pipeline, whose conditions and image channels may be others.
 
 What is added starts so that the first prediction is the old model's: new channels at zero, new classes as its null
-one, a projection of vectors at zero.
+one, a projection of vectors and cross-attention at zero.
 
 K classes, D numbers of the time embedding.
 """
@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 from trainkit.diffusion.noise_schedule import BETA_SCHEDULES
+from trainkit.diffusion.text_unet import adapt_cross_attention
 from trainkit.diffusion.unet import find_unet
 from trainkit.errors import UserError
 
@@ -73,7 +74,9 @@ def load_pretrained(unet: torch.nn.Module, name: str, class_names: list[str] | N
     state = new | fitting
     notes += _adapt_channels(old, state)
     notes += _adapt_condition(old, state, _class_names(name), class_names)
-    done = {*fitting, *(key for key in CHANNELS if key in old), TABLE}
+    told, adapted = adapt_cross_attention(old, state)
+    notes += told
+    done = {*fitting, *adapted, *(key for key in CHANNELS if key in old), TABLE}
     left = sorted(key for key in old.keys() | new.keys() if key not in done and not key.startswith("class_embedding."))
     if left:
         notes.append(f"not loaded: {', '.join(left[:8])}{f' and {len(left) - 8} more' if len(left) > 8 else ''}")

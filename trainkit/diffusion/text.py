@@ -6,6 +6,7 @@ B batch, L tokens, D width of the encoder, N captions.
 import json
 import os
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,15 @@ class TextEncoder:
         """The tokens of each caption, before any is cut."""
         return [len(tokens) for tokens in self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
 
+    def cut(self, caption: str) -> str:
+        """As many whole words from the start of `caption` as `max_tokens` has room for, all of them where it can."""
+        words = caption.split(" ")
+        if self.lengths([caption])[0] <= self.max_tokens:
+            return caption
+        counts = range(1, len(words))
+        room = bisect_right(counts, self.max_tokens, key=lambda count: self.lengths([" ".join(words[:count])])[0])
+        return " ".join(words[:room])
+
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[np.ndarray]:
         """Hidden states (L, D) float32 of each caption, of as many tokens as it has."""
@@ -118,9 +128,9 @@ class TextCondition:
         return repr(self.of_images(np.arange(1))[0])
 
     def of_images(self, indices: np.ndarray) -> list[str]:
-        """What the pipeline is to be asked for, for images like those of `indices`."""
+        """What the pipeline is to be asked for, for images like those of `indices`: it refuses what training cuts."""
         index = self.encodings.index
-        return index.texts(index.first_of(indices))
+        return [self.encoder.cut(caption) for caption in index.texts(index.first_of(indices))]
 
     def to_preview(self, count: int, seed: int) -> tuple[list[str], None]:
         """The captions of `count` images, always the same ones, for a grid of any columns."""

@@ -1,5 +1,7 @@
 """The UNet2DConditionModel that captions are trained with, and what its config must agree with."""
 
+import torch
+
 from trainkit.errors import UserError
 
 # For 32 to 64 pixels, or latents of that size: 40.9 M parameters with an encoder 384 wide. Cross-attention where it
@@ -11,12 +13,74 @@ TEXT_UNET = {
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "attention_head_dim": 8,
 }
+SHARED = (  # what means the same in the config of a UNet2DModel
+    "center_input_sample", "freq_shift", "flip_sin_to_cos", "block_out_channels", "layers_per_block", "act_fn",
+    "mid_block_scale_factor", "downsample_padding", "norm_num_groups", "norm_eps", "resnet_time_scale_shift",
+    "dropout",
+)  # fmt: skip
+HEADS = 8
 ENCODER_INPUTS = ("encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_type", "time_cond_proj_dim")
 
 
 def takes_text(options) -> bool:
     """Whether the UNet is a UNet2DConditionModel."""
     return getattr(options, "condition", None) == "text"
+
+
+def with_cross_attention(config: dict) -> dict:
+    """The config of a UNet2DConditionModel that takes the weights of a UNet2DModel of this `config`.
+
+    Blocks with self-attention stay as they are. Plain ones get cross-attention, but those at the full size, and the
+    middle gets it in the place of its self-attention: diffusers has no middle with both.
+    """
+    down, up, sizes = (config[name] for name in ("down_block_types", "up_block_types", "block_out_channels"))
+    head_dim = config.get("attention_head_dim", HEADS)  # of self-attention; cross-attention has as many heads
+    free = [True] * len(down)
+    if head_dim is None:  # one head: as wide as its block. Diffusers counts self-attention's from the top both ways
+        widths = [
+            [size for kind, size in pairs if kind.startswith("Attn")]
+            for pairs in zip(zip(down, sizes, strict=True), zip(up, reversed(sizes), strict=True), strict=True)
+        ]
+        free = [not found for found in widths]  # elsewhere cross-attention would have that many heads
+        head_dim = [min(found, default=HEADS) for found in widths]
+    crossed = {"DownBlock2D": "CrossAttnDownBlock2D", "UpBlock2D": "CrossAttnUpBlock2D"}
+    down = [crossed.get(kind, kind) if level and free[level] else kind for level, kind in enumerate(down)]
+    up = [crossed.get(kind, kind) if level and free[level] else kind for level, kind in enumerate(reversed(up))]
+    return {name: config[name] for name in SHARED if name in config} | {
+        "down_block_types": down,
+        "up_block_types": up[::-1],
+        "attention_head_dim": head_dim,
+    }
+
+
+def adapt_cross_attention(old: dict, state: dict) -> tuple[list[str], set[str]]:
+    """Let cross-attention that the weights `old` lack, or have for another width, start at zero in `state`, in place.
+
+    Returns what is to be told of it, and the names of the tensors that this is about.
+    """
+    added = [name for name in state if name.endswith(".proj_out.weight") and name not in old]
+    notes, done = [], set()
+    for name in added:
+        layer = name.removesuffix("proj_out.weight")
+        for ending in ("weight", "bias"):  # the layer adds nothing to what goes through it
+            state[f"{layer}proj_out.{ending}"] = torch.zeros_like(state[f"{layer}proj_out.{ending}"])
+        done |= {other for other in state if other.startswith(layer)}
+    if added:
+        notes.append(f"{len(added)} layers of cross-attention added at zero")
+    other_width = [
+        name
+        for name in state
+        if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
+        and name in old
+        and old[name].shape != state[name].shape
+    ]
+    for name in other_width:
+        if name.endswith(".to_v.weight"):
+            state[name] = torch.zeros_like(state[name])
+    if other_width:
+        widths = [weights[other_width[0]].shape[1] for weights in (old, state)]
+        notes.append(f"text {widths[0]} -> {widths[1]} numbers a token: what reads it starts at zero")
+    return notes, done | set(other_width)
 
 
 def check_unet_class(config: dict, where: str, with_text: bool) -> None:

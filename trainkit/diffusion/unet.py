@@ -5,7 +5,13 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from trainkit.data.settings import parse_resolution
-from trainkit.diffusion.text_unet import TEXT_UNET, check_text_config, check_unet_class, takes_text
+from trainkit.diffusion.text_unet import (
+    TEXT_UNET,
+    check_text_config,
+    check_unet_class,
+    takes_text,
+    with_cross_attention,
+)
 from trainkit.errors import UserError
 
 # The UNet of diffusers' train_unconditional.py: 113.7 M parameters at 3 channels.
@@ -38,7 +44,9 @@ def build_unet(options, height: int, width: int, channels: int, **condition) -> 
     config |= {"in_channels": channels, "out_channels": channels}
     config |= {"class_embed_type": None, "num_class_embeds": None}
     if takes_text(options):
-        check_text_config(config, _where(options), condition["cross_attention_dim"])
+        # a model to start from may have read another encoder
+        given = config if name is not None else {**config, "cross_attention_dim": condition["cross_attention_dim"]}
+        check_text_config(given, _where(options), condition["cross_attention_dim"])
     config |= condition
     model_class = UNet2DConditionModel if takes_text(options) else UNet2DModel
     check_resolution(height, width, len(config["block_out_channels"]) - 1)
@@ -77,6 +85,8 @@ def _config(options) -> dict:
         config = load_unet_config(options.model_config_name_or_path)
     elif options.pretrained_model_name_or_path is not None:
         config = load_unet_config(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+        if takes_text(options) and config.get("_class_name", "UNet2DModel") == "UNet2DModel":
+            return with_cross_attention(config)
     else:
         return dict(TEXT_UNET if takes_text(options) else EXAMPLE_UNET)
     check_unet_class(config, _where(options), takes_text(options))

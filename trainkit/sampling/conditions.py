@@ -5,6 +5,7 @@
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Conditions:
 
 def check_guidance(options: ConditionOptions) -> None:
     """Raise `UserError` for guidance that makes no sense."""
-    if not options.guidance_scale >= 1:
+    if not 1 <= options.guidance_scale < math.inf:
         raise UserError(f"--guidance_scale {options.guidance_scale} must be at least 1, which is no guidance")
     if not 0 <= options.guidance_rescale <= 1:
         raise UserError(f"--guidance_rescale {options.guidance_rescale} must be 0 to 1")

@@ -2,6 +2,7 @@
 
 checkpoint-500/
   unet/  unet_ema/                weights, safetensors, each loadable by diffusers
+  unet_ema_<sigma_rel>/           power-function averages, where they are tracked
   optimizer.safetensors           the optimizer's state by parameter
   random_states_<rank>.safetensors
   training_state.json             step, learning-rate schedule, what the run was

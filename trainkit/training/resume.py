@@ -9,21 +9,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from trainkit.errors import UserError
-from trainkit.options import (
-    AugmentationOptions,
-    EmaOptions,
-    ImageOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizationOptions,
-)
+from trainkit.options.data import AugmentationOptions, ImageOptions
+from trainkit.options.model import ModelOptions, ObjectiveOptions
+from trainkit.options.training import EmaOptions, OptimizationOptions
 from trainkit.training import checkpoint as checkpoints
 from trainkit.training.metrics import truncate_metrics
 
 # What a run learns depends on these rooms and options; the rest may differ between its parts.
 ROOMS = (ImageOptions, AugmentationOptions, ModelOptions, ObjectiveOptions, OptimizationOptions, EmaOptions)
 BOUND = {field.name for room in ROOMS for field in fields(room)} | {"seed", "mixed_precision", "shuffle_block_size"}
-FREE = {"train_batch_size", "gradient_accumulation_steps", "max_skipped_steps"}  # the global batch is kept by itself
+# The global batch is kept by itself.
+FREE = {"train_batch_size", "gradient_accumulation_steps", "max_skipped_steps", "ema_snapshot_steps"}
 
 
 def check_output_dir(options) -> None:

@@ -29,12 +29,13 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch, BatchLoader, Condition
 from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.errors import UserError
-from trainkit.options import SECRET_OPTIONS
+from trainkit.options.training import SECRET_OPTIONS
 from trainkit.training.division import divide_global_batch
 from trainkit.training.ema import ShadowWeights, build_ema
 from trainkit.training.guards import SkippedSteps, check_replicas, step_if_finite
 from trainkit.training.metrics import StepLog, plot_loss, truncate_metrics
 from trainkit.training.optimization import averaged_by_optimizer, build_lr_scheduler, build_optimizer
+from trainkit.training.power_ema import PowerAverages
 from trainkit.training.resume import claim_output_dir, told_differences, whole_checkpoints
 from trainkit.training.sharding import (
     gradient_norm_to_tensor,
@@ -50,7 +51,7 @@ from trainkit.training.speed import (
     memory_format,
     uncompiled,
 )
-from trainkit.training.state import restore, restore_random_states, take_snapshot
+from trainkit.training.state import EMA, restore, restore_random_states, take_snapshot
 from trainkit.training.throughput import Throughput, flops_of_image
 from trainkit.training.writer import CheckpointWriter
 
@@ -96,6 +97,10 @@ class Run:
         compile_unet(self.unet, options, self.shape.micro_steps)
         self.sharded = is_sharded(self.unet)
         self.ema: ShadowWeights | None = build_ema(options, self.unet, self.shape.global_size)
+        self.power_averages = PowerAverages(
+            options, accelerator, self.unet, self.shape.global_size, self.max_train_steps, candidates, self.writing
+        )
+        self.averages = ({} if self.ema is None else {EMA: self.ema}) | self.power_averages.by_folder
         resumed = self._resume(candidates)
         self.loader = BatchLoader(
             images, self.shape, options.seed, options.random_flip, accelerator.device, options.dataloader_num_workers,
@@ -114,6 +119,7 @@ class Run:
             accelerator.is_main_process, resumed.get("skipped_in_a_row", 0),
         )  # fmt: skip
         self.log = StepLog(options, accelerator, self.output_dir, self.shape.global_size, throughput)
+        self.power_averages.begin(self.step)
         self._announce(throughput)
 
     # The loop
@@ -134,12 +140,14 @@ class Run:
                     self.stopped = True
                     break
             self._flush_log()
+            self.power_averages.settle()
             self.checkpoints.settle()
             if self.step != self.checkpoints.saved_step and (self.stopped or self.options.checkpointing_steps):
                 self.save_checkpoint()
                 self.checkpoints.settle()
         finally:
             signals.close()
+            self.power_averages.close()
             self.checkpoints.close()
             self.log.close()
 
@@ -169,6 +177,7 @@ class Run:
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step()
+        self.power_averages.step()
         self.step += 1
         self.log.add(self.step, self._step_loss, learning_rate, grad_norm)
         self._step_loss = torch.zeros_like(self._step_loss)
@@ -178,6 +187,7 @@ class Run:
             check_replicas(self.accelerator, self.unet, self.step)
         if self.options.checkpointing_steps and self.step % self.options.checkpointing_steps == 0:
             self.save_checkpoint()
+        self.log.pause(self.power_averages.snapshot(self.step))  # after the checkpoint, which does not wait for it
 
     def _flush_log(self) -> None:
         scaler = self.accelerator.scaler  # fp16: it looks for its scale by letting steps overflow
@@ -252,8 +262,9 @@ class Run:
         """Write checkpoint-<step>: staged by every rank, renamed when whole; a full disk only warns."""
         started = time.perf_counter()
         self._flush_log()
+        self.power_averages.settle()  # a run resumed from this checkpoint makes only later ones again
         self.checkpoints.save(
-            self.step, lambda: take_snapshot(self.unet, self.ema, self.optimizer.optimizer, self._facts())
+            self.step, lambda: take_snapshot(self.unet, self.averages, self.optimizer.optimizer, self._facts())
         )
         self.log.pause(time.perf_counter() - started)
 
@@ -273,7 +284,7 @@ class Run:
         """Load the first of `candidates` that can be loaded; returns its training_state.json, {} for a new run."""
         for folder in candidates:
             try:
-                facts = restore(folder, self.unet, self.ema, self.optimizer.optimizer)
+                facts = restore(folder, self.unet, self.averages, self.optimizer.optimizer)
                 self.lr_scheduler.load_state_dict(facts["lr_scheduler"])
                 if self.accelerator.scaler is not None and facts["loss_scaler"]:
                     self.accelerator.scaler.load_state_dict(facts["loss_scaler"])

@@ -7,19 +7,15 @@ from typing import TypeVar
 
 from trainkit.config import parse_options
 from trainkit.errors import UserError
-from trainkit.options import (
-    AugmentationOptions,
+from trainkit.options.data import AugmentationOptions, ImageOptions, LoadingOptions, SourceOptions
+from trainkit.options.model import ModelOptions, ObjectiveOptions
+from trainkit.options.training import (
     CheckpointOptions,
     EmaOptions,
     HardwareOptions,
     HubOptions,
-    ImageOptions,
-    LoadingOptions,
     LoggingOptions,
-    ModelOptions,
-    ObjectiveOptions,
     OptimizationOptions,
-    SourceOptions,
     ValidationOptions,
 )
 
@@ -75,6 +71,7 @@ def check_before_preparation(options: TrainingOptions) -> None:
     from trainkit.diffusion.unet import check_unet_options
     from trainkit.training.learning_rate import check_learning_rate_search
     from trainkit.training.optimization import check_optimization
+    from trainkit.training.power_ema import check_power_lengths
     from trainkit.training.resume import check_output_dir
     from trainkit.training.score import check_score
     from trainkit.training.trackers import check_tracker
@@ -83,6 +80,7 @@ def check_before_preparation(options: TrainingOptions) -> None:
     check_score(options)
     check_objective(options)
     check_optimization(options)
+    check_power_lengths(options)
     check_learning_rate_search(options)
     check_augmentation(options, grey=options.image_mode == "L")
     check_unet_options(options)

@@ -44,16 +44,17 @@ class Snapshot:
 
 
 def take_snapshot(
-    unet: UNet2DModel, ema: ShadowWeights | None, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+    unet: UNet2DModel, averages: dict[str, ShadowWeights], optimizer: torch.optim.Optimizer, facts: dict[str, Any]
 ) -> Snapshot:
     """Copy weights, averages and optimizer state to the CPU of rank 0, whole; a collective.
 
-    `facts` is what else goes into training_state.json.
+    `averages` are those of the weights, by the folder that each goes into; `facts` is what else goes into
+    training_state.json.
     """
     config = json.loads(unet.to_json_string())
     configs, weights = {UNET: config}, {UNET: full_weights(unet)}
-    if ema is not None:
-        configs[EMA], weights[EMA] = config | ema.state_dict(), ema.full_weights()
+    for name, average in averages.items():
+        configs[name], weights[name] = config | average.state_dict(), average.full_weights()
     saved = full_optimizer_state(unet, optimizer)
     tensors, numbers = {}, {}
     for name, values in saved.get("state", {}).items():
@@ -65,7 +66,7 @@ def take_snapshot(
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> None:
-    """Write unet/, unet_ema/ (each loadable by diffusers), optimizer.safetensors and training_state.json."""
+    """Write unet/ and the averages (each loadable by diffusers), optimizer.safetensors and training_state.json."""
     for name, config in snapshot.configs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -80,19 +81,19 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def restore(
-    folder: Path, unet: UNet2DModel, ema: ShadowWeights | None, optimizer: torch.optim.Optimizer
+    folder: Path, unet: UNet2DModel, averages: dict[str, ShadowWeights], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Load what `write_snapshot` wrote; returns the facts. A collective: rank 0 reads the weights for all.
 
     Raises where names or shapes do not fit.
     """
     facts = read_facts(folder)
-    names = [f"{UNET}/{WEIGHTS}", OPTIMIZER] + ([] if ema is None else [f"{EMA}/{WEIGHTS}"])
+    names = [f"{UNET}/{WEIGHTS}", OPTIMIZER, *(f"{name}/{WEIGHTS}" for name in averages)]
     files = _read_on_rank0(folder, names)
     load_full_weights(unet, files[f"{UNET}/{WEIGHTS}"])
-    if ema is not None:
-        ema.load_full_weights(files[f"{EMA}/{WEIGHTS}"])
-        ema.load_state_dict(json.loads((folder / EMA / "config.json").read_text()))
+    for name, average in averages.items():
+        average.load_full_weights(files[f"{name}/{WEIGHTS}"])
+        average.load_state_dict(json.loads((folder / name / "config.json").read_text()))
     state: dict[str, dict] = {}
     for key, value in [*files[OPTIMIZER].items(), *facts["optimizer"]["numbers"].items()]:
         name, _, what = key.rpartition("/")

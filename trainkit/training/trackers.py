@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator, tracking
 
 from trainkit.errors import UserError
-from trainkit.options import SECRET_OPTIONS
+from trainkit.options.training import SECRET_OPTIONS
 
 
 def check_tracker(logger: str) -> None:

@@ -12,6 +12,7 @@ from trainkit.data.preparation.finalize import (
     read_preparation,
 )
 from trainkit.data.preparation.shards import VALIDATION_FOLDER
+from trainkit.data.sources.ignored import told_ignored
 from trainkit.errors import UserError
 
 SHOWN_CLASSES = 6
@@ -63,6 +64,7 @@ def card(folder: Path | RemotePath, preparation: dict) -> str:
         "held out": _held_out(folder, hygiene),
         "classes": _classes(preparation["classes"]),
         "rejected": _rejected(preparation["rejected"]),
+        "ignored": told_ignored(preparation.get("ignored", {})),
         "mean, std": _statistics(preparation, settings["image_mode"]),
         "columns": ", ".join(preparation["columns"]),
         "files": f"{len(preparation['shards']):,} shards, {num_bytes / 1e6:,.1f} MB, "

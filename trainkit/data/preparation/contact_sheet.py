@@ -22,7 +22,8 @@ from trainkit.data.images.limits import RejectedImage
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation.finalize import PREPARATION_NAME, REJECTED_NAME, told_counts
 from trainkit.data.preparation.pieces import DUPLICATE_FAULT
-from trainkit.data.preparation.pool import quiet_decoders
+from trainkit.data.preparation.pool import call_apart, quiet_decoders
+from trainkit.data.preparation.shards import ShardWriter
 
 SHEET_NAME = "contact_sheet.html"
 SEED = 0
@@ -30,8 +31,8 @@ SIDE = 128  # pixels, at most, of a picture on the page
 CLASS_SAMPLES, SHOWN_CLASSES, UNLABELLED_SAMPLES = 12, 24, 96
 SCANNED_LABELS = 20_000  # images whose class is looked up: enough for samples of any but the rarest
 SHOWN_REJECTED = 12  # of each fault
-# Files whose picture was told apart from its fault; the others hold none, or are a danger to open here.
-SHOWABLE_FAULTS = {"truncated", "corrupt", "too_small", "bad_aspect", "animated"}
+# Of files of which there is something to see.
+SHOWN_FAULTS = {"truncated", "corrupt", "too_small", "bad_aspect", "animated", DUPLICATE_FAULT}
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2em; max-width: 1400px }
 figure { display: inline-block; margin: 0 6px 10px 0; width: min-content; min-width: 100px; vertical-align: top;
@@ -62,10 +63,10 @@ def write_contact_sheet(folder: Path | RemotePath, source=None) -> Path | Remote
     for title, indices in _samples(images):
         sources, texts = images.sources(indices), images.texts(indices)
         captions = [f"{source} {text}".strip() for source, text in zip(sources, texts, strict=True)]
-        figures = [_figure(pixels, caption) for pixels, caption in zip(images.gather(indices), captions, strict=True)]
+        pictures = map(_encoded, images.gather(indices))
+        figures = [_figure(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
         body += [f"<h2>{_escaped(title)}</h2>", *figures]
-    with quiet_decoders():
-        body += _rejected_part(images, getattr(source, "folder", None))
+    body += _rejected_part(images, getattr(source, "folder", None))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     head += f"<title>{_escaped(name)}</title><style>{STYLE}</style>"
@@ -102,21 +103,32 @@ def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[s
         lines = by_fault.setdefault(line["fault"], [])
         if len(lines) < SHOWN_REJECTED:
             lines.append(line)
+    paths = [
+        source_folder / name
+        for fault, lines in sorted(by_fault.items())
+        if source_folder is not None and fault in SHOWN_FAULTS
+        for line in lines
+        for name in _names(line)
+    ]
+    reader = ShardWriter(None, images.settings, None, has_text=False)
+    pictures = dict(zip(paths, call_apart(reader, picture_of, paths), strict=True))
     parts = []
     for fault, lines in sorted(by_fault.items()):
         explained = " (left: what stays)" if fault == DUPLICATE_FAULT else ""
         count = images.preparation["rejected"].get(fault, 0)
         parts += [f"<h2>{_escaped(fault)}: {count:,}{explained}</h2>", "<table>"]
         for line in lines:
-            shown = [line.get("repeats"), line["source"]] if fault == DUPLICATE_FAULT else [line["source"]]
-            figures = []
-            if source_folder is not None and fault in {*SHOWABLE_FAULTS, DUPLICATE_FAULT}:
-                pictures = [(_readable(source_folder / name, images), name) for name in shown]
-                figures = [_figure(pixels, name) for pixels, name in pictures if pixels is not None]
+            found = [(pictures.get(source_folder / name), name) for name in _names(line)] if source_folder else []
+            figures = [_figure(picture, name) for picture, name in found if isinstance(picture, bytes)]
             told = f"{_escaped(line['source'])}<br>{_escaped(line['message'])}"
             parts.append(f"<tr><td>{''.join(figures)}</td><td>{told}</td></tr>")
         parts.append("</table>")
     return parts
+
+
+def _names(line: dict) -> list[str]:
+    """The files that a line of rejected.jsonl is about: what stays first, where it tells of a duplicate."""
+    return [line["repeats"], line["source"]] if line["fault"] == DUPLICATE_FAULT else [line["source"]]
 
 
 def _rejected_lines(path: Path | RemotePath) -> Iterator[dict]:
@@ -128,31 +140,34 @@ def _rejected_lines(path: Path | RemotePath) -> Iterator[dict]:
         yield from map(json.loads, read_text(path).splitlines())
 
 
-def _readable(path: Path, images: PreparedImages) -> np.ndarray | None:
-    """What can be seen of a file: as it would have been prepared, else as much of it as its bytes give."""
-    try:
-        return decode_image(path, images.settings)
-    except RejectedImage:
-        pass
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                image.thumbnail((SIDE, SIDE))
-                return np.asarray(image.convert("RGBA"))
-    except Exception:  # whatever a plugin raises on what is left of a file: then it has no picture
-        return None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+def picture_of(writer: ShardWriter, path: Path) -> bytes | None:
+    """What can be seen of a file, encoded for the page: as it would have been prepared, else what its bytes give.
+
+    For a worker process: such a file may kill it.
+    """
+    with quiet_decoders():
+        try:
+            return _encoded(decode_image(path, writer.settings))
+        except RejectedImage:
+            pass
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path, formats=FORMATS) as image:
+                    image.thumbnail((SIDE, SIDE))
+                    return _encoded(np.asarray(image.convert("RGBA")))
+        except Exception:  # whatever a plugin raises on what is left of a file: then it has no picture
+            return None
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
-def _figure(pixels: np.ndarray, caption: str) -> str:
-    picture = base64.b64encode(_encoded(pixels)).decode()
-    mime = "png" if picture.startswith("iVBOR") else "jpeg"
+def _figure(picture: bytes, caption: str) -> str:
+    mime = "png" if picture.startswith(b"\x89PNG") else "jpeg"
     return (
-        f'<figure><img src="data:image/{mime};base64,{picture}" alt="">'
+        f'<figure><img src="data:image/{mime};base64,{base64.b64encode(picture).decode()}" alt="">'
         f"<figcaption>{_escaped(caption[:200])}</figcaption></figure>"
     )
 

@@ -56,10 +56,10 @@ def _exact_sums(samples: np.ndarray) -> tuple[list[int], list[int]]:
     """Sums (C,) of the samples (pixels, C) and of their squares, in parts that float64 adds up without rounding."""
     sums, squares = [0] * samples.shape[1], [0] * samples.shape[1]
     for start in range(0, len(samples), EXACT_PIXELS):
-        planes = np.ascontiguousarray(samples[start : start + EXACT_PIXELS].T.astype(np.float64))
-        for channel, plane in enumerate(planes):
-            sums[channel] += int(plane.sum())
-            squares[channel] += int(plane @ plane)
+        planes = samples[start : start + EXACT_PIXELS].T.astype(np.float64, order="C")
+        sums = [so_far + int(more) for so_far, more in zip(sums, planes.sum(axis=1), strict=True)]
+        more_squares = np.einsum("cp,cp->c", planes, planes)
+        squares = [so_far + int(more) for so_far, more in zip(squares, more_squares, strict=True)]
     return sums, squares
 
 

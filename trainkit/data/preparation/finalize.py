@@ -147,6 +147,7 @@ def _write_dataset(
         "source": {"name": source.name, "fingerprint": source.fingerprint},
         "num_images": sum(shard["num_rows"] for shard in shard_files),
         "rejected": dict(sorted(Counter(line["fault"] for line in rejected).items())),
+        "ignored": {kind: count for kind, count in sorted(getattr(source, "ignored", {}).items()) if count > 0},
         "classes": {name: classes[str(label)] for label, name in enumerate(writer.label_names or [])},
         "pixels": mean_and_std(total, 2**writer.settings.bit_depth - 1) | {"num_pixels": total["num_pixels"]},
         "columns": list(writer.features),
@@ -186,7 +187,9 @@ def _sweep(
         if isinstance(output_dir, RemotePath):
             side = VALIDATION if folder.name == VALIDATION_FOLDER else TRAIN
             divided = {part.path.name.rpartition("-")[0] + ".arrow" for part in parts.get(side, ()) if part.hidden}
-            names = set() if folder.name == UNITS_FOLDER else divided | replaced["" if side == TRAIN else folder.name]
+            names = divided | replaced["" if side == TRAIN else folder.name]
+            if folder.name == UNITS_FOLDER:
+                names = {name for name in sizes(folder) if _belongs_to(name, replaced)}
         elif is_used:
             names = {name for name in sizes(folder) if re.fullmatch(OURS, name)}
         else:
@@ -195,6 +198,15 @@ def _sweep(
         for name in names:
             if str(folder / name) not in wanted:
                 delete(folder / name)
+
+
+def _belongs_to(name: str, shards: dict[str, set[str]]) -> bool:
+    """Whether what deduplication keeps of a unit, data-<unit>[-<side>-<mark>].arrow, is of one of these shards."""
+    unit, _, hidden = name.removesuffix(".arrow").removeprefix("data-").partition("-")
+    if hidden:
+        side, _, mark = hidden.partition("-")
+        return f"data-{unit}-{mark}.arrow" in shards["" if side == str(TRAIN) else VALIDATION_FOLDER]
+    return any(shard.startswith((f"data-{unit}-", f"data-{unit}.")) for shard in shards[""])
 
 
 def sweep_current(output_dir: Path | RemotePath) -> None:

@@ -11,10 +11,11 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from typing import Any
 
 from trainkit.data.images.limits import limit_memory
 from trainkit.data.preparation.shards import JoinJob, ShardWriter, SliceJob
@@ -22,7 +23,9 @@ from trainkit.errors import UserError
 
 JOBS_IN_FLIGHT = 3  # for each process: one at work, two waiting
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-PRELOADED = ["numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "pyarrow"]
+# Once, before workers are forked. Pandas, since pyarrow imports it at its first array: 0.4 s of CPU each otherwise.
+PRELOADED = ["numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "pyarrow", "pandas"]
+DIED = object()  # the result of a call that killed its process
 
 _writer: ShardWriter | None = None  # of this worker process
 
@@ -118,19 +121,26 @@ def probe(writer: ShardWriter, items: Sequence) -> None:
 
 
 def _deadly(writer: ShardWriter, function: Callable, arguments: list) -> tuple[int, ...]:
-    """Make the calls one at a time in another process; returns the positions of those that killed it."""
-    deadly, pool = [], _start_pool(writer, 1)
+    """The positions of the arguments with which a call kills its process."""
+    results = call_apart(writer, function, arguments)
+    return tuple(position for position, result in enumerate(results) if result is DIED)
+
+
+def call_apart(writer: ShardWriter, function: Callable, arguments: Iterable) -> Iterator[Any]:
+    """`function(writer, argument)` for each, one at a time in another process; `DIED` where it did."""
+    pool = None
     try:
-        for position, argument in enumerate(arguments):
+        for argument in arguments:
+            pool = pool or _start_pool(writer, 1)
             try:
-                _submit(pool, function, argument).result()
+                yield _submit(pool, function, argument).result()
             except BrokenProcessPool:
-                deadly.append(position)
                 pool.shutdown()
-                pool = _start_pool(writer, 1)
+                pool = None
+                yield DIED
     finally:
-        pool.shutdown()
-    return tuple(deadly)
+        if pool is not None:
+            pool.shutdown()
 
 
 def _start_pool(writer: ShardWriter, num_proc: int) -> ProcessPoolExecutor:
@@ -169,8 +179,8 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _call(function: Callable, argument) -> None:
-    function(_writer, argument)
+def _call(function: Callable, argument) -> Any:
+    return function(_writer, argument)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ from trainkit.data.preparation.shards import (
     read_summary,
 )
 from trainkit.data.settings import PreparationSettings
+from trainkit.data.sources.ignored import told_ignored
 from trainkit.errors import UserError
 
 NO_BYTES = {"train_height", "train_width"}  # settings that change no stored bytes
@@ -188,6 +189,8 @@ def _replacing(folder: Path | RemotePath, output_flag: str, held: str) -> UserEr
 
 def _prepare(source, writer, units, output_dir, work, engines, show_progress, fingerprint, rejections) -> dict:
     started = time.monotonic()
+    if show_progress and (told := told_ignored(getattr(source, "ignored", {}))):
+        print(f"ignored {told}", flush=True)
     settings, hygiene = writer.settings, writer.hygiene
     shards = [shard for shard, _ in units]
     if hygiene.validation_fraction:

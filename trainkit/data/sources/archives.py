@@ -19,6 +19,7 @@ import numpy as np
 
 from trainkit.data.images.limits import RejectedImage
 from trainkit.data.sources import records
+from trainkit.data.sources.ignored import Ignored
 from trainkit.data.sources.locations import DataFile, Location, open_file, opened, read_range, read_whole
 from trainkit.data.sources.members import (
     CONTENT_EXTENSIONS,
@@ -47,17 +48,18 @@ class Archives:
     """The images in archives, in their order there, or the files below a URL (`root`)."""
 
     def __init__(self, files: list[DataFile], name: str, vector_column: str, root: str | None = None):
-        self.name, self.files = name, files
+        self.name, self.files, self.ignored = name, files, Ignored()
         if root is not None:
-            self.members = collect(_remote_files(files), 0, root, vector_column)
+            self.members = collect(_remote_files(files), 0, root, vector_column, self.ignored)
         else:
             self.members = []
             for number, file in enumerate(files):
-                self.members += collect(_listed(file), number, file.location.path, vector_column)
+                self.members += collect(_listed(file), number, file.location.path, vector_column, self.ignored)
         if all(member.fault for member in self.members):
             faults = [f"{member.path}: {member.fault[1]}" for member in self.members]
             found = f"{len(faults)} rejected, the first {faults[0]}" if faults else "no image file found inside"
-            raise UserError(f"--train_data_dir {root or name} holds no image that can be read ({found})")
+            given = files[0].location.path if len(files) == 1 else root or name
+            raise UserError(f"--train_data_dir {given} holds no image that can be read ({found})")
         if not any(member.label for member in self.members):
             folders = class_folders(member.path for member in self.members if not _is_damage(member))
             self.members = [

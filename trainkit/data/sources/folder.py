@@ -9,7 +9,7 @@ import numpy as np
 
 from trainkit.data.images.limits import RejectedImage
 from trainkit.data.sources import records
-from trainkit.data.sources.listing import Entry, list_folder
+from trainkit.data.sources.listing import NOT_A_FILE, Entry, list_folder
 from trainkit.data.sources.records import NO_LABEL, Record, Unit, cuts, first_length, path_bytes, sorted_labels
 from trainkit.data.sources.vectors import MAX_VECTOR_BYTES, parse_npy
 
@@ -20,7 +20,8 @@ class ImageFolder:
     def __init__(self, folder: str | Path, flag: str = "--train_data_dir", vector_column: str = "vector"):
         self.folder = Path(folder)
         self.name = self.folder.resolve().name or "images"
-        self.entries, labels, self.has_text, has_vector = list_folder(self.folder, flag, vector_column)
+        listing = list_folder(self.folder, flag, vector_column)
+        self.entries, labels, self.has_text, has_vector, self.ignored = listing
         self.label_names = sorted_labels(labels) if labels else None
         vectors = (_entry_vector(self.folder, entry) for entry in self.entries) if has_vector else ()
         self.vector_length = first_length(vectors)
@@ -47,6 +48,8 @@ class FolderReader(NamedTuple):
         return entry.path
 
     def read(self, entry: Entry) -> Record:
+        if entry.size == NOT_A_FILE:
+            raise RejectedImage("not_a_file", "a device, a pipe or a socket")
         path, text = Path(self.folder, entry.path), entry.text
         if text is None and entry.caption_file:
             text = _read_caption(path.with_suffix(".txt"))

@@ -3,7 +3,9 @@
 A folder may hold more files than memory should: they are sorted outside of it and kept in a temporary file.
 """
 
+import errno
 import os
+import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from trainkit.data.sources.ignored import Ignored
 from trainkit.data.sources.metadata import METADATA_NAMES, told_in_folder
 from trainkit.data.sources.rowfile import RowFile, sorted_rows
 from trainkit.errors import UserError
@@ -19,7 +22,7 @@ IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga "
     ".heic .heif".split()  # Pillow reads no HEIF: better rejected by name than passed over in silence
 )
-EXTENSIONS_TOLD = 100  # of other files, remembered for an error message
+MISSING, NOT_A_FILE = -1, -2  # in the place of a size
 
 IMAGE, CAPTION, VECTOR, FOLDER, LINKED_FOLDER = range(5)
 SIDECARS = {".txt": CAPTION, ".npy": VECTOR}
@@ -96,6 +99,7 @@ class Listing(NamedTuple):
     labels: set[str]
     has_text: bool
     has_vector: bool
+    ignored: Ignored
 
 
 def list_folder(folder: Path, flag: str, vector_column: str = "vector") -> Listing:
@@ -107,7 +111,7 @@ def list_folder(folder: Path, flag: str, vector_column: str = "vector") -> Listi
         raise UserError(f"{flag} {folder} does not exist; give a folder of images")
     if not folder.is_dir():
         raise UserError(f"{flag} {folder} is a file; give the folder that holds the images")
-    found, seen = _Found([], set()), _Seen()
+    found, seen = _Found([], Ignored()), _Seen()
     file = RowFile(ENTRY_SCHEMA)
     try:
         file.extend(seen.noted(_walk(folder, found)))
@@ -119,27 +123,28 @@ def list_folder(folder: Path, flag: str, vector_column: str = "vector") -> Listi
         seen = _Seen()
         told = sorted_rows(_metadata_rows(folder, sorted(found.metadata), vector_column), METADATA_SCHEMA)
         joined = RowFile(ENTRY_SCHEMA)
-        joined.extend(seen.noted(_joined(folder, file.rows(0, len(file)), _last_of_each(told))))
+        joined.extend(seen.noted(_joined(folder, file.rows(0, len(file)), _last_of_each(told), found)))
         file = joined
     if not len(file):
-        held = ", ".join(sorted(found.other_extensions)[:5]) or "nothing"
+        held = ", ".join(sorted(found.ignored)[:5]) or "nothing"
         raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...)")
     folder_labels = not seen.told_labels and seen.folders_are_classes
     labels = seen.folder_names if folder_labels else seen.told_labels
-    return Listing(Entries(file, folder_labels, range(len(file))), labels, seen.has_text, seen.has_vector)
+    entries = Entries(file, folder_labels, range(len(file)))
+    return Listing(entries, labels, seen.has_text, seen.has_vector, found.ignored)
 
 
 class _Found(NamedTuple):
     """What the walk meets besides images."""
 
     metadata: list[str]
-    other_extensions: set[str]
+    ignored: Ignored
 
 
 def _walk(root: Path, found: _Found) -> Iterator[tuple]:
     """Rows of `ENTRY_SCHEMA` for every image file, sorted by path, a folder at a time."""
     seen_links = set()
-    pending = [("", _with_sidecars(_sorted_items(str(root), "", found)))]
+    pending = [("", _with_sidecars(_sorted_items(str(root), "", found), found))]
     while pending:
         prefix, items = pending[-1]
         if (item := next(items, None)) is None:
@@ -156,7 +161,7 @@ def _walk(root: Path, found: _Found) -> Iterator[tuple]:
             if target in seen_links or f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{target}/"):
                 continue
             seen_links.add(target)
-        pending.append((path, _with_sidecars(_sorted_items(folder, path, found))))
+        pending.append((path, _with_sidecars(_sorted_items(folder, path, found), found)))
 
 
 def _sorted_items(folder: str, prefix: str, found: _Found) -> Iterator[tuple]:
@@ -170,40 +175,65 @@ def _items(folder: str, prefix: str, found: _Found) -> Iterator[tuple]:
             name = item.name
             if name.startswith("."):
                 continue
-            if item.is_dir():
+            if _is_folder(item):
                 yield _encoded(name + "/"), LINKED_FOLDER if item.is_symlink() else FOLDER, 0, 0
                 continue
             extension = os.path.splitext(name)[1].lower()
-            if extension in IMAGE_EXTENSIONS or extension in SIDECARS:
-                kind = SIDECARS.get(extension, IMAGE)
-                try:
-                    stat = item.stat()
-                except FileNotFoundError:  # a dangling link
-                    if kind == IMAGE:
-                        yield _encoded(name), kind, -1, 0
-                    continue
-                yield _encoded(name), kind, stat.st_size, stat.st_mtime_ns
+            if extension in IMAGE_EXTENSIONS:
+                yield _encoded(name), IMAGE, *_size_and_time(item)
+            elif extension in SIDECARS:
+                size, mtime_ns = _size_and_time(item)
+                if size >= 0:
+                    yield _encoded(name), SIDECARS[extension], size, mtime_ns
+                else:
+                    found.ignored.add(name)
             elif name in METADATA_NAMES:
                 found.metadata.append(prefix + name)
-            elif len(found.other_extensions) < EXTENSIONS_TOLD:
-                found.other_extensions.add(extension or name)
+            else:
+                found.ignored.add(name)
 
 
-def _with_sidecars(items: Iterator[tuple]) -> Iterator[tuple]:
+def _is_folder(item: os.DirEntry) -> bool:
+    try:
+        return item.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself is one bad file, not the end of the listing
+            raise
+        return False
+
+
+def _size_and_time(item: os.DirEntry | Path) -> tuple[int, int]:
+    """Bytes and mtime_ns of a file; `MISSING` or `NOT_A_FILE` with 0 where there is none to be read."""
+    try:
+        found = item.stat()
+    except (OSError, ValueError):
+        return MISSING, 0  # the decoder will say what is wrong with it
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever, and a device may have no end
+        return NOT_A_FILE, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _with_sidecars(items: Iterator[tuple], found: _Found) -> Iterator[tuple]:
     """The images and folders of one folder, in order, each image with size and mtime_ns of its NAME.txt and NAME.npy.
 
     An image waits until none can follow: names that begin with the same "NAME." are neighbours.
     """
-    waiting, beside = deque(), {}
+    waiting, beside, used = deque(), {}, set()
 
     def settled(key: bytes) -> Iterator[tuple]:
         while waiting and not (waiting[0][1] == IMAGE and key.startswith(_stem(waiting[0][0]))):
             item = waiting.popleft()
-            found = beside.get(_stem(item[0]), {})
-            yield (*item, *found.get(CAPTION, NOTHING_BESIDE), *found.get(VECTOR, NOTHING_BESIDE))
+            told = beside.get(_stem(item[0]), {}) if item[1] == IMAGE else {}
+            if told:
+                used.add(_stem(item[0]))
+            yield (*item, *told.get(CAPTION, NOTHING_BESIDE), *told.get(VECTOR, NOTHING_BESIDE))
         if not waiting and beside:
             for stem in [stem for stem in beside if not key.startswith(stem)]:
-                del beside[stem]
+                told = beside.pop(stem)
+                if stem not in used:
+                    for extension in (extension for extension, kind in SIDECARS.items() if kind in told):
+                        found.ignored.add(_decoded(stem[:-1]) + extension)
+                used.discard(stem)
 
     for item in items:
         yield from settled(item[0])
@@ -229,7 +259,7 @@ def _last_of_each(rows: Iterator[tuple]) -> Iterator[tuple]:
         yield last
 
 
-def _joined(root: Path, rows: Iterator[tuple], told: Iterator[tuple]) -> Iterator[tuple]:
+def _joined(root: Path, rows: Iterator[tuple], told: Iterator[tuple], found: _Found) -> Iterator[tuple]:
     """The sorted rows with what the sorted metadata tells of them, and a row for each file that only it names."""
     row, tells = next(rows, None), next(told, None)
     while row is not None or tells is not None:
@@ -240,16 +270,24 @@ def _joined(root: Path, rows: Iterator[tuple], told: Iterator[tuple]) -> Iterato
         path, label, text, vector = tells
         if row is None or tells[0] < row[0]:  # another extension, or a row without its file
             named = root / _decoded(path)
-            beside = [_stat_or_missing(named.with_suffix(extension)) for extension in (".txt", ".npy")]
-            caption, vector_file = (NOTHING_BESIDE if stat[0] < 0 else stat for stat in beside)
-            stat = _stat_or_missing(named)
+            beside = [_found_stat(named.with_suffix(extension), found) for extension in SIDECARS]
+            caption, vector_file = (NOTHING_BESIDE if pair[0] < 0 else pair for pair in beside)
+            stat_told = _found_stat(named, found)
         else:
-            stat, caption, vector_file = row[1:3], row[5:7], row[7:9]
+            stat_told, caption, vector_file = row[1:3], row[5:7], row[7:9]
             row = next(rows, None)
         caption = caption if text is None else NOTHING_BESIDE
         vector_file = vector_file if vector is None else NOTHING_BESIDE
-        yield (path, *stat, label, text, *caption, *vector_file, vector)
+        yield (path, *stat_told, label, text, *caption, *vector_file, vector)
         tells = next(told, None)
+
+
+def _found_stat(path: Path, found: _Found) -> tuple[int, int]:
+    """`_size_and_time` of a file that metadata names: if the walk passed it over, it is not ignored after all."""
+    size, mtime_ns = _size_and_time(path)
+    if size >= 0 and path.suffix.lower() not in IMAGE_EXTENSIONS:
+        found.ignored.take(path.name)
+    return size, mtime_ns
 
 
 class _Seen:
@@ -293,14 +331,6 @@ def _encoded(text: str | None) -> bytes | None:
 
 def _decoded(text: bytes | None) -> str | None:
     return None if text is None else text.decode("utf-8", "surrogatepass")
-
-
-def _stat_or_missing(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except (OSError, ValueError):
-        return -1, 0  # the decoder will say what is wrong with it
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _metadata_rows(root: Path, metadata_paths: list[str], vector_column: str) -> Iterator[tuple]:

@@ -3,6 +3,7 @@
 A location is small, hashable and picklable; whatever is open belongs to one thread of one process.
 """
 
+import errno
 import functools
 import itertools
 import json
@@ -151,6 +152,8 @@ def _find_local(folder: Path, storage_options: str) -> list[DataFile] | None:
 
 def _local_stamp(path: Path) -> tuple[int, str]:
     stat = path.stat()
+    if path.is_fifo():
+        raise OSError(errno.EINVAL, "a pipe, which cannot be read twice", str(path))
     return stat.st_size, str(stat.st_mtime_ns)
 
 

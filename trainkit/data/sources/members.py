@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainkit.data.sources.ignored import Ignored
 from trainkit.data.sources.listing import IMAGE_EXTENSIONS
 from trainkit.data.sources.metadata import CAPTION_COLUMNS, METADATA_NAMES, Told, caption_lines, told_lines
 from trainkit.data.sources.vectors import vector_bytes
@@ -70,8 +71,11 @@ def is_wanted(path: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 
-def collect(files: Iterable[File], container: int, where: str, vector_column: str) -> list[Member]:
-    """The images among `files`, in the order of their offsets. Raises `UserError` for metadata that cannot be read."""
+def collect(files: Iterable[File], container: int, where: str, vector_column: str, ignored: Ignored) -> list[Member]:
+    """The images among `files`, in the order of their offsets; the rest is added to `ignored`.
+
+    Raises `UserError` for metadata that cannot be read.
+    """
     images, others, metadata, rejected = {}, {}, [], []
     for file in files:
         path = file.span.path
@@ -89,6 +93,8 @@ def collect(files: Iterable[File], container: int, where: str, vector_column: st
             metadata.append(file)
         elif file.fault is None:
             others[stem + extension.lower()] = file
+        else:
+            ignored.add(path)
     told = {}
     for file in metadata:
         text = io.TextIOWrapper(io.BytesIO(file.content), encoding="utf-8-sig", newline="")
@@ -96,7 +102,12 @@ def collect(files: Iterable[File], container: int, where: str, vector_column: st
     for path in told.keys() - images.keys():  # another extension, or a row without its file
         missing = File(Span(path, "missing"), fault=("missing", "a metadata file names it, but it is not there"))
         images[path] = others.get(path, missing)
-    _drop_other_parts(images, others)
+    ignored.update(_drop_other_parts(images, others))
+    stems = {os.path.splitext(path)[0] for path in images}
+    for path in others.keys() - images.keys():
+        stem, extension = os.path.splitext(path)
+        if extension not in CONTENT_EXTENSIONS or stem not in stems:
+            ignored.add(path)
     found = [_member(container, path, file, told, others, vector_column) for path, file in images.items()]
     return sorted([*found, *rejected], key=lambda member: (member.span.offset, member.path))
 
@@ -111,16 +122,22 @@ def class_folders(paths: Iterable[str]) -> dict[str, str]:
     return {folder: folder.rpartition("/")[2] for folder in folders}
 
 
-def _drop_other_parts(images: dict[str, File], others: dict[str, File]) -> None:
-    """Of a WebDataset sample (KEY.cls, KEY.jpg, KEY.mask.png) the image is the one whose ending is one word."""
+def _drop_other_parts(images: dict[str, File], others: dict[str, File]) -> list[str]:
+    """Of a WebDataset sample (KEY.cls, KEY.jpg, KEY.mask.png) the image is the one whose ending is one word.
+
+    Takes the others out of `images`, and returns their endings.
+    """
+    dropped = []
     if not any(path.endswith(SAMPLE_EXTENSIONS) for path in others):
-        return
+        return dropped
     keys = {path.rpartition(".")[0] for path in images}
     for path in list(images):
         folder, slash, name = path.rpartition("/")
         key, dot, ending = name.partition(".")
         if "." in ending and f"{folder}{slash}{key}" in keys:
             del images[path]
+            dropped.append(f".{ending.lower()}")
+    return dropped
 
 
 def _member(container: int, path: str, file: File, told: dict, others: dict[str, File], vector_column: str) -> Member:

@@ -1,6 +1,7 @@
 """metadata.csv and metadata.jsonl: labels, captions and vectors of the images beside and below them."""
 
 import csv
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ class Told(NamedTuple):
 def told_in_folder(root: Path, metadata_path: str, vector_column: str) -> Iterator[Told]:
     """The lines of a file below `root`. Raises `UserError`."""
     try:
+        if (root / metadata_path).is_fifo():  # opening it would wait for ever
+            raise OSError(errno.EINVAL, "a pipe")
         with open(root / metadata_path, encoding="utf-8-sig", newline="") as file:
             yield from told_lines(file, metadata_path, root, vector_column)
     except OSError as error:

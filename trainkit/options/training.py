@@ -1,0 +1,158 @@
+"""Rooms of the run: optimization, averages, hardware, checkpoints, logs, validation, the Hub."""
+
+from dataclasses import dataclass
+
+from trainkit.config import option
+
+SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in checkpoints, not by trackers
+
+
+@dataclass
+class OptimizationOptions:
+    """optimization: how long, with what step"""
+
+    num_epochs: int = option(100, "passes over the data; --max_train_steps wins")
+    max_train_steps: int | None = option(None, "optimizer steps in all; default: from --num_epochs")
+    max_train_images: int | None = option(None, "images in all, in the place of --max_train_steps: for any batch size")
+    train_batch_size: int = option(16, "images a device and micro-step; the global batch is logged")
+    gradient_accumulation_steps: int = option(1, "micro-steps to one optimizer step")
+    learning_rate: float = option(2e-3, "peak learning rate, after warm-up")
+    find_learning_rate: bool = option(False, "train nothing: try rates for 120 steps, suggest one, draw the curve")
+    lr_scheduler: str = option(
+        "cosine", "learning-rate schedule over optimizer steps",
+        choices=(
+            "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "step",
+            "warmup_stable_decay",
+        ),
+    )  # fmt: skip
+    lr_warmup_steps: int = option(100, "optimizer steps over which the rate rises from 0")
+    lr_step_size: int = option(10000, "with --lr_scheduler step: optimizer steps between two drops")
+    lr_step_gamma: float = option(0.1, "with --lr_scheduler step: factor of each drop")
+    lr_num_cycles: int = option(1, "with --lr_scheduler cosine_with_restarts: cosines after warm-up")
+    lr_power: float = option(1.0, "with --lr_scheduler polynomial: power of what is left of the steps")
+    lr_decay_steps: int | None = option(
+        None, "with --lr_scheduler warmup_stable_decay: optimizer steps of the decay at the end; default: a fifth"
+    )
+    optimizer: str = option(
+        "muon", "optimizer; muon learns sooner than adamw, at the same learning rates or larger",
+        choices=(
+            "adamw", "adam", "muon", "lion", "lamb", "adafactor", "prodigy", "schedule_free_adamw", "adamw_8bit",
+        ),
+    )  # fmt: skip
+    adam_beta1: float = option(0.95, "decay of the gradient's running mean")
+    adam_beta2: float = option(0.999, "decay of the squared gradient's running mean")
+    adam_weight_decay: float = option(1e-6, "weight decay, of weight matrices: norms and biases have none")
+    adam_epsilon: float = option(1e-8, "added to the root of the running mean of squares")
+    max_grad_norm: float = option(1.0, "clip the gradient's global L2 norm to this; 0 does not clip")
+    max_skipped_steps: int = option(
+        10, "steps in a row whose gradient is not finite (each is skipped) that end the run"
+    )
+
+
+@dataclass
+class EmaOptions:
+    """EMA: an average of the weights, which is what gets sampled and saved"""
+
+    use_ema: bool = option(True, "keep an exponential moving average of the weights")
+    ema_inv_gamma: float = option(1.0, "inverse gamma of the warm-up 1 - (1 + step / inv_gamma) ** -power")
+    ema_power: float = option(0.75, "power of that warm-up")
+    ema_max_decay: float = option(0.9999, "decay once warmed up, per optimizer step")
+    ema_half_life_images: int | None = option(
+        None, "images after which a weight counts half; in the place of --ema_max_decay, for any batch size"
+    )
+    ema_power_lengths: list[float] | None = option(
+        None, "also track power-function averages of these sigma_rel (Karras et al. 2024), such as 0.05 0.1", nargs="+"
+    )
+    ema_snapshot_steps: int | None = option(None, "optimizer steps between their snapshots (also at the end)")
+
+
+@dataclass
+class HardwareOptions:
+    """hardware: precision, memory, seeds"""
+
+    mixed_precision: str | None = option(
+        None, "autocast of the forward pass; default: what `accelerate launch` says, else no",
+        choices=("no", "fp16", "bf16"),
+    )  # fmt: skip
+    find_batch_size: bool = option(
+        False, "use the largest micro-batch that fits, at the global batch that the flags give; accumulation follows"
+    )
+    compile: bool = option(False, "compile the UNet (torch.compile): minutes at the start, faster steps on GPUs")
+    compile_mode: str = option(
+        "default", "how: reduce-overhead uses CUDA graphs, max-autotune also tries out kernels",
+        choices=("default", "reduce-overhead", "max-autotune"),
+    )  # fmt: skip
+    channels_last: str = option(
+        "auto", "layout of images and weights in memory; auto: yes on CUDA", choices=("auto", "yes", "no")
+    )
+    allow_tf32: bool = option(True, "TensorFloat-32 for what is computed in float32, on GPUs that have it")
+    gradient_checkpointing: bool = option(
+        False, "compute activations a second time in the backward pass: less memory, about a third slower"
+    )
+    shard_weights: bool = option(
+        False, "divide weights, averages and optimizer state over the processes (FSDP2): for models too large for one"
+    )
+    reshard_after_forward: bool = option(
+        True, "with --shard_weights: free gathered weights after the forward pass (ZeRO-3), or keep them (ZeRO-2)"
+    )
+    deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
+    replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
+    seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")
+    cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
+    local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag")
+
+
+@dataclass
+class CheckpointOptions:
+    """checkpoints: exact training state, so that no work is lost"""
+
+    output_dir: str = option("ddpm-model-64", "folder for checkpoints, grids and the saved pipeline")
+    overwrite_output_dir: bool = option(False, "start again in a folder that holds checkpoints: deletes them")
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints; 0: only when stopped by a signal")
+    checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; default: all")
+    async_checkpointing: bool = option(
+        True, "write checkpoints in the background: training waits for the copy to the CPU alone"
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "checkpoint folder, or `latest`: the newest whole one in --output_dir (none there: start)"
+    )
+    save_model_epochs: int = option(10, "epochs between savings of the pipeline (also at the end)")
+
+
+@dataclass
+class LoggingOptions:
+    """logging: what to watch"""
+
+    save_images_epochs: int = option(10, "epochs between sample grids (also at the end)")
+    preview_steps: int | None = option(None, "optimizer steps between sample grids; wins over --save_images_epochs")
+    eval_batch_size: int = option(16, "images in a sample grid, over all processes")
+    logger: str = option("tensorboard", "experiment tracker", choices=("tensorboard", "wandb", "trackio", "none"))
+    logging_dir: str = option("logs", "the tracker's folder inside --output_dir")
+    logging_steps: int = option(10, "optimizer steps between log lines; the device is read only then")
+
+
+@dataclass
+class ValidationOptions:
+    """validation: how it does on images it never sees, and how good its samples are"""
+
+    validation_data_dir: str | None = option(
+        None, "folder of held-out images, or a prepared dataset of them: other images than the ones trained on"
+    )
+    validation_steps: int | None = option(
+        None, "optimizer steps between held-out losses (also at the end); default: only at the end"
+    )
+    validation_images: int = option(256, "held-out images to take the loss of, at most: the first in a fixed order")
+    score_steps: int | None = option(
+        None, "optimizer steps between scores (KID) of samples (also at the end); default: no scores"
+    )
+    score_images: int = option(200, "samples to a score")
+
+
+@dataclass
+class HubOptions:
+    """Hub: share the saved pipeline (never the training state)"""
+
+    push_to_hub: bool = option(False, "push the pipeline whenever it is saved")
+    hub_token: str | None = option(None, "token to push with; default: the one `hf auth login` stored")
+    hub_model_id: str | None = option(None, "repository to push to; default: the name of --output_dir")
+    hub_private_repo: bool = option(False, "create the repository private")

@@ -1,0 +1,165 @@
+"""An average of any length from a run's snapshots, as a pipeline like the run's (Karras et al. 2024, section 3.2)."""
+
+# K snapshots
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from trainkit.diffusion.power_profiles import LONGEST, combination, gamma_of
+from trainkit.errors import UserError
+from trainkit.sampling.conditional import CONDITIONAL_PIPELINE_FILES
+from trainkit.sampling.record import write_json
+from trainkit.training.power_ema import FOLDER, snapshot_files
+
+FLAG = "--model_dir"
+PARTS = {"unet": "", "vector_embedding": "class_embedding."}  # folder of the pipeline -> prefix in training
+OF_OTHER_WEIGHTS = ("samples.png",)
+MISSING_LIMIT = 0.1  # of the profile
+ROUNDING_LIMIT = 3.0  # times that of a single snapshot
+RECORD_NAME = "reconstruction.json"
+
+
+class Snapshots:
+    """The snapshots of a run up to `step` (default: the last), whose sums are averages of other lengths.
+
+    Reads headers alone until weights are asked for. Raises `UserError` where there are none or one is damaged.
+    """
+
+    def __init__(self, folder: Path, step: int | None = None):
+        self.folder = folder
+        files = snapshot_files(folder)
+        if not files:
+            raise UserError(
+                f"{FLAG} {folder} holds no {FOLDER}: train with --ema_power_lengths 0.05 0.1 --ema_snapshot_steps 1000"
+            )
+        known = sorted(set(files.values()))
+        self.step = known[-1] if step is None else step
+        if self.step not in known:
+            raise UserError(
+                f"--step {step}: {folder} has snapshots of {', '.join(map(str, known))}; give one of these"
+            )
+        self.files = [file for file, of_step in files.items() if of_step <= self.step]
+        self.opened = [_opened(file) for file in self.files]
+        told = [opened.metadata() for opened in self.opened]
+        self.steps = np.array([int(each["step"]) for each in told])
+        self.tracked = sorted({float(each["sigma_rel"]) for each in told})
+        self.gammas = np.array([gamma_of(float(each["sigma_rel"])) for each in told])
+        self.shapes = _shapes(self.opened[-1])
+        for file, opened in zip(self.files, self.opened, strict=True):
+            difference = self.shapes.items() ^ _shapes(opened).items()
+            if difference:
+                name = min(difference)[0]
+                raise UserError(
+                    f"{FLAG}: {file} and {self.files[-1].name} are of different models ({name}); remove one"
+                )
+
+    def coefficients(self, sigma_rel: float) -> tuple[np.ndarray, float]:
+        """How much of each snapshot goes into the average of `sigma_rel` at `step`, (K,), and what that misses.
+
+        The latter is a part of the profile, 0 to 1. Raises `UserError` for a length that the snapshots do not give.
+        """
+        try:
+            found, missing = combination(self.steps, self.gammas, self.step, gamma_of(sigma_rel))
+        except ValueError as error:
+            raise UserError(f"--sigma_rel {error}") from None
+        rounding = float(np.sqrt(np.square(found).sum()))
+        if missing > MISSING_LIMIT or rounding > ROUNDING_LIMIT:
+            given = self.reachable()
+            raise UserError(
+                f"--sigma_rel {sigma_rel:g}: {len(self.files)} snapshots up to step {self.step} miss {missing:.0%} of "
+                f"its profile and multiply their rounding by {rounding:.1f}; they give {min(given):g} to "
+                f"{max(given):g}, and more snapshots give more"
+            )
+        return found, missing
+
+    def reachable(self) -> list[float]:
+        """The lengths that the snapshots give, in steps of 0.005 and the tracked ones, ascending."""
+        found = []
+        for sigma_rel in [*np.arange(0.005, LONGEST, 0.005).round(3).tolist(), *self.tracked]:
+            coefficients, missing = combination(self.steps, self.gammas, self.step, gamma_of(sigma_rel))
+            if missing <= MISSING_LIMIT and np.square(coefficients).sum() <= ROUNDING_LIMIT**2:
+                found.append(sigma_rel)
+        return sorted({*found, *self.tracked})
+
+    def average(self, name: str, coefficients: np.ndarray) -> torch.Tensor:
+        """The sum of the snapshots of the tensor `name`, taken in float64, as float32. Raises `UserError`."""
+        if name not in self.shapes:
+            raise UserError(f"{FLAG} {self.folder}: its snapshots are of another model than unet/ ({name} is missing)")
+        newest = self.opened[-1].get_tensor(name)
+        if not newest.is_floating_point():
+            return newest
+        total = torch.zeros(newest.shape, dtype=torch.float64)
+        for opened, coefficient in zip(self.opened, coefficients.tolist(), strict=True):
+            total.add_(opened.get_tensor(name).double(), alpha=coefficient)
+        return total.float()
+
+    def load_into(self, module: torch.nn.Module, part: str, coefficients: np.ndarray) -> None:
+        """Put the average into `module`, the `part` of a pipeline that is called so in `PARTS`."""
+        names = module.state_dict()
+        module.load_state_dict({name: self.average(PARTS[part] + name, coefficients) for name in names})
+
+
+def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path, record: dict) -> dict:
+    """Save the pipeline of the run with the average of `sigma_rel` in `output_dir`, staged, then renamed.
+
+    All but the weights is copied. reconstruction.json holds what is returned: how it was made, and `record`.
+    """
+    coefficients, missing = snapshots.coefficients(sigma_rel)
+    record = {
+        "sigma_rel": sigma_rel,
+        "step": snapshots.step,
+        "profile_missing": missing,
+        "coefficients": dict(zip((file.name for file in snapshots.files), coefficients.tolist(), strict=True)),
+    } | record
+    staging = output_dir.absolute().with_name(f".tmp-{output_dir.absolute().name}")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for name in set(CONDITIONAL_PIPELINE_FILES) - set(OF_OTHER_WEIGHTS):
+            source = snapshots.folder / name
+            if source.is_dir():
+                shutil.copytree(source, staging / name)
+            elif source.is_file():
+                shutil.copy2(source, staging / name)
+        if not any((staging / "unet").glob("*.safetensors")):
+            raise UserError(f"{FLAG} {snapshots.folder}: unet/ holds no safetensors to take the place of")
+        for part, prefix in PARTS.items():
+            for file in sorted((staging / part).glob("*.safetensors")):
+                with safe_open(file, "pt") as saved:
+                    averages = {name: snapshots.average(prefix + name, coefficients) for name in saved.keys()}  # noqa: SIM118
+                save_file(averages, file, metadata={"format": "pt"})
+        with (staging / "README.md").open("a") as card:
+            card.write(
+                f"\n## Average\n\nThe weights are the power-function average of sigma_rel {sigma_rel:g} at step "
+                f"{snapshots.step} (Karras et al. 2024), put together from {len(coefficients)} snapshots.\n"
+            )
+        write_json(staging / RECORD_NAME, record)
+        if output_dir.exists():
+            output_dir.rmdir()
+        staging.rename(output_dir)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written ({error.strerror}): choose another") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return record
+
+
+def _opened(file: Path):
+    try:
+        opened = safe_open(file, "pt")
+        told = opened.metadata() or {}
+        int(told["step"]), gamma_of(float(told["sigma_rel"])), json.loads(told["config"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{FLAG}: {file} is cut or damaged ({reason}); delete it, the others may do") from None
+    return opened
+
+
+def _shapes(opened) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
