@@ -24,7 +24,7 @@ from trainkit.diffusion.noise_schedule import add_noise, alpha_sigma, build_nois
 from trainkit.diffusion.objective import check_objective, denoising_errors
 from trainkit.diffusion.timesteps import draw_timesteps
 from trainkit.errors import UserError
-from trainkit.options import ObjectiveOptions
+from trainkit.options.model import ObjectiveOptions
 from trainkit.sampling.generate import generate
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, load_scheduler, save_bundle, scheduler_bundle
 
