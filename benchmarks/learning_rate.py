@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from trainkit.errors import run_script  # noqa: E402
+
 RATES = (3e-3, 1e-2, 1e-3, 3e-2)
 UNET = {
     "_class_name": "UNet2DModel", "layers_per_block": 1, "block_out_channels": [16, 32], "norm_num_groups": 8,
@@ -83,4 +85,4 @@ def train(options: argparse.Namespace, folder: Path, *arguments) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

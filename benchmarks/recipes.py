@@ -1,7 +1,7 @@
 """Which settings are best for the same time? Trains each of them on real images for as long, and scores the samples.
 
-    python recipes/fetch_images.py fashion_mnist data/fashion --limit 10000
-    python benchmarks/recipes.py --data_dir data/fashion --seconds 120 --seeds 0 1 2 --output_dir recipes-fashion
+    python recipes/fetch_images.py fashion_mnist data/fashion --limit 6000
+    python benchmarks/recipes.py
 
 An arm is train_unconditional.py's defaults with a few flags changed; `diffusers` is recipes/diffusers_defaults.yaml.
 All arms train the same UNet, one thread each, `--jobs` at a time. How many steps fit into `--seconds` is measured
@@ -58,24 +58,33 @@ ARMS = {
 
 
 @dataclass
-class BenchmarkOptions:
-    """benchmark"""
+class RunOptions:
+    """runs: what all of them share"""
 
     data_dir: str = option("data/fashion", "folder that recipes/fetch_images.py made: train/ and heldout/")
-    arms: list[str] = option(["default", "diffusers"], "which settings, `all`, or NAME@SHARE of the time", nargs="+")
-    seeds: list[int] = option([0, 1, 2], "seeds that each arm is trained with", nargs="+")
-    seconds: float = option(120.0, "seconds of training each run gets, on one thread")
+    seeds: list[int] = option([0, 1, 2], "seeds of the weights, the order and the noise of training", nargs="+")
     unet: str = option(str(ROOT / "recipes/mnist_unet"), "config of the UNet; its channels follow the images")
     num_images: int = option(500, "samples to a score")
     jobs: int = option(2, "runs at a time, a thread each")
-    output_dir: str = option("recipes-benchmark", "folder for runs, samples and the table")
+    output_dir: str | None = option(
+        None, "folder for runs, samples and the table; default: benchmark-runs/<script>-<name of --data_dir>"
+    )
+
+
+@dataclass
+class BenchmarkOptions(RunOptions):
+    """benchmark"""
+
+    arms: list[str] = option(
+        ["default", "default@0.33", "diffusers", "flow"], "which settings, `all`, or NAME@SHARE of the time", nargs="+"
+    )
+    seconds: float = option(120.0, "seconds of training each run gets, on one thread")
 
 
 def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
     arms = [(name, *split_share(name)) for name in (ARMS if options.arms == ["all"] else options.arms)]
-    output_dir = Path(options.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = own_folder(options, "recipes")
     done = kept(output_dir)
     steps = {}
     for name, arm, share in arms:
@@ -93,6 +102,19 @@ def main() -> None:
     table = tabled(steps, kept(output_dir))
     (output_dir / "table.md").write_text(table)
     print(table)
+
+
+def own_folder(options: RunOptions, script: str, **more) -> Path:
+    """The folder of the runs. Raises `UserError` for one that holds runs of other images, another UNet or score."""
+    default = Path("benchmark-runs") / f"{script}-{Path(options.data_dir).resolve().name}"
+    folder = Path(options.output_dir) if options.output_dir else default
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"data_dir": options.data_dir, "unet": options.unet, "num_images": options.num_images} | more
+    file = folder / "settings.json"
+    if file.is_file() and (held := json.loads(file.read_text())) != settings:
+        raise UserError(f"--output_dir {folder} holds runs of other settings ({held}): give another folder")
+    file.write_text(json.dumps(settings))
+    return folder
 
 
 def split_share(name: str) -> tuple[str, float]:

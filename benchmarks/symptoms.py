@@ -22,6 +22,8 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from trainkit.errors import run_script  # noqa: E402
+
 GAP, SIDE = 12, 400  # pixels of a picture: between its halves, width of a curve
 UNET = {
     "_class_name": "UNet2DModel", "layers_per_block": 1, "block_out_channels": [16, 32], "norm_num_groups": 8,
@@ -190,4 +192,4 @@ def beside(bad: Image.Image, mended: Image.Image) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

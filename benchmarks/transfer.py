@@ -1,7 +1,7 @@
 """Pretrain on a little data, then fine-tune on much: how many images does that save?
 
-    python recipes/fetch_images.py fashion_mnist data/fashion --limit 10000
-    python benchmarks/transfer.py --data_dir data/fashion --subset tenth --images 40000 --output_dir transfer-fashion
+    python recipes/fetch_images.py fashion_mnist data/fashion --limit 6000
+    python benchmarks/transfer.py --subset half_of_classes --images 20000 --pretraining_images 10000
 
 A model is trained from scratch on a tenth of the images (`--subset tenth`), or on the first half of the classes
 (`half_of_classes`). From it, models are fine-tuned on all images, with --pretrained_model_name_or_path, for a half and
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes import ROOT, kept, run_folder, tabled, trained
+from recipes import ROOT, RunOptions, kept, own_folder, run_folder, tabled, trained
 
 sys.path.insert(0, str(ROOT))
 
@@ -29,24 +29,18 @@ PRETRAINED = "pretraining"
 
 
 @dataclass
-class BenchmarkOptions:
+class BenchmarkOptions(RunOptions):
     """benchmark"""
 
-    data_dir: str = option("data/fashion", "folder that recipes/fetch_images.py made: train/ and heldout/")
     subset: str = option("tenth", "what is pretrained on", choices=("tenth", "half_of_classes"))
     images: int = option(40_000, "images that training from scratch sees")
     pretraining_images: int = option(20_000, "images that pretraining sees, the same few again and again")
     fine_tuning_rate: float = option(1e-3, "learning rate of fine-tuning")
-    seeds: list[int] = option([0, 1, 2], "seeds of pretraining, fine-tuning and training from scratch", nargs="+")
-    unet: str = option(str(ROOT / "recipes/mnist_unet"), "config of the UNet; its channels follow the images")
-    num_images: int = option(500, "samples to a score")
-    jobs: int = option(2, "seeds at a time, a thread each")
-    output_dir: str = option("transfer-benchmark", "folder for runs, samples and the table")
 
 
 def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
-    output_dir = Path(options.output_dir)
+    output_dir = own_folder(options, "transfer", subset=options.subset, rate=options.fine_tuning_rate)
     subset = subset_of(Path(options.data_dir) / "train", options.subset, output_dir / "subset")
     whole, half, quarter = (options.images // (BATCH_SIZE * part) for part in (1, 2, 4))
     pretraining = options.pretraining_images // BATCH_SIZE
