@@ -30,6 +30,7 @@ CALIBRATION_STEPS, CALIBRATION_TAIL = 120, 100  # steps of a calibration, and th
 EPSILON = ["--prediction_type", "epsilon"]
 LINEAR = ["--ddpm_beta_schedule", "linear"]
 FLOW = ["--prediction_type", "flow_prediction"]
+EDM = ["--timestep_sampling", "edm_lognormal", "--loss_weighting", "edm"]
 ARMS = {
     "default": [],
     "diffusers": ["--config", str(ROOT / "recipes/diffusers_defaults.yaml")],
@@ -42,6 +43,10 @@ ARMS = {
     "epsilon, linear, min-SNR": [*EPSILON, *LINEAR, "--loss_weighting", "min_snr"],
     "logit-normal": ["--timestep_sampling", "logit_normal"],
     "shift 0.5": ["--noise_shift", "0.5"],
+    "epsilon, cosine, shift 0.5": [*EPSILON, "--noise_shift", "0.5"],
+    "flow, shift 0.5": [*FLOW, "--noise_shift", "0.5"],
+    "EDM": EDM,
+    "flow, EDM": FLOW + EDM,
     "AdamW 1e-3": ["--optimizer", "adamw", "--learning_rate", "1e-3"],
     "AdamW 2e-3": ["--optimizer", "adamw", "--learning_rate", "2e-3"],
     "rate 1e-3": ["--learning_rate", "1e-3"],
