@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import launch
+from conftest import ROOT, launch
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from training_helpers import losses, same_training_state, same_weights, tiny_run
 
 from trainkit.errors import UserError
+from trainkit.training import learning_rate
 
 UNET, EMA = (f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet", "unet_ema"))
 EMBEDDING, STEPS = "vector_embedding/diffusion_pytorch_model.safetensors", 8
@@ -115,6 +116,33 @@ def test_two_processes_and_micro_steps_are_the_same_run(train, photos, tiny_unet
     same_weights(tmp_path / "two" / UNET, whole / UNET, tolerance=1e-3)
     grids = [np.asarray(Image.open(folder / "samples.png")).astype(int) for folder in (tmp_path / "two", whole)]
     assert np.abs(grids[0] - grids[1]).mean() < 2
+
+
+def test_two_processes_find_the_learning_rate_of_one(train, photos, tiny_unet, cache_dir, tmp_path, monkeypatch):
+    """Replicated or divided, with labels and micro-steps: the same curve up to the rates at which training fails."""
+    steps = 40
+    monkeypatch.setattr(learning_rate, "STEPS", steps)
+    shorter = tmp_path / "shorter.py"
+    shorter.write_text(
+        "from trainkit.training import learning_rate\n"
+        f"learning_rate.STEPS = {steps}\n"
+        "import train_conditional\n"
+        "train_conditional.main()\n"
+    )
+
+    def found(folder):
+        return json.loads((folder / "learning_rate.json").read_text())
+
+    one = found(train("one", find_learning_rate=True))
+    useful = sum(rate <= one["learning_rate"] for rate in one["rates"])
+    assert useful > 10 and min(one["losses"]) < 0.9 * one["losses"][0]
+    for name, divided in (("replicated", {}), ("divided", {"shard_weights": True})):
+        flags = {"find_learning_rate": True, "train_batch_size": 2, "gradient_accumulation_steps": 2} | divided
+        arguments = arguments_of(photos, tiny_unet, cache_dir, tmp_path / name, **flags)
+        launch(shorter, *arguments, processes=2, environment={"PYTHONPATH": str(ROOT)})
+        two = found(tmp_path / name)
+        assert two["learning_rate"] == one["learning_rate"]
+        assert two["losses"][:useful] == pytest.approx(one["losses"][:useful], rel=2e-3)
 
 
 def test_vectors_with_divided_weights_are_the_same_run(train, photos, tiny_unet, cache_dir, tmp_path):

@@ -43,8 +43,7 @@ def find_learning_rate(run, loss_of: Callable[[torch.nn.Module, Batch], torch.Te
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         _step(run, batches, loss_of)
-        with torch.no_grad():
-            loss = run.accelerator.reduce(loss_of(run.model, probe).float(), "mean").item()
+        loss = _probe_loss(run, probe, loss_of)
         rates.append(rate)
         losses.append(loss)
         if not math.isfinite(loss) or loss > max(losses[0], FAILED * min(losses)):
@@ -93,12 +92,21 @@ def _steps(run):
             batches = []
 
 
-def _probe(run) -> Batch:
-    """A micro-batch that the sweep does not train on, its timesteps evenly spread over all processes."""
-    batch = next(iter(run.loader.iterate(run.step + STEPS, run.step + STEPS + 1)))
-    count, world = len(batch.uniforms), run.accelerator.num_processes
-    places = torch.arange(run.accelerator.process_index, count * world, world, dtype=torch.float64)
-    return replace(batch, uniforms=((places + 0.5) / (count * world)).to(batch.uniforms.device))
+def _probe(run) -> list[Batch]:
+    """The micro-batches of a step that the sweep does not train on, timesteps evenly spread over the global batch."""
+    last = run.step + STEPS
+    places = (torch.arange(run.shape.global_size, dtype=torch.float64) + 0.5) / run.shape.global_size
+    return [
+        replace(batch, uniforms=places[run.shape.rows(batch.micro_step)].to(batch.uniforms.device))
+        for batch in run.loader.iterate(last, last + 1)
+    ]
+
+
+def _probe_loss(run, probe: list[Batch], loss_of) -> float:
+    """The mean over all of them, on every process."""
+    with torch.no_grad():
+        losses = torch.stack([loss_of(run.model, batch).float() for batch in probe])
+        return run.accelerator.reduce(losses.mean(), "mean").item()
 
 
 def _step(run, batches: list[Batch], loss_of) -> None:
