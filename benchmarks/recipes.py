@@ -8,9 +8,11 @@ All arms train the same UNet, one thread each, `--jobs` at a time. How many step
 first, once for all arms of one optimizer and batch size: a busy moment later on costs no arm its steps. An arm may
 have another share of the time: `--arms diffusers default@0.33`. Samples are made by the saved pipeline's default
 scheduler in 20 steps and scored by KID against held-out images. Finished runs are kept in OUTPUT_DIR/runs.jsonl, so
-that the same command goes on after a stop. The table is printed, and written to OUTPUT_DIR/table.md.
+that the same command goes on after a stop. The table is printed, and written to OUTPUT_DIR/table.md; samples.png
+beside it has a strip of samples an arm.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -26,26 +28,34 @@ sys.path.insert(0, str(ROOT))
 from trainkit.config import option, parse_options  # noqa: E402
 from trainkit.errors import UserError, run_script  # noqa: E402
 
+HEAD = 18  # pixels above a strip of samples
 CALIBRATION_STEPS, CALIBRATION_TAIL = 120, 100  # steps of a calibration, and the last of them that are timed
 EPSILON = ["--prediction_type", "epsilon"]
 LINEAR = ["--ddpm_beta_schedule", "linear"]
 FLOW = ["--prediction_type", "flow_prediction"]
 EDM = ["--timestep_sampling", "edm_lognormal", "--loss_weighting", "edm"]
-ARMS = {
+# what is predicted, over every noise schedule: each is accepted, and saved with schedulers that sample it
+PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v": "v_prediction"}
+SCHEDULES = {"linear": "linear", "scaled": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+ZERO_SNR = {"sample": ["--rescale_betas_zero_snr", *EDM[2:]], "v": ["--rescale_betas_zero_snr"]}
+OBJECTIVES = {"flow": FLOW}
+for prediction, schedule in itertools.product(PREDICTIONS, SCHEDULES):
+    flags = ["--prediction_type", PREDICTIONS[prediction], "--ddpm_beta_schedule", SCHEDULES[schedule]]
+    OBJECTIVES[f"{prediction}, {schedule}"] = flags
+    if prediction in ZERO_SNR:
+        OBJECTIVES[f"{prediction}, {schedule}, zero SNR"] = flags + ZERO_SNR[prediction]
+ARMS = OBJECTIVES | {
     "default": [],
     "diffusers": ["--config", str(ROOT / "recipes/diffusers_defaults.yaml")],
-    "epsilon, linear": EPSILON + LINEAR,
-    "epsilon, cosine": EPSILON,
-    "v, linear": LINEAR,
-    "flow": FLOW,
     "flow, logit-normal": [*FLOW, "--timestep_sampling", "logit_normal"],
     "min-SNR": ["--loss_weighting", "min_snr"],
     "epsilon, linear, min-SNR": [*EPSILON, *LINEAR, "--loss_weighting", "min_snr"],
     "logit-normal": ["--timestep_sampling", "logit_normal"],
     "shift 0.5": ["--noise_shift", "0.5"],
-    "epsilon, cosine, shift 0.5": [*EPSILON, "--noise_shift", "0.5"],
+    "epsilon, shift 0.5": [*EPSILON, "--noise_shift", "0.5"],
     "flow, shift 0.5": [*FLOW, "--noise_shift", "0.5"],
     "EDM": EDM,
+    "epsilon, EDM": EPSILON + EDM,
     "flow, EDM": FLOW + EDM,
     "AdamW 1e-3": ["--optimizer", "adamw", "--learning_rate", "1e-3"],
     "AdamW 2e-3": ["--optimizer", "adamw", "--learning_rate", "2e-3"],
@@ -81,14 +91,17 @@ class BenchmarkOptions(RunOptions):
     """benchmark"""
 
     arms: list[str] = option(
-        ["default", "default@0.33", "diffusers", "flow"], "which settings, `all`, or NAME@SHARE of the time", nargs="+"
+        ["default", "default@0.33", "diffusers", "flow"],
+        "which settings, `all`, `objectives` (every prediction over every schedule), or NAME@SHARE of the time",
+        nargs="+",
     )
     seconds: float = option(120.0, "seconds of training each run gets, on one thread")
 
 
 def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
-    arms = [(name, *split_share(name)) for name in (ARMS if options.arms == ["all"] else options.arms)]
+    named = {("all",): ARMS, ("objectives",): OBJECTIVES}.get(tuple(options.arms), options.arms)
+    arms = [(name, *split_share(name)) for name in named]
     output_dir = own_folder(options, "recipes")
     done = kept(output_dir)
     steps = {}
@@ -106,6 +119,7 @@ def main() -> None:
             print(json.dumps(result), flush=True)
     table = tabled(steps, kept(output_dir))
     (output_dir / "table.md").write_text(table)
+    pictured(steps, kept(output_dir), output_dir).save(output_dir / "samples.png")
     print(table)
 
 
@@ -210,24 +224,41 @@ def image_mode(options) -> str:
     return first_image(options).mode
 
 
-def tabled(steps: dict[str, int], runs: dict) -> str:
-    """A Markdown table of the arms, best first: mean over seeds and their spread (standard deviation).
-
-    `steps` has the arms and the length of their runs.
-    """
-    rows = []
-    for name in steps:
-        of_arm = [run for (arm, _, count), run in runs.items() if arm == name and count == steps[name]]
+def scored(steps: dict[str, int], runs: dict) -> list[tuple[float, str, list[dict]]]:
+    """Mean KID, name and runs of each arm, best first; `steps` has the arms and the length of their runs."""
+    found = []
+    for name, length in steps.items():
+        of_arm = [run for (arm, _, count), run in sorted(runs.items()) if arm == name and count == length]
         if of_arm:
-            kid = [run["kid"] for run in of_arm]
-            spread = statistics.stdev(kid) if len(kid) > 1 else float("nan")
-            rows.append((statistics.mean(kid), spread, len(kid), of_arm[0]["images"], name))
+            found.append((statistics.mean(run["kid"] for run in of_arm), name, of_arm))
+    return sorted(found, key=lambda arm: arm[0])
+
+
+def tabled(steps: dict[str, int], runs: dict) -> str:
+    """A Markdown table of the arms, best first: mean over seeds and their spread (standard deviation)."""
     lines = ["| arm | KID | spread over seeds | seeds | images |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {name} | {kid:.3f} | {spread:.3f} | {count} | {images:,} |"
-        for kid, spread, count, images, name in sorted(rows)
-    ]
+    for kid, name, of_arm in scored(steps, runs):
+        spread = statistics.stdev(run["kid"] for run in of_arm) if len(of_arm) > 1 else float("nan")
+        lines.append(f"| {name} | {kid:.3f} | {spread:.3f} | {len(of_arm)} | {of_arm[0]['images']:,} |")
     return "\n".join(lines) + "\n"
+
+
+def pictured(steps: dict[str, int], runs: dict, output_dir: Path):
+    """A picture with the first samples of each arm's first seed, best arm first, two arms beside each other."""
+    from PIL import Image, ImageDraw
+
+    strips = []
+    for kid, name, (first, *_) in scored(steps, runs):
+        grid = Image.open(run_folder(output_dir, name, first["seed"], first["steps"]) / "samples.png").convert("RGB")
+        strip = Image.new("RGB", (grid.width, HEAD + grid.height // 5), "white")
+        strip.paste(grid, (0, HEAD))
+        ImageDraw.Draw(strip).text((4, 4), f"{name}   KID {kid:.3f}", fill="black")
+        strips.append(strip)
+    width, height = strips[0].size
+    picture = Image.new("RGB", (2 * width, height * -(-len(strips) // 2)), "white")
+    for number, strip in enumerate(strips):
+        picture.paste(strip, (number % 2 * width, number // 2 * height))
+    return picture
 
 
 if __name__ == "__main__":
