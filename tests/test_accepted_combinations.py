@@ -142,10 +142,10 @@ def test_every_accepted_combination_samples_the_right_distribution():
         pixels = draw(ExactUNet(noise_scheduler, best_pixels, (1, 8, 8)), scheduler, 32, 20)
         images = draw(ExactUNet(noise_scheduler, best_images, IMAGE_SHAPE), scheduler, 200, 20)
         shares_off, deviation = modes_of_images(images)
-        # measured: pixels 0.009 to 0.043, shares 0.040 to 0.065, deviation 0.066 (flow with a shift of 4) to 0.116
+        # measured: pixels 0.017 to 0.045, shares 0.020 to 0.080, deviation 0.062 (flow with a shift of 4) to 0.119
         assert distance_of_pixels(pixels) < 0.06, options
         assert shares_off < 0.1, options
-        assert 0.06 < deviation < 0.125, options
+        assert 0.055 < deviation < 0.125, options
 
 
 def distance_to_patterns(images: torch.Tensor) -> tuple[float, float]:
@@ -164,6 +164,6 @@ def test_trained_networks_sample_cleanly(trained, tmp_path):
         with torch.no_grad():
             (samples,) = generate(network, load_scheduler(tmp_path, DEFAULT_SCHEDULER), range(100), 20, 100)
         off, share = distance_to_patterns(torch.from_numpy(samples) / 127.5 - 1)
-        # measured: 0.12 to 0.33 (the most with sample and weights of the SNR), shares 0.10 to 0.46
+        # measured: 0.11 to 0.32 (the most with sample and weights of the SNR), shares 0.17 to 0.36
         assert off < 0.42, options
-        assert 0.04 < share < 0.6, options
+        assert 0.08 < share < 0.55, options

@@ -236,5 +236,5 @@ def test_a_pipeline_of_flow_matching_gets_its_bundle(tmp_path):
     for name in FLOW_SCHEDULER_NAMES:
         assert load_scheduler(tmp_path, name).config.num_train_timesteps == 1000
     assert load_scheduler(tmp_path).config.prediction_type == "flow_prediction"
-    with pytest.raises(UserError, match="--scheduler ddim is none of dpmsolver, sde_dpmsolver, flow_euler"):
+    with pytest.raises(UserError, match="--scheduler ddim is none of sde_dpmsolver, dpmsolver, flow_euler"):
         load_scheduler(tmp_path, "ddim")

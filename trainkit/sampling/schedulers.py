@@ -28,9 +28,9 @@ from diffusers import (
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
 
-DEFAULT_SCHEDULER = "dpmsolver"
-SCHEDULER_NAMES = ("dpmsolver", "sde_dpmsolver", "sasolver", "ddim", "ddpm")
-FLOW_SCHEDULER_NAMES = ("dpmsolver", "sde_dpmsolver", "flow_euler")
+DEFAULT_SCHEDULER = "sde_dpmsolver"  # of trained models: by score at 10, 20 and 50 steps (docs/sampling.md)
+SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "sasolver", "ddim", "ddpm")
+FLOW_SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "flow_euler")
 SIGMA_MAX = 40.0
 TAIL_BETA = 1e-5
 EVEN_STRIDES_TO = 3.75  # sigma at T / 2 (linear betas: 3.4), over which too few of 20 even strides are at low noise
@@ -40,8 +40,8 @@ CONFIG_NAME = "scheduler_config.json"
 def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixin]:
     """Schedulers by name that sample a model trained with `noise_scheduler`; `DEFAULT_SCHEDULER` is the few-step one.
 
+    sde_dpmsolver  SDE-DPM-Solver++(2M), stochastic: 10 steps and more (Lu et al. 2022)
     dpmsolver      DPM-Solver++(2M), deterministic: 10 to 50 steps (Lu et al. 2022)
-    sde_dpmsolver  SDE-DPM-Solver++(2M), stochastic: 20 steps and more (Lu et al. 2022)
     sasolver       SA-Solver, stochastic where 200 <= t <= 800: 20 steps and more (Xue et al. 2023)
     ddim           DDIM, deterministic, first order: steps that divide T, 50 and more (Song et al. 2021)
     ddpm           ancestral sampling: 250 steps to T (Ho et al. 2020)
@@ -57,8 +57,8 @@ def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixi
     capped = {"trained_betas": capped_betas(noise_scheduler)}
     karras = solver | capped | {"use_karras_sigmas": True}
     return {
-        "dpmsolver": DPMSolverMultistepScheduler(**karras),
         "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras),
+        "dpmsolver": DPMSolverMultistepScheduler(**karras),
         "sasolver": SASolverScheduler(**karras)
         if _sigma_at_half(noise_scheduler) > EVEN_STRIDES_TO
         else SASolverScheduler(
@@ -94,8 +94,8 @@ def _flow_bundle(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, 
         "num_train_timesteps": config.num_train_timesteps,
     }
     return {
-        "dpmsolver": DPMSolverMultistepScheduler(**solver),
         "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **solver),
+        "dpmsolver": DPMSolverMultistepScheduler(**solver),
         "flow_euler": FlowMatchEulerDiscreteScheduler.from_config(config),
     }
 
