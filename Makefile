@@ -65,7 +65,7 @@ demo/.trained: demo/prepared/preparation.json
 
 demo/.sampled: demo/.trained
 	$(LAUNCH) sample.py --model_name_or_path demo/model --output_dir demo/samples --num_images 100 \
-		--scheduler sde_dpmsolver --num_inference_steps 20 --seed 0
+		--num_inference_steps 20 --seed 0
 	@touch $@
 
 test: $(DEV_READY)
