@@ -124,7 +124,10 @@ def main() -> None:
 
 
 def own_folder(options: RunOptions, script: str, **more) -> Path:
-    """The folder of the runs. Raises `UserError` for one that holds runs of other images, another UNet or score."""
+    """The folder of the runs, with unet/config.json for the channels of the images.
+
+    Raises `UserError` for one that holds runs of other images, another UNet or score.
+    """
     default = Path("benchmark-runs") / f"{script}-{Path(options.data_dir).resolve().name}"
     folder = Path(options.output_dir) if options.output_dir else default
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +136,10 @@ def own_folder(options: RunOptions, script: str, **more) -> Path:
     if file.is_file() and (held := json.loads(file.read_text())) != settings:
         raise UserError(f"--output_dir {folder} holds runs of other settings ({held}): give another folder")
     file.write_text(json.dumps(settings))
+    channels = len(first_image(options).getbands())
+    config = json.loads(Path(options.unet, "config.json").read_text())
+    (folder / "unet").mkdir(exist_ok=True)
+    (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": channels, "out_channels": channels}))
     return folder
 
 
@@ -194,8 +201,13 @@ def train(options, flags: list[str], run_dir: Path, seed: int, more_flags: list[
     """Run train_unconditional.py with `flags`; the lines of its metrics.jsonl. `more_flags` win over all others."""
     command = [
         *(sys.executable, str(ROOT / "train_unconditional.py")),
-        *("--train_data_dir", f"{options.data_dir}/train", "--model_config_name_or_path", options.unet, *flags),
-        *("--resolution", str(resolution(options)), "--center_crop", "--image_mode", image_mode(options)),
+        *(
+            "--train_data_dir",
+            f"{options.data_dir}/train",
+            "--model_config_name_or_path",
+            str(run_dir.parent / "unet"),
+        ),
+        *(*flags, "--resolution", str(resolution(options)), "--center_crop", "--image_mode", image_mode(options)),
         *("--output_dir", str(run_dir), "--overwrite_output_dir", "--seed", str(seed), "--cpu_threads", "1"),
         *("--mixed_precision", "bf16", "--logger", "none", "--checkpointing_steps", "0", "--num_epochs", "1000000"),
         *("--preview_steps", str(10**9), "--save_model_epochs", str(10**9)),

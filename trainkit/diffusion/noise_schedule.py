@@ -12,6 +12,13 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 DEFAULT_BETA_SCHEDULE = "squaredcos_cap_v2"
+PRETRAINED_SCHEDULE = "pretrained"  # the betas that a saved pipeline was trained over
+# Where a saved pipeline tells them. `scheduler/` of our own is a solver, whose last betas are others.
+TRAINING_SCHEDULERS = ("schedulers/ddpm", "schedulers/flow_euler", "scheduler", None)
+DDPM_SETTINGS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type", "clip_sample",
+)  # fmt: skip
 NoiseScheduler = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 
@@ -19,8 +26,8 @@ def build_noise_scheduler(options) -> NoiseScheduler:
     """The scheduler that `ObjectiveOptions` describe: noise schedule, number of steps, what is predicted.
 
     Beta schedules: linear (Ho et al. 2020, section 4), scaled_linear (Rombach et al. 2022), squaredcos_cap_v2
-    (Nichol & Dhariwal 2021, Eq. 17), sigmoid. `--noise_shift` and `--rescale_betas_zero_snr` change their betas, in
-    this order; flow matching has a shift alone.
+    (Nichol & Dhariwal 2021, Eq. 17), sigmoid, or pretrained: that of --pretrained_model_name_or_path. `--noise_shift`
+    and `--rescale_betas_zero_snr` change their betas, in this order; flow matching has a shift alone.
     """
     if options.prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(
@@ -31,7 +38,11 @@ def build_noise_scheduler(options) -> NoiseScheduler:
         "beta_schedule": options.ddpm_beta_schedule or DEFAULT_BETA_SCHEDULE,
         "prediction_type": options.prediction_type,
     }
-    plain = DDPMScheduler(**settings)
+    if options.ddpm_beta_schedule == PRETRAINED_SCHEDULE:
+        plain = saved_noise_scheduler(options.pretrained_model_name_or_path)
+        settings |= {"beta_schedule": plain.config.beta_schedule}
+    else:
+        plain = DDPMScheduler(**settings)
     if options.noise_shift == 1 and not options.rescale_betas_zero_snr:
         return plain
     alphas_cumprod = torch.cumprod(1 - plain.betas.double(), dim=0)
@@ -40,6 +51,21 @@ def build_noise_scheduler(options) -> NoiseScheduler:
     if options.rescale_betas_zero_snr:
         alphas_cumprod = zero_terminal_snr(alphas_cumprod)
     return DDPMScheduler(trained_betas=betas_of(alphas_cumprod).tolist(), **settings)
+
+
+def saved_noise_scheduler(name: str) -> NoiseScheduler | None:
+    """What the saved pipeline `name`, a folder or Hub id, was trained over; None where it does not tell."""
+    for subfolder in TRAINING_SCHEDULERS:
+        try:
+            config = DDPMScheduler.load_config(name, subfolder=subfolder)
+        except (OSError, ValueError):
+            continue
+        if config.get("prediction_type") == "flow_prediction" or config["_class_name"].startswith("FlowMatch"):
+            shift = config.get("shift", config.get("flow_shift", 1.0))
+            return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=float(shift))
+        if "beta_schedule" in config:
+            return DDPMScheduler(**{key: config[key] for key in DDPM_SETTINGS if key in config})
+    return None
 
 
 def shifted(alphas_cumprod: torch.Tensor, shift: float) -> torch.Tensor:

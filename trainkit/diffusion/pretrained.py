@@ -6,6 +6,7 @@ one, a projection of vectors and cross-attention at zero.
 K classes, D numbers of the time embedding.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,14 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UN
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
-from trainkit.diffusion.noise_schedule import BETA_SCHEDULES
+from trainkit.diffusion.noise_schedule import (
+    BETA_SCHEDULES,
+    PRETRAINED_SCHEDULE,
+    build_noise_scheduler,
+    is_flow,
+    prediction_type_of,
+    saved_noise_scheduler,
+)
 from trainkit.diffusion.text_unet import adapt_cross_attention
 from trainkit.diffusion.unet import find_unet
 from trainkit.errors import UserError
@@ -29,25 +37,56 @@ EMBEDDING, WEIGHTS = "vector_embedding", "diffusion_pytorch_model.safetensors"
 def check_pretrained(options) -> None:
     """Refuse a pipeline that cannot be read, or that was trained for another `--prediction_type`.
 
-    Its noise schedule becomes `--ddpm_beta_schedule`, where that was not given.
+    The noise schedule that it was trained over is taken where `--ddpm_beta_schedule` names no other.
     """
     name = options.pretrained_model_name_or_path
     if name is None:
+        if options.ddpm_beta_schedule == PRETRAINED_SCHEDULE:
+            raise UserError(f"--ddpm_beta_schedule {PRETRAINED_SCHEDULE} needs {FLAG}, whose betas it means")
         return
     find_unet(name, FLAG)
-    try:
-        config = DDPMScheduler.load_config(name, subfolder="scheduler")
-    except (OSError, ValueError):
-        return  # older pipelines keep it elsewhere
-    trained_for = config.get("prediction_type")
-    if options.ddpm_beta_schedule is None and trained_for != "flow_prediction":
-        schedule = config.get("beta_schedule")
-        options.ddpm_beta_schedule = schedule if schedule in BETA_SCHEDULES else None
-    if trained_for not in (None, options.prediction_type):
+    saved = saved_noise_scheduler(name)
+    if saved is None:
+        if options.ddpm_beta_schedule in (None, PRETRAINED_SCHEDULE) and options.prediction_type != "flow_prediction":
+            raise UserError(
+                f"{FLAG} {name} has no scheduler that tells what it was trained over: give --ddpm_beta_schedule"
+            )
+        return
+    trained_for = prediction_type_of(saved)
+    if trained_for != options.prediction_type:
         raise UserError(
             f"--prediction_type {options.prediction_type}, but {FLAG} {name} was trained for {trained_for}: give "
             f"--prediction_type {trained_for}"
         )
+    if is_flow(saved):
+        options.ddpm_num_steps = saved.config.num_train_timesteps
+        if options.noise_shift == 1:
+            options.noise_shift = saved.config.shift
+    elif options.ddpm_beta_schedule is None:
+        options.ddpm_num_steps = saved.config.num_train_timesteps
+        options.ddpm_beta_schedule = _schedule_of(options, saved)
+
+
+def _schedule_of(options, saved: DDPMScheduler) -> str:
+    """The `--ddpm_beta_schedule` that, moved as the other flags say, continues `saved`.
+
+    Its name where `saved` is that schedule, or is it moved by these same flags. Raises `UserError` where flags would
+    move it a second time.
+    """
+    named = saved.config.beta_schedule
+    if named in BETA_SCHEDULES:
+        plain = DDPMScheduler(saved.config.num_train_timesteps, beta_schedule=named)
+        told = build_noise_scheduler(replace(options, ddpm_beta_schedule=named))
+        if any(torch.allclose(same.betas, saved.betas, atol=1e-7) for same in (plain, told)):
+            return named
+    moves = {"--noise_shift": options.noise_shift != 1, "--rescale_betas_zero_snr": options.rescale_betas_zero_snr}
+    for flag, given in moves.items():
+        if given:
+            raise UserError(
+                f"{flag}: {FLAG} {options.pretrained_model_name_or_path} was trained over a noise schedule that was "
+                f"moved already; leave {flag} out to keep it, or give --ddpm_beta_schedule for another"
+            )
+    return PRETRAINED_SCHEDULE
 
 
 def load_pretrained(unet: torch.nn.Module, name: str, class_names: list[str] | None = None) -> str:

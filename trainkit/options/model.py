@@ -47,8 +47,9 @@ class ObjectiveOptions:
     edm_p_std: float = option(1.2, "edm_lognormal: standard deviation of that")
     ddpm_num_steps: int = option(1000, "steps of the training noise schedule")
     ddpm_beta_schedule: str | None = option(
-        None, "noise schedule; default: that of --pretrained_model_name_or_path, else squaredcos_cap_v2",
-        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+        None, "noise schedule; default: pretrained, which is that of --pretrained_model_name_or_path, else "
+        "squaredcos_cap_v2",
+        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "pretrained"),
     )  # fmt: skip
     noise_shift: float = option(
         1.0, "noise over image at each timestep times this: the image's side / 64, for example"
