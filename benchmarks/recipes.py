@@ -136,10 +136,10 @@ def own_folder(options: RunOptions, script: str, **more) -> Path:
     if file.is_file() and (held := json.loads(file.read_text())) != settings:
         raise UserError(f"--output_dir {folder} holds runs of other settings ({held}): give another folder")
     file.write_text(json.dumps(settings))
-    channels = len(first_image(options).getbands())
+    channels = dict.fromkeys(("in_channels", "out_channels"), len(first_image(options).getbands()))
     config = json.loads(Path(options.unet, "config.json").read_text())
     (folder / "unet").mkdir(exist_ok=True)
-    (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": channels, "out_channels": channels}))
+    (folder / "unet/config.json").write_text(json.dumps(config | channels))
     return folder
 
 
@@ -201,13 +201,14 @@ def train(options, flags: list[str], run_dir: Path, seed: int, more_flags: list[
     """Run train_unconditional.py with `flags`; the lines of its metrics.jsonl. `more_flags` win over all others."""
     command = [
         *(sys.executable, str(ROOT / "train_unconditional.py")),
+        *("--train_data_dir", f"{options.data_dir}/train", *flags),
         *(
-            "--train_data_dir",
-            f"{options.data_dir}/train",
             "--model_config_name_or_path",
             str(run_dir.parent / "unet"),
+            "--resolution",
+            str(min(first_image(options).size)),
         ),
-        *(*flags, "--resolution", str(resolution(options)), "--center_crop", "--image_mode", image_mode(options)),
+        *("--center_crop", "--image_mode", first_image(options).mode),
         *("--output_dir", str(run_dir), "--overwrite_output_dir", "--seed", str(seed), "--cpu_threads", "1"),
         *("--mixed_precision", "bf16", "--logger", "none", "--checkpointing_steps", "0", "--num_epochs", "1000000"),
         *("--preview_steps", str(10**9), "--save_model_epochs", str(10**9)),
@@ -226,14 +227,6 @@ def first_image(options):
     if file is None:
         raise UserError(f"--data_dir {options.data_dir}: no train/**/*.png; python recipes/fetch_images.py makes it")
     return Image.open(file)
-
-
-def resolution(options) -> int:
-    return min(first_image(options).size)
-
-
-def image_mode(options) -> str:
-    return first_image(options).mode
 
 
 def scored(steps: dict[str, int], runs: dict) -> list[tuple[float, str, list[dict]]]:
