@@ -33,17 +33,20 @@ CALIBRATION_STEPS, CALIBRATION_TAIL = 120, 100  # steps of a calibration, and th
 EPSILON = ["--prediction_type", "epsilon"]
 LINEAR = ["--ddpm_beta_schedule", "linear"]
 FLOW = ["--prediction_type", "flow_prediction"]
-EDM = ["--timestep_sampling", "edm_lognormal", "--loss_weighting", "edm"]
+EDM_WEIGHT = ["--loss_weighting", "edm"]
+EDM = ["--timestep_sampling", "edm_lognormal", *EDM_WEIGHT]
 # what is predicted, over every noise schedule: each is accepted, and saved with schedulers that sample it
 PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v": "v_prediction"}
 SCHEDULES = {"linear": "linear", "scaled": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
-ZERO_SNR = {"sample": ["--rescale_betas_zero_snr", *EDM[2:]], "v": ["--rescale_betas_zero_snr"]}
+ZERO_SNR = ["--rescale_betas_zero_snr"]
 OBJECTIVES = {"flow": FLOW}
 for prediction, schedule in itertools.product(PREDICTIONS, SCHEDULES):
     flags = ["--prediction_type", PREDICTIONS[prediction], "--ddpm_beta_schedule", SCHEDULES[schedule]]
     OBJECTIVES[f"{prediction}, {schedule}"] = flags
-    if prediction in ZERO_SNR:
-        OBJECTIVES[f"{prediction}, {schedule}, zero SNR"] = flags + ZERO_SNR[prediction]
+    if prediction == "v":
+        OBJECTIVES[f"v, {schedule}, zero SNR"] = flags + ZERO_SNR
+    if prediction == "sample":  # whose own weight is 0 where the SNR is
+        OBJECTIVES[f"sample, {schedule}, zero SNR, EDM weight"] = flags + ZERO_SNR + EDM_WEIGHT
 ARMS = OBJECTIVES | {
     "default": [],
     "diffusers": ["--config", str(ROOT / "recipes/diffusers_defaults.yaml")],
@@ -54,6 +57,7 @@ ARMS = OBJECTIVES | {
     "shift 0.5": ["--noise_shift", "0.5"],
     "epsilon, shift 0.5": [*EPSILON, "--noise_shift", "0.5"],
     "flow, shift 0.5": [*FLOW, "--noise_shift", "0.5"],
+    "sample, cosine, EDM weight": ["--prediction_type", "sample", *EDM_WEIGHT],
     "EDM": EDM,
     "epsilon, EDM": EPSILON + EDM,
     "flow, EDM": FLOW + EDM,
@@ -202,13 +206,8 @@ def train(options, flags: list[str], run_dir: Path, seed: int, more_flags: list[
     command = [
         *(sys.executable, str(ROOT / "train_unconditional.py")),
         *("--train_data_dir", f"{options.data_dir}/train", *flags),
-        *(
-            "--model_config_name_or_path",
-            str(run_dir.parent / "unet"),
-            "--resolution",
-            str(min(first_image(options).size)),
-        ),
-        *("--center_crop", "--image_mode", first_image(options).mode),
+        *("--model_config_name_or_path", str(run_dir.parent / "unet"), "--image_mode", first_image(options).mode),
+        *("--resolution", str(min(first_image(options).size)), "--center_crop"),
         *("--output_dir", str(run_dir), "--overwrite_output_dir", "--seed", str(seed), "--cpu_threads", "1"),
         *("--mixed_precision", "bf16", "--logger", "none", "--checkpointing_steps", "0", "--num_epochs", "1000000"),
         *("--preview_steps", str(10**9), "--save_model_epochs", str(10**9)),

@@ -1,13 +1,12 @@
 """Conditions as inputs of a model, their draws and their order; weights of a model of other conditions."""
 
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_UNET
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from trainkit.data.loading.class_order import ClassBalancedOrder, balanced_order, class_shares
 from trainkit.data.loading.loader import BatchLoader, BatchShape
@@ -19,18 +18,10 @@ from trainkit.diffusion.conditioning import (
     add_vector_embedding,
     open_condition,
 )
-from trainkit.diffusion.noise_schedule import (
-    alpha_sigma,
-    build_noise_scheduler,
-    prediction_type_of,
-    saved_noise_scheduler,
-)
-from trainkit.diffusion.pretrained import check_pretrained, load_pretrained
+from trainkit.diffusion.pretrained import load_pretrained
 from trainkit.diffusion.unet import build_unet
 from trainkit.errors import UserError
 from trainkit.sampling.conditional import save_conditional_pipeline
-from trainkit.sampling.pipeline import save_pipeline
-from trainkit.training.start import TrainingOptions
 
 COUNTS, UNKNOWN = (60, 25, 9, 0), 6
 LABELS = np.random.default_rng(1).permutation(np.repeat([0, 1, 2, -1], [*COUNTS[:3], UNKNOWN]))
@@ -314,84 +305,6 @@ def test_a_model_of_captions_goes_on_with_the_same_or_another_encoder(tmp_path):
     assert torch.equal(predict(other, encoder_hidden_states=states), predict(other, encoder_hidden_states=-states))
 
 
-SCHEDULE_FLAGS = [
-    {},
-    {"ddpm_beta_schedule": "linear", "prediction_type": "epsilon"},
-    {"ddpm_beta_schedule": "sigmoid", "prediction_type": "sample"},
-    {"noise_shift": 2.0},
-    {"rescale_betas_zero_snr": True, "ddpm_beta_schedule": "scaled_linear"},
-    {"ddpm_num_steps": 400},
-    {"prediction_type": "flow_prediction", "noise_shift": 3.0},
-]
-
-
-def schedule_options(name, **flags):
-    options = TrainingOptions(pretrained_model_name_or_path=name and str(name))
-    for flag, value in flags.items():
-        setattr(options, flag, value)
-    check_pretrained(options)
-    return options
-
-
-@pytest.mark.parametrize("flags", SCHEDULE_FLAGS, ids=str)
-def test_a_pipeline_of_ours_is_trained_on_over_its_own_noise_schedule(flags, tmp_path):
-    """Without a flag, by name, and with the flags that it was trained with."""
-    trained_over = build_noise_scheduler(schedule_options(None, **flags))
-    save_pipeline(tmp_path, make_unet(), trained_over, "")
-    prediction = {key: value for key, value in flags.items() if key == "prediction_type"}
-    for again in (prediction, flags):
-        options = schedule_options(tmp_path, **again)
-        goes_on = build_noise_scheduler(options)
-        save_pipeline(tmp_path / "next", make_unet(), goes_on, "")
-        timesteps = torch.arange(options.ddpm_num_steps)
-        for scheduler in (goes_on, saved_noise_scheduler(str(tmp_path / "next"))):
-            assert type(scheduler) is type(trained_over)
-            assert prediction_type_of(scheduler) == options.prediction_type
-            assert scheduler.config.num_train_timesteps == trained_over.config.num_train_timesteps == len(timesteps)
-            assert scheduler.config.get("shift") == trained_over.config.get("shift")
-            for level, wanted in zip(
-                *(alpha_sigma(each, timesteps) for each in (scheduler, trained_over)), strict=True
-            ):
-                torch.testing.assert_close(level, wanted, atol=1e-6, rtol=0)
-
-
-def test_a_noise_schedule_is_not_moved_twice(tmp_path):
-    save_pipeline(tmp_path, make_unet(), build_noise_scheduler(schedule_options(None, noise_shift=2.0)), "")
-    with pytest.raises(UserError, match="--noise_shift: .* was moved already; leave --noise_shift out"):
-        schedule_options(tmp_path, noise_shift=4.0)
-    options = schedule_options(tmp_path, noise_shift=4.0, ddpm_beta_schedule="squaredcos_cap_v2")
-    wanted = build_noise_scheduler(schedule_options(None, noise_shift=4.0))
-    assert torch.equal(build_noise_scheduler(options).betas, wanted.betas)
-
-
-def test_a_pipeline_of_diffusers_is_trained_on_over_its_own_noise_schedule(tmp_path):
-    """Under scheduler/, at the root as in the first pipelines, with betas of its own; a solver's betas too."""
-    betas = torch.linspace(1e-3, 3e-2, 500).tolist()
-    for number, scheduler in enumerate(
-        (
-            DDPMScheduler(beta_schedule="scaled_linear"),
-            DDPMScheduler(trained_betas=betas, num_train_timesteps=500),
-            DDIMScheduler(beta_start=0.002, beta_schedule="linear"),
-        )
-    ):
-        folder = tmp_path / str(number)
-        DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(folder)
-        shutil.rmtree(folder / "scheduler")
-        scheduler.save_pretrained(folder if number == 1 else folder / "scheduler")
-        options = schedule_options(folder, prediction_type="epsilon")
-        assert options.ddpm_beta_schedule == ("scaled_linear" if number == 0 else "pretrained")
-        assert torch.equal(build_noise_scheduler(options).betas, scheduler.betas)
-        assert (
-            schedule_options(folder, prediction_type="epsilon", ddpm_beta_schedule="linear").ddpm_beta_schedule
-            == "linear"
-        )
-    shutil.rmtree(tmp_path / "0" / "scheduler")
-    with pytest.raises(UserError, match="has no scheduler that tells what it was trained over: give --ddpm_beta_sch"):
-        schedule_options(tmp_path / "0", prediction_type="epsilon")
-    with pytest.raises(UserError, match="--ddpm_beta_schedule pretrained needs --pretrained_model_name_or_path"):
-        schedule_options(None, ddpm_beta_schedule="pretrained")
-
-
 def test_what_does_not_fit_is_told(tmp_path):
     old = trained(make_unet())
     DDPMPipeline(old, DDPMScheduler(prediction_type="sample")).save_pretrained(tmp_path)
@@ -399,7 +312,3 @@ def test_what_does_not_fit_is_told(tmp_path):
     assert "not loaded: down_blocks.0.resnets.1" in load_pretrained(deeper, str(tmp_path))
     with pytest.raises(UserError, match="its weights do not fit this UNet"):
         load_pretrained(make_unet(block_out_channels=(16, 32)), str(tmp_path))
-    with pytest.raises(UserError, match="give --prediction_type sample"):
-        schedule_options(tmp_path, prediction_type="epsilon")
-    with pytest.raises(UserError, match="--pretrained_model_name_or_path /nowhere: no config.json to read"):
-        schedule_options("/nowhere")

@@ -60,11 +60,16 @@ def saved_noise_scheduler(name: str) -> NoiseScheduler | None:
             config = DDPMScheduler.load_config(name, subfolder=subfolder)
         except (OSError, ValueError):
             continue
-        if config.get("prediction_type") == "flow_prediction" or config["_class_name"].startswith("FlowMatch"):
+        if config.get("prediction_type") == "flow_prediction" or str(config.get("_class_name")).startswith(
+            "FlowMatch"
+        ):
             shift = config.get("shift", config.get("flow_shift", 1.0))
             return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=float(shift))
         if "beta_schedule" in config:
-            return DDPMScheduler(**{key: config[key] for key in DDPM_SETTINGS if key in config})
+            try:
+                return DDPMScheduler(**{key: config[key] for key in DDPM_SETTINGS if key in config})
+            except NotImplementedError:  # a schedule that this diffusers does not know
+                return None
     return None
 
 

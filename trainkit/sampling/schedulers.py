@@ -28,7 +28,7 @@ from diffusers import (
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
 
-DEFAULT_SCHEDULER = "sde_dpmsolver"  # of trained models: by score at 10, 20 and 50 steps (docs/sampling.md)
+DEFAULT_SCHEDULER = "sde_dpmsolver"  # the best of trained models at 20 steps (docs/sampling.md)
 SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "sasolver", "ddim", "ddpm")
 FLOW_SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "flow_euler")
 SIGMA_MAX = 40.0

@@ -78,13 +78,13 @@ def check_before_preparation(options: TrainingOptions) -> None:
 
     check_tracker(options.logger)
     check_score(options)
+    check_unet_options(options)
+    check_pretrained(options)  # decides on the noise schedule that the objective is checked with
     check_objective(options)
     check_optimization(options)
     check_power_lengths(options)
     check_learning_rate_search(options)
     check_augmentation(options, grey=options.image_mode == "L")
-    check_unet_options(options)
-    check_pretrained(options)
     if options.ddpm_beta_schedule is None and options.prediction_type != "flow_prediction":
         options.ddpm_beta_schedule = DEFAULT_BETA_SCHEDULE  # by name in the log and on the model card
     check_output_dir(options)
