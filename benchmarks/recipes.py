@@ -58,6 +58,7 @@ ARMS = OBJECTIVES | {
     "epsilon, shift 0.5": [*EPSILON, "--noise_shift", "0.5"],
     "flow, shift 0.5": [*FLOW, "--noise_shift", "0.5"],
     "sample, cosine, EDM weight": ["--prediction_type", "sample", *EDM_WEIGHT],
+    "EDM weight": EDM_WEIGHT,
     "EDM": EDM,
     "epsilon, EDM": EPSILON + EDM,
     "flow, EDM": FLOW + EDM,
