@@ -30,15 +30,12 @@ from trainkit.errors import UserError, run_script  # noqa: E402
 
 HEAD = 18  # pixels above a strip of samples
 CALIBRATION_STEPS, CALIBRATION_TAIL = 120, 100  # steps of a calibration, and the last of them that are timed
-EPSILON = ["--prediction_type", "epsilon"]
-LINEAR = ["--ddpm_beta_schedule", "linear"]
-FLOW = ["--prediction_type", "flow_prediction"]
-EDM_WEIGHT = ["--loss_weighting", "edm"]
-EDM = ["--timestep_sampling", "edm_lognormal", *EDM_WEIGHT]
 # what is predicted, over every noise schedule: each is accepted, and saved with schedulers that sample it
 PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v": "v_prediction"}
 SCHEDULES = {"linear": "linear", "scaled": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+WEIGHTS = {"min-SNR": "min_snr", "soft min-SNR": "soft_min_snr", "EDM weight": "edm"}
 ZERO_SNR = ["--rescale_betas_zero_snr"]
+FLOW = ["--prediction_type", "flow_prediction"]
 OBJECTIVES = {"flow": FLOW}
 for prediction, schedule in itertools.product(PREDICTIONS, SCHEDULES):
     flags = ["--prediction_type", PREDICTIONS[prediction], "--ddpm_beta_schedule", SCHEDULES[schedule]]
@@ -46,35 +43,37 @@ for prediction, schedule in itertools.product(PREDICTIONS, SCHEDULES):
     if prediction == "v":
         OBJECTIVES[f"v, {schedule}, zero SNR"] = flags + ZERO_SNR
     if prediction == "sample":  # whose own weight is 0 where the SNR is
-        OBJECTIVES[f"sample, {schedule}, zero SNR, EDM weight"] = flags + ZERO_SNR + EDM_WEIGHT
-ARMS = OBJECTIVES | {
-    "default": [],
-    "diffusers": ["--config", str(ROOT / "recipes/diffusers_defaults.yaml")],
-    "flow, logit-normal": [*FLOW, "--timestep_sampling", "logit_normal"],
-    "min-SNR": ["--loss_weighting", "min_snr"],
-    "epsilon, linear, min-SNR": [*EPSILON, *LINEAR, "--loss_weighting", "min_snr"],
-    "logit-normal": ["--timestep_sampling", "logit_normal"],
-    "shift 0.5": ["--noise_shift", "0.5"],
-    "epsilon, shift 0.5": [*EPSILON, "--noise_shift", "0.5"],
-    "flow, shift 0.5": [*FLOW, "--noise_shift", "0.5"],
-    "sample, cosine, EDM weight": ["--prediction_type", "sample", *EDM_WEIGHT],
-    "EDM weight": EDM_WEIGHT,
-    "EDM": EDM,
-    "epsilon, EDM": EPSILON + EDM,
-    "flow, EDM": FLOW + EDM,
-    "AdamW 1e-3": ["--optimizer", "adamw", "--learning_rate", "1e-3"],
-    "AdamW 2e-3": ["--optimizer", "adamw", "--learning_rate", "2e-3"],
-    "rate 1e-3": ["--learning_rate", "1e-3"],
-    "rate 2.5e-3": ["--learning_rate", "2.5e-3"],
-    "rate 5e-3": ["--learning_rate", "5e-3"],
-    "rate 1e-2": ["--learning_rate", "1e-2"],
-    "batch 32": ["--train_batch_size", "32"],
-    "batch 64": ["--train_batch_size", "64"],
-    "EMA 0.99": ["--ema_max_decay", "0.99"],
-    "EMA 0.999": ["--ema_max_decay", "0.999"],
-    "EMA power 0.6": ["--ema_power", "0.6"],
-    "no EMA": ["--no_use_ema"],
+        OBJECTIVES[f"sample, {schedule}, zero SNR, EDM weight"] = flags + ZERO_SNR + ["--loss_weighting", "edm"]
+        OBJECTIVES[f"sample, {schedule}, soft min-SNR"] = flags + ["--loss_weighting", "soft_min_snr"]
+WEIGHTED = {
+    f"{name}, {weight}": ["--prediction_type", prediction, "--loss_weighting", WEIGHTS[weight]]
+    for (name, prediction), weight in itertools.product((PREDICTIONS | {"flow": "flow_prediction"}).items(), WEIGHTS)
 }
+ARMS = (
+    OBJECTIVES
+    | WEIGHTED
+    | {
+        "default": [],
+        "diffusers": ["--config", str(ROOT / "recipes/diffusers_defaults.yaml")],
+        "gamma 1": ["--loss_weighting", "soft_min_snr", "--snr_gamma", "1"],
+        "gamma 20": ["--loss_weighting", "soft_min_snr", "--snr_gamma", "20"],
+        "logit-normal": ["--timestep_sampling", "logit_normal"],
+        "flow, logit-normal": [*FLOW, "--timestep_sampling", "logit_normal"],
+        "EDM": ["--timestep_sampling", "edm_lognormal", "--loss_weighting", "edm"],
+        "shift 0.5": ["--noise_shift", "0.5"],
+        "AdamW 1e-3": ["--optimizer", "adamw", "--learning_rate", "1e-3"],
+        "AdamW 2e-3": ["--optimizer", "adamw", "--learning_rate", "2e-3"],
+        "rate 1e-3": ["--learning_rate", "1e-3"],
+        "rate 5e-3": ["--learning_rate", "5e-3"],
+        "rate 1e-2": ["--learning_rate", "1e-2"],
+        "batch 32": ["--train_batch_size", "32"],
+        "batch 64": ["--train_batch_size", "64"],
+        "EMA 0.99": ["--ema_max_decay", "0.99"],
+        "EMA 0.999": ["--ema_max_decay", "0.999"],
+        "EMA power 0.6": ["--ema_power", "0.6"],
+        "no EMA": ["--no_use_ema"],
+    }
+)
 
 
 @dataclass
@@ -96,8 +95,9 @@ class BenchmarkOptions(RunOptions):
     """benchmark"""
 
     arms: list[str] = option(
-        ["default", "default@0.33", "diffusers", "flow"],
-        "which settings, `all`, `objectives` (every prediction over every schedule), or NAME@SHARE of the time",
+        ["default", "default@0.33", "diffusers", "flow", "v, cosine"],
+        "which settings, `all`, `objectives` (every prediction over every schedule), `weights` (every prediction with "
+        "every weight), or NAME@SHARE of the time",
         nargs="+",
     )
     seconds: float = option(120.0, "seconds of training each run gets, on one thread")
@@ -105,7 +105,8 @@ class BenchmarkOptions(RunOptions):
 
 def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
-    named = {("all",): ARMS, ("objectives",): OBJECTIVES}.get(tuple(options.arms), options.arms)
+    groups = {("all",): ARMS, ("objectives",): OBJECTIVES, ("weights",): WEIGHTED}
+    named = groups.get(tuple(options.arms), options.arms)
     arms = [(name, *split_share(name)) for name in named]
     output_dir = own_folder(options, "recipes")
     done = kept(output_dir)

@@ -89,7 +89,7 @@ def engine(options, files: Path, work: Path) -> Iterator[float]:
         train_data_dir=str(files), cache_dir=str(work / "cache"), resolution=str(SIDE), center_crop=True,
         model_config_name_or_path=str(work / "unet"), output_dir=str(work / "model"),
         train_batch_size=options.batch_size, max_train_steps=10**6, checkpointing_steps=0, logger="none",
-        mixed_precision=options.mixed_precision, compile=options.compile,
+        mixed_precision=options.mixed_precision, compile=options.compile, optimizer="adamw", prediction_type="epsilon",
     )  # fmt: skip
     images = open_or_prepare(settings)
     accelerator = start_accelerator(settings.mixed_precision)

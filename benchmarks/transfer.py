@@ -1,13 +1,14 @@
 """Pretrain on a little data, then fine-tune on much: how many images does that save?
 
     python recipes/fetch_images.py fashion_mnist data/fashion --limit 6000
-    python benchmarks/transfer.py --subset half_of_classes --images 20000 --pretraining_images 10000
+    python benchmarks/transfer.py --subset half_of_classes --images 10000 --pretraining_images 10000
 
 A model is trained from scratch on a tenth of the images (`--subset tenth`), or on the first half of the classes
 (`half_of_classes`). From it, models are fine-tuned on all images, with --pretrained_model_name_or_path, for a half and
-a quarter of `--images`; beside them one is trained from scratch for `--images`, and one for half. All else is
-train_unconditional.py's defaults, the rate of fine-tuning aside. Samples are scored by KID against held-out images, as
-benchmarks/recipes.py does. Finished runs are kept in OUTPUT_DIR/runs.jsonl: the same command goes on after a stop.
+a quarter of `--images`. Beside them, models are trained from scratch for `--images`, for half of them, and for as many
+as pretraining and the half together. All else is train_unconditional.py's defaults, the rate of fine-tuning aside.
+Samples are scored by KID against held-out images, as benchmarks/recipes.py does. Finished runs are kept in
+OUTPUT_DIR/runs.jsonl: the same command goes on after a stop.
 """
 
 import json
@@ -33,8 +34,8 @@ class BenchmarkOptions(RunOptions):
     """benchmark"""
 
     subset: str = option("tenth", "what is pretrained on", choices=("tenth", "half_of_classes"))
-    images: int = option(40_000, "images that training from scratch sees")
-    pretraining_images: int = option(20_000, "images that pretraining sees, the same few again and again")
+    images: int = option(10_000, "images that training from scratch sees")
+    pretraining_images: int = option(10_000, "images that pretraining sees, the same few again and again")
     fine_tuning_rate: float = option(1e-3, "learning rate of fine-tuning")
 
 
@@ -48,6 +49,7 @@ def main() -> None:
         PRETRAINED: pretraining,
         "from scratch": whole,
         "from scratch, half": half,
+        "from scratch, as many in all": pretraining + half,
         "fine-tuned, half": half,
         "fine-tuned, quarter": quarter,
     }

@@ -61,6 +61,15 @@ def accepted() -> list[ObjectiveOptions]:
     return found
 
 
+def bounded() -> list[ObjectiveOptions]:
+    """Every prediction with the weights that end at gamma; the image with soft_min_snr is the default."""
+    predictions = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    return [
+        ObjectiveOptions(prediction_type=prediction, loss_weighting=weighting)
+        for prediction, weighting in product(predictions, ("min_snr", "soft_min_snr"))
+    ]
+
+
 def draw_images(count: int, generator: torch.Generator) -> torch.Tensor:
     mode = (torch.rand(count, generator=generator) < SHARE).long()
     noise = DEVIATION * torch.randn(count, 1, SIDE, SIDE, generator=generator)
@@ -107,7 +116,7 @@ class OneNetwork(torch.nn.Module):
 @pytest.fixture(scope="module")
 def trained():
     torch.manual_seed(0)
-    settings = [options for options in accepted() if options.noise_shift == 1]  # others are learned alike
+    settings = [options for options in accepted() if options.noise_shift == 1] + bounded()  # others are learned alike
     schedulers = [build_noise_scheduler(options) for options in settings]
     networks, generator = Networks(len(settings)), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(networks.parameters(), lr=1e-2, betas=(0.9, 0.99))
@@ -158,7 +167,7 @@ def test_trained_networks_sample_cleanly(trained, tmp_path):
     noise = torch.randn(100, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     for useless in (noise.clamp(-1, 1), noise.sign(), torch.zeros_like(noise)):  # noise, blown up, grey
         assert distance_to_patterns(useless)[0] > 0.5
-    assert len(trained) == 21
+    assert len(trained) == 21 + 8
     for options, noise_scheduler, network in trained:
         save_bundle(tmp_path, scheduler_bundle(noise_scheduler))
         with torch.no_grad():

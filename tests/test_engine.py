@@ -124,7 +124,7 @@ def test_replicas_that_drift_apart_are_told_with_the_parameter(image_folder, tin
     assert "after step 4, conv_out.weight of rank 1 is not that of rank 0 (1 of" in done.stderr
 
 
-def test_a_signal_to_one_rank_stops_all_at_one_step(image_folder, tiny_unet, cache_dir, tmp_path):
+def test_a_signal_to_one_rank_stops_all_at_one_step(train, image_folder, tiny_unet, cache_dir, tmp_path):
     """And the checkpoint of two processes goes on with one, and of one with two, as the uninterrupted run."""
     import signal
 
@@ -135,8 +135,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(image_folder, tiny_unet, cac
     assert 4 <= stopped_at < STEPS and (tmp_path / "out" / f"checkpoint-{stopped_at}").is_dir()
     stop_later = [*arguments, "--resume_from_checkpoint", "latest", "--deterministic"]
     launch("train_unconditional.py", *stop_later)
-    whole = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole")
-    launch("train_unconditional.py", *whole)
+    train("whole")
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     for step in (18, 20):
         (tmp_path / "whole" / f"checkpoint-{step}").rename(tmp_path / f"moved-{step}")
@@ -271,14 +270,15 @@ def test_muon_takes_the_inner_matrices_and_resumes_bit_for_bit(train, tiny_unet)
     assert losses(parts) == losses(whole)
 
 
-def test_sharded_weights_are_the_same_run_and_resume_anywhere(image_folder, tiny_unet, cache_dir, tmp_path):
+def test_sharded_weights_are_the_same_run_and_resume_anywhere(
+    train, image_folder, tiny_unet, cache_dir, tmp_path, capsys
+):
     """Two processes with half of the weights each, and accumulation: their checkpoint goes on in one process."""
     flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shard_weights": True, "preview_steps": 10}
     averages = {"ema_power_lengths": [0.05, 0.1], "ema_snapshot_steps": 10}
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **flags, **averages)
     launch("train_unconditional.py", *arguments, processes=2)
-    whole = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole", **averages)
-    launch("train_unconditional.py", *whole)
+    train("whole", **averages)
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     snapshots = [path.relative_to(tmp_path / "sharded").as_posix() for path in snapshot_files(tmp_path / "sharded")]
     assert len(snapshots) == 4
@@ -287,9 +287,9 @@ def test_sharded_weights_are_the_same_run_and_resume_anywhere(image_folder, tiny
         same_weights(tmp_path / "sharded" / file, tmp_path / "whole" / file, tolerance=1e-3)
     for step in (18, 20):
         shutil.rmtree(tmp_path / "sharded" / f"checkpoint-{step}")
-    averages["resume_from_checkpoint"] = "latest"
-    alone = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **averages)
-    assert "15 of 20 steps done" in launch("train_unconditional.py", *alone).stdout
+    capsys.readouterr()
+    train("sharded", **averages, resume_from_checkpoint="latest")
+    assert "15 of 20 steps done" in capsys.readouterr().out
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 

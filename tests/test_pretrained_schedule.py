@@ -8,11 +8,13 @@ from conftest import TINY_UNET
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from trainkit.diffusion.noise_schedule import (
+    DEFAULT_PREDICTION_TYPE,
     alpha_sigma,
     build_noise_scheduler,
     prediction_type_of,
     saved_noise_scheduler,
 )
+from trainkit.diffusion.objective import take_prediction_type
 from trainkit.diffusion.pretrained import check_pretrained
 from trainkit.errors import UserError
 from trainkit.sampling.pipeline import save_pipeline
@@ -41,13 +43,32 @@ def schedule_options(name, **flags):
     return options
 
 
+def objective_of(name, **flags):
+    """Prediction and weight that the options come down to."""
+    options = schedule_options(name, **flags)
+    take_prediction_type(options, DEFAULT_PREDICTION_TYPE)
+    return options.prediction_type, options.loss_weighting
+
+
+def test_what_is_predicted_is_that_of_the_pipeline_else_the_image_with_the_weight_that_suits_it(tmp_path):
+    assert objective_of(None) == ("sample", "soft_min_snr")
+    assert objective_of(None, rescale_betas_zero_snr=True) == ("sample", "edm")
+    assert objective_of(None, prediction_type="sample") == ("sample", None)  # as diffusers' example weighs it
+    assert objective_of(None, snr_gamma=5.0) == ("sample", None)  # which is min_snr
+    assert objective_of(None, loss_weighting="none") == ("sample", "none")
+    assert objective_of(None, prediction_type="epsilon") == ("epsilon", None)
+    for number, prediction in enumerate(("epsilon", "sample", "v_prediction")):
+        folder = tmp_path / str(number)
+        DDPMPipeline(make_unet(), DDPMScheduler(prediction_type=prediction)).save_pretrained(folder)
+        assert objective_of(folder) == (prediction, "soft_min_snr" if prediction == "sample" else None)
+
+
 @pytest.mark.parametrize("flags", SCHEDULE_FLAGS, ids=str)
 def test_a_pipeline_of_ours_is_trained_on_over_its_own_noise_schedule(flags, tmp_path):
     """Without a flag, by name, and with the flags that it was trained with."""
     trained_over = build_noise_scheduler(schedule_options(None, **flags))
     save_pipeline(tmp_path, make_unet(), trained_over, "")
-    prediction = {key: value for key, value in flags.items() if key == "prediction_type"}
-    for again in (prediction, flags):
+    for again in ({}, flags):
         options = schedule_options(tmp_path, **again)
         goes_on = build_noise_scheduler(options)
         save_pipeline(tmp_path / "next", make_unet(), goes_on, "")
@@ -94,8 +115,10 @@ def test_a_pipeline_of_diffusers_is_trained_on_over_its_own_noise_schedule(tmp_p
             == "linear"
         )
     shutil.rmtree(tmp_path / "0" / "scheduler")
-    with pytest.raises(UserError, match="has no scheduler that tells what it was trained over: give --ddpm_beta_sch"):
+    with pytest.raises(UserError, match="has no scheduler that tells what it was trained for: give --ddpm_beta_sch"):
         schedule_options(tmp_path / "0", prediction_type="epsilon")
+    with pytest.raises(UserError, match="give --prediction_type and --ddpm_beta_schedule"):
+        schedule_options(tmp_path / "0")
     with pytest.raises(UserError, match="--ddpm_beta_schedule pretrained needs --pretrained_model_name_or_path"):
         schedule_options(None, ddpm_beta_schedule="pretrained")
     with pytest.raises(UserError, match="give --prediction_type epsilon"):

@@ -20,7 +20,20 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
+def one_level_unet(tmp_path):
+    """Two levels would take torch.compile twice as long."""
+    config = TINY_UNET | {
+        "block_out_channels": [8],
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+    }
+    (tmp_path / "one-level-unet").mkdir()
+    (tmp_path / "one-level-unet" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "one-level-unet"
+
+
+@pytest.fixture
+def train(image_folder, one_level_unet, cache_dir, tmp_path, monkeypatch):
     """Run the script's main in this process with flags over those of a run of four steps; returns its folder."""
     import train_unconditional
 
@@ -28,7 +41,7 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
 
     def call(name, **flags):
         flags = {"max_train_steps": 4, "checkpointing_steps": 2} | flags
-        arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
+        arguments = tiny_run(image_folder, one_level_unet, cache_dir, tmp_path / name, **flags)
         monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
         train_unconditional.main()
         return tmp_path / name

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+DEFAULT_PREDICTION_TYPE = "sample"
 DEFAULT_BETA_SCHEDULE = "squaredcos_cap_v2"
 PRETRAINED_SCHEDULE = "pretrained"  # the betas that a saved pipeline was trained over
 # Where a saved pipeline tells them. `scheduler/` of our own is a solver, whose last betas are others.
@@ -36,7 +37,7 @@ def build_noise_scheduler(options) -> NoiseScheduler:
     settings = {
         "num_train_timesteps": options.ddpm_num_steps,
         "beta_schedule": options.ddpm_beta_schedule or DEFAULT_BETA_SCHEDULE,
-        "prediction_type": options.prediction_type,
+        "prediction_type": options.prediction_type or DEFAULT_PREDICTION_TYPE,
     }
     if options.ddpm_beta_schedule == PRETRAINED_SCHEDULE:
         plain = saved_noise_scheduler(options.pretrained_model_name_or_path)

@@ -22,6 +22,7 @@ from trainkit.diffusion.noise_schedule import (
     prediction_type_of,
     saved_noise_scheduler,
 )
+from trainkit.diffusion.objective import take_prediction_type
 from trainkit.diffusion.text_unet import adapt_cross_attention
 from trainkit.diffusion.unet import find_unet
 from trainkit.errors import UserError
@@ -37,7 +38,7 @@ EMBEDDING, WEIGHTS = "vector_embedding", "diffusion_pytorch_model.safetensors"
 def check_pretrained(options) -> None:
     """Refuse a pipeline that cannot be read, or that was trained for another `--prediction_type`.
 
-    The noise schedule that it was trained over is taken where `--ddpm_beta_schedule` names no other.
+    What it predicts, and the noise schedule that it was trained over, are taken where the options name no other.
     """
     name = options.pretrained_model_name_or_path
     if name is None:
@@ -47,12 +48,10 @@ def check_pretrained(options) -> None:
     find_unet(name, FLAG)
     saved = saved_noise_scheduler(name)
     if saved is None:
-        if options.ddpm_beta_schedule in (None, PRETRAINED_SCHEDULE) and options.prediction_type != "flow_prediction":
-            raise UserError(
-                f"{FLAG} {name} has no scheduler that tells what it was trained over: give --ddpm_beta_schedule"
-            )
+        _check_told(options)
         return
     trained_for = prediction_type_of(saved)
+    take_prediction_type(options, trained_for)
     if trained_for != options.prediction_type:
         raise UserError(
             f"--prediction_type {options.prediction_type}, but {FLAG} {name} was trained for {trained_for}: give "
@@ -65,6 +64,20 @@ def check_pretrained(options) -> None:
     elif options.ddpm_beta_schedule is None:
         options.ddpm_num_steps = saved.config.num_train_timesteps
         options.ddpm_beta_schedule = _schedule_of(options, saved)
+
+
+def _check_told(options) -> None:
+    """Raise `UserError` unless the options tell what a pipeline without a scheduler was trained for."""
+    told = {
+        "--prediction_type": options.prediction_type is not None,
+        "--ddpm_beta_schedule": options.ddpm_beta_schedule not in (None, PRETRAINED_SCHEDULE)
+        or options.prediction_type == "flow_prediction",
+    }
+    if missing := [flag for flag, given in told.items() if not given]:
+        raise UserError(
+            f"{FLAG} {options.pretrained_model_name_or_path} has no scheduler that tells what it was trained for: "
+            f"give {' and '.join(missing)}"
+        )
 
 
 def _schedule_of(options, saved: DDPMScheduler) -> str:

@@ -26,12 +26,14 @@ class ModelOptions:
 class ObjectiveOptions:
     """objective: what the UNet learns to predict, over which noise schedule"""
 
-    prediction_type: str = option(
-        "v_prediction", "what the UNet predicts: the noise, the image, the velocity, or that of flow matching",
+    prediction_type: str | None = option(
+        None, "what the UNet predicts: the noise, the image, the velocity, or that of flow matching; default: that of "
+        "--pretrained_model_name_or_path, else sample",
         choices=("epsilon", "sample", "v_prediction", "flow_prediction"),
     )  # fmt: skip
     loss_weighting: str | None = option(
-        None, "weight of each noise level's error; default: min_snr with --snr_gamma, else none",
+        None, "weight of each noise level's error; default: min_snr with --snr_gamma, else soft_min_snr where "
+        "sample is predicted by default (edm with --rescale_betas_zero_snr), else none",
         choices=("none", "min_snr", "soft_min_snr", "edm"),
     )  # fmt: skip
     snr_gamma: float | None = option(

@@ -65,8 +65,8 @@ def parse_training_options(options_class: type[T], description: str) -> T:
 def check_before_preparation(options: TrainingOptions) -> None:
     """Raise `UserError` for what cannot work, while it costs nothing yet."""
     from trainkit.data.loading.augment import check_augmentation
-    from trainkit.diffusion.noise_schedule import DEFAULT_BETA_SCHEDULE
-    from trainkit.diffusion.objective import check_objective
+    from trainkit.diffusion.noise_schedule import DEFAULT_BETA_SCHEDULE, DEFAULT_PREDICTION_TYPE
+    from trainkit.diffusion.objective import check_objective, take_prediction_type
     from trainkit.diffusion.pretrained import check_pretrained
     from trainkit.diffusion.unet import check_unet_options
     from trainkit.training.learning_rate import check_learning_rate_search
@@ -79,7 +79,8 @@ def check_before_preparation(options: TrainingOptions) -> None:
     check_tracker(options.logger)
     check_score(options)
     check_unet_options(options)
-    check_pretrained(options)  # decides on the noise schedule that the objective is checked with
+    check_pretrained(options)  # decides on what is predicted and the noise schedule, which the rest is checked with
+    take_prediction_type(options, DEFAULT_PREDICTION_TYPE)
     check_objective(options)
     check_optimization(options)
     check_power_lengths(options)
