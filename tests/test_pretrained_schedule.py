@@ -61,6 +61,9 @@ def test_what_is_predicted_is_that_of_the_pipeline_else_the_image_with_the_weigh
         folder = tmp_path / str(number)
         DDPMPipeline(make_unet(), DDPMScheduler(prediction_type=prediction)).save_pretrained(folder)
         assert objective_of(folder) == (prediction, "soft_min_snr" if prediction == "sample" else None)
+    options = TrainingOptions(rescale_betas_zero_snr=True)
+    save_pipeline(tmp_path / "zero", make_unet(), build_noise_scheduler(options), "")
+    assert objective_of(tmp_path / "zero") == ("sample", "edm")
 
 
 @pytest.mark.parametrize("flags", SCHEDULE_FLAGS, ids=str)

@@ -51,7 +51,8 @@ def check_pretrained(options) -> None:
         _check_told(options)
         return
     trained_for = prediction_type_of(saved)
-    take_prediction_type(options, trained_for)
+    zero_snr = not is_flow(saved) and saved.alphas_cumprod[-1].item() == 0
+    take_prediction_type(options, trained_for, zero_snr)
     if trained_for != options.prediction_type:
         raise UserError(
             f"--prediction_type {options.prediction_type}, but {FLAG} {name} was trained for {trained_for}: give "
