@@ -8,13 +8,11 @@ from conftest import TINY_UNET
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from trainkit.diffusion.noise_schedule import (
-    DEFAULT_PREDICTION_TYPE,
     alpha_sigma,
     build_noise_scheduler,
     prediction_type_of,
     saved_noise_scheduler,
 )
-from trainkit.diffusion.objective import take_prediction_type
 from trainkit.diffusion.pretrained import check_pretrained
 from trainkit.errors import UserError
 from trainkit.sampling.pipeline import save_pipeline
@@ -44,9 +42,11 @@ def schedule_options(name, **flags):
 
 
 def objective_of(name, **flags):
-    """Prediction and weight that the options come down to."""
-    options = schedule_options(name, **flags)
-    take_prediction_type(options, DEFAULT_PREDICTION_TYPE)
+    """Prediction and weight that a script's options come down to."""
+    options = TrainingOptions(
+        pretrained_model_name_or_path=name and str(name), logger="none", overwrite_output_dir=True, **flags
+    )
+    check_before_preparation(options)
     return options.prediction_type, options.loss_weighting
 
 
