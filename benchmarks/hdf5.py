@@ -23,11 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from prepare import write_photographs  # noqa: E402
 
 from trainkit.data.loading.dataset import PreparedImages  # noqa: E402
-from trainkit.data.optional import load_package  # noqa: E402
 from trainkit.data.preparation.export import export_hdf5  # noqa: E402
 from trainkit.data.preparation.prepare import prepare  # noqa: E402
 from trainkit.data.settings import PreparationSettings  # noqa: E402
 from trainkit.data.sources.folder import ImageFolder  # noqa: E402
+from trainkit.packages import load_package  # noqa: E402
 
 
 def one_by_one(data: Any, indices: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A rank of tests/test_sharding.py: torch.distributed.run starts two, each trains on its half of every batch.
+"""A rank of tests/training/test_sharding.py: torch.distributed.run starts two, each trains on its half of every batch.
 
 sharding_worker.py FOLDER     # reads FOLDER/unsharded_5.pt, leaves FOLDER/sharded_5.pt, resumed_10.pt, copy/
 """

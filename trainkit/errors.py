@@ -1,4 +1,4 @@
-"""A user's mistake, told in one line."""
+"""Errors that a user can fix, reported in one line."""
 
 import sys
 from collections.abc import Callable
@@ -6,6 +6,12 @@ from collections.abc import Callable
 
 class UserError(Exception):
     """Something the user can fix; the message names the flag, the file and the fix in one line."""
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """The message of `error` on one line of at most `limit` characters, or its class name where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def run_script(main: Callable[[], int | None]) -> None:

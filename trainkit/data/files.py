@@ -19,8 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from trainkit.data.optional import load_package
 from trainkit.errors import UserError
+from trainkit.packages import load_package
 
 CONNECTIONS = 32  # to an object store at once: each request waits for tens of milliseconds
 HEAD_BYTES = 2**16  # of an object, in which its schema ends as a rule

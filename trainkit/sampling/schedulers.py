@@ -1,6 +1,7 @@
 """The schedulers that travel with a saved pipeline: each samples a pixel-space model, and runs in stock DDPMPipeline.
 
-The settings were chosen by sampling distributions whose exact denoiser is known (tests/test_schedulers.py). Other
+The settings were chosen by sampling distributions whose exact denoiser is known (tests/sampling/test_schedulers.py).
+Other
 classes of diffusers raise in DDPMPipeline (UniPC, DEIS, Heun: no `generator` in `step`) or sample garbage without a
 word (Euler, EDM: the pipeline scales neither the noise nor the model's input).
 """

@@ -8,8 +8,8 @@ from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from trainkit.data.optional import load_package
 from trainkit.errors import UserError
+from trainkit.packages import load_package
 
 # Ends of the network and the embeddings of the timestep: Muon is for the matrices between them (Jordan et al. 2024).
 NOT_FOR_MUON = ("conv_in.", "conv_out.", "time_embedding.", "time_emb_proj.", "class_embedding.")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.optional import load_package
 from trainkit.errors import UserError
+from trainkit.packages import load_package
 
 BATCH_BYTES = 16 * 2**20  # of pixels, copied at a time
 

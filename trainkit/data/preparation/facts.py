@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from trainkit.data.optional import load_package
 from trainkit.data.preparation.hygiene import NEAR_FLAG, HygieneSettings
+from trainkit.packages import load_package
 
 EXACT_PIXELS = 2**20  # squares of so many 16-bit samples add up to less than 2**53
 FACTS_SCHEMA = pa.schema(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainkit.data.optional import load_package
 from trainkit.errors import UserError
+from trainkit.packages import load_package
 
 HASH_BITS = 64
 MAX_NEAR_DISTANCE = 16  # of 64 bits: two pictures that have nothing in common differ in about 32

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from trainkit.data.optional import load_package
 from trainkit.data.preparation.pool import JOBS_IN_FLIGHT, num_cores, run_alone, run_job
 from trainkit.data.preparation.shards import JoinJob, ShardWriter, SliceJob
 from trainkit.errors import UserError
+from trainkit.packages import load_package
 
 PACKAGE = Path(__file__).resolve().parent.parent  # what workers on other machines need of ours
 CONNECT_S = 5

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainkit.data.images.limits import RejectedImage
-from trainkit.data.optional import load_package
 from trainkit.data.sources import records
 from trainkit.data.sources.locations import DataFile, Location, is_url, open_file, opened
 from trainkit.data.sources.records import NO_LABEL, Record, Unit, digest, sorted_labels
 from trainkit.errors import UserError
+from trainkit.packages import load_package
 
 IMAGE_NAMES, LABEL_NAMES = ("data", "images"), ("labels", "label")
 TEXT_NAMES = ("texts", "captions", "text", "caption")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from trainkit.data.files import location
-from trainkit.data.optional import load_package
 from trainkit.data.sources.listing import IMAGE_EXTENSIONS
 from trainkit.errors import UserError
+from trainkit.packages import load_package
 
 KINDS = {
     ".zip": "zip",

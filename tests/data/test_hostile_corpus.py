@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.sources.listing import IMAGE_EXTENSIONS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fetch_pillow_source(folder: Path) -> Path:

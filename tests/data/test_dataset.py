@@ -27,7 +27,7 @@ from trainkit.data.sources.hub import HubDataset
 from trainkit.errors import UserError
 from trainkit.options.data import ImageOptions, LoadingOptions, SourceOptions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass

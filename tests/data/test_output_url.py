@@ -26,7 +26,7 @@ from trainkit.data.sources import records
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 FOLDERS = ("", "validation", ".units")
 

@@ -20,7 +20,7 @@ from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.sources import archives, records
 from trainkit.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from trainkit.data.preparation.prepare import PreparationSettings, prepare, read
 from trainkit.data.sources import records
 from trainkit.data.sources.folder import FolderReader, ImageFolder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 
 

@@ -17,7 +17,7 @@ from trainkit.data.preparation.export import export_hdf5
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
 
 

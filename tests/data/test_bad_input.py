@@ -22,7 +22,7 @@ from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.records import Record, Unit
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = PreparationSettings(8, 8, resize_mode="crop")
 
 
