@@ -57,7 +57,7 @@ class Options(AverageOptions, ScoreOptions, ConditionOptions):
 
 def reconstruct(options: Options) -> None:
     from trainkit.sampling.load import FLAG, find_pipeline
-    from trainkit.training.post_hoc import Snapshots, save_reconstruction
+    from trainkit.training.averages.post_hoc import Snapshots, save_reconstruction
 
     model_dir, output_dir = Path(options.model_dir), Path(options.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -143,42 +143,36 @@ class Sampler:
     """The run's pipeline, which samples with one sum of snapshots after another."""
 
     def __init__(self, options: Options, folder: Path, device):
-        from trainkit.sampling.conditions import Conditions, refuse_conditions
-        from trainkit.sampling.load import is_conditional, load_conditional_pipeline, load_unet
+        from trainkit.sampling.conditions import read_conditions
+        from trainkit.sampling.load import load_pipeline
         from trainkit.sampling.schedulers import check_steps, load_scheduler
 
-        self.options, self.conditions = options, None
-        self.scheduler = load_scheduler(folder, options.scheduler)
-        check_steps(self.scheduler, options.num_inference_steps)
-        if is_conditional(folder):
-            self.pipeline = load_conditional_pipeline(folder, self.scheduler)
-            self.conditions = Conditions(options, self.pipeline)
-            self.pipeline.to(device)
-            self.parts = {name: getattr(self.pipeline, name, None) for name in ("unet", "vector_embedding")}
-        else:
-            refuse_conditions(options)
-            self.parts = {"unet": load_unet(folder).to(device)}
+        self.options = options
+        scheduler = load_scheduler(folder, options.scheduler)
+        check_steps(scheduler, options.num_inference_steps)
+        self.pipeline = load_pipeline(folder, scheduler).to(device)
+        self.conditions = read_conditions(options, self.pipeline)
 
     def samples(self, snapshots, coefficients):
         """Images (N, H, W, C) uint8, N `--num_images`."""
         import numpy as np
         import torch
 
-        from trainkit.sampling.conditional import generate_conditional
         from trainkit.sampling.generate import generate
 
-        for part, module in self.parts.items():
-            if module is not None:
-                snapshots.load_into(module, part, coefficients)
-        options = self.options
-        numbers = range(options.num_images)
+        for part in ("unet", "vector_embedding"):
+            if getattr(self.pipeline, part, None) is not None:
+                snapshots.load_into(getattr(self.pipeline, part), part, coefficients)
+        options, numbers = self.options, range(self.options.num_images)
         seeds = [options.seed + number for number in numbers]
-        how = options.num_inference_steps, options.sample_batch_size
+        conditions, guidance = None, {}
+        if self.conditions is not None:
+            conditions, guidance = self.conditions.for_images(numbers), self.conditions.guidance
         with torch.inference_mode():
-            if self.conditions is None:
-                return np.concatenate(list(generate(self.parts["unet"], self.scheduler, seeds, *how)))
-            asked, guidance = self.conditions.of(numbers), self.conditions.guidance
-            return np.concatenate(list(generate_conditional(self.pipeline, asked, seeds, *how, **guidance)))
+            batches = generate(
+                self.pipeline, seeds, options.num_inference_steps, options.sample_batch_size, conditions, **guidance
+            )
+            return np.concatenate(list(batches))
 
 
 def check(options: Options) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trainkit.config import option, parse_options
 from trainkit.errors import UserError, run_script
-from trainkit.sampling.conditions import ConditionOptions, Conditions, refuse_conditions
+from trainkit.sampling.conditions import ConditionOptions, read_conditions
 
 GRID_IMAGES = 100
 
@@ -58,35 +58,12 @@ class ComputeOptions:
 
 @dataclass
 class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions):
-    pass
+    """The options of sample.py."""
 
 
 def sample(options: Options) -> None:
-    import torch
-    from tqdm.auto import tqdm
-
-    from trainkit.sampling.conditional import decoded_shape, generate_conditional
-    from trainkit.sampling.generate import generate, image_size
-    from trainkit.sampling.grid import save_image, to_pil
-    from trainkit.sampling.load import (
-        find_pipeline,
-        is_conditional,
-        load_conditional_pipeline,
-        load_unet,
-        weights_digest,
-    )
-    from trainkit.sampling.record import (
-        GRID_NAME,
-        RECORD_NAME,
-        image_path,
-        read_record,
-        start_record,
-        versions,
-        write_grid,
-        write_json,
-        write_metadata,
-    )
-    from trainkit.sampling.schedulers import check_steps, describe_scheduler, load_scheduler
+    from trainkit.sampling.load import find_pipeline, load_pipeline
+    from trainkit.sampling.schedulers import check_steps, load_scheduler
     from trainkit.training.launch import start_accelerator
 
     accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
@@ -94,72 +71,100 @@ def sample(options: Options) -> None:
         model_folder = find_pipeline(options.model_name_or_path)
     scheduler = load_scheduler(model_folder, options.scheduler)
     check_steps(scheduler, options.num_inference_steps)
-    if is_conditional(model_folder):
-        model = load_conditional_pipeline(model_folder, scheduler)
-        conditions = Conditions(options, model)
-        height, width, _ = decoded_shape(model)
-    else:
-        refuse_conditions(options)
-        model, conditions = load_unet(model_folder), None
-        height, width = image_size(model)
+    pipeline = load_pipeline(model_folder, scheduler)
+    conditions = read_conditions(options, pipeline)
+
+    record, missing = plan(options, accelerator, model_folder, pipeline, conditions)
+    started = time.perf_counter()
+    try:
+        generate_missing(options, accelerator, pipeline, conditions, missing)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            report(options, record, conditions, len(missing), time.perf_counter() - started)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {options.output_dir} cannot be written ({error.strerror}): free some space and run the "
+            "same command again, which generates only the missing images"
+        ) from None
+    accelerator.end_training()
+
+
+def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions) -> tuple[dict, list[int]]:
+    """The record of the folder, and the numbers of the images that it lacks. Raises `UserError` for another record."""
+    from trainkit.sampling.generate import image_shape
+    from trainkit.sampling.load import weights_digest
+    from trainkit.sampling.record import image_path, read_record, start_record, versions
+    from trainkit.sampling.schedulers import describe_scheduler
 
     folder = Path(options.output_dir)
-    settings = {
+    settings = {  # what the images depend on
         "weights_sha256": weights_digest(model_folder),
-        "scheduler": describe_scheduler(scheduler),
+        "scheduler": describe_scheduler(pipeline.scheduler),
         "num_inference_steps": options.num_inference_steps,
         "seed": options.seed,
         "mixed_precision": accelerator.mixed_precision,
-        "height_width": [height, width],
+        "height_width": list(image_shape(pipeline)[:2]),
         **({} if conditions is None else conditions.settings()),
     }
     earlier = read_record(folder, settings)
     missing = [index for index in range(options.num_images) if not image_path(folder, index).exists()]
-    accelerator.wait_for_everyone()  # nobody writes before all have seen what is missing
+    accelerator.wait_for_everyone()  # no process writes before all have seen what is missing
     record = settings | {
         "model": options.model_name_or_path,
         "scheduler_name": options.scheduler or "default",
         "num_images": max(options.num_images, earlier.get("num_images", 0)),
         "num_processes": accelerator.num_processes,
         "sample_batch_size": options.sample_batch_size,
+        "images_per_second": earlier.get("images_per_second"),
         "versions": versions(),
     }
     if accelerator.is_main_process:
         start_record(folder, record)
     accelerator.wait_for_everyone()
+    return record, missing
+
+
+def generate_missing(options: Options, accelerator, pipeline, conditions, missing: list[int]) -> None:
+    """Generate this process's share of the images `missing` and write each as it is done."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from trainkit.sampling.generate import generate
+    from trainkit.sampling.grid import save_image, to_pil
+    from trainkit.sampling.record import image_path
 
     share = missing[accelerator.process_index :: accelerator.num_processes]
-    seeds = [options.seed + index for index in share]
-    model.to(accelerator.device)
-    if conditions is None:
-        batches = generate(model, scheduler, seeds, options.num_inference_steps, options.sample_batch_size)
-    else:
-        batches = generate_conditional(
-            model, conditions.of(share), seeds, options.num_inference_steps, options.sample_batch_size,
-            **conditions.guidance,
-        )  # fmt: skip
-    started = time.perf_counter()
+    batches = generate(
+        pipeline.to(accelerator.device),
+        [options.seed + index for index in share],
+        options.num_inference_steps,
+        options.sample_batch_size,
+        None if conditions is None else conditions.for_images(share),
+        **({} if conditions is None else conditions.guidance),
+    )
+    numbers = iter(share)
     bar = tqdm(total=len(missing), unit="img", desc="sampling", disable=not accelerator.is_main_process)
-    written = iter(share)
     with torch.inference_mode(), accelerator.autocast(), bar:
         for images in batches:
             for image in images:
-                save_image(to_pil(image), image_path(folder, next(written)))
+                save_image(to_pil(image), image_path(Path(options.output_dir), next(numbers)))
             bar.update(min(len(images) * accelerator.num_processes, len(missing) - bar.n))
-    accelerator.wait_for_everyone()
 
-    if accelerator.is_main_process:
-        seconds = time.perf_counter() - started
-        rate = round(len(missing) / seconds, 2) if missing else earlier.get("images_per_second")
-        write_json(folder / RECORD_NAME, record | {"images_per_second": rate, "complete": True})
-        if conditions is not None:
-            write_metadata(folder, [conditions.row(index) for index in range(record["num_images"])])
-        write_grid(folder, min(options.num_images, GRID_IMAGES))
-        speed = f", {rate:.1f} images/s" if missing else ""
-        print(
-            f"{folder}: {options.num_images} images, {len(missing)} of them made now{speed}; see {folder / GRID_NAME}"
-        )
-    accelerator.end_training()
+
+def report(options: Options, record: dict, conditions, num_generated: int, seconds: float) -> None:
+    """Complete the record, write metadata.jsonl and the grid, and print a summary."""
+    from trainkit.atomic import write_json
+    from trainkit.sampling.record import GRID_NAME, RECORD_NAME, write_grid, write_metadata
+
+    folder, speed = Path(options.output_dir), ""
+    if num_generated:
+        record["images_per_second"] = round(num_generated / seconds, 2)
+        speed = f" at {record['images_per_second']:.1f} images/s"
+    write_json(folder / RECORD_NAME, record | {"complete": True})
+    if conditions is not None:
+        write_metadata(folder, [conditions.row(index) for index in range(record["num_images"])])
+    write_grid(folder, min(options.num_images, GRID_IMAGES))
+    print(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
 
 
 def main() -> None:

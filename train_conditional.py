@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from trainkit.config import option
 from trainkit.errors import run_script
 from trainkit.options.model import LatentOptions, TextOptions
-from trainkit.training.start import TrainingOptions, parse_training_options
+from trainkit.options.script import TrainingOptions, parse_training_options
 
 
 @dataclass
@@ -47,157 +47,68 @@ class ConditioningOptions:
 
 @dataclass
 class Options(ConditioningOptions, TextOptions, LatentOptions, TrainingOptions):
-    """Everything train_conditional.py can be told."""
+    """The options of train_conditional.py."""
 
 
 def train(options: Options) -> None:
     # Imported late, so that --help answers at once.
-    from trainkit.data.cache import cache_root, open_or_prepare
-    from trainkit.data.loading.augment_draws import LABELS
+    from trainkit.data.cache import open_or_prepare
     from trainkit.data.loading.class_order import balanced_order
-    from trainkit.data.loading.statistics import vector_statistics
-    from trainkit.diffusion.augmentation_input import add_augmentation_input
-    from trainkit.diffusion.conditioning import add_vector_embedding, check_condition, open_condition
+    from trainkit.diffusion.conditioning import check_condition, open_condition
     from trainkit.diffusion.latents import check_latent_options, open_latents, without_clipping
+    from trainkit.diffusion.model import build_model
     from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
     from trainkit.diffusion.objective import denoising_errors
-    from trainkit.diffusion.pretrained import load_pretrained
     from trainkit.diffusion.timesteps import draw_timesteps
-    from trainkit.diffusion.unet import build_unet
-    from trainkit.hub import create_repository
-    from trainkit.training.launch import make_deterministic, set_cpu_threads
-    from trainkit.training.learning_rate import find_learning_rate
-    from trainkit.training.run import Run
-    from trainkit.training.score import SampleScore
-    from trainkit.training.start import check_before_preparation, start_accelerator
-    from trainkit.training.validation import HeldOutLoss, open_validation_images
+    from trainkit.sampling.pipeline import conditional_pipeline
+    from trainkit.training.learning_rate_finder import find_learning_rate
+    from trainkit.training.outputs import Outputs
+    from trainkit.training.start import check_options, prepare_process, resolve_options, start_accelerator, start_run
+    from trainkit.training.validation import open_validation_images
 
+    options = resolve_options(options)
     check_condition(options)
-    check_before_preparation(options)
+    check_options(options)
     check_latent_options(options)
-    images = open_or_prepare(options)  # before any process group exists: a long preparation must not time it out
-    set_cpu_threads(options.cpu_threads)
-    if options.deterministic:
-        make_deterministic()
+    images = open_or_prepare(options)  # before the process group, which a long preparation would time out
+    prepare_process(options)
     condition = open_condition(options, images)  # encodes captions, once
     held_out = open_validation_images(options, images)
-    held_out_condition = None if held_out is None else condition.of(held_out)
+    held_out_condition = None if held_out is None else condition.for_images(held_out)
     order = balanced_order(images, options)
     if options.vae_name_or_path is not None:
-        images = open_latents(options, images, cache_root(options), options.random_flip)
-        held_out = None if held_out is None else open_latents(options, held_out, cache_root(options), False)
+        images = open_latents(options, images, flips=options.random_flip)
+        held_out = None if held_out is None else open_latents(options, held_out, flips=False)
     accelerator = start_accelerator(options)
-    unet = build_unet(options, images.height, images.width, images.channels, **condition.unet_config)
-    if options.condition == "vector":
-        add_vector_embedding(unet, *vector_statistics(images, options))
-    if options.pretrained_model_name_or_path is not None:
-        accelerator.print(load_pretrained(unet, options.pretrained_model_name_or_path, condition.names))
-    if options.augmentation_conditioning:
-        add_augmentation_input(unet, LABELS)
     noise_scheduler = build_noise_scheduler(options)
     if options.vae_name_or_path is not None:
-        without_clipping(noise_scheduler)
-    run = Run(options, accelerator, unet, images, condition, order)
-    repo_id = create_repository(options) if options.push_to_hub and accelerator.is_main_process else None
+        without_clipping(noise_scheduler)  # latents have no fixed range
+    unet = build_model(options, images, condition)
+    run = start_run(options, accelerator, unet, images, condition, order)
 
-    def losses(model, batch, timesteps):  # one an image, of training and of validation alike
+    def losses(model, batch, timesteps):  # one per image
         noisy_images = add_noise(noise_scheduler, batch.images, batch.noise, timesteps)  # float32
-        told = {} if batch.augmentation is None else {"augmentation": batch.augmentation}
-        prediction = model(noisy_images, timesteps, **batch.condition, **told).sample  # under autocast
+        prediction = model(noisy_images, timesteps, **batch.inputs).sample  # under autocast
         weighting = options.snr_gamma, options.loss_weighting
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
-
-    def unguided_samples(unet, indices):  # guidance would trade the variety that the score looks for
-        return samples(run, unet, noise_scheduler, condition.of_images(indices), guidance_scale=1.0)
 
     def loss_of(model, batch):
         return losses(model, batch, draw_timesteps(options, noise_scheduler, batch.uniforms)).mean()
 
+    def pipeline_of(unet):
+        return conditional_pipeline(unet, noise_scheduler, **condition.components, **images.components)
+
     if options.find_learning_rate:
         find_learning_rate(run, loss_of)
         return
-    validation = None
-    if held_out is not None:
-        validation = HeldOutLoss(run, held_out, losses, options.ddpm_num_steps, held_out_condition)
-    score = None
-    if options.score_steps is not None:
-        score = SampleScore(run, held_out, noise_scheduler, unguided_samples)
+    outputs = Outputs(run, losses, pipeline_of, held_out, held_out_condition)
 
     for batch in run.batches():
         run.update(loss_of(run.model, batch))
+        outputs.write_due()
 
-        if run.due(steps=options.validation_steps):
-            validation.measure()
-        if run.due(steps=options.score_steps):
-            score.measure()
-        if run.due(steps=options.preview_steps, epochs=options.save_images_epochs):
-            preview(run, noise_scheduler)
-        if run.due(epochs=options.save_model_epochs):
-            save(run, noise_scheduler, repo_id)
-
-    if not run.stopped:
-        preview(run, noise_scheduler)
-        save(run, noise_scheduler, repo_id)
-        for measurement in (validation, score):
-            if measurement is not None:
-                measurement.measure()
+    outputs.write_final()
     run.finish()
-
-
-def samples(run, unet, noise_scheduler, conditions, guidance_scale: float):
-    """Images (N, H, W, C) uint8, one for each of `conditions`, made by all processes from --seed, --seed + 1, ..."""
-    from trainkit.sampling.guided import samples_of_conditions
-
-    options = run.options
-    return samples_of_conditions(
-        run.accelerator,
-        unet,
-        noise_scheduler,
-        conditions,
-        seed=options.seed,
-        num_inference_steps=options.ddpm_num_inference_steps,
-        batch_size=options.eval_batch_size,
-        guidance_scale=guidance_scale,
-        components=components(run),
-    )
-
-
-def components(run) -> dict:
-    """What the pipeline has beside UNet and scheduler: what its condition needs, and what decodes latents."""
-    return run.condition.components | getattr(run.images, "components", {})
-
-
-def preview(run, noise_scheduler) -> None:
-    """Write a grid of samples from the averaged weights: samples/<step>.png and samples.png."""
-    from trainkit.training.outputs import write_preview
-
-    options = run.options
-    conditions, columns = run.condition.to_preview(options.eval_batch_size, options.seed)
-    with run.averaged_weights() as unet:
-        images = samples(run, unet, noise_scheduler, conditions, options.preview_guidance_scale)
-    write_preview(run, images, columns)
-
-
-def save(run, noise_scheduler, repo_id: str | None) -> None:
-    """Save the pipeline with the averaged weights into --output_dir, and push it where asked."""
-    from trainkit.hub import conditional_model_card, push_pipeline
-    from trainkit.sampling.conditional import CONDITIONAL_PIPELINE_FILES, save_conditional_pipeline
-
-    options, condition = run.options, run.condition
-    images = getattr(run.images, "images", run.images)  # of pixels, also where it trains on latents
-    with run.averaged_weights() as unet:
-        if run.accelerator.is_main_process:
-            card = conditional_model_card(
-                options, condition, images.height, images.width, run.step, run.shape.global_size
-            )
-            id2label = None if condition.names is None else dict(enumerate(condition.names))
-            with run.writing("the pipeline"):
-                save_conditional_pipeline(
-                    run.output_dir, unet, noise_scheduler, card, id2label=id2label, **components(run)
-                )
-                if repo_id is not None:
-                    push_pipeline(run.output_dir, repo_id, options.hub_token, CONDITIONAL_PIPELINE_FILES, run.step)
-    run.accelerator.wait_for_everyone()
 
 
 def main() -> None:

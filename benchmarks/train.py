@@ -61,7 +61,7 @@ class BenchmarkOptions:
     memory: bool = option(True, "measure memory, each loop in a process of its own")
     only: str | None = option(None, "run this loop alone and print its peak memory in MiB", choices=LOOPS)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Fill in what depends on the device."""
         import torch
 
@@ -80,8 +80,7 @@ def engine(options, files: Path, work: Path) -> Iterator[float]:
     from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.unet import build_unet
-    from trainkit.training.launch import start_accelerator
-    from trainkit.training.run import Run
+    from trainkit.training.start import start_accelerator, start_run
 
     (work / "unet").mkdir()
     (work / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | options.unet_config))
@@ -92,9 +91,9 @@ def engine(options, files: Path, work: Path) -> Iterator[float]:
         mixed_precision=options.mixed_precision, compile=options.compile, optimizer="adamw", prediction_type="epsilon",
     )  # fmt: skip
     images = open_or_prepare(settings)
-    accelerator = start_accelerator(settings.mixed_precision)
+    accelerator = start_accelerator(settings)
     noise_scheduler = build_noise_scheduler(settings)
-    run = Run(settings, accelerator, build_unet(settings, SIDE, SIDE, 3), images)
+    run = start_run(settings, accelerator, build_unet(settings, SIDE, SIDE, 3), images)
     for batch in run.batches():
         timesteps = uniform_timesteps(batch.uniforms, settings.ddpm_num_steps)
         noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)
@@ -225,7 +224,7 @@ def report(options, speeds: dict, wait_share: float, memory: dict) -> None:
 
 def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
-    options.settle()
+    options.wait()
     import numpy as np
     from PIL import Image
 

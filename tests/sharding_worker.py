@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 
 from trainkit.errors import UserError
 from trainkit.training import sharding
-from trainkit.training.ema import ShadowWeights
+from trainkit.training.averages.ema import ShardedEMA
 
 BATCHES = 10  # steps of all, half of them before the resume
 MICRO_STEPS = 2
@@ -35,7 +35,7 @@ class Training:
         # A large epsilon: the gradient of the key bias is zero but for rounding, which Adam would otherwise blow up.
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-3, weight_decay=1e-2, eps=1e-4)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
-        self.averages = ShadowWeights(self.unet, use_ema_warmup=True)
+        self.averages = ShardedEMA(self.unet, use_ema_warmup=True)
         self.norms = []
 
     def train(self, first: int, last: int, rank: int = 0, ranks: int = 1) -> None:

@@ -14,6 +14,11 @@ from safetensors.torch import load_file
 STEPS = 20
 
 
+def golden(name):
+    """The losses (one per step) that the configuration `name` had when tests/golden/`name`.json was written."""
+    return json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags):
     """Arguments of a run of 20 steps of 8 images at 16 px; `flags` override.
 

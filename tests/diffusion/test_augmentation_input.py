@@ -15,7 +15,7 @@ from training_helpers import losses, same_weights, tiny_run
 from trainkit.data.loading.augment_draws import LABELS
 from trainkit.diffusion.augmentation_input import add_augmentation_input, without_augmentation_input
 from trainkit.errors import UserError
-from trainkit.training.ema import ShadowWeights
+from trainkit.training.averages.ema import ShardedEMA
 
 LAYER = "time_embedding.cond_proj.weight"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -60,7 +60,7 @@ def test_every_parameter_has_a_gradient_where_no_image_is_augmented():
 def test_without_the_layer_it_is_a_stock_unet_and_then_as_before():
     stock, unet = unet_with_input()
     names = [name for name, _ in unet.named_parameters()]
-    average = ShadowWeights(unet)
+    average = ShardedEMA(unet)
     with average.swapped_in(), without_augmentation_input(unet):
         assert unet.state_dict().keys() == stock.state_dict().keys()
     assert [name for name, _ in unet.named_parameters()] == names and LAYER in names

@@ -21,7 +21,7 @@ from trainkit.diffusion.conditioning import (
 from trainkit.diffusion.pretrained import load_pretrained
 from trainkit.diffusion.unet import build_unet
 from trainkit.errors import UserError
-from trainkit.sampling.conditional import save_conditional_pipeline
+from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
 COUNTS, UNKNOWN = (60, 25, 9, 0), 6
 LABELS = np.random.default_rng(1).permutation(np.repeat([0, 1, 2, -1], [*COUNTS[:3], UNKNOWN]))
@@ -64,12 +64,12 @@ def test_classes_as_inputs():
 def test_held_out_images_may_number_their_classes_otherwise():
     held_out = Labelled()
     held_out.label_names = ["fox", "cat", "dog"]
-    condition = ClassCondition(Labelled(), Labelled.label_names, dropout=0.5).of(held_out)
+    condition = ClassCondition(Labelled(), Labelled.label_names, dropout=0.5).for_images(held_out)
     indices = np.array([np.flatnonzero(LABELS == label)[0] for label in (0, 1, 2, -1)])
     assert condition.inputs(indices, np.ones(4))["class_labels"].tolist() == [3, 0, 1, 4]
     held_out.label_names = ["cat", "yak", "dog"]
     with pytest.raises(UserError, match="--validation_data_dir has the class yak"):
-        condition.of(held_out)
+        condition.for_images(held_out)
 
 
 def test_vectors_as_inputs():
@@ -214,7 +214,7 @@ def test_an_unconditional_model_is_the_start_of_a_conditional_one(tmp_path):
 
 def test_classes_are_found_by_name_and_new_ones_start_as_null(tmp_path):
     old = trained(make_unet(num_class_embeds=4))
-    save_conditional_pipeline(tmp_path, old, DDPMScheduler(), "", id2label={0: "a", 1: "b", 2: "c"})
+    save_pipeline(tmp_path, conditional_pipeline(old, DDPMScheduler(), id2label={0: "a", 1: "b", 2: "c"}), "")
     new = make_unet(num_class_embeds=5)
     told = load_pretrained(new, str(tmp_path), ["c", "d", "a", "e"])
     assert "2 of 4 classes as they were" in told and "not loaded" not in told
@@ -231,7 +231,7 @@ def test_vectors_keep_their_embedding_and_its_statistics(tmp_path):
     old = trained(make_unet(class_embed_type="identity"))
     with torch.no_grad():
         old.class_embedding.mean.add_(1)
-    save_conditional_pipeline(tmp_path, old, DDPMScheduler(), "")
+    save_pipeline(tmp_path, conditional_pipeline(old, DDPMScheduler()), "")
     new = make_unet(class_embed_type="identity")
     load_pretrained(new, str(tmp_path))
     assert torch.equal(predict(new, class_labels=VECTORS), predict(old, class_labels=VECTORS))
@@ -293,7 +293,7 @@ def test_captions_are_added_to_a_model_without(tmp_path, heads):
 def test_a_model_of_captions_goes_on_with_the_same_or_another_encoder(tmp_path):
     DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(tmp_path / "plain")
     old = trained(text_unet(tmp_path / "plain", 12))
-    save_conditional_pipeline(tmp_path / "text", old, DDPMScheduler(), "")
+    save_pipeline(tmp_path / "text", conditional_pipeline(old, DDPMScheduler()), "")
     same, other = (text_unet(tmp_path / "text", width) for width in (12, 20))
     states = torch.randn(4, 5, 20)
     told = load_pretrained(same, str(tmp_path / "text"))

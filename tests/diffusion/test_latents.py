@@ -65,9 +65,9 @@ def whole(image_folder, latent_unet, vae, tmp_path_factory):
 class Options:
     """What `open_latents` reads, and what a UNet of one halving is described by."""
 
-    def __init__(self, vae, unet):
+    def __init__(self, vae, unet, cache_dir):
         self.vae_name_or_path, self.model_config_name_or_path = str(vae), str(unet)
-        self.pretrained_model_name_or_path, self.condition = None, "class"
+        self.pretrained_model_name_or_path, self.condition, self.cache_dir = None, "class", str(cache_dir)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def opened(whole, vae, latent_unet):
     """The prepared images of the run, and their latents."""
     folder = next(path for path in (whole[1] / "prepared").iterdir() if len(PreparedImages(path)) == 37)
     images = PreparedImages(folder)
-    return images, open_latents(Options(vae, latent_unet), images, whole[1], flips=True)
+    return images, open_latents(Options(vae, latent_unet, whole[1]), images, flips=True)
 
 
 def test_latents_are_those_of_the_vae_and_of_the_mirrored_image(opened, vae):
@@ -121,12 +121,12 @@ def test_they_are_encoded_once_and_anew_by_other_weights(opened, whole, vae, lat
     calls = []
     encode = AutoencoderKL.encode
     monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x: calls.append(len(x)) or encode(self, x))
-    again = open_latents(Options(vae, latent_unet), images, whole[1], flips=True)
+    again = open_latents(Options(vae, latent_unet, whole[1]), images, flips=True)
     assert calls == [] and np.array_equal(again.gather(np.arange(37)), latents.gather(np.arange(37)))
     copy = shutil.copytree(vae, tmp_path / "pipeline" / "vae")
-    assert open_latents(Options(copy.parent, latent_unet), images, whole[1], False).fingerprint == latents.fingerprint
+    assert open_latents(Options(copy.parent, latent_unet, whole[1]), images, False).fingerprint == latents.fingerprint
     assert calls == [], "the weights count, not where they lie"
-    other = open_latents(Options(save_vae(tmp_path / "other", 1), latent_unet), images, tmp_path, flips=False)
+    other = open_latents(Options(save_vae(tmp_path / "other", 1), latent_unet, tmp_path), images, flips=False)
     assert sum(calls) == 37 and other.fingerprint != latents.fingerprint
 
 

@@ -15,8 +15,9 @@ from trainkit.diffusion.noise_schedule import (
 )
 from trainkit.diffusion.pretrained import check_pretrained
 from trainkit.errors import UserError
+from trainkit.options.script import TrainingOptions
 from trainkit.sampling.pipeline import save_pipeline
-from trainkit.training.start import TrainingOptions, check_before_preparation
+from trainkit.training.start import check_options, resolve_options
 
 SCHEDULE_FLAGS = [
     {},
@@ -43,10 +44,12 @@ def schedule_options(name, **flags):
 
 def objective_of(name, **flags):
     """Prediction and weight that a script's options come down to."""
-    options = TrainingOptions(
-        pretrained_model_name_or_path=name and str(name), logger="none", overwrite_output_dir=True, **flags
+    options = resolve_options(
+        TrainingOptions(
+            pretrained_model_name_or_path=name and str(name), logger="none", overwrite_output_dir=True, **flags
+        )
     )
-    check_before_preparation(options)
+    check_options(options)
     return options.prediction_type, options.loss_weighting
 
 
@@ -62,7 +65,7 @@ def test_what_is_predicted_is_that_of_the_pipeline_else_the_image_with_the_weigh
         DDPMPipeline(make_unet(), DDPMScheduler(prediction_type=prediction)).save_pretrained(folder)
         assert objective_of(folder) == (prediction, "soft_min_snr" if prediction == "sample" else None)
     options = TrainingOptions(rescale_betas_zero_snr=True)
-    save_pipeline(tmp_path / "zero", make_unet(), build_noise_scheduler(options), "")
+    save_pipeline(tmp_path / "zero", DDPMPipeline(make_unet(), build_noise_scheduler(options)), "")
     assert objective_of(tmp_path / "zero") == ("sample", "edm")
 
 
@@ -70,11 +73,11 @@ def test_what_is_predicted_is_that_of_the_pipeline_else_the_image_with_the_weigh
 def test_a_pipeline_of_ours_is_trained_on_over_its_own_noise_schedule(flags, tmp_path):
     """Without a flag, by name, and with the flags that it was trained with."""
     trained_over = build_noise_scheduler(schedule_options(None, **flags))
-    save_pipeline(tmp_path, make_unet(), trained_over, "")
+    save_pipeline(tmp_path, DDPMPipeline(make_unet(), trained_over), "")
     for again in ({}, flags):
         options = schedule_options(tmp_path, **again)
         goes_on = build_noise_scheduler(options)
-        save_pipeline(tmp_path / "next", make_unet(), goes_on, "")
+        save_pipeline(tmp_path / "next", DDPMPipeline(make_unet(), goes_on), "")
         timesteps = torch.arange(options.ddpm_num_steps)
         for scheduler in (goes_on, saved_noise_scheduler(str(tmp_path / "next"))):
             assert type(scheduler) is type(trained_over)
@@ -88,7 +91,9 @@ def test_a_pipeline_of_ours_is_trained_on_over_its_own_noise_schedule(flags, tmp
 
 
 def test_a_noise_schedule_is_not_moved_twice(tmp_path):
-    save_pipeline(tmp_path, make_unet(), build_noise_scheduler(schedule_options(None, noise_shift=2.0)), "")
+    save_pipeline(
+        tmp_path, DDPMPipeline(make_unet(), build_noise_scheduler(schedule_options(None, noise_shift=2.0))), ""
+    )
     with pytest.raises(UserError, match="--noise_shift: .* was moved already; leave --noise_shift out"):
         schedule_options(tmp_path, noise_shift=4.0)
     options = schedule_options(tmp_path, noise_shift=4.0, ddpm_beta_schedule="squaredcos_cap_v2")
@@ -136,4 +141,4 @@ def test_a_pipeline_of_diffusers_is_trained_on_over_its_own_noise_schedule(tmp_p
 def test_a_schedule_that_is_not_there_is_refused_before_it_is_moved(tmp_path):
     flags = {"noise_shift": 0.5, "ddpm_beta_schedule": "pretrained", "logger": "none", "output_dir": str(tmp_path)}
     with pytest.raises(UserError, match="--ddpm_beta_schedule pretrained needs --pretrained_model_name_or_path"):
-        check_before_preparation(TrainingOptions(**flags))
+        resolve_options(TrainingOptions(**flags))

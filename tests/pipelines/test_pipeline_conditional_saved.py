@@ -14,20 +14,23 @@ from conftest import ROOT
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard
 
-from pipelines.conditional import ConditionalPipeline
 from pipelines.vector_embedding import VectorEmbedding
-from trainkit.sampling.conditional import save_conditional_pipeline, stock_unet
+from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A saved model of each kind, as training saves them."""
     folder = tmp_path_factory.mktemp("saved")
-    save_conditional_pipeline(folder / "conditional-model", class_unet(), DDPMScheduler(), "A card.", id2label=NAMES)
-    save_conditional_pipeline(folder / "earlier-model", class_unet(1), DDPMScheduler(), "A card.", id2label=NAMES)
-    save_conditional_pipeline(folder / "vector", vector_unet(), DDPMScheduler(), "A card.")
+    save_pipeline(
+        folder / "conditional-model", conditional_pipeline(class_unet(), DDPMScheduler(), id2label=NAMES), "A card."
+    )
+    save_pipeline(
+        folder / "earlier-model", conditional_pipeline(class_unet(1), DDPMScheduler(), id2label=NAMES), "A card."
+    )
+    save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), DDPMScheduler()), "A card.")
     unet, parts = text_parts(folder)
-    save_conditional_pipeline(folder / "text", unet, DDPMScheduler(), "A card.", prompt_length=8, **parts)
+    save_pipeline(folder / "text", conditional_pipeline(unet, DDPMScheduler(), prompt_length=8, **parts), "A card.")
     return folder
 
 
@@ -81,11 +84,10 @@ def test_a_saved_folder_loads_and_is_saved_again_without_this_repository(saved):
     assert (saved / "vector" / "schedulers" / "ddim").is_dir() and (saved / "vector" / "README.md").is_file()
     made = torch.load(saved / "vector.pt", weights_only=True)
     unet = vector_unet()
-    with stock_unet(unet) as embedding:
-        scheduler = DPMSolverMultistepScheduler.from_pretrained(saved / "vector" / "scheduler")
-        pipeline = ConditionalPipeline(unet, scheduler, embedding)
-        values = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
-        expected = pipeline(vectors=[[1.0, 2, 3], None], generator=torch.Generator().manual_seed(0), **values).images
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(saved / "vector" / "scheduler")
+    pipeline = conditional_pipeline(unet, scheduler)
+    values = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
+    expected = pipeline(vectors=[[1.0, 2, 3], None], generator=torch.Generator().manual_seed(0), **values).images
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-3)  # another process, other threads
     assert isinstance(unet.class_embedding, VectorEmbedding), "training goes on with its own"
 

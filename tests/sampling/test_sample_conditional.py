@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from conditional_helpers import NAMES, class_unet, text_parts, vector_unet
 from conftest import launch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from sample import Options
 from sample import sample as run_sample
 from trainkit.errors import UserError
-from trainkit.sampling.conditional import save_conditional_pipeline
-from trainkit.sampling.pipeline import save_pipeline
+from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +26,11 @@ def on_the_cpu_alone(monkeypatch):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    save_conditional_pipeline(folder / "class", class_unet(), DDPMScheduler(), "", id2label=NAMES)
-    save_conditional_pipeline(folder / "vector", vector_unet(), DDPMScheduler(), "")
+    save_pipeline(folder / "class", conditional_pipeline(class_unet(), DDPMScheduler(), id2label=NAMES), "")
+    save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), DDPMScheduler()), "")
     unet, parts = text_parts(folder)
-    save_conditional_pipeline(folder / "text", unet, DDPMScheduler(), "", prompt_length=8, **parts)
-    save_pipeline(folder / "plain", class_unet(num_class_embeds=None), DDPMScheduler(), "")
+    save_pipeline(folder / "text", conditional_pipeline(unet, DDPMScheduler(), prompt_length=8, **parts), "")
+    save_pipeline(folder / "plain", DDPMPipeline(class_unet(num_class_embeds=None), DDPMScheduler()), "")
     return folder
 
 
@@ -90,7 +89,7 @@ def test_a_second_start_makes_what_is_missing_and_more(models, samples, capsys):
     before = read(samples)
     (samples / "000002.png").unlink()
     sample(models / "class", samples, class_labels=["all"], guidance_scale=3.0, num_images=7)
-    assert "7 images, 2 of them made now" in capsys.readouterr().out
+    assert "7 images, 2 generated now" in capsys.readouterr().out
     assert np.abs(read(samples) - before).max() <= 1
     assert rows(samples)[6]["label"] == "cat"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_UNET, launch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from sample import Options
@@ -36,7 +36,7 @@ def on_the_cpu_alone(monkeypatch):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    save_pipeline(folder, tiny_model(), DDPMScheduler(), "A model card.")
+    save_pipeline(folder, DDPMPipeline(tiny_model(), DDPMScheduler()), "A model card.")
     return folder
 
 
@@ -67,7 +67,7 @@ def samples(model_folder, tmp_path_factory):
 def test_an_image_does_not_depend_on_its_batch(name, channels, sample_size):
     unet, scheduler = tiny_model(channels, sample_size), scheduler_bundle(DDPMScheduler())[name]
     images = {
-        batch_size: np.concatenate(list(generate(unet, scheduler, range(3, 8), 10, batch_size)))
+        batch_size: np.concatenate(list(generate(DDPMPipeline(unet, scheduler), range(3, 8), 10, batch_size)))
         for batch_size in (1, 2, 5)
     }
     assert images[5].shape == (5, 16, 8 if channels == 1 else 16, channels)
@@ -75,15 +75,15 @@ def test_an_image_does_not_depend_on_its_batch(name, channels, sample_size):
     assert len({image.tobytes() for image in images[5]}) == 5
     for batch_size in (1, 2):
         assert np.abs(images[5].astype(int) - images[batch_size]).max() <= 1
-    last = next(generate(unet, scheduler, [7], 10, 1))[0]
+    last = next(generate(DDPMPipeline(unet, scheduler), [7], 10, 1))[0]
     assert np.abs(last.astype(int) - images[5][4]).max() <= 1
 
 
 def test_autocast_keeps_the_chain_in_float32():
     unet, scheduler = tiny_model(), scheduler_bundle(DDPMScheduler())["dpmsolver"]
-    exact = next(generate(unet, scheduler, range(4), 10, 4)).astype(int)
+    exact = next(generate(DDPMPipeline(unet, scheduler), range(4), 10, 4)).astype(int)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = next(generate(unet, scheduler, range(4), 10, 4)).astype(int)
+        rounded = next(generate(DDPMPipeline(unet, scheduler), range(4), 10, 4)).astype(int)
     assert 0 < np.abs(exact - rounded).mean() < 2
 
 
@@ -101,7 +101,7 @@ def test_a_second_start_makes_only_what_is_missing(model_folder, samples, capsys
     (samples / "000002.png").unlink()
     times = {path.name: path.stat().st_mtime_ns for path in samples.glob("0*.png")}
     sample(model_folder, samples, num_images=8)
-    assert "8 images, 2 of them made now" in capsys.readouterr().out
+    assert "8 images, 2 generated now" in capsys.readouterr().out
     for name, written in times.items():
         assert (samples / name).stat().st_mtime_ns == written
     assert np.abs(read(samples) - before).max() <= 1
@@ -127,7 +127,7 @@ def test_a_retrained_model_does_not_mix_into_a_folder(samples, tmp_path):
     retrained = tiny_model()
     with torch.no_grad():
         next(retrained.parameters()).add_(1)
-    save_pipeline(tmp_path, retrained, DDPMScheduler(), "Another.")
+    save_pipeline(tmp_path, DDPMPipeline(retrained, DDPMScheduler()), "Another.")
     with pytest.raises(UserError, match="another weights_sha256"):
         sample(tmp_path, samples)
 

@@ -14,7 +14,7 @@ from hub_server import environment, publish, serve_hub
 from PIL import Image
 from training_helpers import tiny_run
 
-from trainkit.sampling.conditional import save_conditional_pipeline
+from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
 ELSEWHERE = """
 import sys
@@ -39,7 +39,7 @@ def hub(tmp_path):
         block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "pipeline" / "vae")
-    save_conditional_pipeline(tmp_path / "vectors", vector_unet(), DDPMScheduler(), "")
+    save_pipeline(tmp_path / "vectors", conditional_pipeline(vector_unet(), DDPMScheduler()), "")
     with serve_hub() as server:
         for name in ("encoder", "pipeline", "vectors"):
             publish(server, f"me/{name}", tmp_path / name)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training_helpers import losses, same_training_state, same_weights, tiny_run
 
 from trainkit.errors import UserError
-from trainkit.training import learning_rate
+from trainkit.training import learning_rate_finder as learning_rate
 
 UNET, EMA = (f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("unet", "unet_ema"))
 EMBEDDING, STEPS = "vector_embedding/diffusion_pytorch_model.safetensors", 8
@@ -124,7 +124,7 @@ def test_two_processes_find_the_learning_rate_of_one(train, photos, tiny_unet, c
     monkeypatch.setattr(learning_rate, "STEPS", steps)
     shorter = tmp_path / "shorter.py"
     shorter.write_text(
-        "from trainkit.training import learning_rate\n"
+        "from trainkit.training import learning_rate_finder as learning_rate\n"
         f"learning_rate.STEPS = {steps}\n"
         "import train_conditional\n"
         "train_conditional.main()\n"

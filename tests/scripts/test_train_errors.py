@@ -78,7 +78,7 @@ def test_what_cannot_work_is_said_before_anything_is_prepared(train, monkeypatch
 
 def test_an_earlier_run_is_not_overwritten(train, monkeypatch, tmp_path):
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
-    with pytest.raises(UserError, match="checkpoint-3 of an earlier run: go on with --resume_from_checkpoint latest"):
+    with pytest.raises(UserError, match="checkpoint-3 of an earlier run: continue it with --resume_from_check"):
         train(monkeypatch)
     assert (tmp_path / "out" / "checkpoint-3").exists()
 
@@ -125,7 +125,7 @@ def test_config_file_with_cpu_processes_is_refused(image_folder, tiny_unet, cach
 def test_the_command_that_the_refusal_names_works(image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, max_train_steps=1)
     done = launch("train_unconditional.py", *arguments, processes=2)
-    assert "8 a device x 2 processes" in done.stdout
+    assert "8 per device x 2 processes" in done.stdout
 
 
 @pytest.mark.parametrize(

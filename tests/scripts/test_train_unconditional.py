@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch, launch_environment
 from PIL import Image
-from training_helpers import STEPS, losses, same_training_state, same_weights, start_and_signal, tiny_run
+from training_helpers import STEPS, golden, losses, same_training_state, same_weights, start_and_signal, tiny_run
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-# Losses of the run below on torch 2.13, CPU: a change of order, noise, timesteps, loss, optimizer or schedule moves
-# them.
-GOLDEN = [
-    0.43165, 0.4938, 0.67547, 0.21959, 0.4008, 0.44214, 0.81756, 0.43264, 0.46548, 0.31046,
-    0.74993, 0.41696, 0.50641, 0.95004, 0.62374, 0.23494, 0.47344, 0.32457, 0.27701, 0.3663,
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +65,7 @@ def test_saved_weights_are_the_averaged_ones(run_dir):
 
 
 def test_golden_losses(run_dir):
-    assert losses(run_dir) == pytest.approx(GOLDEN, rel=2e-3)
+    assert losses(run_dir) == pytest.approx(golden("unconditional"), rel=2e-3)
 
 
 def test_learning_rate_counts_optimizer_steps(run_dir):

@@ -1,7 +1,7 @@
 import pytest
 
 from trainkit.errors import UserError
-from trainkit.training import checkpoint as checkpoints
+from trainkit.training.checkpoints import folder as checkpoints
 
 
 def write(output_dir, step, content="weights"):

@@ -33,7 +33,7 @@ def arguments(image_folder, tiny_unet, cache_dir):
 def two_process_run(arguments, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("two")
     output = launch(SCRIPT, *arguments(output_dir), processes=2).stdout
-    assert "2 a device x 2 processes x 2 micro-steps" in output
+    assert "2 per device x 2 processes x 2 micro-steps" in output
     return output_dir
 
 
@@ -64,7 +64,7 @@ def test_two_machines_are_the_run_of_one_machine_and_outlive_a_killed_rank(two_p
     command = [*agent, str(ROOT / SCRIPT), *arguments(tmp_path), "--resume_from_checkpoint", "latest"]
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     output = _run_and_kill([command, command], "1", tmp_path / "checkpoint-3", environment)
-    assert "2 a device x 2 processes x 2 micro-steps" in output and "resumed from" in output
+    assert "2 per device x 2 processes x 2 micro-steps" in output and "resumed from" in output
     assert losses(tmp_path) == losses(two_process_run)
     same_weights(tmp_path / WEIGHTS, two_process_run / WEIGHTS)
 

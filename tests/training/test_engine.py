@@ -16,11 +16,11 @@ from training_helpers import STEPS, losses, same_weights, start_and_signal, tiny
 
 from trainkit.data.loading.order import sample_indices
 from trainkit.errors import UserError
-from trainkit.training.ema import build_ema
+from trainkit.training.averages.ema import build_ema
+from trainkit.training.averages.power_ema import snapshot_files
+from trainkit.training.checkpoints.state import Snapshot
+from trainkit.training.checkpoints.writer import CheckpointWriter
 from trainkit.training.guards import step_if_finite
-from trainkit.training.power_ema import snapshot_files
-from trainkit.training.state import Snapshot
-from trainkit.training.writer import CheckpointWriter
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -78,7 +78,7 @@ def test_a_broken_step_is_skipped_and_its_images_are_named(train, broken_steps, 
     indices = sample_indices(np.arange(4 * 8, 5 * 8), 37, 7)  # positions of step 5, seed 7
     assert [line["step"] for line in told] == [5] and told[0]["indices"] == indices.tolist()
     assert all((image_folder / source).is_file() for source in told[0]["sources"])
-    assert f"step 5 was skipped, its gradient is not finite; its images: {told[0]['sources'][0]}" in (
+    assert f"step 5 was skipped because its gradient is not finite; its images: {told[0]['sources'][0]}" in (
         capsys.readouterr().out
     )
     same_weights(output_dir / "checkpoint-4" / WEIGHTS, output_dir / "checkpoint-5" / WEIGHTS)
@@ -92,7 +92,7 @@ def test_a_broken_step_is_skipped_and_its_images_are_named(train, broken_steps, 
 
 def test_too_many_broken_steps_in_a_row_end_the_run(train, broken_steps):
     broken_steps(1, 3, 4, 5)
-    with pytest.raises(UserError, match="--max_skipped_steps 3: the gradient of 3 steps in a row, up to 6"):
+    with pytest.raises(UserError, match="--max_skipped_steps 3: the gradients of 3 steps in a row, up to 6"):
         train(max_skipped_steps=3)
 
 
@@ -121,7 +121,7 @@ def test_replicas_that_drift_apart_are_told_with_the_parameter(image_folder, tin
         tmp_path / "drifting.py", *arguments, processes=2, environment={"PYTHONPATH": str(ROOT)}, check=False
     )
     assert done.returncode != 0
-    assert "after step 4, conv_out.weight of rank 1 is not that of rank 0 (1 of" in done.stderr
+    assert "after step 4, conv_out.weight of rank 1 differs from rank 0 (1 of" in done.stderr
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step(train, image_folder, tiny_unet, cache_dir, tmp_path):
@@ -158,7 +158,7 @@ def test_training_waits_for_no_more_than_the_copy(tmp_path, monkeypatch):
     """The disk is slow: `save` is back before anything is written, and the next one waits for it."""
     import contextlib
 
-    from trainkit.training import writer as module
+    from trainkit.training.checkpoints import writer as module
 
     disk_is_ready, write = threading.Event(), module.write_snapshot
     monkeypatch.setattr(module, "write_snapshot", lambda *a: (disk_is_ready.wait(30), write(*a)))
@@ -169,7 +169,7 @@ def test_training_waits_for_no_more_than_the_copy(tmp_path, monkeypatch):
     disk_is_ready.set()
     writer.save(6, lambda: snapshot)
     assert writer.saved_step == 5
-    writer.settle()
+    writer.wait()
     assert writer.saved_step == 6 and [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
     writer.close()
 
@@ -239,14 +239,14 @@ def test_other_options_at_resume_are_told(train, capsys):
     train(max_train_steps=3)
     train(max_train_steps=6, learning_rate=1e-4, resume_from_checkpoint="latest")
     output = capsys.readouterr().out
-    assert "--learning_rate 0.001 there, 0.0001 now" in output and "--max_train_steps 3 there, 6 now" in output
-    assert "--resume_from_checkpoint" not in output.partition("other options")[2]
+    assert "--learning_rate 0.001 -> 0.0001" in output and "--max_train_steps 3 -> 6" in output
+    assert "--resume_from_checkpoint" not in output.partition("these options differ")[2]
 
 
 def test_muon_takes_the_inner_matrices_and_resumes_bit_for_bit(train, tiny_unet):
     from diffusers import UNet2DModel
 
-    from trainkit.training.optimization import build_optimizer
+    from trainkit.training.optimizers import build_optimizer
 
     unet = UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet))
     options = SimpleNamespace(
@@ -294,10 +294,10 @@ def test_sharded_weights_are_the_same_run_and_resume_anywhere(
 
 
 def test_a_checkpoint_does_not_bring_its_kernels_along(tiny_unet, tmp_path):
-    """Fused where it was written, not where it is read: the state moves, the choice stays."""
+    """The state comes from the checkpoint; kernels and settings are those of this run."""
     from diffusers import UNet2DModel
 
-    from trainkit.training.state import restore, take_snapshot, write_snapshot
+    from trainkit.training.checkpoints.state import restore, take_snapshot, write_snapshot
 
     unet = UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet))
     fused = torch.optim.AdamW(unet.parameters(), lr=1e-3, fused=True)
@@ -307,7 +307,7 @@ def test_a_checkpoint_does_not_bring_its_kernels_along(tiny_unet, tmp_path):
     write_snapshot(take_snapshot(unet, {}, fused, {"step": 1}), tmp_path)
     plain = torch.optim.AdamW(unet.parameters(), lr=9.0)
     restore(tmp_path, unet, {}, plain)
-    assert plain.param_groups[0]["fused"] is None and plain.param_groups[0]["lr"] == 1e-3
+    assert plain.param_groups[0]["fused"] is None and plain.param_groups[0]["lr"] == 9.0
     first = next(unet.parameters())
     assert torch.equal(plain.state[first]["exp_avg"], fused.state[first]["exp_avg"])
 
@@ -315,7 +315,7 @@ def test_a_checkpoint_does_not_bring_its_kernels_along(tiny_unet, tmp_path):
 UNREADABLE = """
 import sys
 from pathlib import Path
-from trainkit.training import checkpoint
+from trainkit.training.checkpoints import folder as checkpoint
 checkpoint.damage = lambda folder, checksums=False: None  # sizes and checksums were right, and reading fails
 import train_unconditional
 from trainkit.errors import run_script

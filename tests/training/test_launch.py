@@ -1,7 +1,5 @@
 """What a launcher's configuration asks of the script: FSDP and DeepSpeed configs become divided weights of our own."""
 
-from types import SimpleNamespace
-
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
@@ -9,6 +7,7 @@ from conftest import ROOT, launch
 from training_helpers import losses, same_weights, tiny_run
 
 from trainkit.errors import UserError
+from trainkit.options.script import TrainingOptions
 from trainkit.training.launch import shard_as_launched
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -21,17 +20,13 @@ def launched(monkeypatch):
     def call(environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        options = SimpleNamespace(shard_weights=False, reshard_after_forward=True, gradient_checkpointing=False)
-        shard_as_launched(options)
-        return options
+        return shard_as_launched(TrainingOptions())
 
     return call
 
 
 def test_a_plain_launch_divides_nothing(launched):
-    assert launched({}) == SimpleNamespace(
-        shard_weights=False, reshard_after_forward=True, gradient_checkpointing=False
-    )
+    assert launched({}) == TrainingOptions()
 
 
 @pytest.mark.parametrize(("stage", "divided", "twice"), [("0", False, False), ("2", True, False), ("3", True, True)])
@@ -79,7 +74,7 @@ def test_the_fsdp_config_trains_the_same_run(image_folder, tiny_unet, cache_dir,
     flags = {"max_train_steps": 4, "train_batch_size": 4}
     divided = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "divided", **flags)
     done = launch("train_unconditional.py", *divided, processes=2, config_file=tmp_path / "fsdp.yaml")
-    assert f"weights divided over them ({'ZeRO-3' if reshard else 'ZeRO-2'})" in done.stdout
+    assert f"weights sharded over the processes ({'ZeRO-3' if reshard else 'ZeRO-2'})" in done.stdout
     launch(
         "train_unconditional.py",
         *tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole", max_train_steps=4, train_batch_size=8),

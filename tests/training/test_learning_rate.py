@@ -8,8 +8,8 @@ import pytest
 from training_helpers import losses, same_weights, tiny_run
 
 from trainkit.errors import UserError
-from trainkit.training import learning_rate
-from trainkit.training.learning_rate import FILE, suggested_rate
+from trainkit.training import learning_rate_finder as learning_rate
+from trainkit.training.learning_rate_finder import FILE, suggested_rate
 
 RATES = np.geomspace(1e-6, 1, 121).tolist()
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -48,7 +48,7 @@ def test_the_search_finds_a_rate_and_leaves_the_run_as_it_was(
 
     searched = train("searched", find_learning_rate=True)
     found = json.loads((searched / FILE).read_text())
-    assert sorted(path.name for path in searched.iterdir()) == [FILE, "learning_rate.png"]
+    assert sorted(path.name for path in searched.iterdir()) == [".trainkit", FILE, "learning_rate.png"]
     assert f"--learning_rate {found['learning_rate']:.2g} is a good start" in capsys.readouterr().out
     assert len(found["rates"]) == len(found["losses"]) and found["rates"] == sorted(found["rates"])
     assert 1e-5 < found["learning_rate"] < max(found["rates"])

@@ -10,13 +10,14 @@ from training_helpers import losses, same_weights, tiny_run
 
 from trainkit.errors import UserError
 from trainkit.options.training import HardwareOptions, OptimizationOptions
-from trainkit.training.optimization import (
+from trainkit.training.checkpoints.state import restore, take_snapshot, write_snapshot
+from trainkit.training.optimizers import (
     averaged_by_optimizer,
     build_lr_scheduler,
     build_optimizer,
     check_optimization,
+    resume_lr_scheduler,
 )
-from trainkit.training.state import restore, take_snapshot, write_snapshot
 
 NAMES = ("adamw", "adam", "muon", "lion", "lamb", "adafactor", "prodigy", "schedule_free_adamw")
 RATES = {"prodigy": 1.0, "lion": 3e-4, "adafactor": 1e-2}
@@ -76,7 +77,7 @@ def test_it_learns_and_resumes_bit_for_bit(name, tiny_unet, tmp_path):
 
     resumed = Training(tiny_unet, name, seed=1)
     facts = restore(tmp_path, resumed.unet, {}, resumed.optimizer)
-    resumed.lr_scheduler.load_state_dict(facts["lr_scheduler"])
+    resume_lr_scheduler(resumed.lr_scheduler, facts["lr_scheduler"])
     assert resumed.steps(5, 10) == after
     assert all(torch.equal(*pair) for pair in zip(whole.unet.parameters(), resumed.unet.parameters(), strict=True))
     for one, other in zip(whole.optimizer.param_groups, resumed.optimizer.param_groups, strict=True):

@@ -18,11 +18,12 @@ from training_helpers import same_training_state, same_weights, tiny_run
 import reconstruct_ema
 from trainkit.diffusion.power_profiles import LONGEST, combination, gamma_of, inner_products, sigma_rel_of
 from trainkit.errors import UserError
-from trainkit.sampling.conditional import generate_conditional, save_conditional_pipeline
-from trainkit.sampling.load import load_conditional_pipeline
+from trainkit.sampling.generate import generate
+from trainkit.sampling.load import load_pipeline
+from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 from trainkit.sampling.schedulers import load_scheduler
-from trainkit.training.post_hoc import Snapshots
-from trainkit.training.power_ema import PowerAverage, PowerAverages, snapshot_file, snapshot_files
+from trainkit.training.averages.post_hoc import Snapshots
+from trainkit.training.averages.power_ema import PowerAverage, PowerAverages, snapshot_file, snapshot_files
 
 RUN = {
     "max_train_steps": 12,
@@ -159,9 +160,7 @@ def test_averages_and_snapshots_are_resumed_bit_for_bit(run, train, tmp_path, ca
     train(tmp_path / "again", resume_from_checkpoint="latest")
     assert "4 of 12 steps done" in capsys.readouterr().out
     same_run(run, tmp_path / "again")
-    with pytest.raises(
-        UserError, match="checkpoint-12 was made with 0.05 0.08 0.1.*: give --ema_power_lengths 0.05 0.08 0.1"
-    ):
+    with pytest.raises(UserError, match="checkpoint-12 tracks 0.05 0.08 0.1.*: use --ema_power_lengths 0.05 0.08 0.1"):
         train(tmp_path / "again", resume_from_checkpoint="latest", ema_power_lengths=[0.05])
     snapshot_file(tmp_path / "again", 12, 0.05).unlink()  # killed between the checkpoint and the snapshot
     train(tmp_path / "again", resume_from_checkpoint="latest", async_checkpointing="false")
@@ -172,13 +171,19 @@ def test_averages_and_snapshots_are_resumed_bit_for_bit(run, train, tmp_path, ca
     ("flags", "message"),
     [
         ({"ema_power_lengths": [0.4]}, "--ema_power_lengths 0.4 must be more than 0 and at most 0.289"),
-        ({"ema_power_lengths": [0.1, 0.1]}, "--ema_power_lengths 0.1 0.1 names a length twice"),
-        ({"ema_snapshot_steps": None}, "--ema_power_lengths needs --ema_snapshot_steps"),
-        ({"ema_power_lengths": None}, "--ema_snapshot_steps needs --ema_power_lengths"),
+        ({"ema_power_lengths": [0.1, 0.1]}, "--ema_power_lengths 0.1 0.1 lists a length twice"),
+        (
+            {"ema_snapshot_steps": None},
+            "--ema_power_lengths also needs the other flag, .* --ema_snapshot",
+        ),
+        (
+            {"ema_power_lengths": None},
+            "--ema_snapshot_steps also needs the other flag, .* --ema_power_le",
+        ),
         ({"ema_snapshot_steps": 0}, "--ema_snapshot_steps 0 must be at least 1"),
         (
             {"optimizer": "schedule_free_adamw", "no_use_ema": True, "lr_scheduler": "constant_with_warmup"},
-            "leave out --ema_power_lengths",
+            "remove --ema_power_lengths",
         ),
     ],
 )
@@ -265,9 +270,9 @@ def test_weights_and_the_embedding_of_vectors_as_if_tracked(tmp_path, reconstruc
     averages.close()
     for step in range(2, 25, 2):
         snapshot_file(run, step, 0.08).unlink()
-    save_conditional_pipeline(run, unet, DDPMScheduler(), "card")
+    save_pipeline(run, conditional_pipeline(unet, DDPMScheduler()), "card")
     made_in = reconstruct(run, sigma_rel=0.08)
-    made = load_conditional_pipeline(made_in, load_scheduler(run, None))
+    made = load_pipeline(made_in, load_scheduler(run, None))
     found = {f"class_embedding.{name}": value for name, value in made.vector_embedding.state_dict().items()}
     found |= made.unet.state_dict()
     tracked = averages.by_folder["unet_ema_0.08"].full_weights()
@@ -279,7 +284,7 @@ def test_weights_and_the_embedding_of_vectors_as_if_tracked(tmp_path, reconstruc
     options = reconstruct_ema.Options(vectors_file=str(tmp_path / "vectors.npy"), num_images=3, num_inference_steps=2)
     coefficients = Snapshots(run).coefficients(0.08)[0]
     images = reconstruct_ema.Sampler(options, run, torch.device("cpu")).samples(Snapshots(run), coefficients)
-    assert np.array_equal(images, np.concatenate(list(generate_conditional(made, np.eye(3), range(3), 2, 3))))
+    assert np.array_equal(images, np.concatenate(list(generate(made, range(3), 2, 3, np.eye(3)))))
 
 
 @pytest.mark.parametrize(

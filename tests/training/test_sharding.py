@@ -12,7 +12,7 @@ from sharding_worker import BATCHES, CONFIG, Training
 
 from trainkit.errors import UserError
 from trainkit.training import sharding
-from trainkit.training.ema import ShadowWeights
+from trainkit.training.averages.ema import ShardedEMA
 
 HALF = BATCHES // 2
 
@@ -107,7 +107,7 @@ def test_averages_are_those_of_diffusers_bit_for_bit(tmp_path):
     unet = UNet2DModel(**CONFIG)
     unet.conv_in.bias.requires_grad_(False)
     theirs = EMAModel(unet.parameters(), foreach=True, model_cls=UNet2DModel, model_config=unet.config, **settings)
-    ours = ShadowWeights(unet, **settings)
+    ours = ShardedEMA(unet, **settings)
     for step in range(6):
         with torch.no_grad():
             for parameter in unet.parameters():
@@ -120,9 +120,9 @@ def test_averages_are_those_of_diffusers_bit_for_bit(tmp_path):
         assert all(torch.equal(*pair) for pair in zip(unet.parameters(), theirs.shadow_params, strict=True))
     assert all(torch.equal(value, trained[name]) for name, value in unet.state_dict().items())
 
-    theirs.save_pretrained(tmp_path)  # and a folder that EMAModel wrote is taken over
+    theirs.save_pretrained(tmp_path)  # and a folder that EMAModel wrote can be loaded
     saved, config = UNet2DModel.from_pretrained(tmp_path), UNet2DModel.load_config(tmp_path)
-    other = ShadowWeights(UNet2DModel(**CONFIG))
+    other = ShardedEMA(UNet2DModel(**CONFIG), **settings)
     other.load_full_weights(saved.state_dict())
     other.load_state_dict(config)
     assert other.state_dict() == ours.state_dict() and other.optimization_step == 6

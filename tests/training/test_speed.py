@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import losses, same_weights, tiny_run
 
 from trainkit.errors import UserError
-from trainkit.training.speed import largest_micro_batch, lay_out, memory_format
+from trainkit.training.device import largest_micro_batch, memory_format, move_to_device
 from trainkit.training.throughput import Throughput, flops_of_image, memory_peak_mib, peak_tflops
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -63,8 +63,8 @@ def test_what_is_learned_and_saved_stays_the_same(train, flags):
 
 def test_each_option_reaches_the_unet():
     config = {key: value for key, value in TINY_UNET.items() if not key.startswith("_")}
-    options = SimpleNamespace(gradient_checkpointing=True, channels_last="yes")
-    unet = lay_out(UNet2DModel(**config), options, torch.device("cpu"))
+    options = SimpleNamespace(gradient_checkpointing=True, channels_last="yes", shard_weights=False)
+    unet = move_to_device(UNet2DModel(**config), options, torch.device("cpu"))
     assert unet.is_gradient_checkpointing
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(
@@ -134,7 +134,7 @@ def test_finding_the_batch_size_keeps_the_run(train, monkeypatch, capsys):
 
     monkeypatch.setattr(UNet2DModel, "forward", limited)
     found = train("found", find_batch_size=True)
-    assert "4 steps of 8 images = 2 a device x 1 processes x 4 micro-steps" in capsys.readouterr().out
+    assert "4 steps of 8 images = 2 per device x 1 processes x 4 micro-steps" in capsys.readouterr().out
     assert losses(found) == pytest.approx(losses(plain), abs=1e-4)
 
 
@@ -170,7 +170,7 @@ def test_the_log_says_what_the_hardware_does(train):
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_the_update_is_fused_and_that_of_the_formula(name):
     from trainkit.options.training import OptimizationOptions
-    from trainkit.training.optimization import build_optimizer
+    from trainkit.training.optimizers import build_optimizer
 
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)

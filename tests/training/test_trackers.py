@@ -12,8 +12,7 @@ from PIL import Image
 from training_helpers import tiny_run
 
 from trainkit.errors import UserError
-from trainkit.training.metrics import StepLog
-from trainkit.training.trackers import check_tracker, start_trackers
+from trainkit.training.log import StepLog, check_tracker, start_trackers
 
 SECRET = "hf_aSecretOfTheTest"
 
@@ -43,7 +42,7 @@ def test_a_tracker_that_does_not_start_is_one_line(tmp_path):
 
     accelerator = SimpleNamespace(init_trackers=refuse, is_main_process=True)
     options = Options(logger="wandb", output_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"--logger wandb does not start \(No API key configured\): .*WANDB_MODE=off"):
+    with pytest.raises(UserError, match=r"--logger wandb cannot start \(No API key configured\): .*WANDB_MODE=off"):
         start_trackers(accelerator, options, tmp_path)
 
 
@@ -53,7 +52,7 @@ def test_a_tracker_without_pictures_gets_none():
     with_pictures = SimpleNamespace(name="wandb", log_images=lambda images, step: taken.append((*images, step)))
     log = StepLog.__new__(StepLog)
     log.accelerator = SimpleNamespace(trackers=[without, with_pictures])
-    log.image("samples", Image.new("L", (4, 4)), 3)
+    log.write_image("samples", Image.new("L", (4, 4)), 3)
     assert taken == [("samples", 3)]
 
 

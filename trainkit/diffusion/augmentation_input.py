@@ -28,6 +28,7 @@ def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
     layer = torch.nn.Linear(num_labels, embedding.linear_1.in_features, bias=False)
     torch.nn.init.xavier_uniform_(layer.weight)  # as EDM's map_augment
     embedding.cond_proj = layer.to(embedding.linear_1.weight)
+    embedding.augmentation = None
     embedding.register_forward_pre_hook(_pass_condition, with_kwargs=True)
     stock_forward = unet.forward
 
@@ -42,6 +43,7 @@ def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
 def without_augmentation_input(unet: torch.nn.Module) -> Iterator[None]:
     """`unet` as if it had never got the layer, weights and state dict included. Do not train inside."""
     layer, unet.time_embedding.cond_proj = unet.time_embedding.cond_proj, None
+    unet.time_embedding.augmentation = None  # of the last training batch
     try:
         yield
     finally:

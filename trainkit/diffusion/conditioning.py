@@ -74,7 +74,6 @@ class ClassCondition:
     """
 
     argument = "class_labels"  # of the pipeline
-    components: dict = {}  # what the saved pipeline has of it beside the UNet
 
     def __init__(self, images: PreparedImages, names: list[str], dropout: float = 0.0):
         self.images, self.names, self.dropout = images, names, dropout
@@ -86,11 +85,16 @@ class ClassCondition:
         self._numbers = np.array([names.index(name) for name in images.label_names] + [self.null])
 
     @property
+    def components(self) -> dict:
+        """Arguments of the saved pipeline for this condition."""
+        return {"id2label": dict(enumerate(self.names))}
+
+    @property
     def unet_config(self) -> dict:
         """What the UNet's config says of it."""
         return {"num_class_embeds": len(self.names) + 1}
 
-    def of(self, images: PreparedImages) -> "ClassCondition":
+    def for_images(self, images: PreparedImages) -> "ClassCondition":
         """The same of other `images`, held-out ones."""
         return ClassCondition(images, self.names)
 
@@ -130,7 +134,7 @@ class VectorCondition:
         """What the UNet's config says of it: its `class_embedding` is replaced by one of vectors."""
         return {"class_embed_type": "identity"}
 
-    def of(self, images: PreparedImages) -> "VectorCondition":
+    def for_images(self, images: PreparedImages) -> "VectorCondition":
         """The same of other `images`, held-out ones. Raises `UserError` where their vectors are of another length."""
         if images.vector_length != self.length:
             raise UserError(
@@ -170,3 +174,6 @@ def add_vector_embedding(unet: UNet2DModel, mean: np.ndarray, std: np.ndarray) -
     )  # named: diffusers takes what is not for a default, which its `from_config` leaves out
     embedding.set_statistics(torch.from_numpy(mean), torch.from_numpy(std))
     unet.class_embedding = embedding
+
+
+ImageCondition = ClassCondition | VectorCondition | TextCondition

@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
+from trainkit.data.cache import cache_root
 from trainkit.data.loading.augment import build_augmentation
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.encodings import Rows, make_units, read_complete, unit_name, write_complete, write_rows
@@ -100,8 +101,8 @@ def check_latent_options(options) -> None:
         _check_size(options, _load(name, AutoencoderKL.load_config), height, width)
 
 
-def open_latents(options, images: PreparedImages, cache: Path, flips: bool) -> LatentImages:
-    """The latents of `images` by `--vae_name_or_path`, computed in `cache` where they are not there yet.
+def open_latents(options, images: PreparedImages, flips: bool) -> LatentImages:
+    """The latents of `images` by `--vae_name_or_path`, computed in the cache if they are not there yet.
 
     `flips`: those of the mirror images too. Every process of a run may call this at once: they share the work. Raises
     `UserError`.
@@ -111,7 +112,7 @@ def open_latents(options, images: PreparedImages, cache: Path, flips: bool) -> L
     _check_images(options, vae, images)
     digest = state_digest(vae, FORMAT)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", images.folder.name)[:60]
-    folder = cache / "latents" / f"{stem}-{images.fingerprint}-{digest}"
+    folder = cache_root(options) / "latents" / f"{stem}-{images.fingerprint}-{digest}"
     rows = _encoded(images, vae, folder, mirror=False)
     mirrored = _encoded(images, vae, folder / "mirrored", mirror=True) if flips else None
     latents = LatentImages(images, vae, digest, rows, mirrored)

@@ -109,7 +109,7 @@ class TextCondition:
         tokenizer, model = self.encoder.tokenizer, self.encoder.model
         return {"text_encoder": model, "tokenizer": tokenizer, "prompt_length": length}
 
-    def of(self, images: PreparedImages) -> "TextCondition":
+    def for_images(self, images: PreparedImages) -> "TextCondition":
         """The same of other `images`, held-out ones."""
         return TextCondition(images, self.encoder, self.cache, "--validation_data_dir")
 

@@ -116,6 +116,7 @@ class CheckpointOptions:
     resume_from_checkpoint: str | None = option(
         None, "checkpoint folder, or `latest`: the newest whole one in --output_dir (none there: start)"
     )
+    allow_dataset_change: bool = option(False, "resume on other images than the checkpoint was trained on")
     save_model_epochs: int = option(10, "epochs between savings of the pipeline (also at the end)")
 
 

@@ -57,8 +57,8 @@ class Conditions:
         }
         self._names = pipeline.config.id2label or {}
 
-    def of(self, images: Sequence[int]) -> list:
-        """The conditions of the images of these numbers."""
+    def for_images(self, images: Sequence[int]) -> list:
+        """The conditions of the images with these numbers."""
         return [self.values[image % len(self.values)] for image in images]
 
     def settings(self) -> dict:
@@ -72,12 +72,20 @@ class Conditions:
 
     def row(self, image: int) -> dict:
         """The columns of the image's line in metadata.jsonl: label and label_id, or text, or vector."""
-        value = self.of([image])[0]
+        value = self.for_images([image])[0]
         if self.kind == "prompt":
             return {"text": value}
         if self.kind == "vectors":
             return {"vector": _plain(value)}
         return {"label": NULL if value is None else self._names.get(value, str(value)), "label_id": value}
+
+
+def read_conditions(options: ConditionOptions, pipeline) -> Conditions | None:
+    """The conditions of the samples; None for an unconditional pipeline, whose options must not name any."""
+    if hasattr(pipeline, "condition"):
+        return Conditions(options, pipeline)
+    _refuse_conditions(options)
+    return None
 
 
 def check_guidance(options: ConditionOptions) -> None:
@@ -94,7 +102,7 @@ def check_guidance(options: ConditionOptions) -> None:
         raise UserError(f"--guidance_interval {given}: give two noise levels, the lower first, such as 0.2 3")
 
 
-def refuse_conditions(options: ConditionOptions) -> None:
+def _refuse_conditions(options: ConditionOptions) -> None:
     """Raise `UserError` where conditions or guidance are asked of a pipeline that takes none."""
     neutral = ConditionOptions()
     for name in (*FLAGS.values(), "guidance_scale", "guidance_interval", "guidance_rescale"):

@@ -1,94 +1,91 @@
-"""Seeded generation: image i depends on (model, scheduler, steps, seed i) alone, not on batches or processes."""
+"""Seeded generation: image i depends on (model, scheduler, steps, condition i, seed i), not on the batch size."""
 
 # N images, B batch, H/W pixels, C channels
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from pipelines.conditional import ConditionalPipeline
 from trainkit.sampling.schedulers import check_steps
 
-MAXIMUM_VALUES = 2**24 - 1  # in one batch: torch.quantile, which thresholding calls, has versions that take no more
+Pipeline = DDPMPipeline | ConditionalPipeline
+MAXIMUM_VALUES = 2**24 - 1  # per batch: some versions of torch.quantile, which thresholding calls, accept no more
 
 
 def generate(
-    unet: UNet2DModel,
-    scheduler: SchedulerMixin,
+    pipeline: Pipeline,
     seeds: Sequence[int],
     num_inference_steps: int,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    conditions: Sequence | None = None,
+    **guidance,
 ) -> Iterator[np.ndarray]:
-    """Yield images (B, H, W, C) uint8, one for each of `seeds` in their order, `batch_size` at a time.
+    """Yield images (B, H, W, C) uint8, one per entry of `seeds` and in their order, `batch_size` at a time.
 
-    The noise comes from a CPU generator for each image, so it is the same on any device. Runs where `unet` is, under
-    the caller's autocast; the chain itself stays float32. `progress(B)` is called after each batch.
+    A ConditionalPipeline also needs one entry of `conditions` per seed: what `pipeline.condition` accepts (a class, a
+    vector, a prompt) or None for the null condition. `guidance` is passed on: guidance_scale, guidance_interval,
+    guidance_rescale. Noise is drawn from one CPU generator per image, so it is the same on any device. Runs on the
+    pipeline's device under the caller's autocast; the chain itself stays float32.
 
     Raises:
-        UserError: `scheduler` cannot take `num_inference_steps`.
+        UserError: the scheduler does not accept `num_inference_steps`.
     """
-    check_steps(scheduler, num_inference_steps)
-    batch_size = limited_batch_size(unet, batch_size)
-    pipeline = DDPMPipeline(unet=unet, scheduler=scheduler)
+    check_steps(pipeline.scheduler, num_inference_steps)
+    batch_size = _limited_batch_size(pipeline.unet, batch_size)
     pipeline.set_progress_bar_config(disable=True)
-    with _inference_mode(unet):
+    with _evaluation_mode(pipeline):
         for start in range(0, len(seeds), batch_size):
-            batch = seeded_generators(seeds[start : start + batch_size])
-            yield to_uint8(pipeline(len(batch), batch, num_inference_steps, output_type="pt").images)
-            if progress is not None:
-                progress(len(batch))
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
+            inputs = {"batch_size": len(generators)}
+            if conditions is not None:
+                inputs = {pipeline.condition: list(conditions[start : start + batch_size])} | guidance
+            yield to_uint8(
+                pipeline(
+                    generator=generators, num_inference_steps=num_inference_steps, output_type="pt", **inputs
+                ).images
+            )
 
 
-def generate_over_processes(
+def generate_on_all_ranks(
     accelerator: Accelerator,
-    unet: UNet2DModel,
-    scheduler: SchedulerMixin,
-    num_images: int,
-    seed: int,
+    pipeline: Pipeline,
+    seeds: Sequence[int],
     num_inference_steps: int,
     batch_size: int,
+    conditions: Sequence | None = None,
+    **guidance,
 ) -> np.ndarray:
-    """Images (N, H, W, C) uint8 of the seeds `seed` to `seed + num_images - 1`, on every rank; each makes its share.
+    """Images (N, H, W, C) uint8 of all `seeds`, on every rank; each rank generates its share. A collective.
 
-    `batch_size` is a process's. Call it on every rank.
+    `batch_size` is per process. The arguments are those of `generate`. Components other than the UNet are on the
+    device only while they are used.
     """
-    unet = accelerator.unwrap_model(unet)
-    seeds = range(seed + accelerator.process_index, seed + num_images, accelerator.num_processes)
-    batches = generate(unet, scheduler, seeds, num_inference_steps, min(batch_size, max(1, len(seeds))))
-    return gather_images(accelerator, batches, num_images, (*image_size(unet), unet.config.in_channels))
-
-
-def gather_images(
-    accelerator: Accelerator, batches: Iterator[np.ndarray], num_images: int, shape: tuple[int, int, int]
-) -> np.ndarray:
-    """Images (N, H, W, C) uint8 on every rank, of which `batches` makes each `num_processes`-th from this rank on.
-
-    `batches` runs under autocast. Call it on every rank.
-    """
-    world = accelerator.num_processes
-    share = np.zeros((-(-num_images // world), *shape), dtype=np.uint8)
-    with accelerator.autocast():
-        filled = 0
-        for images in batches:
+    rank, world, count = accelerator.process_index, accelerator.num_processes, len(seeds)
+    share = np.zeros((-(-count // world), *image_shape(pipeline)), dtype=np.uint8)
+    filled = 0
+    with _components_on(pipeline, accelerator.device), accelerator.autocast():
+        own = None if conditions is None else conditions[rank::world]
+        for images in generate(pipeline, seeds[rank::world], num_inference_steps, batch_size, own, **guidance):
             share[filled : filled + len(images)] = images
             filled += len(images)
     gathered = accelerator.gather(torch.from_numpy(share).to(accelerator.device)).cpu().numpy()
     by_rank = gathered.reshape(world, *share.shape)
-    return by_rank.swapaxes(0, 1).reshape(-1, *share.shape[1:])[:num_images]
+    return by_rank.swapaxes(0, 1).reshape(-1, *share.shape[1:])[:count]
 
 
-def limited_batch_size(unet: UNet2DModel, batch_size: int) -> int:
-    height, width = image_size(unet)
-    return max(1, min(batch_size, MAXIMUM_VALUES // (unet.config.in_channels * height * width)))
-
-
-def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:
+    """(H, W, C) of the images that `pipeline` generates."""
+    (height, width), vae = _sample_size(pipeline.unet), getattr(pipeline, "vae", None)
+    if vae is None:
+        return height, width, pipeline.unet.config.out_channels
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return height * factor, width * factor, vae.config.out_channels
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -96,20 +93,50 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def image_size(unet: UNet2DModel) -> tuple[int, int]:
-    """Height and width in pixels of what `unet` generates."""
+def _sample_size(unet: UNet2DModel | UNet2DConditionModel) -> tuple[int, int]:
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def _limited_batch_size(unet: UNet2DModel | UNet2DConditionModel, batch_size: int) -> int:
+    height, width = _sample_size(unet)
+    return max(1, min(batch_size, MAXIMUM_VALUES // (unet.config.in_channels * height * width)))
+
+
+def _modules(pipeline: Pipeline) -> list[torch.nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
+
 @contextmanager
-def _inference_mode(unet: UNet2DModel) -> Iterator[None]:
-    """Evaluation mode, and float32 output under autocast: the solvers cast the image to the type of the output."""
-    was_training = unet.training
-    unet.eval()
-    hook = unet.register_forward_hook(lambda module, inputs, output: UNet2DOutput(sample=output.sample.float()))
+def _evaluation_mode(pipeline: Pipeline) -> Iterator[None]:
+    """Evaluation mode inside the block. A stock pipeline also gets float32 output from its UNet under autocast,
+    because the solvers cast the image to the type of that output; ConditionalPipeline does this itself."""
+    were_training = [(module, module.training) for module in _modules(pipeline)]
+    for module, _ in were_training:
+        module.eval()
+    hook = None
+    if isinstance(pipeline, DDPMPipeline):
+        hook = pipeline.unet.register_forward_hook(
+            lambda module, inputs, output: UNet2DOutput(sample=output.sample.float())
+        )
     try:
         yield
     finally:
-        hook.remove()
-        unet.train(was_training)
+        if hook is not None:
+            hook.remove()
+        for module, was_training in were_training:
+            module.train(was_training)
+
+
+@contextmanager
+def _components_on(pipeline: Pipeline, device: torch.device) -> Iterator[None]:
+    """The components other than the UNet on `device` inside the block, and back where they were after it."""
+    others = [module for module in _modules(pipeline) if module is not pipeline.unet]
+    homes = [next(module.parameters()).device for module in others]
+    try:
+        for module in others:
+            module.to(device)
+        yield
+    finally:
+        for module, home in zip(others, homes, strict=True):
+            module.to(home)

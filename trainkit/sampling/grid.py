@@ -3,11 +3,12 @@
 # N images, H/W pixels, C channels (1 grey, 3 RGB, 4 RGBA)
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from trainkit.atomic import replacing
 
 MINIMUM_WIDTH = 400
 
@@ -43,6 +44,5 @@ def image_grid(
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write `image` as PNG under a temporary name, then rename it to `path`."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")

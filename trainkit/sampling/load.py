@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import transformers
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 
 from pipelines.conditional import ConditionalPipeline
 from pipelines.vector_embedding import VectorEmbedding
-from trainkit.errors import UserError
+from trainkit.errors import UserError, one_line
+from trainkit.sampling.generate import Pipeline
 
 FLAG = "--model_name_or_path"
 CONFIG_NAME, WEIGHTS_STEM = "config.json", "diffusion_pytorch_model"
@@ -42,7 +43,21 @@ def find_pipeline(name_or_path: str) -> Path:
     return folder
 
 
-def load_unet(folder: Path) -> UNet2DModel:
+def load_pipeline(folder: Path, scheduler: SchedulerMixin) -> Pipeline:
+    """The pipeline of a saved folder with `scheduler`, in evaluation mode, float32, on the CPU.
+
+    Our own classes around the saved components: no code in the folder is executed.
+
+    Raises:
+        UserError: a component is of a class that cannot be sampled, or cannot be read.
+    """
+    index = folder / "model_index.json"
+    if index.is_file() and _class_name(_read_json(index)) == ConditionalPipeline.__name__:
+        return _load_conditional_pipeline(folder, scheduler)
+    return DDPMPipeline(unet=_load_unet(folder), scheduler=scheduler)
+
+
+def _load_unet(folder: Path) -> UNet2DModel:
     """The UNet of a saved pipeline, in evaluation mode, float32, on the CPU.
 
     Raises:
@@ -55,7 +70,7 @@ def load_unet(folder: Path) -> UNet2DModel:
     try:
         unet = UNet2DModel.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{FLAG} {folder}: the UNet cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{FLAG} {folder}: the UNet cannot be loaded: {one_line(error)}") from None
     if unet.class_embedding is not None:
         raise UserError(f"{FLAG} {folder}: its unet takes a condition, but the pipeline names no class that gives one")
     channels, out_channels = unet.config.in_channels, unet.config.out_channels
@@ -68,13 +83,7 @@ def load_unet(folder: Path) -> UNet2DModel:
     return unet.eval()
 
 
-def is_conditional(folder: Path) -> bool:
-    """Whether the pipeline there takes labels, vectors or prompts."""
-    index = folder / "model_index.json"
-    return index.is_file() and _class_name(_read_json(index)) == ConditionalPipeline.__name__
-
-
-def load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> ConditionalPipeline:
+def _load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> ConditionalPipeline:
     """Our own ConditionalPipeline around the components in `folder`, in evaluation mode, float32, on the CPU.
 
     Raises:
@@ -103,9 +112,7 @@ def load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> Condit
         try:
             parts[name] = component_class.from_pretrained(folder / name, local_files_only=True, **safe)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{FLAG} {folder}: {name} cannot be loaded: {' '.join(str(error).split())[:300]}"
-            ) from None
+            raise UserError(f"{FLAG} {folder}: {name} cannot be loaded: {one_line(error)}") from None
         if name != "tokenizer":
             parts[name].eval()
     settings = {name: index.get(name) for name in ("id2label", "prompt_length")}
@@ -145,7 +152,7 @@ def _class_name(index: dict) -> str | None:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{FLAG}: {path} is not readable JSON") from None
     return content if isinstance(content, dict) else {}

@@ -1,40 +1,95 @@
-"""Write the folder that anybody loads with `DiffusionPipeline.from_pretrained`."""
+"""Build the pipeline of a trained UNet, and write the folder that `DiffusionPipeline.from_pretrained` loads."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
 
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
 
+from pipelines.conditional import ConditionalPipeline
+from pipelines.vector_embedding import VectorEmbedding
+from trainkit.atomic import TEMPORARY_PREFIX
 from trainkit.diffusion.noise_schedule import NoiseScheduler
+from trainkit.sampling.generate import Pipeline
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, save_bundle, scheduler_bundle
 
-# What the saved folder consists of, and all that is ever pushed to the Hub.
-PIPELINE_FILES = ("model_index.json", "unet", "scheduler", "schedulers", "README.md", "samples.png")
+# Everything that a saved pipeline may consist of, and all that is ever pushed to the Hub.
+PIPELINE_PARTS = (
+    "conditional.py", "vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet",
+    "guidance_vector_embedding", "model_index.json", "unet", "scheduler", "schedulers", "README.md", "samples.png",
+)  # fmt: skip
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
-def save_pipeline(folder: Path, unet: UNet2DModel, noise_scheduler: NoiseScheduler, model_card: str) -> None:
-    """Save `unet` as a stock DDPMPipeline with its schedulers and README.md: staged, then renamed part by part.
+def conditional_pipeline(
+    unet: UNet2DModel | UNet2DConditionModel, noise_scheduler: NoiseScheduler, **components
+) -> ConditionalPipeline:
+    """A ConditionalPipeline of a UNet in training. It shares the weights of `unet`, which is not changed.
 
-    The folder may hold other files and an earlier save; a kill leaves the old part or the new one, never half of one.
+    A VectorEmbedding that training put into `unet.class_embedding` becomes the pipeline's `vector_embedding`, and the
+    pipeline's UNet is then a stock one whose class_labels are the embedding's output. `components` are the pipeline's
+    other arguments.
     """
-    staging = folder / ".tmp-pipeline"
+    unet, embedding = _split_vector_embedding(unet)
+    return ConditionalPipeline(unet, noise_scheduler, **({"vector_embedding": embedding} | components))
+
+
+def _split_vector_embedding(unet: nn.Module) -> tuple[nn.Module, VectorEmbedding | None]:
+    embedding = getattr(unet, "class_embedding", None)
+    if not isinstance(embedding, VectorEmbedding):
+        return unet, None
+    stock = copy.copy(unet)
+    stock._modules = unet._modules | {"class_embedding": nn.Identity()}
+    stock.__dict__.pop("forward", None)  # that of add_augmentation_input is bound to `unet`
+    return stock, embedding
+
+
+def use_default_scheduler(pipeline: Pipeline) -> Pipeline:
+    """Replace the noise schedule of training by the solver that samples it by default; returns `pipeline`."""
+    pipeline.scheduler = scheduler_bundle(pipeline.scheduler)[DEFAULT_SCHEDULER]
+    return pipeline
+
+
+def save_pipeline(folder: Path, pipeline: Pipeline, card: str) -> None:
+    """Save `pipeline` with its schedulers, its code if it is our own, and README.md (`card`).
+
+    `pipeline.scheduler` is the noise schedule of training. The saved folder gets the default solver as `scheduler/`
+    and all that fit as `schedulers/<name>/`. Everything is staged, then renamed part by part: a kill leaves the old
+    part or the new one. Other files in `folder` are kept.
+    """
+    staging = folder / f"{TEMPORARY_PREFIX}pipeline"
     shutil.rmtree(staging, ignore_errors=True)
-    bundle = scheduler_bundle(noise_scheduler)
-    DDPMPipeline(unet=unet, scheduler=bundle[DEFAULT_SCHEDULER]).save_pretrained(staging)
+    noise_scheduler, bundle = pipeline.scheduler, scheduler_bundle(pipeline.scheduler)
+    try:
+        pipeline.scheduler = bundle[DEFAULT_SCHEDULER]
+        pipeline.save_pretrained(staging)
+    finally:
+        pipeline.scheduler = noise_scheduler
     save_bundle(staging, bundle)
-    (staging / "README.md").write_text(model_card)
-    for name in PIPELINE_FILES:
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    for name in PIPELINE_PARTS:
         if (staging / name).exists():
-            replace_part(staging / name, folder / name)
+            _replace_part(staging / name, folder / name)
     shutil.rmtree(staging)
 
 
-def replace_part(new: Path, target: Path) -> None:
-    """Rename `new`, in a staging folder of the same disk, to `target`; what was there goes into that folder."""
+def _replace_part(new: Path, target: Path) -> None:
+    """Rename `new`, in a staging folder on the same disk, to `target`. The old part goes into the staging folder."""
     if new.is_file() or not target.exists():
         os.replace(new, target)
         return
+    _keep_other_files(target, new)
     old = new.with_name(f"{new.name}.old")
     target.rename(old)
     new.rename(target)
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    """Copy the files of `old` that `new` does not have, for example a user's notes, but no old weights."""
+    for path in old.rglob("*"):
+        kept = new / path.relative_to(old)
+        if path.is_file() and not kept.exists() and not any(path.match(pattern) for pattern in WEIGHTS):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, kept)

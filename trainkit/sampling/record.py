@@ -1,13 +1,13 @@
 """A folder of samples: its images, what it says of how they were made, what each shows, and its grid."""
 
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from trainkit.atomic import write_json, write_text
 from trainkit.errors import UserError
 from trainkit.sampling.grid import image_grid, save_image
 
@@ -26,7 +26,7 @@ def read_record(folder: Path, settings: dict) -> dict:
             raise UserError(f"--output_dir {folder} holds images but no {RECORD_NAME}; give another folder")
         return {}
     try:
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"--output_dir {folder}: {RECORD_NAME} is not readable; give another folder") from None
     for name, value in settings.items():
@@ -56,15 +56,7 @@ def start_record(folder: Path, record: dict) -> None:
 def write_metadata(folder: Path, rows: list[dict]) -> None:
     """metadata.jsonl, as the imagefolder of `datasets` reads it: what each image was asked to show."""
     lines = [json.dumps({"file_name": image_path(folder, index).name} | row) for index, row in enumerate(rows)]
-    temporary = folder / f".tmp-{METADATA_NAME}"
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / METADATA_NAME)
-
-
-def write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(folder / METADATA_NAME, "\n".join(lines) + "\n")
 
 
 def write_grid(folder: Path, count: int) -> None:

@@ -11,8 +11,6 @@ word (Euler, EDM: the pipeline scales neither the noise nor the model's input).
 import hashlib
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 
 import diffusers
@@ -26,6 +24,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
+from trainkit.atomic import write_text
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
 
@@ -150,7 +149,7 @@ def describe_scheduler(scheduler: SchedulerMixin) -> dict:
 
 
 def save_bundle(folder: Path, bundle: dict[str, SchedulerMixin]) -> None:
-    """Write `scheduler/` (the default) and `schedulers/<name>/`, each under a temporary name, then renamed."""
+    """Write `scheduler/` (the default) and `schedulers/<name>/`, each file under a temporary name, then renamed."""
     _save_scheduler(folder / "scheduler", bundle[DEFAULT_SCHEDULER])
     for name, scheduler in bundle.items():
         _save_scheduler(folder / "schedulers" / name, scheduler)
@@ -202,7 +201,7 @@ def _lambda_min(noise_scheduler: DDPMScheduler) -> float:
 def _load(folder: Path) -> SchedulerMixin:
     """A scheduler of diffusers' own, from the class name in its config: nothing in the folder is executed."""
     try:
-        class_name = json.loads((folder / CONFIG_NAME).read_text())["_class_name"]
+        class_name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"--model_name_or_path: {folder} holds no readable {CONFIG_NAME}") from None
     scheduler_class = getattr(diffusers, str(class_name), None)
@@ -212,10 +211,5 @@ def _load(folder: Path) -> SchedulerMixin:
 
 
 def _save_scheduler(folder: Path, scheduler: SchedulerMixin) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    scheduler.save_pretrained(staging)
-    folder.mkdir(exist_ok=True)
-    os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)  # the one file of a scheduler
-    staging.rmdir()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG_NAME, scheduler.to_json_string())

@@ -1,26 +1,61 @@
-"""What watches over a run: steps whose gradient is not finite, and replicas that drift apart."""
+"""Checks that run beside the training: non-finite gradients, diverging replicas, failed writes."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import SampleOrder
-from trainkit.errors import UserError
+from trainkit.errors import UserError, one_line
 
 SKIPPED_FILE, NAMED_IMAGES = "skipped_steps.jsonl", 8
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> None:
-    """One optimizer step, or none where `grad_norm` (a scalar on the device, the same on all ranks) is not finite.
+class WriteGuard:
+    """A context manager around each write into `output_dir`: a full disk costs a warning, not the training."""
 
-    A fused optimizer decides on the device, so that the host need not wait for the norm. Weights and optimizer state
-    stay as they are; the gradients are the caller's to clear.
+    def __init__(self, output_dir: Path):
+        self.output_dir = output_dir
+        self._failures: dict[str, str] = {}  # kind of file -> what failed and why
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Turn a failure to write `what` into a warning. A later success of the same kind clears the failure."""
+        kind = what.partition("-")[0]  # a complete checkpoint replaces the one before
+        try:
+            yield
+            self._failures.pop(kind, None)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what the different writers raise
+            reason = one_line(error)
+            self._failures[kind] = f"{what} could not be written ({reason})"
+            print(
+                f"\nWARNING: {what} could not be written to --output_dir {self.output_dir} ({reason}); training "
+                "continues, and earlier files are kept. Is the disk full?",
+                flush=True,
+            )
+
+    def raise_failure(self) -> None:
+        """Raise `UserError` if a file is still missing at the end of the run."""
+        if self._failures:
+            raise UserError(
+                f"--output_dir {self.output_dir}: {next(iter(self._failures.values()))}: free some space, then run "
+                "the same command with --resume_from_checkpoint latest"
+            )
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> None:
+    """Run one optimizer step, or none if `grad_norm` (a scalar on the device, equal on all ranks) is not finite.
+
+    A fused optimizer decides on the device, so the host does not wait for the norm. A skipped step leaves weights and
+    optimizer state unchanged; the caller clears the gradients.
     """
     if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = (~torch.isfinite(grad_norm)).to(torch.float32)  # what torch's GradScaler sets too
+        optimizer.found_inf = (~torch.isfinite(grad_norm)).to(torch.float32)  # the attribute torch's GradScaler sets
         try:
             optimizer.step()
         finally:
@@ -30,7 +65,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) ->
 
 
 class SkippedSteps:
-    """Tells of the steps that were skipped, with the files they trained on, and ends a run of too many in a row."""
+    """Reports skipped steps with the files they trained on, and ends a run that skips too many in a row."""
 
     def __init__(
         self,
@@ -45,42 +80,43 @@ class SkippedSteps:
         self.images, self.order, self.global_size, self.limit = images, order, global_size, limit
         self.output_dir, self.is_main, self.in_a_row = output_dir, is_main, in_a_row
 
-    def see(self, step: int, finite: bool) -> None:
-        """Take note of optimizer step `step` (counted from 1), in order. Raises `UserError` after `limit` in a row."""
+    def record(self, step: int, finite: bool) -> None:
+        """Record optimizer step `step` (counted from 1), in order. Raises `UserError` after `limit` in a row."""
         if finite:
             self.in_a_row = 0
             return
         self.in_a_row += 1
         if self.is_main:
-            self._tell(step)
+            self._report(step)
         if self.in_a_row >= self.limit:
             raise UserError(
-                f"--max_skipped_steps {self.limit}: the gradient of {self.in_a_row} steps in a row, up to {step}, was "
-                f"not finite; lower --learning_rate, or look at the images (in {self.output_dir / SKIPPED_FILE})"
+                f"--max_skipped_steps {self.limit}: the gradients of {self.in_a_row} steps in a row, up to {step}, "
+                f"were not finite; lower --learning_rate, or check the images listed in "
+                f"{self.output_dir / SKIPPED_FILE}"
             )
 
-    def _tell(self, step: int) -> None:
-        # The global batch is a function of the step: nothing had to be kept to know it.
+    def _report(self, step: int) -> None:
+        # The global batch is a function of the step, so nothing had to be stored to name it.
         positions = (step - 1) * self.global_size + torch.arange(self.global_size).numpy()
         indices = self.order.indices(positions)
         sources = self.images.sources(indices)
         more = f" and {len(sources) - NAMED_IMAGES} more" if len(sources) > NAMED_IMAGES else ""
         print(
-            f"\nWARNING: step {step} was skipped, its gradient is not finite; its images: "
+            f"\nWARNING: step {step} was skipped because its gradient is not finite; its images: "
             f"{', '.join(sources[:NAMED_IMAGES])}{more} (all in {SKIPPED_FILE})",
             flush=True,
         )
         try:
-            with (self.output_dir / SKIPPED_FILE).open("a") as file:
+            with (self.output_dir / SKIPPED_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "indices": indices.tolist(), "sources": sources}) + "\n")
         except OSError as error:  # a full disk must not end the training
             print(f"\nWARNING: {SKIPPED_FILE} could not be written: {error.strerror}", flush=True)
 
 
 def check_replicas(accelerator: Accelerator, model: torch.nn.Module, step: int) -> None:
-    """Compare a hash of every parameter and buffer over the ranks; a collective, and one short wait for the device.
+    """Compare a hash of every parameter and buffer over the ranks: a collective with one short wait for the device.
 
-    Raises `UserError` on all ranks, naming what differs first and on which ranks.
+    Raises `UserError` on all ranks, naming the first tensor that differs and the ranks.
     """
     if accelerator.num_processes == 1:
         return
@@ -90,18 +126,18 @@ def check_replicas(accelerator: Accelerator, model: torch.nn.Module, step: int) 
     differs = (by_rank != by_rank[0]).cpu()
     if not differs.any():
         return
-    place = int(differs.any(0).nonzero()[0])
-    ranks = differs[:, place].nonzero().flatten().tolist()
+    first = int(differs.any(0).nonzero()[0])
+    ranks = differs[:, first].nonzero().flatten().tolist()
     raise UserError(
-        f"--replica_check_steps: after step {step}, {list(tensors)[place]} of rank {', '.join(map(str, ranks))} is "
-        f"not that of rank 0 ({int(differs.any(0).sum())} of {len(tensors)} tensors differ): a faulty device, or code "
-        "that changes weights on one rank; go on with --resume_from_checkpoint latest"
+        f"--replica_check_steps: after step {step}, {list(tensors)[first]} of rank {', '.join(map(str, ranks))} "
+        f"differs from rank 0 ({int(differs.any(0).sum())} of {len(tensors)} tensors differ): a faulty device, or "
+        "code that changes weights on one rank; resume with --resume_from_checkpoint latest"
     )
 
 
 def _hash(tensor: torch.Tensor) -> torch.Tensor:
-    """A 64-bit sum of the tensor's bits, each word weighed by its place: int64 scalar on its device, no host wait."""
+    """A 64-bit sum of the tensor's bits, each word weighted by its position: int64 scalar on its device."""
     words = tensor.detach().contiguous().flatten().view(torch.uint8)
     words = torch.nn.functional.pad(words, (0, -len(words) % 4)).view(torch.int32).to(torch.int64)
-    places = torch.arange(1, len(words) + 1, device=words.device, dtype=torch.int64)
-    return (words * (places * 0x9E3779B1 + 0x85EBCA77)).sum()
+    positions = torch.arange(1, len(words) + 1, device=words.device, dtype=torch.int64)
+    return (words * (positions * 0x9E3779B1 + 0x85EBCA77)).sum()

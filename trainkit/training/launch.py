@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from trainkit.errors import UserError
+from trainkit.options.script import TrainingOptions
 
 TWO_CPU_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "
@@ -42,20 +44,20 @@ def set_cpu_threads(cpu_threads: int) -> None:
     torch.set_num_threads(cpu_threads or _default_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def shard_as_launched(options) -> None:
-    """Take what an FSDP or DeepSpeed launch asks for as `--shard_weights`; before `start_accelerator`.
+def shard_as_launched(options: TrainingOptions) -> TrainingOptions:
+    """A copy of `options` with `--shard_weights` for an FSDP or DeepSpeed launch; before `start_accelerator`.
 
-    Either engine would keep weights, accumulation and the optimizer's state to itself, out of reach of averages and of
-    exact checkpoints. The division asked for is done by torch's `fully_shard` in their place (ZeRO: Rajbhandari et al.
-    2020): stage 2 keeps gathered weights until the backward pass, stage 3 gathers them twice. So Accelerate is to know
-    nothing of it. Raises `UserError` for what is not done in this way.
+    Either engine would keep weights, accumulation and optimizer state to itself, where averages and exact checkpoints
+    cannot reach them. torch's `fully_shard` shards them instead (ZeRO: Rajbhandari et al. 2020): stage 2 keeps
+    gathered weights until the backward pass, stage 3 gathers them twice. Removes the launcher's variables from the
+    environment, so that Accelerate does not start the engine. Raises `UserError` for offloading and config files.
     """
     environment = os.environ
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         offload = parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
         stage = 3 if parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True) else 2
         if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
-            options.gradient_checkpointing = True
+            options = replace(options, gradient_checkpointing=True)
         del environment["ACCELERATE_USE_FSDP"]
     elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         offload = any(value in ("cpu", "nvme") for name, value in environment.items() if _is_deepspeed_offload(name))
@@ -67,14 +69,13 @@ def shard_as_launched(options) -> None:
         stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
         del environment["ACCELERATE_USE_DEEPSPEED"]
     else:
-        return
+        return options
     if offload:
         raise UserError(
             "weights and optimizer state are not moved to main memory or disk here: switch the offload off in the "
             "Accelerate config; --gradient_checkpointing and --find_batch_size save memory too"
         )
-    options.shard_weights = options.shard_weights or stage > 0
-    options.reshard_after_forward = stage == 3
+    return replace(options, shard_weights=options.shard_weights or stage > 0, reshard_after_forward=stage == 3)
 
 
 def _is_deepspeed_offload(name: str) -> bool:

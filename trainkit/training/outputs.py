@@ -1,17 +1,118 @@
-"""What a run shows while it goes on."""
+"""What a run produces besides checkpoints: held-out loss, scores, sample grids and the saved pipeline."""
+
+from collections.abc import Callable
 
 import numpy as np
+import torch
 
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.loader import Batch, Condition
+from trainkit.data.loading.order import sample_indices
+from trainkit.hub import create_repository, push_pipeline
+from trainkit.sampling.generate import Pipeline, generate_on_all_ranks
 from trainkit.sampling.grid import image_grid, save_image
+from trainkit.sampling.pipeline import PIPELINE_PARTS, save_pipeline, use_default_scheduler
+from trainkit.training.model_card import model_card
+from trainkit.training.run import Run
+from trainkit.training.score import SampleScore
+from trainkit.training.validation import HeldOutLoss
 
 
-def write_preview(run, samples: np.ndarray, columns: int | None = None) -> None:
-    """Write a grid of `samples` (N, H, W, C) uint8, the same on every rank: samples/<step>.png and samples.png."""
-    if not run.accelerator.is_main_process:
-        return
-    grid = image_grid(samples, columns)
-    with run.writing("samples.png"):
-        (run.output_dir / "samples").mkdir(exist_ok=True)
-        save_image(grid, run.output_dir / "samples" / f"{run.step:07d}.png")
-        save_image(grid, run.output_dir / "samples.png")
-        run.log.image("samples", grid, run.step)
+class Outputs:
+    """Writes the outputs of a run when they are due. Create it, and call it, on every rank.
+
+    `losses(model, batch, timesteps)` returns one loss per image (B,), for training and validation alike.
+    `pipeline_of(unet)` returns the pipeline of a trained UNet, whose scheduler is the noise schedule of training.
+    `held_out` and `held_out_condition` are the validation images and what the model is told about them.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        losses: Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor],
+        pipeline_of: Callable[[torch.nn.Module], Pipeline],
+        held_out: PreparedImages | None = None,
+        held_out_condition: Condition | None = None,
+    ):
+        self.run, self.pipeline_of, options = run, pipeline_of, run.options
+        self.validation, self.score, self.repo_id = None, None, None
+        if options.push_to_hub and run.accelerator.is_main_process:
+            self.repo_id = create_repository(options)
+        if held_out is not None:
+            self.validation = HeldOutLoss(run, held_out, losses, options.ddpm_num_steps, held_out_condition)
+        if options.score_steps is not None:
+            self.score = SampleScore(run, held_out, self._generate_unguided)
+
+    def write_due(self) -> None:
+        """Write what is due after the current step. Call it after every `run.update`."""
+        run, options = self.run, self.run.options
+        if run.due(steps=options.validation_steps):
+            self.validation.measure()
+        if run.due(steps=options.score_steps):
+            self.score.measure()
+        if run.due(steps=options.preview_steps, epochs=options.save_images_epochs):
+            self.write_preview()
+        if run.due(epochs=options.save_model_epochs):
+            self.save()
+
+    def write_final(self) -> None:
+        """Write the outputs of a finished run; nothing if it was stopped by a signal."""
+        if self.run.stopped:
+            return
+        self.write_preview()
+        self.save()
+        for measurement in (self.validation, self.score):
+            if measurement is not None:
+                measurement.measure()
+
+    def write_preview(self) -> None:
+        """Write a grid of samples from the averaged weights: samples/<step>.png and samples.png."""
+        run, count = self.run, self.run.options.eval_batch_size
+        conditions, columns, guidance = None, None, {}
+        if run.condition is not None:
+            conditions, columns = run.condition.to_preview(count, run.options.seed)
+            guidance = {"guidance_scale": run.options.preview_guidance_scale}
+        samples = self._generate(count if conditions is None else len(conditions), conditions, **guidance)
+        if not run.accelerator.is_main_process:
+            return
+        grid = image_grid(samples, columns)
+        with run.writing("samples.png"):
+            (run.output_dir / "samples").mkdir(exist_ok=True)
+            save_image(grid, run.output_dir / "samples" / f"{run.step:07d}.png")
+            save_image(grid, run.output_dir / "samples.png")
+            run.log.write_image("samples", grid, run.step)
+
+    def save(self) -> None:
+        """Save the pipeline with the averaged weights into --output_dir, and push it if the options ask for it."""
+        run, options = self.run, self.run.options
+        with run.averaged_weights() as unet:
+            if run.accelerator.is_main_process:
+                pipeline = self.pipeline_of(unet)
+                card = model_card(options, pipeline, run.condition, run.step, run.shape.global_size, self.repo_id)
+                with run.writing("the pipeline"):
+                    save_pipeline(run.output_dir, pipeline, card)
+                    if self.repo_id is not None:
+                        push_pipeline(run.output_dir, self.repo_id, options.hub_token, PIPELINE_PARTS, run.step)
+        run.accelerator.wait_for_everyone()
+
+    def _generate_unguided(self, count: int) -> np.ndarray:
+        """`count` samples for a score: guidance would reduce the diversity that the score measures."""
+        run = self.run
+        if run.condition is None:
+            return self._generate(count)
+        indices = sample_indices(np.arange(count) % len(run.images), len(run.images), run.options.seed)
+        return self._generate(count, run.condition.of_images(indices), guidance_scale=1.0)
+
+    def _generate(self, count: int, conditions: list | np.ndarray | None = None, **guidance) -> np.ndarray:
+        """Images (count, H, W, C) uint8 of the averaged weights on every rank, from --seed, --seed + 1, ..."""
+        options = self.run.options
+        with self.run.averaged_weights() as unet:
+            return generate_on_all_ranks(
+                self.run.accelerator,
+                use_default_scheduler(self.pipeline_of(unet)),
+                range(options.seed, options.seed + count),
+                options.ddpm_num_inference_steps,
+                options.eval_batch_size,
+                conditions,
+                **guidance,
+            )

@@ -1,6 +1,6 @@
 """A UNet divided among processes (FSDP2), and its whole state put together and divided again.
 
-    shard(unet, mixed_precision, device)         # in place; then build the optimizer and the ShadowWeights
+    shard(unet, mixed_precision, device)         # in place; then build the optimizer and the ShardedEMA
     weights = full_weights(unet)                 # the whole state on rank 0, whatever the division
     load_full_weights(unet, weights)
 
@@ -119,7 +119,7 @@ def load_full_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) 
 
 
 def full_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The whole state of `model`'s `optimizer` on the CPU, a copy, on rank 0; {} on the other ranks.
+    """The full state of `model`'s `optimizer` on the CPU, a copy, on rank 0; {} on the other ranks.
 
     {"state": {parameter name: {"step": ..., "exp_avg": ...}}, "param_groups": [{"lr": ..., "params": [names]}]}.
     torch's own `get_optimizer_state_dict` would do it for its own optimizers, and fails on some of others.
@@ -213,9 +213,10 @@ def _names_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
+def _whole(value: torch.Tensor) -> torch.Tensor | None:
+    """The full tensor on the CPU of rank 0. The other ranks take part in gathering it, but do not copy it."""
     whole = value.full_tensor() if isinstance(value, DTensor) else value
-    return whole.detach().to("cpu", copy=True).contiguous()
+    return whole.detach().to("cpu", copy=True).contiguous() if _is_rank0() else None
 
 
 def _divided(outline: Any, whole: torch.Tensor | None, parameter: torch.Tensor) -> Any:
@@ -225,11 +226,18 @@ def _divided(outline: Any, whole: torch.Tensor | None, parameter: torch.Tensor) 
         return outline
     is_part = isinstance(parameter, DTensor) and outline.shape == parameter.shape
     if not dist.is_initialized():
-        return whole
+        return _in_layout_of(parameter, whole)
     value = torch.empty(outline.shape, dtype=outline.dtype) if whole is None else whole
     value = value.to(parameter.device)
     dist.broadcast(value, 0)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements) if is_part else value
+    if is_part:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return _in_layout_of(parameter, value)
+
+
+def _in_layout_of(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` with the memory layout of its `parameter`: optimizers pair their elements in memory order."""
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
 
 
 def _optimizer_difference(names: list[str], parameters: dict[str, torch.Tensor], state: dict[str, Any]) -> str | None:

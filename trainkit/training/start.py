@@ -1,107 +1,90 @@
-"""How a training script begins: its options, what is refused before anything is prepared, its processes."""
+"""How a training script starts: resolve and check its options, start its processes, build the run."""
 
-import os
-from dataclasses import dataclass
+import math
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-from trainkit.config import parse_options
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
+from diffusers import UNet2DModel
+from filelock import FileLock
+
+from trainkit.data.loading.augment import build_augmentation, check_augmentation
+from trainkit.data.loading.class_order import ClassBalancedOrder
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.loader import BatchLoader, BatchShape, Condition
+from trainkit.diffusion.noise_schedule import DEFAULT_BETA_SCHEDULE, DEFAULT_PREDICTION_TYPE
+from trainkit.diffusion.objective import check_objective, take_prediction_type
+from trainkit.diffusion.pretrained import check_pretrained
+from trainkit.diffusion.unet import check_unet_options
 from trainkit.errors import UserError
-from trainkit.options.data import AugmentationOptions, ImageOptions, LoadingOptions, SourceOptions
-from trainkit.options.model import ModelOptions, ObjectiveOptions
-from trainkit.options.training import (
-    CheckpointOptions,
-    EmaOptions,
-    HardwareOptions,
-    HubOptions,
-    LoggingOptions,
-    OptimizationOptions,
-    ValidationOptions,
+from trainkit.options.script import TrainingOptions
+from trainkit.training import launch
+from trainkit.training.averages.ema import build_ema
+from trainkit.training.averages.power_ema import PowerAverages, check_ema_power_lengths
+from trainkit.training.checkpoints.resume import (
+    check_resumable,
+    complete_checkpoints,
+    on_main_process,
+    report_resume,
+    restore_first,
 )
-
-T = TypeVar("T", bound="TrainingOptions")
-AT_LEAST_ONE = (
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "eval_batch_size",
-    "logging_steps",
-    "ddpm_num_steps",
-    "max_skipped_steps",
-)
-
-
-@dataclass
-class TrainingOptions(
-    SourceOptions,
-    ImageOptions,
-    LoadingOptions,
-    AugmentationOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizationOptions,
-    EmaOptions,
-    HardwareOptions,
-    CheckpointOptions,
-    LoggingOptions,
-    ValidationOptions,
-    HubOptions,
-):
-    """What every training script can be told."""
+from trainkit.training.checkpoints.state import restore, restore_random_states
+from trainkit.training.checkpoints.writer import CheckpointWriter
+from trainkit.training.device import compile_unet, memory_format, move_to_device, prepare_device
+from trainkit.training.global_batch import split_global_batch
+from trainkit.training.guards import SkippedSteps, WriteGuard
+from trainkit.training.learning_rate_finder import check_learning_rate_search
+from trainkit.training.log import check_tracker, truncate_metrics
+from trainkit.training.optimizers import build_lr_scheduler, build_optimizer, check_optimization, resume_lr_scheduler
+from trainkit.training.output_folder import check_output_dir, claim_output_dir
+from trainkit.training.run import Run
+from trainkit.training.score import check_score
+from trainkit.training.sharding import shard
+from trainkit.training.throughput import Throughput, flops_of_image
 
 
-def parse_training_options(options_class: type[T], description: str) -> T:
-    """The options of a training script from its command line. Raises `UserError` for a number that cannot be."""
-    options = parse_options(options_class, description)
-    if options.local_rank != -1:  # launchers of old pass the rank as a flag
-        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    for name in AT_LEAST_ONE:
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
-    if options.shuffle_block_size < 0:
-        raise UserError(f"--shuffle_block_size {options.shuffle_block_size} must be 0 (all images) or more")
-    return options
+def resolve_options(options: TrainingOptions) -> TrainingOptions:
+    """A copy of `options` in which every default that depends on other settings has its value.
+
+    The prediction type, loss weighting and noise schedule follow the pretrained model, if any. An FSDP or DeepSpeed
+    launch turns into `--shard_weights`. Raises `UserError` for settings that contradict each other.
+    """
+    options = replace(options)
+    check_pretrained(options)
+    take_prediction_type(options, DEFAULT_PREDICTION_TYPE)
+    if options.ddpm_beta_schedule is None and options.prediction_type != "flow_prediction":
+        options.ddpm_beta_schedule = DEFAULT_BETA_SCHEDULE
+    return launch.shard_as_launched(options)
 
 
-def check_before_preparation(options: TrainingOptions) -> None:
-    """Raise `UserError` for what cannot work, while it costs nothing yet."""
-    from trainkit.data.loading.augment import check_augmentation
-    from trainkit.diffusion.noise_schedule import DEFAULT_BETA_SCHEDULE, DEFAULT_PREDICTION_TYPE
-    from trainkit.diffusion.objective import check_objective, take_prediction_type
-    from trainkit.diffusion.pretrained import check_pretrained
-    from trainkit.diffusion.unet import check_unet_options
-    from trainkit.training.learning_rate import check_learning_rate_search
-    from trainkit.training.optimization import check_optimization
-    from trainkit.training.power_ema import check_power_lengths
-    from trainkit.training.resume import check_output_dir
-    from trainkit.training.score import check_score
-    from trainkit.training.trackers import check_tracker
-
+def check_options(options: TrainingOptions) -> None:
+    """Raise `UserError` for settings that cannot work, before any image is prepared."""
     check_tracker(options.logger)
     check_score(options)
     check_unet_options(options)
-    check_pretrained(options)  # decides on what is predicted and the noise schedule, which the rest is checked with
-    take_prediction_type(options, DEFAULT_PREDICTION_TYPE)
     check_objective(options)
     check_optimization(options)
-    check_power_lengths(options)
+    check_ema_power_lengths(options)
     check_learning_rate_search(options)
     check_augmentation(options, grey=options.image_mode == "L")
-    if options.ddpm_beta_schedule is None and options.prediction_type != "flow_prediction":
-        options.ddpm_beta_schedule = DEFAULT_BETA_SCHEDULE  # by name in the log and on the model card
     check_output_dir(options)
 
 
-def start_accelerator(options: TrainingOptions):
-    """The run's `Accelerator`, with device, algorithms and random seeds set as the options say."""
-    from accelerate.utils import set_seed
-
-    from trainkit.training import launch
-    from trainkit.training.speed import prepare_device
-
+def prepare_process(options: TrainingOptions) -> None:
+    """Set precision, deterministic algorithms and CPU threads of this process; before the first computation."""
     prepare_device(options)
     if options.deterministic:
         launch.make_deterministic()
-    launch.shard_as_launched(options)
+    launch.set_cpu_threads(options.cpu_threads)
+
+
+def start_accelerator(options: TrainingOptions) -> Accelerator:
+    """The run's `Accelerator`, with device, algorithms and random seeds set."""
+    prepare_process(options)
     accelerator = launch.start_accelerator(
         options.mixed_precision,
         options.cpu_threads,
@@ -110,3 +93,150 @@ def start_accelerator(options: TrainingOptions):
     )
     set_seed(options.seed)
     return accelerator
+
+
+def start_run(
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    unet: UNet2DModel,
+    images: PreparedImages,
+    condition: Condition | None = None,
+    order: ClassBalancedOrder | None = None,
+) -> Run:
+    """Claim the output folder, build the parts of a run, and resume them from a checkpoint if there is one.
+
+    `condition` gives the model's further inputs; `order` replaces the default of every image once per epoch. A
+    collective: call it on every rank. Raises `UserError` on all ranks.
+    """
+    locks: list[FileLock] = []
+    on_main_process(accelerator, lambda: locks.append(claim_output_dir(options)))
+    candidates = complete_checkpoints(options, accelerator)
+    check_resumable(options, images, candidates)
+
+    def inputs_of(size: int) -> dict[str, torch.Tensor]:  # as large as those of training
+        return {} if condition is None else condition.inputs(np.zeros(size, dtype=np.int64))
+
+    unet = move_to_device(unet, options, accelerator.device)
+    shape = split_global_batch(options, accelerator, unet, images, inputs_of, candidates)
+    max_train_steps = count_steps(options, len(images), shape.global_size)
+    image_flops = flops_of_image(unet, (images.channels, images.height, images.width), inputs_of(1))
+    model, optimizer = _prepare_model(options, accelerator, unet)
+    unet = accelerator.unwrap_model(model)
+    compile_unet(unet, options, shape.micro_steps)
+    output_dir = Path(options.output_dir)
+    writing = WriteGuard(output_dir)
+    loader = _build_loader(options, images, shape, accelerator.device, condition, order)
+    run = Run(
+        options=options,
+        accelerator=accelerator,
+        images=images,
+        condition=condition,
+        model=model,
+        unet=unet,
+        optimizer=optimizer,
+        lr_scheduler=build_lr_scheduler(options, optimizer.optimizer, max_train_steps),
+        ema=build_ema(options, unet, shape.global_size),
+        power_averages=PowerAverages(
+            options, accelerator, unet, shape.global_size, max_train_steps, candidates, writing
+        ),
+        loader=loader,
+        checkpoints=CheckpointWriter(
+            output_dir, accelerator, options.checkpoints_total_limit, options.async_checkpointing, writing
+        ),
+        skipped=SkippedSteps(
+            images,
+            loader.order,
+            shape.global_size,
+            options.max_skipped_steps,
+            output_dir,
+            accelerator.is_main_process,
+        ),
+        throughput=Throughput(image_flops, accelerator.device, accelerator.mixed_precision, accelerator.num_processes),
+        writing=writing,
+        lock=locks[0] if locks else None,
+        max_train_steps=max_train_steps,
+    )
+    _resume(run, candidates)
+    run.start_log()
+    _announce(run)
+    return run
+
+
+def count_steps(options: TrainingOptions, num_images: int, global_batch_size: int) -> int:
+    """The optimizer steps of the whole run, from steps, images or epochs. Raises `UserError`."""
+    if options.max_train_steps and options.max_train_images:
+        raise UserError("--max_train_steps and --max_train_images both set the length of the run: use one of them")
+    if options.max_train_images:
+        return math.ceil(options.max_train_images / global_batch_size)
+    return options.max_train_steps or math.ceil(options.num_epochs * num_images / global_batch_size)
+
+
+def _prepare_model(
+    options: TrainingOptions, accelerator: Accelerator, unet: UNet2DModel
+) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
+    """The wrapped or sharded model and its optimizer."""
+    if not options.shard_weights or accelerator.num_processes == 1:
+        return accelerator.prepare(unet, build_optimizer(options, unet))
+    unet = accelerator.prepare_model(unet, evaluation_mode=True)  # device and autocast, but no DDP
+    shard(unet, accelerator.mixed_precision, accelerator.device, options.reshard_after_forward)
+    return unet, accelerator.prepare_optimizer(build_optimizer(options, unet))
+
+
+def _build_loader(
+    options: TrainingOptions,
+    images: PreparedImages,
+    shape: BatchShape,
+    device: torch.device,
+    condition: Condition | None,
+    order: ClassBalancedOrder | None,
+) -> BatchLoader:
+    return BatchLoader(
+        images,
+        shape,
+        options.seed,
+        options.random_flip,
+        device,
+        options.dataloader_num_workers,
+        memory_format(options, device),
+        options.shuffle_block_size,
+        build_augmentation(options, images.channels),
+        condition,
+        order,
+    )
+
+
+def _resume(run: Run, candidates: list[Path]) -> None:
+    """Load the first of `candidates` that can be read into the parts of `run`."""
+
+    def load(folder: Path) -> dict:
+        saved = restore(folder, run.unet, run.averages, run.optimizer.optimizer)
+        resume_lr_scheduler(run.lr_scheduler, saved["lr_scheduler"])
+        if run.accelerator.scaler is not None and saved["loss_scaler"]:
+            run.accelerator.scaler.load_state_dict(saved["loss_scaler"])
+        restore_random_states(folder, run.accelerator.process_index)
+        return saved
+
+    folder, saved = restore_first(candidates, load)
+    if folder is not None:
+        run.step = run.checkpoints.saved_step = saved["step"]
+        run.skipped.in_a_row = saved.get("skipped_in_a_row", 0)
+    if run.accelerator.is_main_process:
+        if folder is None:
+            truncate_metrics(run.output_dir, 0)
+        else:
+            report_resume(run.options, run.images, folder, saved, run.max_train_steps)
+    run.power_averages.start(run.step)
+
+
+def _announce(run: Run) -> None:
+    parameters = sum(p.numel() for p in run.unet.parameters())
+    shape, size = run.shape, f"{run.images.height}x{run.images.width}"
+    stage = "ZeRO-3" if run.options.reshard_after_forward else "ZeRO-2"
+    sharded = f"weights sharded over the processes ({stage}), " if run.sharded else ""
+    run.accelerator.print(
+        f"{len(run.images):,} images {size}, {parameters / 1e6:.1f} M parameters, "
+        f"{run.max_train_steps:,} steps of {shape.global_size} images = "
+        f"{shape.per_device} per device x {shape.num_processes} processes x {shape.micro_steps} micro-steps, "
+        f"{sharded}mixed precision {run.accelerator.mixed_precision}; {run.throughput}",
+        flush=True,
+    )

@@ -24,11 +24,13 @@ from trainkit.data.preparation.prepare import PREPARATION_NAME
 from trainkit.data.settings import check_training_size
 from trainkit.diffusion.noise_schedule import uniform_timesteps
 from trainkit.errors import UserError
+from trainkit.options.script import TrainingOptions
+from trainkit.training.run import Run
 
 NUM_BINS = 4
 
 
-def open_validation_images(options, images: PreparedImages) -> PreparedImages | None:
+def open_validation_images(options: TrainingOptions, images: PreparedImages) -> PreparedImages | None:
     """Open what `--validation_data_dir` names, as the training `images` were opened; None where it is not given.
 
     Raw images are prepared once, like the training images but for a centre crop. Raises `UserError` where they do not
@@ -111,7 +113,7 @@ class HeldOutLoss:
 
     def __init__(
         self,
-        run,
+        run: Run,
         images: PreparedImages,
         loss_per_image: Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor],
         num_train_timesteps: int,
@@ -133,10 +135,10 @@ class HeldOutLoss:
         self._measured_step = run.step
         with run.averaged_weights() as unet, torch.no_grad(), run.accelerator.autocast():
             values = loss_by_noise(self.losses(unet), self.timesteps.numpy(), self.num_train_timesteps)
-        run.log.values(run.step, values)
+        run.log.write_values(run.step, values)
         total, *bins = ((name.removeprefix("validation_loss_"), value) for name, value in values.items())
-        told = ", ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in bins)
-        run.accelerator.print(f"\nstep {run.step}: validation loss {total[1]:.4f} ({told})", flush=True)
+        by_noise = ", ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in bins)
+        run.accelerator.print(f"\nstep {run.step}: validation loss {total[1]:.4f} ({by_noise})", flush=True)
 
     def losses(self, unet: torch.nn.Module) -> np.ndarray:
         """The loss of each validation image (N,) float32, on every rank; each computes its share."""
@@ -172,7 +174,7 @@ class HeldOutLoss:
         )
 
 
-def _refuse_training_images(options) -> None:
+def _refuse_training_images(options: TrainingOptions) -> None:
     """Images that are trained on say nothing about ones that are not."""
     if options.train_data_dir is None or options.dataset_name is not None:
         return

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,8 @@ class PreparedImages:
     `stored_height` and `stored_width` are those of what `gather` gives, `height` and `width` those of training (its
     `resolution`), which are smaller where the dataset was prepared so.
     """
+
+    components: ClassVar[dict] = {}  # arguments of the saved pipeline: pixels need none, latents a decoder
 
     def __init__(
         self,

@@ -76,6 +76,11 @@ class Batch:
     augmentation: torch.Tensor | None = None  # (B, LABELS) float32, what was done to the images, where it is told
     condition: dict[str, torch.Tensor] = field(default_factory=dict)  # keyword arguments of the model, B rows each
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the model besides noisy images and timesteps."""
+        return self.condition | ({} if self.augmentation is None else {"augmentation": self.augmentation})
+
 
 class BatchLoader:
     """Endless batches of `images` in the order of `seed`, from any step.

@@ -1,4 +1,4 @@
-"""Speed and memory: what is done to the UNet, the device and the micro-batch; what is learned stays the same."""
+"""Speed and memory: device settings, memory layout, compilation, micro-batch size. None changes what is learned."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,32 +9,37 @@ from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import UNet2DModel
 
 from trainkit.errors import UserError
+from trainkit.options.training import HardwareOptions
 
 
-def prepare_device(options) -> None:
+def prepare_device(options: HardwareOptions) -> None:
     """`--allow_tf32`: on CUDA, products of float32 matrices and convolutions in TensorFloat-32 (10 bits mantissa)."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high" if options.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = options.allow_tf32
 
 
-def memory_format(options, device: torch.device) -> torch.memory_format:
-    """How images and weights lie in memory; `--channels_last auto` is no on a CPU, where it gains nothing."""
+def memory_format(options: HardwareOptions, device: torch.device) -> torch.memory_format:
+    """The memory layout of images and weights; `--channels_last auto` is yes on CUDA only, where it is faster."""
     wanted = options.channels_last == "yes" or (options.channels_last == "auto" and device.type == "cuda")
     return torch.channels_last if wanted else torch.contiguous_format
 
 
-def lay_out(unet: UNet2DModel, options, device: torch.device) -> UNet2DModel:
-    """Move `unet` to `device` in its memory format; activations computed twice instead of kept, where asked."""
+def move_to_device(unet: UNet2DModel, options: HardwareOptions, device: torch.device) -> UNet2DModel:
+    """Move `unet` to `device` in its memory layout, with gradient checkpointing if the options ask for it.
+
+    Weights that will be sharded stay contiguous, because fully_shard refuses others.
+    """
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return unet.to(device=device, memory_format=memory_format(options, device))
+    layout = torch.contiguous_format if options.shard_weights else memory_format(options, device)
+    return unet.to(device=device, memory_format=layout)
 
 
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_unet(unet: UNet2DModel, options, micro_steps: int) -> None:
+def compile_unet(unet: UNet2DModel, options: HardwareOptions, micro_steps: int) -> None:
     """`--compile`: in place, so that weights keep their names; the first step takes a minute or more.
 
     With several micro-steps CUDA graphs are left out: gradients add up in memory that the next replay overwrites

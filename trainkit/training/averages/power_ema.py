@@ -1,13 +1,12 @@
-"""Power-function averages beside the ordinary one, and their snapshots (Karras et al. 2024, section 3).
+"""Power-function averages in addition to the EMA, and their snapshots (Karras et al. 2024, section 3).
 
-ema_snapshots/step-500-sigma_rel-0.05.safetensors     parameters in float16, buffers as they are
+ema_snapshots/step-500-sigma_rel-0.05.safetensors     parameters in float16, buffers unchanged
 
-`reconstruct_ema.py` makes the average of any length from them. They are float16, as rounded values are all that the
-sum loses: measured on weights of a small UNet, 2e-4 of their norm, where bfloat16 loses 1.6e-3.
+`reconstruct_ema.py` computes the average of any length from them. float16 is precise enough: on the weights of a small
+UNet the reconstruction is off by 2e-4 of their norm (bfloat16: 1.6e-3).
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -19,36 +18,37 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from trainkit.atomic import TEMPORARY_PREFIX, replacing
 from trainkit.diffusion.power_profiles import decay_at, gamma_of
 from trainkit.errors import UserError
-from trainkit.training.ema import ShadowWeights
-from trainkit.training.state import EMA, read_facts
+from trainkit.options.script import TrainingOptions
+from trainkit.training.averages.ema import ShardedEMA
+from trainkit.training.checkpoints.state import EMA, read_training_state
 
 FOLDER, NAME = "ema_snapshots", re.compile(r"step-(\d+)-sigma_rel-(\d+(?:\.\d+)?(?:e-\d+)?)\.safetensors")
-TEMPORARY = ".tmp-"
 
 
-def check_power_lengths(options) -> None:
-    """Raise `UserError` for `--ema_power_lengths` or `--ema_snapshot_steps` that cannot be."""
+def check_ema_power_lengths(options: TrainingOptions) -> None:
+    """Raise `UserError` for invalid `--ema_power_lengths` or `--ema_snapshot_steps`."""
     lengths, steps = options.ema_power_lengths, options.ema_snapshot_steps
     if (lengths is None) != (steps is None):
-        given, missing = "ema_power_lengths", "ema_snapshot_steps"
+        given, missing = "--ema_power_lengths", "--ema_snapshot_steps 1000"
         if lengths is None:
-            given, missing = missing, given
-        raise UserError(f"--{given} needs --{missing} beside it, such as 0.05 0.1 every 1000 steps")
+            given, missing = "--ema_snapshot_steps", "--ema_power_lengths 0.05 0.1"
+        raise UserError(f"{given} also needs the other flag, for example {missing}")
     if lengths is None:
         return
     if steps < 1:
         raise UserError(f"--ema_snapshot_steps {steps} must be at least 1")
     if options.optimizer == "schedule_free_adamw":
-        raise UserError("--optimizer schedule_free_adamw averages the weights itself: leave out --ema_power_lengths")
+        raise UserError("--optimizer schedule_free_adamw averages the weights itself: remove --ema_power_lengths")
     for length in lengths:
         try:
             gamma_of(length)
         except ValueError as error:
             raise UserError(f"--ema_power_lengths {error}") from None
-    if len(set(_told(lengths).split())) < len(lengths):
-        raise UserError(f"--ema_power_lengths {_told(lengths)} names a length twice")
+    if len(set(_format(lengths).split())) < len(lengths):
+        raise UserError(f"--ema_power_lengths {_format(lengths)} lists a length twice")
 
 
 def snapshot_file(output_dir: Path, step: int, sigma_rel: float) -> Path:
@@ -56,16 +56,16 @@ def snapshot_file(output_dir: Path, step: int, sigma_rel: float) -> Path:
 
 
 def snapshot_files(output_dir: Path) -> dict[Path, int]:
-    """The snapshots in a run's folder, and the step of each, in the order of steps."""
+    """The snapshots in a run's folder and the step of each, in the order of steps."""
     matches = [NAME.fullmatch(path.name) for path in (output_dir / FOLDER).glob("step-*")]
     found = sorted((int(match[1]), float(match[2]), match[0]) for match in matches if match)
     return {output_dir / FOLDER / name: step for step, _, name in found}
 
 
-class PowerAverage(ShadowWeights):
-    """The power-function average of `model`'s parameters of the relative length `sigma_rel`, float32, sharded or not.
+class PowerAverage(ShardedEMA):
+    """The power-function average of `model`'s parameters with relative length `sigma_rel`, float32, sharded or not.
 
-    After t steps it is the exact weighted sum of the t states of the parameters, of which state i weighs
+    After t steps it is the exact weighted sum of the t states of the parameters, where state i has the weight
     (i / t) ** (gamma + 1) - ((i - 1) / t) ** (gamma + 1).
     """
 
@@ -83,21 +83,23 @@ class PowerAverage(ShadowWeights):
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Raises `ValueError` for the state of another length."""
         if state["sigma_rel"] != self.sigma_rel:
-            raise ValueError(f"an average of sigma_rel {state['sigma_rel']} in the place of {self.sigma_rel}")
+            raise ValueError(f"found an average of sigma_rel {state['sigma_rel']}, expected {self.sigma_rel}")
         self.optimization_step = state["optimization_step"]
 
 
 class PowerAverages:
-    """The averages of `--ema_power_lengths`, and their snapshots; every method is called on all ranks.
+    """The averages of `--ema_power_lengths` and their snapshots. Call every method on all ranks.
 
-    Snapshots are written in the background where checkpoints are. `guard(what)` is around every write and turns a full
-    disk into a warning. `candidates` are the checkpoints that the run may be resumed from. Raises `UserError` where
-    these were made with other lengths: what an average has missed cannot be made up.
+    Snapshots are written in the background if checkpoints are. `guard(what)` wraps every write and turns a full disk
+    into a warning. `candidates` are the checkpoints that the run may resume from.
+
+    Raises:
+        UserError: the checkpoint tracks other lengths. An average cannot be completed for steps it has not seen.
     """
 
     def __init__(
         self,
-        options,
+        options: TrainingOptions,
         accelerator: Accelerator,
         model: torch.nn.Module,
         global_batch_size: int,
@@ -121,18 +123,18 @@ class PowerAverages:
         return {f"{EMA}_{average.sigma_rel:g}": average for average in self.averages}
 
     def step(self) -> None:
-        """Take in the parameters as they are now."""
+        """Update every average with the current parameters."""
         for average in self.averages:
             average.step()
 
-    def begin(self, step: int) -> None:
-        """Leave in the folder what the run would have there that was never interrupted, at the step of its checkpoint.
+    def start(self, step: int) -> None:
+        """Make the folder what an uninterrupted run would have at `step`.
 
-        Later snapshots go, and so does the last one of a run that is now prolonged. One of this very step is written
-        again: the run may have been killed between its checkpoint and its snapshot.
+        Deletes later snapshots, and the final one of a run that is now longer. Writes the snapshot of `step` again,
+        because the run may have been killed between its checkpoint and its snapshot.
         """
         if self.is_main:
-            for path in (self.output_dir / FOLDER).glob(f"{TEMPORARY}*"):
+            for path in (self.output_dir / FOLDER).glob(f"{TEMPORARY_PREFIX}*"):
                 path.unlink()
             for path, of_step in snapshot_files(self.output_dir).items():
                 if of_step > step or (of_step == step and not self._due(step)):
@@ -141,11 +143,11 @@ class PowerAverages:
             self.snapshot(step)
 
     def snapshot(self, step: int) -> float:
-        """Begin to write the averages of `step`, where it is due; returns the seconds that training waited for it."""
+        """Start to write the averages of `step` if it is due; returns the seconds that training waited for it."""
         if not self._due(step):
             return 0.0
         started = time.perf_counter()
-        self.settle()
+        self.wait()
         names = {name for name, _ in self.model.named_parameters()}
         taken = {
             average.sigma_rel: {
@@ -156,11 +158,11 @@ class PowerAverages:
         if self.is_main:
             self._pending = f"ema_snapshot-{step}", self._executor.submit(self._write, step, taken)
             if self._waits:
-                self.settle()
+                self.wait()
         return time.perf_counter() - started
 
-    def settle(self) -> None:
-        """Wait until the snapshot that was begun is whole or has failed."""
+    def wait(self) -> None:
+        """Wait until the pending snapshot is complete or has failed."""
         if self._pending is not None:
             (name, future), self._pending = self._pending, None
             with self.guard(name):
@@ -173,7 +175,7 @@ class PowerAverages:
         return bool(self.averages) and (step % self.every == 0 or step == self.last_step)
 
     def _write(self, step: int, taken: dict[float, dict[str, torch.Tensor]]) -> None:
-        told = {
+        metadata = {
             "format": "pt",
             "step": str(step),
             "images": str(step * self.global_batch_size),
@@ -182,35 +184,24 @@ class PowerAverages:
         }
         (self.output_dir / FOLDER).mkdir(exist_ok=True)
         for sigma_rel, weights in taken.items():
-            _write(weights, snapshot_file(self.output_dir, step, sigma_rel), told | {"sigma_rel": repr(sigma_rel)})
+            with replacing(snapshot_file(self.output_dir, step, sigma_rel), flush=True) as temporary:
+                save_file(weights, temporary, metadata=metadata | {"sigma_rel": repr(sigma_rel)})
 
 
 def _check_lengths_of(checkpoint: Path, lengths: list[float]) -> None:
-    there = sorted(read_facts(checkpoint)["options"].get("ema_power_lengths") or [])
-    if there != lengths:
-        fix = f"give --ema_power_lengths {_told(there)}" if there else "leave the flag out"
+    saved = sorted(read_training_state(checkpoint)["options"].get("ema_power_lengths") or [])
+    if saved != lengths:
+        fix = f"use --ema_power_lengths {_format(saved)}" if saved else "remove the flag"
         raise UserError(
-            f"--ema_power_lengths {_told(lengths) or 'is missing'}: {checkpoint} was made with "
-            f"{_told(there) or 'none'}, and an average cannot begin or end on the way: {fix}"
+            f"--ema_power_lengths {_format(lengths) or 'is missing'}: {checkpoint} tracks {_format(saved) or 'none'}, "
+            f"and an average cannot start or end in the middle of a run: {fix}"
         )
 
 
-def _told(lengths: list[float]) -> str:
+def _format(lengths: list[float]) -> str:
     return " ".join(f"{length:g}" for length in lengths)
 
 
 def _half(value: torch.Tensor) -> torch.Tensor:
-    """`value` in float16, or as it is where it is beyond the range of that."""
+    """`value` in float16, or unchanged if it exceeds the range of float16."""
     return value.half() if value.numel() and value.abs().max() <= torch.finfo(torch.float16).max else value
-
-
-def _write(weights: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    temporary = file.with_name(f"{TEMPORARY}{file.name}")
-    try:
-        save_file(weights, temporary, metadata=metadata)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

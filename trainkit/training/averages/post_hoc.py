@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from trainkit.atomic import write_json
 from trainkit.diffusion.power_profiles import LONGEST, combination, gamma_of
-from trainkit.errors import UserError
-from trainkit.sampling.conditional import CONDITIONAL_PIPELINE_FILES
-from trainkit.sampling.record import write_json
-from trainkit.training.power_ema import FOLDER, snapshot_files
+from trainkit.errors import UserError, one_line
+from trainkit.sampling.pipeline import PIPELINE_PARTS
+from trainkit.training.averages.power_ema import FOLDER, snapshot_files
 
 FLAG = "--model_dir"
 PARTS = {"unet": "", "vector_embedding": "class_embedding."}  # folder of the pipeline -> prefix in training
@@ -121,7 +121,7 @@ def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        for name in set(CONDITIONAL_PIPELINE_FILES) - set(OF_OTHER_WEIGHTS):
+        for name in set(PIPELINE_PARTS) - set(OF_OTHER_WEIGHTS):
             source = snapshots.folder / name
             if source.is_dir():
                 shutil.copytree(source, staging / name)
@@ -134,7 +134,7 @@ def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path
                 with safe_open(file, "pt") as saved:
                     averages = {name: snapshots.average(prefix + name, coefficients) for name in saved.keys()}  # noqa: SIM118
                 save_file(averages, file, metadata={"format": "pt"})
-        with (staging / "README.md").open("a") as card:
+        with (staging / "README.md").open("a", encoding="utf-8") as card:
             card.write(
                 f"\n## Average\n\nThe weights are the power-function average of sigma_rel {sigma_rel:g} at step "
                 f"{snapshots.step} (Karras et al. 2024), put together from {len(coefficients)} snapshots.\n"
@@ -156,8 +156,9 @@ def _opened(file: Path):
         told = opened.metadata() or {}
         int(told["step"]), gamma_of(float(told["sigma_rel"])), json.loads(told["config"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{FLAG}: {file} is cut or damaged ({reason}); delete it, the others may do") from None
+        raise UserError(
+            f"{FLAG}: {file} is cut or damaged ({one_line(error)}); delete it, the others may do"
+        ) from None
     return opened
 
 

@@ -1,8 +1,8 @@
-"""The moving average of weights that may be divided among processes.
+"""An exponential moving average of weights that also works on sharded parameters.
 
-diffusers' EMAModel steps on sharded parameters, but `copy_to`, `restore` and `save_pretrained` raise on them (torch
-has no `_foreach_copy_` for DTensor, and a stock model cannot take their parts). This one works on each rank's own
-part, without any communication, and does the very arithmetic of `EMAModel(foreach=True)`.
+diffusers' EMAModel can step on sharded parameters, but its `copy_to`, `restore` and `save_pretrained` raise on them:
+torch has no `_foreach_copy_` for DTensor. This class works on each rank's own shard without communication, with the
+same arithmetic as `EMAModel(foreach=True)`.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from trainkit.errors import UserError
+from trainkit.options.training import EmaOptions
 from trainkit.training.sharding import full_weights, load_full_weights, local_parameters
 
 SETTINGS = (
@@ -24,10 +25,10 @@ SETTINGS = (
 )
 
 
-def build_ema(options, model: torch.nn.Module, global_batch_size: int) -> "ShadowWeights | None":
-    """The average that `EmaOptions` describe, or None; its decay rises as 1 - (1 + step / inv_gamma) ** -power.
+def build_ema(options: EmaOptions, model: torch.nn.Module, global_batch_size: int) -> "ShardedEMA | None":
+    """The average that `EmaOptions` describe, or None. Its decay rises as 1 - (1 + step / inv_gamma) ** -power.
 
-    A half-life in images means the same average at any batch size: decay = 0.5 ** (batch / half-life), as in the
+    A half-life in images gives the same average at any batch size: decay = 0.5 ** (batch / half-life), as in the
     training loop of EDM (Karras et al. 2022).
     """
     if not options.use_ema:
@@ -37,15 +38,15 @@ def build_ema(options, model: torch.nn.Module, global_batch_size: int) -> "Shado
         if half_life <= 0:
             raise UserError(f"--ema_half_life_images {half_life} must be more than 0")
         decay = 0.5 ** (global_batch_size / half_life)
-    return ShadowWeights(
+    return ShardedEMA(
         model, decay=decay, use_ema_warmup=True, inv_gamma=options.ema_inv_gamma, power=options.ema_power
     )
 
 
-class ShadowWeights:
+class ShardedEMA:
     """An exponential moving average of `model`'s parameters (sharded or not), float32, on their device.
 
-    Make it once `model` is where it trains, after `shard`. Settings mean what they mean in diffusers' EMAModel.
+    Create it after `model` was moved to its device and sharded. The settings are those of diffusers' EMAModel.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ShadowWeights:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take in the parameters as they are now; those that are not trained are copied."""
+        """Update the average with the current parameters. Parameters that are not trained are copied."""
         self.optimization_step += 1
         rest = 1 - self.decay_at(self.optimization_step)
         trained, frozen = [], []
@@ -96,27 +97,26 @@ class ShadowWeights:
             self._swap()
 
     def full_weights(self) -> dict[str, torch.Tensor]:
-        """The whole averaged state dict, a copy, on the CPU of rank 0; {} on the other ranks. A collective."""
+        """The full averaged state dict, a copy, on the CPU of rank 0; {} on the other ranks. A collective."""
         with self.swapped_in():
             return full_weights(self.model)
 
     def load_full_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Load the whole averaged state dict that rank 0 holds. A collective; raises `ValueError` as `model`'s."""
+        """Load the full averaged state dict from rank 0. A collective; raises `ValueError` if it does not fit."""
         with self.swapped_in():
             load_full_weights(self.model, weights)
 
     def state_dict(self) -> dict[str, float]:
-        """The settings and the step, under the names that EMAModel has in the config.json that it saves."""
+        """The settings and the step, under the names that EMAModel writes to its config.json."""
         return {name: getattr(self, name) for name in SETTINGS}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take `state_dict()`, or what is like it in a config.json that EMAModel saved."""
-        for name in SETTINGS:
-            setattr(self, name, state[name])
+        """Load the step from `state_dict()` or from a config.json that EMAModel saved; the settings stay."""
+        self.optimization_step = state["optimization_step"]
 
     @torch.no_grad()
     def _swap(self) -> None:
         for average, parameter in zip(self._averages, local_parameters(self.model), strict=True):
-            kept = parameter.clone()
+            weights = parameter.clone()
             parameter.copy_(average)
-            average.copy_(kept)
+            average.copy_(weights)

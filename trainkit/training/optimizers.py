@@ -188,6 +188,18 @@ def _warmup_stable_decay(options, optimizer: torch.optim.Optimizer, max_train_st
     )
 
 
+def resume_lr_scheduler(scheduler: LambdaLR, saved: dict) -> None:
+    """Continue `scheduler` at the step of its `saved` state, with the rate and the schedule of this run's options."""
+    scheduler.load_state_dict(saved | {"base_lrs": scheduler.base_lrs})
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
 def _step_factor(options, step: int) -> float:
     if step < options.lr_warmup_steps:
         return step / options.lr_warmup_steps

@@ -6,17 +6,18 @@ test of Smith 2017, with this probe). Nothing of it is kept: the run that follow
 """
 
 import contextlib
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from trainkit.atomic import replacing, write_json
 from trainkit.data.loading.loader import Batch
 from trainkit.errors import UserError
+from trainkit.options.training import OptimizationOptions
+from trainkit.training.run import Run
 
 LEAST_RATE, MOST_RATE, STEPS = 1e-6, 1.0, 120  # 20 steps to a factor of ten
 FAILED = 1.5  # times the least loss so far, from which on nothing is to be learned from higher rates
@@ -24,13 +25,13 @@ BEFORE_LOWEST = 3.0  # a whole run keeps its rate far longer than the sweep does
 FILE = "learning_rate.json"
 
 
-def check_learning_rate_search(options) -> None:
+def check_learning_rate_search(options: OptimizationOptions) -> None:
     """Raise `UserError` where `--find_learning_rate` has nothing to find."""
     if options.find_learning_rate and options.optimizer == "prodigy":
         raise UserError("--find_learning_rate: --optimizer prodigy finds the rate itself; leave the flag out")
 
 
-def find_learning_rate(run, loss_of: Callable[[torch.nn.Module, Batch], torch.Tensor]) -> float:
+def find_learning_rate(run: Run, loss_of: Callable[[torch.nn.Module, Batch], torch.Tensor]) -> float:
     """Sweep the rate of `run`, which must not be trained afterwards; print, plot and return the suggested one.
 
     `loss_of(model, batch)` is the scalar loss of training. Writes learning_rate.json (rates, losses, the suggestion)
@@ -126,9 +127,7 @@ def _write(run, rates: list[float], losses: list[float], suggestion: float) -> N
         "rates": rates,
         "losses": [loss if math.isfinite(loss) else None for loss in losses],
     }
-    staging = run.output_dir / f".tmp-{FILE}"
-    staging.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(staging, run.output_dir / FILE)
+    write_json(run.output_dir / FILE, found)
     _plot(run.output_dir / "learning_rate.png", rates, losses, suggestion)
 
 
@@ -141,6 +140,5 @@ def _plot(file, rates: list[float], losses: list[float], suggestion: float) -> N
     axes.axvline(suggestion, color="red", label=f"{suggestion:.2g}")
     axes.set_ylim(0, 1.2 * losses[0])
     axes.legend()
-    staging = file.with_name(f".tmp-{file.name}")
-    figure.savefig(staging, dpi=100, format="png")
-    os.replace(staging, file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=100)

@@ -1,7 +1,7 @@
-"""The exact training state: copied off the device in one go, written and read as safetensors and JSON.
+"""The exact training state: copied from the device at once, written and read as safetensors and JSON.
 
-Everything random is a function of the seed and the step (trainkit/data/loading/order.py), so there is little else to
-keep. A rank's random states are kept for the randomness that a script adds of its own.
+All randomness is a function of the seed and the step (trainkit/data/loading/order.py), so no other state is needed.
+The random states of each rank are saved for randomness that a user adds to a script.
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from trainkit.training.ema import ShadowWeights
+from trainkit.training.averages.ema import ShardedEMA
 from trainkit.training.sharding import (
     full_optimizer_state,
     full_weights,
@@ -29,27 +29,30 @@ from trainkit.training.sharding import (
 
 UNET, EMA, WEIGHTS = "unet", "unet_ema", "diffusion_pytorch_model.safetensors"
 OPTIMIZER, STATE = "optimizer.safetensors", "training_state.json"
-TENSOR = "float32"  # marks a tensor in JSON, by its type
-KERNELS = ("fused", "foreach")  # a checkpoint of another device brings its numbers, not its choice of these
+TENSOR = "float32"  # marks a tensor in JSON by its type
+# Entries of a parameter group that follow the options and the device of this run, not the checkpoint.
+OWN_SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "fused", "foreach")
 
 
 @dataclass
 class Snapshot:
-    """All that a checkpoint holds, on the CPU of rank 0, and none of it shared with the training that goes on."""
+    """The content of a checkpoint, on the CPU of rank 0. It shares no memory with the training."""
 
     configs: dict[str, dict]  # folder -> config.json
     weights: dict[str, dict[str, Tensor]]  # folder -> tensors
     optimizer: dict[str, Tensor]  # "<parameter>/<what>"
-    facts: dict[str, Any]  # JSON
+    training_state: dict[str, Any]  # JSON
 
 
 def take_snapshot(
-    unet: UNet2DModel, averages: dict[str, ShadowWeights], optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+    unet: UNet2DModel,
+    averages: dict[str, ShardedEMA],
+    optimizer: torch.optim.Optimizer,
+    training_state: dict[str, Any],
 ) -> Snapshot:
-    """Copy weights, averages and optimizer state to the CPU of rank 0, whole; a collective.
+    """Copy the full weights, averages and optimizer state to the CPU of rank 0; a collective.
 
-    `averages` are those of the weights, by the folder that each goes into; `facts` is what else goes into
-    training_state.json.
+    `averages` maps the folder of each average to it. `training_state` is the rest of training_state.json.
     """
     config = json.loads(unet.to_json_string())
     configs, weights = {UNET: config}, {UNET: full_weights(unet)}
@@ -61,53 +64,54 @@ def take_snapshot(
         for what, value in values.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"{name}/{what}"] = value
     groups = tree_map_only(Tensor, lambda value: {TENSOR: value.tolist()}, saved.get("param_groups", []))
-    facts = facts | {"optimizer": {"param_groups": groups, "numbers": numbers}}
-    return Snapshot(configs, weights, tensors, facts)
+    training_state = training_state | {"optimizer": {"param_groups": groups, "numbers": numbers}}
+    return Snapshot(configs, weights, tensors, training_state)
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> None:
     """Write unet/ and the averages (each loadable by diffusers), optimizer.safetensors and training_state.json."""
     for name, config in snapshot.configs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(snapshot.weights[name], folder / name / WEIGHTS, metadata={"format": "pt"})
     save_file(snapshot.optimizer, folder / OPTIMIZER)
-    (folder / STATE).write_text(json.dumps(snapshot.facts, indent=1) + "\n")
+    (folder / STATE).write_text(json.dumps(snapshot.training_state, indent=1) + "\n", encoding="utf-8")
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_training_state(folder: Path) -> dict[str, Any]:
     """training_state.json of a checkpoint."""
-    return json.loads((folder / STATE).read_text())
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def restore(
-    folder: Path, unet: UNet2DModel, averages: dict[str, ShadowWeights], optimizer: torch.optim.Optimizer
+    folder: Path, unet: UNet2DModel, averages: dict[str, ShardedEMA], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Load what `write_snapshot` wrote; returns the facts. A collective: rank 0 reads the weights for all.
+    """Load what `write_snapshot` wrote and return training_state.json. A collective: rank 0 reads for all ranks.
 
-    Raises where names or shapes do not fit.
+    Optimizer settings that come from the options (`OWN_SETTINGS`) stay those of this run. Raises if names or shapes do
+    not fit.
     """
-    facts = read_facts(folder)
+    training_state = read_training_state(folder)
     names = [f"{UNET}/{WEIGHTS}", OPTIMIZER, *(f"{name}/{WEIGHTS}" for name in averages)]
     files = _read_on_rank0(folder, names)
     load_full_weights(unet, files[f"{UNET}/{WEIGHTS}"])
     for name, average in averages.items():
         average.load_full_weights(files[f"{name}/{WEIGHTS}"])
-        average.load_state_dict(json.loads((folder / name / "config.json").read_text()))
+        average.load_state_dict(json.loads((folder / name / "config.json").read_text(encoding="utf-8")))
     state: dict[str, dict] = {}
-    for key, value in [*files[OPTIMIZER].items(), *facts["optimizer"]["numbers"].items()]:
+    for key, value in [*files[OPTIMIZER].items(), *training_state["optimizer"]["numbers"].items()]:
         name, _, what = key.rpartition("/")
         state.setdefault(name, {})[what] = value
     groups = []
-    for saved, own in zip(facts["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
-        formed = {key: _formed_like(own.get(key), value) for key, value in saved.items()}
-        groups.append(formed | {key: own[key] for key in KERNELS if key in own})
+    for saved, own in zip(training_state["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        restored = {key: _with_tuples_of(own.get(key), value) for key, value in saved.items()}
+        groups.append(restored | {key: own[key] for key in OWN_SETTINGS if key in own})
     load_full_optimizer_state(unet, optimizer, {"state": state, "param_groups": groups})
-    return facts
+    return training_state
 
 
 def _read_on_rank0(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file, on rank 0; raises on every rank: alone, it would leave the others waiting."""
+    """The tensors of each file, on rank 0. Raises on every rank, so that no rank waits for one that failed."""
     files: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     problem = None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -137,7 +141,7 @@ def write_random_states(folder: Path, rank: int) -> None:
 
 
 def restore_random_states(folder: Path, rank: int) -> None:
-    """Set the random states of `rank`, where the checkpoint was written by that many ranks."""
+    """Set the random states of `rank`, if the checkpoint has them."""
     from safetensors import safe_open
 
     file = folder / f"random_states_{rank}.safetensors"
@@ -155,13 +159,13 @@ def restore_random_states(folder: Path, rank: int) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _formed_like(form: Any, value: Any) -> Any:
-    """`value` with tuples where `form` has them: JSON knows lists alone, and optimizers tell them apart.
+def _with_tuples_of(form: Any, value: Any) -> Any:
+    """`value` with tuples where `form` has them: JSON has only lists, and optimizers distinguish the two.
 
-    Tensors of a group (Prodigy's sums) come back from their numbers.
+    Tensors of a group (Prodigy's sums) are restored from their numbers.
     """
     if isinstance(value, dict) and TENSOR in value:
         return torch.tensor(value[TENSOR])
     if not isinstance(value, list) or not isinstance(form, (list, tuple)) or len(form) != len(value):
         return value
-    return type(form)(_formed_like(*pair) for pair in zip(form, value, strict=True))
+    return type(form)(_with_tuples_of(*pair) for pair in zip(form, value, strict=True))

@@ -1,4 +1,4 @@
-"""Writing a run's checkpoints: every rank stages its part, the main process commits, in the background where asked."""
+"""Write a run's checkpoints: every rank stages its part, the main process commits, optionally in the background."""
 
 import shutil
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainkit.training import checkpoint as checkpoints
-from trainkit.training.state import Snapshot, write_random_states, write_snapshot
+from trainkit.training.checkpoints import folder as checkpoints
+from trainkit.training.checkpoints.state import Snapshot, write_random_states, write_snapshot
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time; every method is called on all ranks.
+    """Writes one checkpoint at a time. Call every method on all ranks.
 
-    In the background, training waits for the copy to the CPU alone; how the writing ended is told at the next
-    checkpoint or at `settle`. `guard(what)` is around every write and turns a full disk into a warning.
+    In the background, training only waits for the copy to the CPU. A failure is reported at the next checkpoint or by
+    `wait`. `guard(what)` wraps every write and turns a full disk into a warning.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class CheckpointWriter:
         guard: Callable[[str], AbstractContextManager],
     ):
         self.output_dir, self.accelerator, self.total_limit, self.guard = output_dir, accelerator, total_limit, guard
-        self.saved_step: int | None = None  # of the newest checkpoint known to be whole
+        self.saved_step: int | None = None  # of the newest checkpoint known to be complete
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._pending: tuple[int, Future | None] | None = None
 
     def save(self, step: int, take_snapshot: Callable[[], Snapshot]) -> None:
-        """Begin to write checkpoint-<step>; without a background also end it."""
-        self.settle()
+        """Start to write checkpoint-<step>; without a background thread, also wait for it."""
+        self.wait()
         staging, is_main = checkpoints.staging_folder(self.output_dir, step), self.accelerator.is_main_process
         name, staged = f"{checkpoints.PREFIX}{step}", False
         if is_main:
@@ -55,19 +55,19 @@ class CheckpointWriter:
             future = self._run(lambda: self._write(snapshot, staging, self.output_dir / name))
         self._pending = step, future
         if self._executor is None:
-            self.settle()
+            self.wait()
 
-    def settle(self) -> None:
-        """Wait until the checkpoint that was begun is whole or has failed, and tell all ranks which."""
+    def wait(self) -> None:
+        """Wait until the pending checkpoint is complete or has failed; all ranks learn which."""
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
-        whole = future is None
+        complete = future is None
         if future is not None:
             with self.guard(f"{checkpoints.PREFIX}{step}"):
                 future.result()
-                whole = True
-        if self._on_all_ranks(whole):
+                complete = True
+        if self._on_all_ranks(complete):
             self.saved_step = step
 
     def close(self) -> None:

@@ -1,29 +1,31 @@
-"""Checkpoint folders: staged by every rank, complete only when renamed, the oldest deleted only after that.
+"""Checkpoint folders: every rank writes into a staging folder, and a rename completes the checkpoint.
 
 checkpoint-500/
   unet/  unet_ema/                weights, safetensors, each loadable by diffusers
-  unet_ema_<sigma_rel>/           power-function averages, where they are tracked
-  optimizer.safetensors           the optimizer's state by parameter
+  unet_ema_<sigma_rel>/           power-function averages, if any
+  optimizer.safetensors           the optimizer's state per parameter
   random_states_<rank>.safetensors
-  training_state.json             step, learning-rate schedule, what the run was
+  training_state.json             step, learning-rate schedule, options
   manifest.json                   size and checksum of every other file; written last
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 from trainkit.errors import UserError
 
 PREFIX, STAGING_PREFIX = "checkpoint-", "tmp-checkpoint-"
+NAME = re.compile(rf"{PREFIX}[0-9]+")
 MANIFEST = "manifest.json"
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """The renamed checkpoint folders of `output_dir`, oldest (lowest step) first."""
-    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit()]
+    """The completed checkpoint folders of `output_dir`, lowest step first."""
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.is_dir() and NAME.fullmatch(path.name)]
     return sorted(found, key=checkpoint_step)
 
 
@@ -36,13 +38,13 @@ def staging_folder(output_dir: Path, step: int) -> Path:
 
 
 def commit(staging: Path, final: Path) -> None:
-    """Make a fully written `staging` folder the checkpoint `final`: manifest, flush to disk, rename."""
+    """Turn a fully written `staging` folder into the checkpoint `final`: write the manifest, flush to disk, rename."""
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     found = {
         path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "blake2b": _checksum(path)}
         for path in files
     }
-    (staging / MANIFEST).write_text(json.dumps({"files": found}, indent=1))
+    (staging / MANIFEST).write_text(json.dumps({"files": found}, indent=1), encoding="utf-8")
     for path in [*files, staging / MANIFEST, *(path for path in staging.rglob("*") if path.is_dir()), staging]:
         _flush(path)
     if final.exists():  # left by a run that was resumed from an older step
@@ -57,12 +59,12 @@ def commit(staging: Path, final: Path) -> None:
 
 
 def damage(folder: Path, checksums: bool = False) -> str | None:
-    """Why the checkpoint in `folder` cannot be whole, in a few words; None where every file is as it was written.
+    """Why the checkpoint in `folder` is incomplete or damaged, in a few words; None if every file is intact.
 
-    Sizes are compared always, contents only with `checksums`: that reads every byte.
+    File sizes are always compared. With `checksums` every byte is read and compared too.
     """
     try:
-        files = {name: (told["bytes"], told["blake2b"]) for name, told in _manifest(folder).items()}
+        files = {name: (entry["bytes"], entry["blake2b"]) for name, entry in _manifest(folder).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
     for name, (size, checksum) in files.items():
@@ -80,7 +82,7 @@ def damage(folder: Path, checksums: bool = False) -> str | None:
 
 
 def _manifest(folder: Path) -> dict:
-    return json.loads((folder / MANIFEST).read_text())["files"]
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
 
 
 def _checksum(path: Path) -> str:
@@ -92,9 +94,9 @@ def _checksum(path: Path) -> str:
 
 
 def rotate(output_dir: Path, total_limit: int | None, newest: Path) -> None:
-    """Delete the oldest checkpoints, so that `total_limit` whole ones stay; call it only once `newest` is whole.
+    """Delete the oldest checkpoints so that `total_limit` complete ones remain. Call it once `newest` is complete.
 
-    A damaged one does not count as kept: it goes when it is older than all that stay.
+    A damaged checkpoint does not count. It is deleted when it is older than all that remain.
     """
     if total_limit is None:
         return
@@ -103,13 +105,13 @@ def rotate(output_dir: Path, total_limit: int | None, newest: Path) -> None:
         if path == newest:
             continue
         if kept >= max(1, total_limit):
-            shutil.rmtree(path)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)  # a link's target is not the run's
         elif damage(path) is None:
             kept += 1
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete what a killed run left half written; a checkpoint moved aside to be replaced is put back."""
+    """Delete what a killed run left incomplete, and restore a checkpoint that was being replaced."""
     for path in output_dir.glob(f"{STAGING_PREFIX}*"):
         original = output_dir / f"{PREFIX}{path.name.removeprefix(f'{STAGING_PREFIX}replaced-')}"
         if path.name.startswith(f"{STAGING_PREFIX}replaced-") and not original.exists():
@@ -119,9 +121,9 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def resume_candidates(output_dir: Path, resume_from: str) -> list[Path]:
-    """The checkpoints to try for `--resume_from_checkpoint`, best first; empty where `latest` finds none.
+    """The checkpoints to try for `--resume_from_checkpoint`, best first; empty if `latest` finds none.
 
-    Raises `UserError` for a named checkpoint that does not exist or is damaged.
+    Raises `UserError` if a named checkpoint does not exist or is damaged.
     """
     if resume_from == "latest":
         return [*reversed(checkpoint_folders(output_dir))]
@@ -129,26 +131,27 @@ def resume_candidates(output_dir: Path, resume_from: str) -> list[Path]:
     problem = damage(folder)
     if problem:
         raise UserError(
-            f"--resume_from_checkpoint {folder} is damaged: {problem}; use `latest` for the newest whole one"
+            f"--resume_from_checkpoint {folder} is damaged: {problem}; use `latest` for the newest complete one"
         )
     return [folder]
 
 
 def named_checkpoint(output_dir: Path, resume_from: str) -> Path:
-    """The folder that `--resume_from_checkpoint` names, itself or in `output_dir`. Raises `UserError` without one."""
+    """The folder that `--resume_from_checkpoint` names: a path, or a name in `output_dir`. Raises `UserError`."""
     named = Path(resume_from)
-    folder = named if named.is_dir() else output_dir / named.name  # the example takes a bare name too
+    is_bare_name = named.parent == Path() and named.name  # as in the diffusers example: relative to --output_dir
+    folder = output_dir / named.name if is_bare_name or not named.is_dir() else named
     if not folder.is_dir():
-        there = ", ".join(path.name for path in checkpoint_folders(output_dir)) or "none"
+        found = ", ".join(path.name for path in checkpoint_folders(output_dir)) or "none"
         raise UserError(
-            f"--resume_from_checkpoint {resume_from} does not exist (in {output_dir}: {there}); name one of those, "
-            "or `latest`"
+            f"--resume_from_checkpoint {resume_from} does not exist (checkpoints in {output_dir}: {found}); use one "
+            "of these, or `latest`"
         )
     return folder
 
 
 def _flush(path: Path) -> None:
-    """fsync a file or folder, so that the rename that follows cannot overtake its content."""
+    """fsync a file or folder, so that its content reaches the disk before the rename that follows."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # a folder, on Windows

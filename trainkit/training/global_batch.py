@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import BatchShape
 from trainkit.errors import UserError
-from trainkit.training.speed import largest_micro_batch, memory_trial
-from trainkit.training.state import read_facts
+from trainkit.training.checkpoints.state import read_training_state
+from trainkit.training.device import largest_micro_batch, memory_trial
 
 
-def divide_global_batch(
+def split_global_batch(
     options,
     accelerator: Accelerator,
     unet: torch.nn.Module,
@@ -29,7 +29,7 @@ def divide_global_batch(
     Raises `UserError` where the batch of a checkpoint cannot be made up.
     """
     micro_steps, per_device = options.gradient_accumulation_steps, options.train_batch_size
-    kept = read_facts(candidates[0])["global_batch_size"] if candidates else None
+    kept = read_training_state(candidates[0])["global_batch_size"] if candidates else None
     if options.find_batch_size:
         rows = (kept or per_device * micro_steps * accelerator.num_processes) // accelerator.num_processes
         image_shape = (images.channels, images.height, images.width)

@@ -1,0 +1,216 @@
+"""The log of a run: metrics.jsonl, the experiment tracker, the progress bar and loss.png."""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, tracking
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from tqdm.auto import tqdm
+
+from trainkit.atomic import replacing, write_text
+from trainkit.errors import UserError, one_line
+from trainkit.options.training import SECRET_OPTIONS, LoggingOptions
+from trainkit.training.throughput import Throughput
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def check_tracker(logger: str) -> None:
+    """Raise `UserError` if the package of `--logger` is not installed; Accelerate would log nothing, silently."""
+    if logger != "none" and logger not in map(str, tracking.get_available_trackers()):
+        raise UserError(f"--logger {logger}: its package is not installed: pip install {logger}, or --logger none")
+
+
+def start_trackers(accelerator: Accelerator, options: LoggingOptions, output_dir: Path) -> None:
+    """Start the tracker that `accelerator` was created with and log the options, except for secret ones.
+
+    Raises:
+        UserError: the tracker does not start, for example because Weights & Biases is not logged in.
+    """
+    settings = {key: value for key, value in asdict(options).items() if key not in SECRET_OPTIONS}
+    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+    arguments = {}
+    if options.logger == "wandb":
+        folder = Path(os.environ.get("WANDB_DIR", output_dir / options.logging_dir))
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+        arguments = {"wandb": {"dir": str(folder)}}
+    for secret in filter(None, (getattr(options, name, None) for name in SECRET_OPTIONS)):
+        sys.argv[:] = [word.replace(secret, "***") for word in sys.argv]  # wandb stores the command line
+    try:
+        accelerator.init_trackers(output_dir.resolve().name, config=settings, init_kwargs=arguments)
+    except Exception as error:  # each package raises its own
+        hint = "log in with `wandb login` or set WANDB_MODE=offline" if options.logger == "wandb" else "fix this"
+        raise UserError(
+            f"--logger {options.logger} cannot start ({one_line(error)}): {hint}, or use --logger none"
+        ) from None
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl: one per optimizer step (with `loss`) and one per validation or score.
+
+    A last line that was cut off by a kill is skipped.
+    """
+    path = output_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def truncate_metrics(output_dir: Path, last_step: int) -> None:
+    """Remove the lines after optimizer step `last_step`, which a resumed run will write again."""
+    if (output_dir / METRICS_FILE).exists():
+        rows = [row for row in read_metrics(output_dir) if row["step"] <= last_step]
+        write_text(output_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def plot_loss(output_dir: Path) -> None:
+    """Draw loss.png: the loss of each optimizer step, its running mean, the validation loss and the learning rate."""
+    lines = read_metrics(output_dir)
+    rows = [row for row in lines if "loss" in row]
+    if not rows:
+        return
+    held_out = [(row["step"], row["validation_loss"]) for row in lines if "validation_loss" in row]
+    from matplotlib.figure import Figure
+
+    steps, losses = np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows], dtype=float)
+    window = max(1, len(losses) // 50)
+    sums = np.cumsum(np.insert(np.nan_to_num(losses, nan=np.nanmean(losses)), 0, 0.0))
+    means = (sums[window:] - sums[:-window]) / window
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    loss_axis = figure.add_subplot(xlabel="optimizer step", ylabel="loss", yscale="log")
+    loss_axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.6, label="loss per step")
+    loss_axis.plot(steps[window - 1 :], means, color="tab:blue", label=f"mean of {window} steps")
+    if held_out:
+        loss_axis.plot(*zip(*held_out, strict=True), "o", color="tab:red", markersize=4, label="validation loss")
+    rate_axis = loss_axis.twinx()
+    rate_axis.plot(steps, [row["lr"] for row in rows], color="tab:orange", linewidth=1, label="learning rate")
+    rate_axis.set(ylabel="learning rate", ylim=(0, None))
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    with replacing(output_dir / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+class StepLog:
+    """The log of optimizer steps. Values stay on the device until `flush` reads and writes them, on all ranks."""
+
+    def __init__(
+        self,
+        options: LoggingOptions,
+        accelerator: Accelerator,
+        output_dir: Path,
+        global_batch_size: int,
+        throughput: Throughput,
+    ):
+        self.accelerator, self.output_dir, self.global_batch_size = accelerator, output_dir, global_batch_size
+        self.throughput, self.progress = throughput, None
+        self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor]] = []
+        self._tracked = options.logger != "none"
+        if self._tracked:
+            start_trackers(accelerator, options, output_dir)
+
+    def start(self, step: int, max_train_steps: int) -> None:
+        """Start the clock and the progress bar at optimizer step `step`."""
+        self._window_start, self._window_step, self._window_wait_s = time.perf_counter(), step, 0.0
+        self._max_train_steps = max_train_steps
+        hidden = not self.accelerator.is_local_main_process
+        self.progress = tqdm(total=max_train_steps, initial=step, desc="training", unit="step", disable=hidden)
+
+    def add(self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor) -> None:
+        """Record one optimizer step without reading anything from the device."""
+        self._pending.append((step, loss, learning_rate, grad_norm))
+        self.progress.update(1)
+
+    def pause(self, seconds: float) -> None:
+        """Exclude `seconds` of sampling or saving from the training speed."""
+        self._window_start += seconds
+
+    def flush(self, wait_s: float) -> list[tuple[int, float]]:
+        """Average the pending losses over processes and write them; `wait_s` is the seconds waited for data so far.
+
+        Returns the step and gradient norm of each pending step, on all ranks.
+        """
+        if not self._pending:
+            return []
+        steps, losses, rates, norms = zip(*self._pending, strict=True)
+        self._pending = []
+        losses = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
+        norms = torch.stack([torch.as_tensor(norm) for norm in norms]).tolist()
+        rows = [
+            {"step": step, "images": step * self.global_batch_size, "loss": loss, "lr": rate, "grad_norm": norm}
+            for step, loss, rate, norm in zip(steps, losses, rates, norms, strict=True)
+        ]
+        rows[-1] |= self._speed(steps[-1], wait_s)
+        if self.accelerator.is_main_process:
+            self._write(rows)
+        self.progress.set_postfix_str(
+            f"loss {sum(losses) / len(losses):.4f}, lr {rates[-1]:.2e}, {rows[-1]['images_per_s']:.0f} images/s, "
+            f"data wait {rows[-1]['data_wait_share']:.1%}"
+        )
+        return list(zip(steps, norms, strict=True))
+
+    def _speed(self, step: int, wait_s: float) -> dict[str, float]:
+        """Throughput, data wait and remaining time since the last flush; starts the next window."""
+        seconds = max(time.perf_counter() - self._window_start, 1e-9)
+        steps_per_s = (step - self._window_step) / seconds
+        wait_share = (wait_s - self._window_wait_s) / seconds
+        self._window_start, self._window_step, self._window_wait_s = time.perf_counter(), step, wait_s
+        values = self.throughput.values(steps_per_s * self.global_batch_size)
+        values["data_wait_share"] = round(wait_share, 4)
+        if self.accelerator.scaler is not None:
+            values["loss_scale"] = self.accelerator.scaler.get_scale()
+        values["eta_s"] = round((self._max_train_steps - step) / steps_per_s, 1)
+        return values
+
+    def write_values(self, step: int, values: dict[str, float | str]) -> None:
+        """Write what was measured at optimizer step `step` as a line of its own; numbers also go to the trackers."""
+        if self.accelerator.is_main_process:
+            self._write([{"step": step} | values])
+
+    def last_step(self, name: str) -> int | None:
+        """The last optimizer step with a value `name` in metrics.jsonl, if any; call it on all ranks."""
+        rows = read_metrics(self.output_dir) if self.accelerator.is_main_process else []
+        steps = [row["step"] for row in rows if name in row]
+        return broadcast_object_list([max(steps, default=None)])[0]
+
+    def _write(self, rows: list[dict]) -> None:
+        try:
+            with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(_to_json(row)) + "\n" for row in rows)
+            for row in rows if self._tracked else ():
+                numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
+                self.accelerator.log(numbers, step=row["step"])
+        except OSError as error:  # a full disk must not end the training
+            print(f"\nWARNING: {METRICS_FILE} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+    def write_image(self, name: str, image: Image.Image, step: int) -> None:
+        """Send a picture to the trackers that accept images."""
+        for tracker in self.accelerator.trackers:
+            if not hasattr(tracker, "log_images"):  # trackio
+                continue
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, **layout)
+
+    def close(self) -> None:
+        self.progress.close()
+
+
+def _to_json(row: dict) -> dict:
+    """JSON has no NaN and no infinity: both become null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
