@@ -8,8 +8,8 @@ import pytest
 from source_tree import PACKAGES, ROOT, imports, imports_of, modules, reachable, scripts
 
 FOUNDATION = (
-    "trainkit.data", "trainkit.diffusion", "trainkit.errors", "trainkit.config", "trainkit.atomic", "trainkit.packages",
-    "trainkit.options", "trainkit.__version__", "pipelines",
+    "trainkit.data", "trainkit.diffusion", "trainkit.errors", "trainkit.config", "trainkit.atomic",
+    "trainkit.packages", "trainkit.options", "trainkit.__version__", "pipelines",
 )  # fmt: skip
 PIPELINE_PACKAGES = {"torch", "diffusers", "transformers", "numpy", "PIL"}
 FORBIDDEN = {
