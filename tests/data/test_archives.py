@@ -103,7 +103,7 @@ def test_metadata_inside_an_archive(tmp_path):
         ("sub/metadata.csv", "file_name,text,label\n1.png,häuser,x\npicture.data,odd,y\ngone.png,,x\n".encode()),
     ]
     found = prepared(write_zip(tmp_path / "p.zip", files), tmp_path / "out")
-    assert found.texts == ["häuser", "", "odd"] and found.label_names == ["x", "y"] and found.labels == [0, -1, 1]
+    assert found.texts == ["häuser", "odd"] and found.label_names == ["x", "y"] and found.labels == [0, 1]
     assert found.rejected == {"missing": 1}
     outside = [("1.png", png()), ("metadata.csv", b"file_name\n../../secret.png\n")]
     with pytest.raises(UserError, match="is outside of"):

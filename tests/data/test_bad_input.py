@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainkit.data.account import Account
 from trainkit.data.images.decode import decode_image
 from trainkit.data.images.limits import RejectedImage
 from trainkit.data.preparation.pool import run_jobs_apart
@@ -130,7 +131,7 @@ class DeadlyReader:
 
 class DeadlySource:
     name, fingerprint, label_names, has_text, vector_length = "deadly", "0", None, False, None
-    reader = DeadlyReader()
+    reader, account = DeadlyReader(), Account()
 
     def __init__(self, count: int):
         self.count = count

@@ -205,7 +205,7 @@ def test_a_damaged_cache_entry_mends_itself(photos, tmp_path, many_batches):
 
 def test_other_ranks_wait_in_silence(photos, tmp_path):
     script = (
-        "from tests.test_dataset import *\n"
+        "from tests.data.test_dataset import *\n"
         f"images = open_or_prepare(Options(train_data_dir={str(photos)!r}, cache_dir={str(tmp_path)!r}, num_proc=1))\n"
         "assert len(images) == 90"
     )

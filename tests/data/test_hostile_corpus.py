@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.sources.listing import IMAGE_EXTENSIONS
+from trainkit.data.sources.entries import IMAGE_EXTENSIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 

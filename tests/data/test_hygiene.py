@@ -115,11 +115,11 @@ def test_neither_processes_nor_a_kill_nor_history_change_the_bytes(
 
     write_rows, written = ShardWriter.write_rows, []
 
-    def dying(self, path, *arguments):
+    def dying(self, path, *arguments, **keywords):
         written.append(path)
         if len(written) % 4 == 0:
             raise Stopped
-        write_rows(self, path, *arguments)
+        write_rows(self, path, *arguments, **keywords)
 
     with monkeypatch.context() as killed:
         killed.setattr(ShardWriter, "write_rows", dying)

@@ -59,21 +59,26 @@ def test_names_sort_as_whole_paths_and_captions_find_their_image(tmp_path, run_r
     assert captioned == {image: len(caption) for caption, image in captions.items() if image}
 
 
-def test_metadata_in_any_order_joins_and_the_last_row_wins(tmp_path, run_rows):
+def test_metadata_in_any_order_joins_and_captions_of_several_rows_are_kept(tmp_path, run_rows):
     generator = random.Random(0)
     numbers = list(range(40))
     (tmp_path / "sub").mkdir()
     for number in numbers:
         (tmp_path / f"sub/{number}.png").touch()
     generator.shuffle(numbers)
-    lines = [f"sub/{number}.png,first {number},x" for number in numbers] + ["sub/7.png,second,y", "zz.png,gone,x"]
+    lines = [f"sub/{number}.png,first {number},x" for number in numbers] + ["sub/7.png,second,x", "zz.png,gone,y"]
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,label", *lines]))
     (tmp_path / "sub/metadata.csv").write_text("file_name,text\n8.png,deeper\n")
     source = ImageFolder(tmp_path)
     told = {entry.path: (entry.text, entry.label, entry.size) for entry in source.entries}
     assert len(told) == 41 and source.label_names == ["x", "y"]
-    assert told["sub/7.png"] == ("second", "y", 0) and told["sub/8.png"] == ("deeper", None, 0)
-    assert told["sub/9.png"] == ("first 9", "x", 0) and told["zz.png"] == ("gone", "x", -1)
+    assert told["sub/8.png"] == ("first 8\ndeeper", "x", 0)
+    assert sorted(told["sub/7.png"][0].split("\n")) == ["first 7", "second"]
+    assert told["sub/9.png"] == ("first 9", "x", 0) and told["zz.png"] == ("gone", "y", -1)
+    with (tmp_path / "metadata.csv").open("a") as file:
+        file.write("\nsub/9.png,other,y\n")
+    with pytest.raises(UserError, match="give sub/9.png different labels \\(x and y\\): keep one row per image"):
+        ImageFolder(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
@@ -98,13 +103,13 @@ def test_pipes_and_links_in_a_circle_are_lines_and_never_waited_for(tmp_path):
 def test_files_that_are_no_images_are_counted(tmp_path, capsys, packed):
     files = [("a.png", png()), ("a.txt", b"seen"), ("b.txt", b"alone"), ("b.PDF", b""), ("c.pdf", b"")]
     files += [("README", b""), ("told.dat", png(1)), ("told.txt", b"seen too"), (".hidden", b"")]
-    files += [("metadata.csv", b"file_name,label\ntold.dat,x\n")]
+    files += [("metadata.csv", b"file_name,label\ntold.dat,x\na.png,\n")]
     for name, content in files:
         (tmp_path / "photos").mkdir(exist_ok=True)
         (tmp_path / "photos" / name).write_bytes(content)
     given = write_zip(tmp_path / "photos.zip", files) if packed else tmp_path / "photos"
     preparation = prepare(open_given(given), SETTINGS, tmp_path / "out", 1)
-    assert "ignored 4 files that are no images: .pdf 2, .txt 1, README 1" in capsys.readouterr().out
+    assert "ignored 4 files that are not images: .pdf 2, .txt 1, README 1" in capsys.readouterr().out
     assert preparation["ignored"] == {".pdf": 2, ".txt": 1, "README": 1} and preparation["num_images"] == 2
     assert re.search("ignored +4 files .*: .pdf 2", card(tmp_path / "out", preparation))
 

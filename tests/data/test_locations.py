@@ -128,10 +128,11 @@ def test_what_goes_away_meanwhile_is_a_rejected_line(photos, tmp_path):
     assert preparation["rejected"] == {"missing": 1, "truncated": 1} and preparation["num_images"] == 28
 
 
-def test_a_folder_of_images_that_holds_an_archive_stays_one(photos, tmp_path):
+def test_neither_images_nor_an_archive_beside_them_are_lost(photos, tmp_path):
     write_photos(tmp_path / "mixed", 4)
     write_zip(tmp_path / "mixed/backup.zip", files_of(photos))
-    assert len(open_given(tmp_path / "mixed")) == 4
+    with pytest.raises(UserError, match="holds many image files and backup.zip too"):
+        open_given(tmp_path / "mixed")
     with pytest.raises(UserError, match="is none of .zip, .tar"):
         open_given(f"{tmp_path}/mixed/a/*.png")
 
@@ -161,4 +162,4 @@ def test_vectors_in_metadata(tmp_path):
     lines += [{"file_name": "a/0002.webp", "embedding": [3, 4]}]
     (tmp_path / "in/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = prepared(tmp_path / "in", tmp_path / "out", vector_column="embedding")
-    assert found.vectors.tolist() == [[1, 2.5], [3, 4]] and found.rejected == {"bad_vector": 2}
+    assert found.vectors.tolist() == [[1, 2.5], [3, 4]] and found.rejected == {"bad_vector": 1}

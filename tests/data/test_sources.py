@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainkit.data.account import Kind
+from trainkit.data.sources.entries import Entry
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.data.sources.hub import HubDataset
-from trainkit.data.sources.listing import Entry
 from trainkit.data.sources.opening import open_source
 from trainkit.data.sources.records import cut_by_name
 from trainkit.errors import UserError
@@ -98,15 +99,15 @@ def test_metadata_csv_and_jsonl_tell_labels_and_captions(tmp_path):
     assert source.label_names == ["9", "10"]  # not the folders' names: where metadata tells labels, it tells all
     found = records(source)
     assert found["a/1.png"].text == "a cat, asleep" and found["b/1.png"].text == "ein Häuschen"
-    assert found["a/2.png"].text is None and found["b/2.png"].text is None
-    labels = [found[name].label for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png")]
-    assert labels == [1, 0, 1, -1]
+    assert found["a/2.png"].text is None and "b/2.png" not in found  # `datasets` reads what metadata lists
+    assert source.account.counts[Kind.IMAGE_WITHOUT_ROW] == 1
+    assert [found[name].label for name in ("a/1.png", "a/2.png", "b/1.png")] == [1, 0, 1]
 
 
 def test_captions_alone_leave_the_class_folders_as_labels(tmp_path):
     write_image(tmp_path / "a/1.png")
     write_image(tmp_path / "b/2.png")
-    write_text(tmp_path / "metadata.csv", "file_name,text\na/1.png,hello\n")
+    write_text(tmp_path / "metadata.csv", "file_name,text\na/1.png,hello\nb/2.png,\n")
     assert ImageFolder(tmp_path).label_names == ["a", "b"]
 
 
@@ -125,7 +126,9 @@ def test_metadata_may_name_missing_files_and_any_extension(tmp_path):
     write_image(tmp_path / "1.png")
     shutil.copy(tmp_path / "1.png", tmp_path / "picture.data")
     write_text(tmp_path / "metadata.csv", "file_name,text\npicture.data,odd\ngone.png,away\n")
-    assert listed(ImageFolder(tmp_path)) == ["1.png", "gone.png", "picture.data"]
+    source = ImageFolder(tmp_path)
+    assert listed(source) == ["gone.png", "picture.data"]
+    assert source.account.examples[Kind.ROW_WITHOUT_IMAGE] == ["metadata.csv line 3: gone.png"]
 
 
 def test_captions_beside_the_images(tmp_path):

@@ -18,7 +18,9 @@ class SourceOptions:
         None, "Hub dataset, or a local folder `datasets` understands; wins over --train_data_dir"
     )
     dataset_config_name: str | None = option(None, "configuration of --dataset_name, where it has several")
-    dataset_split: str = option("train", "split of --dataset_name to read")
+    dataset_split: str = option(
+        "train", "split to read where the data has splits, by the rules of `datasets`; all: everything as one"
+    )
     cache_dir: str | None = option(
         None, "folder for downloads and prepared datasets (default: $TRAINKIT_CACHE, else ~/.cache/trainkit)"
     )
@@ -28,6 +30,14 @@ class SourceOptions:
     vector_column: str = option(
         "vector", "column or key of vectors in metadata.jsonl, Parquet, HDF5, WebDataset .json and Hub datasets"
     )
+    caption_column: str | None = option(
+        None, "column of captions in metadata files, tables and Hub datasets; default: text, caption or the only "
+        "other one whose name says so",
+    )  # fmt: skip
+    label_from: str = option(
+        "parent_folder", "folder whose name is an image's class: the one that holds it (all images equally deep), the "
+        "one at the top, or none", choices=("parent_folder", "top_folder", "none"),
+    )  # fmt: skip
     num_proc: int = option(0, "processes that decode images; 0 takes one for each core")
 
 

@@ -23,8 +23,8 @@ INDEX_NAMES = ("starts", "numbers", "firsts")  # the last one written means that
 
 
 def split_captions(text: str) -> list[str]:
-    """The captions in `text`, one a line without needless blanks; [""] where there are none."""
-    lines = (" ".join(line.split()) for line in text.splitlines())
+    """The captions in `text`, one per line without superfluous blanks; [""] if there are none."""
+    lines = (" ".join(line.split()) for line in text.split("\n"))
     return [line for line in lines if line] or [""]
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from trainkit.data.account import Account
 from trainkit.data.files import RemotePath, exists, sizes
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation.finalize import (
@@ -12,7 +13,6 @@ from trainkit.data.preparation.finalize import (
     read_preparation,
 )
 from trainkit.data.preparation.shards import VALIDATION_FOLDER
-from trainkit.data.sources.ignored import told_ignored
 from trainkit.errors import UserError
 
 SHOWN_CLASSES = 6
@@ -64,7 +64,7 @@ def card(folder: Path | RemotePath, preparation: dict) -> str:
         "held out": _held_out(folder, hygiene),
         "classes": _classes(preparation["classes"]),
         "rejected": _rejected(preparation["rejected"]),
-        "ignored": told_ignored(preparation.get("ignored", {})),
+        "account": _account(preparation),
         "mean, std": _statistics(preparation, settings["image_mode"]),
         "columns": ", ".join(preparation["columns"]),
         "files": f"{len(preparation['shards']):,} shards, {num_bytes / 1e6:,.1f} MB, "
@@ -76,7 +76,12 @@ def card(folder: Path | RemotePath, preparation: dict) -> str:
         "train": _command(folder, settings, hygiene),
     }
     width = max(map(len, lines)) + 2
-    return "\n".join([f"{folder}", *(f"  {name:<{width}}{value}" for name, value in lines.items() if value)])
+    indented = {name: str(value).replace("\n", "\n" + " " * (width + 2)) for name, value in lines.items() if value}
+    return "\n".join([f"{folder}", *(f"  {name:<{width}}{value}" for name, value in indented.items())])
+
+
+def _account(preparation: dict) -> str:
+    return "\n".join(Account.from_json(preparation.get("account", {}), preparation.get("ignored")).lines())
 
 
 def _held_out(folder: Path | RemotePath, hygiene: dict) -> str | None:

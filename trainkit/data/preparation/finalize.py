@@ -9,6 +9,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+from trainkit.data.account import Account
 from trainkit.data.files import (
     RemotePath,
     delete,
@@ -139,6 +140,10 @@ def _write_dataset(
         for part, summary in zip(parts, summaries, strict=True)
     ]
     total = add_totals(summary["pixels"] for summary in summaries)
+    account = Account()
+    account.merge(source.account)
+    for summary in summaries:
+        account.merge(Account.from_json(summary.get("account", {})))
     preparation = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -147,7 +152,8 @@ def _write_dataset(
         "source": {"name": source.name, "fingerprint": source.fingerprint},
         "num_images": sum(shard["num_rows"] for shard in shard_files),
         "rejected": dict(sorted(Counter(line["fault"] for line in rejected).items())),
-        "ignored": {kind: count for kind, count in sorted(getattr(source, "ignored", {}).items()) if count > 0},
+        "ignored": {extension: count for extension, count in sorted(account.ignored.items()) if count > 0},
+        "account": account.to_json(),
         "classes": {name: classes[str(label)] for label, name in enumerate(writer.label_names or [])},
         "pixels": mean_and_std(total, 2**writer.settings.bit_depth - 1) | {"num_pixels": total["num_pixels"]},
         "columns": list(writer.features),

@@ -76,11 +76,11 @@ class Pieces:
         marks = sorted(self._marks[side, shard.stem])
         return [Part(side_path(shard, side), None), *(pair_of(shard, side, mark) for mark in marks)]
 
-    def rejected(self, shard: Path | RemotePath) -> list[dict]:
-        """The files of a whole unit that could not be read."""
+    def summary(self, shard: Path | RemotePath) -> dict:
+        """What a complete unit says about itself: its rejected files, its account."""
         digest = read_facts(shard).digest
         found = (_read(part.path, digest) for part in self.parts(shard, TRAIN))
-        return next(read[0]["rejected"] for read in found if read)
+        return next(read[0] for read in found if read)
 
     def rows(self, shard: Path | RemotePath, side: int, digest: str) -> Rows | None:
         """All rows on one side of a unit, in the source's order, from what holds them; None where some are lost."""
@@ -99,7 +99,7 @@ def done_units(
     """The names of units whose images a former run left, whole, with their rejected files."""
     pieces, done = Pieces(output_dir), {}
     for shard in shards:
-        rejected = pieces.rejected(shard) if pieces.is_whole(shard, hygiene.sides) else None
+        rejected = pieces.summary(shard)["rejected"] if pieces.is_whole(shard, hygiene.sides) else None
         if rejected is not None and not is_transient(rejected):
             done[shard.name] = rejected
     return done
@@ -184,11 +184,15 @@ def _divided(
         return part
     rows = pieces.rows(shard, side, facts.digest)
     about = [_as_facts(row) for row in facts.table.take(pa.array(of_side)).to_pylist()]
-    rejected = pieces.rejected(shard) if side == TRAIN else []
+    summary = pieces.summary(shard) if side == TRAIN else {}
+    rejected = summary.get("rejected", [])
+    notes = {"account": summary["account"]} if "account" in summary else {}
     for path, picked in zip(part, (np.flatnonzero(~is_dropped), np.flatnonzero(is_dropped)), strict=True):
         if path is not None:
             positions = picked.tolist() if leaving else None
-            writer.write_rows(path, rows, picked, [about[row] for row in picked], rejected, facts.digest, positions)
+            writer.write_rows(
+                path, rows, picked, [about[row] for row in picked], rejected, facts.digest, positions, notes
+            )
     if leaving and sweep_at_once:
         delete(whole)
     return part

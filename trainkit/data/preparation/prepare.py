@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
+from trainkit.data.account import Account
 from trainkit.data.files import (
     RemotePath,
     delete_folder,
@@ -54,7 +55,6 @@ from trainkit.data.preparation.shards import (
     read_summary,
 )
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.sources.ignored import told_ignored
 from trainkit.errors import UserError
 
 NO_BYTES = {"train_height", "train_width"}  # settings that change no stored bytes
@@ -189,8 +189,6 @@ def _replacing(folder: Path | RemotePath, output_flag: str, held: str) -> UserEr
 
 def _prepare(source, writer, units, output_dir, work, engines, show_progress, fingerprint, rejections) -> dict:
     started = time.monotonic()
-    if show_progress and (told := told_ignored(getattr(source, "ignored", {}))):
-        print(f"ignored {told}", flush=True)
     settings, hygiene = writer.settings, writer.hygiene
     shards = [shard for shard, _ in units]
     if hygiene.validation_fraction:
@@ -225,7 +223,15 @@ def _prepare(source, writer, units, output_dir, work, engines, show_progress, fi
         print(f"{output_dir}: {told_counts(preparation)}, {megabytes:,.1f} MB")
         rate = plan.num_missing / max(seconds, 1e-9)
         print(f"prepared {plan.num_missing:,} files in {seconds:.1f} s, {rate:,.0f} images/s", flush=True)
+        print_account(preparation)
     return preparation
+
+
+def print_account(preparation: dict) -> None:
+    """Print what happened to everything that was found besides the images, a line each."""
+    account = Account.from_json(preparation.get("account", {}), preparation["ignored"])
+    for line in account.lines():
+        print(f"  {line}", flush=True)
 
 
 def slice_items(settings: PreparationSettings) -> int:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from trainkit.data.account import Account
 from trainkit.data.files import RemotePath, delete, exists, open_stream, written
 from trainkit.data.images.decode import decode_image
 from trainkit.data.images.limits import RejectedImage
@@ -73,14 +74,15 @@ class ShardWriter:
 
     def probe(self, items: Sequence) -> None:
         """Decode and forget: tells whether the items kill a process."""
-        for _ in self._decoded(SliceJob(Path(), items), []):
+        for _ in self._decoded(SliceJob(Path(), items), [], Account()):
             pass
 
     def write_slice(self, job: SliceJob) -> None:
         rejected: list[dict] = []
         facts: list[ImageFacts] = []
+        account = Account()
         batches, rows, size = [], [], 0
-        for row in self._decoded(job, rejected):
+        for row in self._decoded(job, rejected, account):
             facts.append(image_facts(row["image"], self.hygiene))
             rows.append(row)
             size += row["image"].nbytes
@@ -89,7 +91,7 @@ class ShardWriter:
                 rows, size = [], 0
         if rows:
             batches.append(self._batch(rows))
-        summary = {"num_rows": len(facts), "rejected": rejected, "facts": facts}
+        summary = {"num_rows": len(facts), "rejected": rejected, "facts": facts} | _of_account(account)
         write_stream(job.path, self.schema, batches, summary)
 
     def join(self, job: JoinJob) -> None:
@@ -102,6 +104,9 @@ class ShardWriter:
         summaries = [read_summary(stream.schema) for stream in streams]
         rejected = [line for summary in summaries for line in summary["rejected"]]
         facts = [ImageFacts(*fact) for summary in summaries for fact in summary["facts"]]
+        account = Account()
+        for summary in summaries:
+            account.merge(Account.from_json(summary.get("account", {})))
         rows = Rows([batch for stream in streams for batch in stream])
         fraction = self.hygiene.validation_fraction
         held_out = [bool(fraction) and is_held_out(fact.content_hash, fraction) for fact in facts]
@@ -115,7 +120,8 @@ class ShardWriter:
         for side in reversed(self.hygiene.sides):  # training's last: where it is, all are
             picked = np.flatnonzero(sides == side)
             told, about = rejected if side == TRAIN else [], [facts[row] for row in picked]
-            self.write_rows(side_path(job.path, side), rows, picked, about, told, digest)
+            notes = _of_account(account) if side == TRAIN else {}
+            self.write_rows(side_path(job.path, side), rows, picked, about, told, digest, notes=notes)
         for path in job.slices:
             delete(path)
 
@@ -128,6 +134,7 @@ class ShardWriter:
         rejected: list[dict],
         digest: str | None = None,
         positions: list[int] | None = None,
+        notes: dict | None = None,
     ) -> None:
         """Write the `picked` rows, whose facts these are, as a shard; the rest is told of it in its summary."""
         batches = regrouped(rows.take(picked), BATCH_BYTES)
@@ -138,12 +145,13 @@ class ShardWriter:
             "classes": {str(label): classes[label] for label in sorted(classes)},
             "pixels": total_facts(facts),
             "rejected": rejected,
+            **(notes or {}),
         }
         if digest is not None:
             summary |= {"facts_digest": digest, "positions": positions}
         write_stream(path, self.schema, batches, summary)
 
-    def _decoded(self, job: SliceJob, rejected: list[dict]) -> Iterator[dict]:
+    def _decoded(self, job: SliceJob, rejected: list[dict], account: Account) -> Iterator[dict]:
         for position, item in enumerate(job.items):
             name = self.reader.name(item)
             try:
@@ -157,6 +165,8 @@ class ShardWriter:
             except RejectedImage as rejection:
                 rejected.append({"source": name, "fault": rejection.fault, "message": str(rejection)})
                 continue
+            for kind in record.notes:
+                account.add(kind, _valid_text(name))
             known = {"label": record.label, "text": record.text, "vector": vector}
             yield {"image": image, "source": _valid_text(name), **known}
 
@@ -226,6 +236,11 @@ def write_stream(path: Path | RemotePath, schema: pa.Schema, batches: Iterator[p
         with pa.ipc.new_stream(file, schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
+
+
+def _of_account(account: Account) -> dict:
+    """The part of a summary for an account; nothing for an empty one."""
+    return {"account": account.to_json()} if account.counts else {}
 
 
 def _valid_text(name: str) -> str:

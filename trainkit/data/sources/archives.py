@@ -7,19 +7,22 @@ no offsets to jump to: each worker unpacks it once, from front to back, keeping 
 import bz2
 import gzip
 import io
+import posixpath
 import stat
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from trainkit.data.account import Account, Kind
 from trainkit.data.images.limits import RejectedImage
 from trainkit.data.sources import records
-from trainkit.data.sources.ignored import Ignored
+from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.locations import DataFile, Location, open_file, opened, read_range, read_whole
 from trainkit.data.sources.members import (
     CONTENT_EXTENSIONS,
@@ -30,9 +33,12 @@ from trainkit.data.sources.members import (
     class_folders,
     clean_path,
     collect,
+    match_rows,
 )
-from trainkit.data.sources.metadata import METADATA_NAMES
+from trainkit.data.sources.metadata import METADATA_NAMES, read_folder_metadata
 from trainkit.data.sources.records import NO_LABEL, Record, Unit, cut_by_name, digest, first_length, sorted_labels
+from trainkit.data.sources.splits import choose_split, split_by_folder
+from trainkit.data.sources.texts import read_caption
 from trainkit.data.sources.vectors import parse_npy
 from trainkit.errors import UserError
 
@@ -47,29 +53,77 @@ STORED, DEFLATED, BZIP2 = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_
 class Archives:
     """The images in archives, in their order there, or the files below a URL (`root`)."""
 
-    def __init__(self, files: list[DataFile], name: str, vector_column: str, root: str | None = None):
-        self.name, self.files, self.ignored = name, files, Ignored()
+    def __init__(
+        self,
+        files: list[DataFile],
+        name: str,
+        options: ReadOptions,
+        root: str | None = None,
+        metadata: Sequence[Path] = (),
+    ):
+        self.name, self.account = name, Account()
+        given = root or (files[0].location.path if len(files) == 1 else name)
+        names = [file.name for file in files]
+        rule = choose_split(lambda: names, options.split, given, self.account, are_images=root is not None)
+        self.files = [file for file in files if rule is None or rule(file.name) == options.split]
         if root is not None:
-            self.members = collect(_remote_files(files), 0, root, vector_column, self.ignored)
+            self.members = collect(_remote_files(self.files), 0, root, options, self.account)
         else:
             self.members = []
-            for number, file in enumerate(files):
-                self.members += collect(_listed(file), number, file.location.path, vector_column, self.ignored)
+            for number, file in enumerate(self.files):
+                self.members += collect(_listed(file), number, file.location.path, options, self.account)
+            self._keep_split(options, given)
+            self._read_metadata_beside(metadata, options)
         if all(member.fault for member in self.members):
             faults = [f"{member.path}: {member.fault[1]}" for member in self.members]
             found = f"{len(faults)} rejected, the first {faults[0]}" if faults else "no image file found inside"
-            given = files[0].location.path if len(files) == 1 else root or name
             raise UserError(f"--train_data_dir {given} holds no image that can be read ({found})")
         if not any(member.label for member in self.members):
-            folders = class_folders(member.path for member in self.members if not _is_damage(member))
+            paths = (member.path for member in self.members if not _is_damage(member))
+            folders = class_folders(paths, options.label_from)
             self.members = [
                 member._replace(label=folders.get(member.path.rpartition("/")[0])) for member in self.members
             ]
         names = {member.label for member in self.members} - {None}
-        self.label_names = sorted_labels(names) if names else None
+        self.label_names = sorted_labels(names, self.account) if names else None
         self.has_text = any(member.text is not None or member.caption for member in self.members)
         self.vector_length = first_length(self.reader.vector(member) for member in self.members)
         self.fingerprint = digest(_identity(self.members))
+
+    def _keep_split(self, options: ReadOptions, given: str) -> None:
+        """Drop the images in folders of other splits inside the archives."""
+        intact = [member for member in self.members if not _is_damage(member)]
+        rule = choose_split(
+            lambda: (member.path for member in intact), options.split, given, self.account, rules=(split_by_folder,)
+        )
+        if rule is not None:
+            self.members = [m for m in self.members if _is_damage(m) or rule(m.path) == options.split]
+
+    def _read_metadata_beside(self, metadata: Sequence[Path], options: ReadOptions) -> None:
+        """Use the rows of metadata files next to the archives. Images without a row are dropped, and counted."""
+        rows = [
+            row
+            for path in metadata
+            for row in read_folder_metadata(path.parent, path.name, options.columns, self.account)
+        ]
+        if not rows:
+            return
+        stems = [posixpath.splitext(file.name)[0] for file in self.files]
+        names = {f"{stems[member.container]}/{member.path}": member for member in self.members}
+        about = match_rows(rows, names, names, str(metadata[0]), self.account)
+        for path in about.keys() - names.keys():
+            self.account.add(Kind.ROW_WITHOUT_IMAGE, f"{about[path].where}: {path}")
+        kept = []
+        for name, member in names.items():
+            if (row := about.get(name)) is None and not member.fault:
+                self.account.add(Kind.IMAGE_WITHOUT_ROW, name)
+                continue
+            if row is not None:
+                member = member._replace(
+                    label=row.label or member.label, text=row.text or member.text, vector=row.vector or member.vector
+                )
+            kept.append(member)
+        self.members = kept
 
     def __len__(self) -> int:
         return len(self.members)
@@ -107,14 +161,14 @@ class ArchiveReader(NamedTuple):
         # In the order in which they lie there: a packed stream cannot go back.
         wanted = [span for span in (member.span, member.caption, member.vector_file) if span]
         contents = {span: self._content(member.container, span) for span in sorted(wanted, key=lambda s: s.offset)}
-        text, vector = member.text, None
-        if member.caption:
-            text = contents[member.caption].decode("utf-8", "replace").strip()
+        text, vector, notes = member.text, None, ()
+        if member.caption and text is None:
+            text, notes = read_caption(contents[member.caption], member.caption.path)
         if member.vector is not None:
             vector = np.frombuffer(member.vector, np.float32)
         elif member.vector_file:
             vector = parse_npy(contents[member.vector_file])
-        return Record(contents[member.span], self.label_ids.get(member.label, NO_LABEL), text, vector)
+        return Record(contents[member.span], self.label_ids.get(member.label, NO_LABEL), text, vector, notes)
 
     def vector(self, member: Member):
         """A function that reads the member's vector; None where it has none."""
@@ -148,7 +202,7 @@ def _remote_files(files: list[DataFile]) -> Iterator[File]:
     """A folder below a URL: a span's offset is the number of its file."""
     for number, file in enumerate(files):
         span = Span(clean_path(file.name), file.stamp, number, file.size, file.size)
-        is_metadata = file.name.rpartition("/")[2] in METADATA_NAMES
+        is_metadata = file.name.rpartition("/")[2].lower() in METADATA_NAMES
         too_large = ("too_large", f"{file.size:,} bytes") if file.size > MAX_MEMBER_BYTES else None
         yield File(span, read_whole(file.location) if is_metadata else None, too_large)
 
@@ -211,7 +265,7 @@ def _too_large(size: int) -> tuple[str, str] | None:
 
 
 def _is_read_now(path: str, size: int, extensions: tuple[str, ...]) -> bool:
-    if path.rpartition("/")[2] in METADATA_NAMES:
+    if path.rpartition("/")[2].lower() in METADATA_NAMES:
         return size <= MAX_METADATA_BYTES
     return size <= MAX_CONTENT_BYTES and path.lower().endswith(extensions)
 

@@ -7,22 +7,25 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainkit.data.account import Kind
 from trainkit.data.images.limits import RejectedImage
 from trainkit.data.sources import records
-from trainkit.data.sources.listing import NOT_A_FILE, Entry, list_folder
+from trainkit.data.sources.entries import NOT_A_FILE, Entry, ReadOptions, sidecar_path
+from trainkit.data.sources.listing import list_folder
 from trainkit.data.sources.records import NO_LABEL, Record, Unit, cuts, first_length, path_bytes, sorted_labels
+from trainkit.data.sources.texts import read_caption
 from trainkit.data.sources.vectors import MAX_VECTOR_BYTES, parse_npy
 
 
 class ImageFolder:
     """Image files under a folder, recursively; class folders, metadata files and NAME.txt captions are understood."""
 
-    def __init__(self, folder: str | Path, flag: str = "--train_data_dir", vector_column: str = "vector"):
+    def __init__(self, folder: str | Path, flag: str = "--train_data_dir", options: ReadOptions | None = None):
         self.folder = Path(folder)
         self.name = self.folder.resolve().name or "images"
-        listing = list_folder(self.folder, flag, vector_column)
-        self.entries, labels, self.has_text, has_vector, self.ignored = listing
-        self.label_names = sorted_labels(labels) if labels else None
+        listing = list_folder(self.folder, flag, options or ReadOptions())
+        self.entries, labels, self.has_text, has_vector, self.account = listing
+        self.label_names = sorted_labels(labels, self.account) if labels else None
         vectors = (_entry_vector(self.folder, entry) for entry in self.entries) if has_vector else ()
         self.vector_length = first_length(vectors)
         self.fingerprint = _identity(self.entries)
@@ -50,20 +53,22 @@ class FolderReader(NamedTuple):
     def read(self, entry: Entry) -> Record:
         if entry.size == NOT_A_FILE:
             raise RejectedImage("not_a_file", "a device, a pipe or a socket")
-        path, text = Path(self.folder, entry.path), entry.text
+        path, text, notes = Path(self.folder, entry.path), entry.text, ()
         if text is None and entry.caption_file:
-            text = _read_caption(path.with_suffix(".txt"))
+            text, notes = _read_caption(sidecar_path(path, entry.caption_file, ".txt"))
         vector = None
         if entry.vector is not None or entry.vector_file:
             vector = _entry_vector(self.folder, entry)()
-        return Record(path, self.label_ids.get(entry.label, NO_LABEL), text, vector)
+        return Record(path, self.label_ids.get(entry.label, NO_LABEL), text, vector, notes)
 
 
 def _entry_vector(folder: str | Path, entry: Entry) -> Callable[[], np.ndarray] | None:
     """A function that reads it; None for an entry that has none."""
     if entry.vector is not None:
         return lambda: np.frombuffer(entry.vector, np.float32)
-    return (lambda: _read_npy(Path(folder, entry.path).with_suffix(".npy"))) if entry.vector_file else None
+    if not entry.vector_file:
+        return None
+    return lambda: _read_npy(sidecar_path(Path(folder, entry.path), entry.vector_file, ".npy"))
 
 
 def _read_npy(path: Path) -> np.ndarray:
@@ -74,11 +79,13 @@ def _read_npy(path: Path) -> np.ndarray:
         raise RejectedImage("bad_vector", f"{path.name}: {error.strerror}") from None
 
 
-def _read_caption(path: Path) -> str | None:
+def _read_caption(path: Path) -> tuple[str | None, tuple[Kind, ...]]:
+    """The text of a caption file, and what is to be counted about it. Raises `RejectedImage`: bad_caption."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:  # gone since the listing: the next one tells it apart
-        return None
+        content = path.read_bytes()
+    except OSError:  # gone since the listing: the next one sees that
+        return None, ()
+    return read_caption(content, path.name)
 
 
 def _identity(entries: Iterable[Entry]) -> str:

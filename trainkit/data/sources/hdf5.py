@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainkit.data.account import Account
 from trainkit.data.images.limits import RejectedImage
 from trainkit.data.sources import records
+from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.locations import DataFile, Location, is_url, open_file, opened
 from trainkit.data.sources.records import NO_LABEL, Record, Unit, digest, sorted_labels
 from trainkit.errors import UserError
@@ -41,8 +43,9 @@ class Arrays(NamedTuple):
 class Hdf5File:
     """The images of one HDF5 file."""
 
-    def __init__(self, file: DataFile, name: str, vector_column: str):
-        self.name, self.file = name, file
+    def __init__(self, file: DataFile, name: str, options: ReadOptions):
+        self.name, self.file, self.account = name, file, Account()
+        vector_column = options.columns.vector
         self._where = f"--train_data_dir {file.location.path}"
         with _damage_told(file.location), _open(file.location) as opened_file:
             image, layout = self._find_images(opened_file)

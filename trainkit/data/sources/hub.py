@@ -2,12 +2,16 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from trainkit.data.account import Account, Kind
 from trainkit.data.sources import records
-from trainkit.data.sources.metadata import CAPTION_COLUMNS, caption_lines
+from trainkit.data.sources.entries import ReadOptions
+from trainkit.data.sources.metadata import CAPTION_COLUMNS, ColumnOptions, find_columns, normal_name
 from trainkit.data.sources.records import NO_LABEL, Record, Unit, first_length, sorted_labels
+from trainkit.data.sources.texts import NotAClass, caption_text, class_name
 from trainkit.data.sources.vectors import as_vector
 from trainkit.errors import UserError
 
@@ -22,21 +26,22 @@ class HubDataset:
         split: str = "train",
         cache_dir: str | None = None,
         flag: str = "--dataset_name",
-        vector_column: str = "vector",
+        options: ReadOptions | None = None,
     ):
+        options, self.account = options or ReadOptions(), Account()
         dataset = _load(name, config, split, cache_dir, flag)
         columns = _image_columns(dataset)
         if not columns:
             raise UserError(f"{flag} {name} has no image column; its columns: {', '.join(dataset.features)}")
         self.name = Path(name).name
         self.fingerprint = dataset._fingerprint
-        self.columns = Columns(
-            columns[0],
-            _label_column(dataset),
-            next((name for name in CAPTION_COLUMNS if _is_caption(dataset.features.get(name))), None),
-            _vector_column(dataset, vector_column),
-        )
-        self.label_names, self._label_ids = _labels(dataset, self.columns.label)
+        texts = [name for name, feature in dataset.features.items() if _is_caption(feature)]
+        label, vector = _label_column(dataset), _vector_column(dataset, options.columns.vector)
+        text = caption_column(texts, options.columns, self.account, Path(name).name)
+        self.columns = Columns(columns[0], label, text, vector)
+        for column in set(dataset.features) - set(self.columns):
+            self.account.add(Kind.COLUMN_NOT_USED, f"{column} of {Path(name).name}")
+        self.label_names, self._label_ids = _labels(dataset, self.columns.label, self.account)
         self.has_text = self.columns.text is not None
         kept = dataset.select_columns([column for column in self.columns if column])
         self._dataset = kept.cast_column(self.columns.image, _undecoded_image())
@@ -79,14 +84,36 @@ class DatasetReader(NamedTuple):
         content = (image or {}).get("bytes")
         if content is None and (image or {}).get("path"):
             content = Path(image["path"])
-        return Record(content, label_id(label, self.label_ids), caption_lines(text), as_vector(vector))
+        return Record(content, label_id(label, self.label_ids), caption_text(text), as_vector(vector))
 
 
 def label_id(label, label_ids: dict | None) -> int:
     """The class number of a label as a table holds it, -1 for none."""
-    if label is None:
+    if label_ids is None:
+        return NO_LABEL if label is None else label
+    try:
+        return label_ids.get(class_name(label), NO_LABEL)
+    except NotAClass:
         return NO_LABEL
-    return label_ids.get(str(label), NO_LABEL) if label_ids is not None else label
+
+
+def class_names(values: Iterable, account: Account, where: str) -> list[str] | None:
+    """The sorted classes among the distinct `values` of a label column; None without any."""
+    names = set()
+    for value in values:
+        try:
+            names.add(class_name(value))
+        except NotAClass as error:
+            account.add(Kind.LABEL_NOT_A_CLASS, f"{where}: {error}")
+    return sorted_labels(names - {None}, account) or None
+
+
+def caption_column(names: list[str], options: ColumnOptions, account: Account, where: str) -> str | None:
+    """The caption column of a table among the `names` of its text columns. Raises `UserError`."""
+    found = find_columns(names, ColumnOptions("", options.caption), Account(), where).captions
+    if found and normal_name(found[0]) not in CAPTION_COLUMNS and found[0] != options.caption:
+        account.add(Kind.COLUMN_ALIAS, f"{found[0]} as captions in {where}")
+    return next(iter(found), None)
 
 
 def _load(name: str, config: str | None, split: str, cache_dir: str | None, flag: str):
@@ -131,19 +158,19 @@ def _label_column(dataset) -> str | None:
     import datasets
 
     found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if not found and re.match("u?int|string|large_string", getattr(dataset.features.get("label"), "dtype", "")):
+    if not found and isinstance(dataset.features.get("label"), datasets.Value):
         return "label"
     return next(iter(sorted(found, key=lambda name: name != "label")), None)
 
 
-def _labels(dataset, column: str | None) -> tuple[list[str] | None, dict[str, int] | None]:
+def _labels(dataset, column: str | None, account: Account) -> tuple[list[str] | None, dict[str, int] | None]:
     """Class names, and the numbers of labels that are not such numbers already."""
     if column is None:
         return None, None
     if hasattr(dataset.features[column], "names"):
         return list(dataset.features[column].names), None
-    names = sorted_labels({str(value) for value in dataset.unique(column) if value is not None})
-    return names, {name: number for number, name in enumerate(names)}
+    names = class_names(dataset.unique(column), account, column)
+    return names, {name: number for number, name in enumerate(names or ())}
 
 
 def _vector_column(dataset, wanted: str) -> str | None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from trainkit.data.files import location
-from trainkit.data.sources.listing import IMAGE_EXTENSIONS
+from trainkit.data.sources.entries import IMAGE_EXTENSIONS, ReadOptions
+from trainkit.data.sources.metadata import METADATA_NAMES
+from trainkit.data.sources.splits import readme_data_files
 from trainkit.errors import UserError
 from trainkit.packages import load_package
 
@@ -28,6 +30,9 @@ KINDS = {
     ".hdf5": "hdf5",
 }
 READ_AHEAD_BYTES = 4 * 2**20  # fetched at once from a remote file: members of an archive lie side by side
+MOST_STRAY_IMAGES = 20  # previews and assets next to tables
+MOST_BESIDE_ARCHIVES = 3
+ENOUGH_IMAGES = 1000  # without a table or archive among them, it is a folder of images
 OPEN_FILES = 16  # kept open by a thread
 MAX_BRACE_NAMES = 1_000_000
 # What stores call the mark of a file's version; the first one that a store has is taken.
@@ -72,8 +77,21 @@ def read_storage_options(text: str | None) -> str:
     return location("memory://", text).storage_options
 
 
-def find_files(given: str, storage_options: str, flag: str) -> list[DataFile] | None:
-    """What `given` names: one file, several (braces, `*`), or all that lie in a folder, sorted by name.
+class FoundFiles(NamedTuple):
+    """Data files, and what lies beside them in their folder: metadata files and stray images."""
+
+    files: list[DataFile]
+    folder: Path | None = None
+    metadata: tuple[Path, ...] = ()
+    images: tuple[str, ...] = ()
+
+    def patterns(self, options: ReadOptions) -> dict[str, list[str]] | None:
+        """The files of each split by the README of the folder, if it says so."""
+        return None if self.folder is None else readme_data_files(self.folder, options.config)
+
+
+def find_files(given: str, storage_options: str, flag: str) -> FoundFiles | None:
+    """What `given` names: one file, several (braces, `*`), or all in a folder, sorted by name.
 
     None for a local folder of images. A remote folder of images gives its files. Raises `UserError` naming `flag`.
     """
@@ -82,19 +100,21 @@ def find_files(given: str, storage_options: str, flag: str) -> list[DataFile] | 
     names = [given] if not is_url(given) and os.path.exists(given) else expand_braces(given)
     try:
         if is_url(given):
-            files = _find_remote(names, storage_options, flag)
+            found = FoundFiles(_find_remote(names, storage_options, flag))
         elif len(names) == 1 and os.path.isdir(given):
-            files = _find_local(Path(given), storage_options)
+            found = _find_local(Path(given), storage_options, flag)
         elif len(names) > 1 or any(sign in given for sign in "*?[") or kind_of(given):
             files = _local_files(names, storage_options, flag)
+            folders = sorted({Path(file.location.path).parent for file in files})
+            found = FoundFiles(files, metadata=_metadata_in(folders) if len(folders) == 1 else ())
         else:
-            files = None
+            found = None
     except OSError as error:
         raise UserError(f"{flag} {error.filename or given}: {error.strerror or error}; it must be readable") from None
-    kinds = {file.kind for file in files or ()} - {None}
+    kinds = {file.kind for file in found.files} - {None} if found else set()
     if len(kinds) > 1 and not kinds <= {"zip", "tar", "tar.gz"}:
         raise UserError(f"{flag} {given} holds {' and '.join(sorted(kinds))} files; give one kind, as in '*.parquet'")
-    return files
+    return found
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -138,16 +158,37 @@ def _glob(folder: Path, pattern: str) -> list[Path]:
     return list(folder.glob(pattern))
 
 
-def _find_local(folder: Path, storage_options: str) -> list[DataFile] | None:
-    """The archives or tables of a folder that holds no image file of its own; the first one ends the search."""
-    found = []
+def _find_local(folder: Path, storage_options: str, flag: str) -> FoundFiles | None:
+    """The archives or tables of a folder; None if it holds images instead.
+
+    A few pictures beside tables or archives (previews, assets) are not the dataset. Raises `UserError` for many of
+    both, since either reading would lose the other.
+    """
+    found, images = [], []
     for above, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if any(os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS for name in names if name[0] != "."):
-            return None
-        found += [Path(above, name) for name in names if name[0] != "." and kind_of(name)]
+        names = [name for name in sorted(names) if name[0] != "."]
+        images += [Path(above, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
+        found += [Path(above, name) for name in names if kind_of(name)]
+        if len(images) > MOST_STRAY_IMAGES and (found or len(images) > ENOUGH_IMAGES):
+            break
+    if not found:
+        return None
+    are_tables = kind_of(found[0].name) in ("parquet", "hdf5")
+    if len(images) > (MOST_STRAY_IMAGES if are_tables else max(MOST_BESIDE_ARCHIVES, len(found))):
+        raise UserError(
+            f"{flag} {folder} holds many image files and {found[0].relative_to(folder)} too: give the image folder or "
+            "these files alone, and move the others away"
+        )
     described = [(path.absolute().as_posix(), *_local_stamp(path)) for path in sorted(found)]
-    return _named(described, storage_options) if found else None
+    files = _named(described, storage_options)
+    start = Path(described[0][0].removesuffix(files[0].name))
+    stray = tuple(path.relative_to(folder).as_posix() for path in images)
+    return FoundFiles(files, start, _metadata_in(sorted({folder, *(path.parent for path in found)})), stray)
+
+
+def _metadata_in(folders: list[Path]) -> tuple[Path, ...]:
+    return tuple(path for folder in folders for name in METADATA_NAMES if (path := Path(folder, name)).is_file())
 
 
 def _local_stamp(path: Path) -> tuple[int, str]:

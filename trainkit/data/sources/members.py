@@ -7,18 +7,31 @@ The rules are those of a folder of images (class folders, metadata files, NAME.t
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainkit.data.sources.ignored import Ignored
-from trainkit.data.sources.listing import IMAGE_EXTENSIONS
-from trainkit.data.sources.metadata import CAPTION_COLUMNS, METADATA_NAMES, Told, caption_lines, told_lines
+from trainkit.data.account import Account, Kind
+from trainkit.data.images.limits import RejectedImage
+from trainkit.data.sources.entries import IMAGE_EXTENSIONS, ReadOptions, decoded, encoded, folder_class
+from trainkit.data.sources.joining import merged_row
+from trainkit.data.sources.metadata import (
+    CAPTION_COLUMNS,
+    METADATA_NAMES,
+    TABLE_EXTENSIONS,
+    MetadataRow,
+    find_columns,
+    read_metadata,
+)
+from trainkit.data.sources.names import match_names, relative_name
+from trainkit.data.sources.texts import NotAClass, caption_text, class_name, read_caption
 from trainkit.data.sources.vectors import vector_bytes
+from trainkit.errors import UserError
 
 LABEL_KEYS = ("label", "cls", "class")
 SAMPLE_EXTENSIONS = (".cls", ".json")  # read while listing: they hold classes
-CONTENT_EXTENSIONS = (*SAMPLE_EXTENSIONS, ".txt", ".npy")
+CAPTION_EXTENSIONS = (".txt", ".caption")
+CONTENT_EXTENSIONS = (*SAMPLE_EXTENSIONS, *CAPTION_EXTENSIONS, ".npy")
 
 
 class Span(NamedTuple):
@@ -71,15 +84,15 @@ def is_wanted(path: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 
-def collect(files: Iterable[File], container: int, where: str, vector_column: str, ignored: Ignored) -> list[Member]:
-    """The images among `files`, in the order of their offsets; the rest is added to `ignored`.
+def collect(files: Iterable[File], container: int, where: str, options: ReadOptions, account: Account) -> list[Member]:
+    """The images among `files`, in the order of their offsets; what happened to the rest is added to `account`.
 
-    Raises `UserError` for metadata that cannot be read.
+    Raises `UserError` for metadata that cannot be read, or that names no image.
     """
     images, others, metadata, rejected = {}, {}, [], []
     for file in files:
         path = file.span.path
-        stem, extension = os.path.splitext(path)
+        name, (stem, extension) = path.rpartition("/")[2], os.path.splitext(path)
         if file.is_damage:
             rejected.append(Member(container, path, file.span, fault=file.fault))
         elif not is_wanted(path):
@@ -89,72 +102,167 @@ def collect(files: Iterable[File], container: int, where: str, vector_column: st
                 fault = "duplicate_name", "another file of this name comes later, and counts"
                 rejected.append(Member(container, path, images[path].span, fault=fault))
             images[path] = file
-        elif path.rpartition("/")[2] in METADATA_NAMES and file.content is not None:
+        elif name.lower() in METADATA_NAMES and file.content is not None:
             metadata.append(file)
         elif file.fault is None:
             others[stem + extension.lower()] = file
         else:
-            ignored.add(path)
-    told = {}
+            account.ignore(path)
+    known = images.keys() | others.keys()
+    rows = []
     for file in metadata:
-        text = io.TextIOWrapper(io.BytesIO(file.content), encoding="utf-8-sig", newline="")
-        told |= {line.path: line for line in told_lines(text, file.span.path, Path(where), vector_column)}
-    for path in told.keys() - images.keys():  # another extension, or a row without its file
+        content, path = io.BytesIO(file.content), file.span.path
+        read = read_metadata(content, Path(where, path), options.columns, account)
+        rows += [row._replace(name=relative_name(row.name, path.rpartition("/")[0])) for row in read]
+    about = match_rows(rows, images, known, where, account)
+    for path in about.keys() - images.keys():  # another extension, or a row without its file
+        if path not in others:
+            account.add(Kind.ROW_WITHOUT_IMAGE, f"{about[path].where}: {path}")
         missing = File(Span(path, "missing"), fault=("missing", "a metadata file names it, but it is not there"))
         images[path] = others.get(path, missing)
-    ignored.update(_drop_other_parts(images, others))
-    stems = {os.path.splitext(path)[0] for path in images}
-    for path in others.keys() - images.keys():
-        stem, extension = os.path.splitext(path)
-        if extension not in CONTENT_EXTENSIONS or stem not in stems:
-            ignored.add(path)
-    found = [_member(container, path, file, told, others, vector_column) for path, file in images.items()]
+    for ending in _drop_other_parts(images, others):
+        account.ignore(ending)
+    if about:
+        for path in sorted(images.keys() - about.keys()):
+            account.add(Kind.IMAGE_WITHOUT_ROW, path)
+            del images[path]
+    _ignore_others(images, others, account)
+    samples = _Samples(options, account)
+    found = [_member(container, path, file, about, others, samples) for path, file in images.items()]
     return sorted([*found, *rejected], key=lambda member: (member.span.offset, member.path))
 
 
-def class_folders(paths: Iterable[str]) -> dict[str, str]:
-    """Folder -> its own name as a class: where every image lies equally deep and there are several names."""
+def match_rows(
+    rows: list[MetadataRow], images: Iterable[str], known: Iterable[str], where: str, account: Account
+) -> dict[str, MetadataRow]:
+    """Image -> what metadata says about it, one row each. `known` are all files that a row may name.
+
+    Raises `UserError` if no row names a file that is there, or if two rows contradict each other.
+    """
+    known = set(known)
+    names = {row.name for row in rows}
+    unmatched = names - known
+    renamed = match_names(sorted(unmatched), images, names & known, IMAGE_EXTENSIONS)
+    for name, image in renamed.items():
+        account.add(Kind.MATCHED_NAME, f"{name} -> {image}")
+    outside = next((name for name in sorted(unmatched - renamed.keys()) if name.startswith("../")), None)
+    if outside is not None:
+        raise UserError(f"--train_data_dir {where}: metadata names {outside}, which is outside of it")
+    if rows and len(unmatched) == len(names) and not renamed:
+        raise UserError(
+            f"--train_data_dir {where}: metadata names {len(names):,} images and none of them is there (the first is "
+            f"{rows[0].name}; there is {next(iter(sorted(images)), 'no image')}): correct file_name"
+        )
+    groups: dict[str, list[tuple]] = {}
+    for row in rows:
+        path = renamed.get(row.name, row.name)
+        fields = encoded(path), encoded(row.label), encoded(row.text), row.vector, encoded(row.where)
+        groups.setdefault(path, []).append(fields)
+    merged = {}
+    for path, group in groups.items():
+        _, label, text, vector, place = merged_row(group, account)
+        merged[path] = MetadataRow(path, decoded(label), decoded(text), vector, decoded(place))
+    return merged
+
+
+def _ignore_others(images: dict[str, File], others: dict[str, File], account: Account) -> None:
+    stems = {os.path.splitext(path)[0] for path in images} | set(images)
+    for path in others.keys() - images.keys():
+        stem, extension = os.path.splitext(path)
+        if extension not in CONTENT_EXTENSIONS or stem not in stems:
+            account.ignore(path)
+            if extension in TABLE_EXTENSIONS:
+                account.add(Kind.TABLE_NOT_READ, path)
+
+
+def class_folders(paths: Iterable[str], label_from: str) -> dict[str, str]:
+    """Folder -> its class, if every image is in a folder, all equally deep, and there are several names."""
     folders = {path.rpartition("/")[0] for path in paths}
-    names = {folder.rpartition("/")[2] for folder in folders}
-    depths = {folder.count("/") for folder in folders}
-    if "" in folders or len(depths) > 1 or len(names) < 2:
-        return {}
-    return {folder: folder.rpartition("/")[2] for folder in folders}
+    classes = {folder: folder_class(folder, label_from) for folder in folders}
+    is_uneven = label_from == "parent_folder" and len({folder.count("/") for folder in folders}) > 1
+    return {} if "" in folders or is_uneven or label_from == "none" or len(set(classes.values())) < 2 else classes
 
 
 def _drop_other_parts(images: dict[str, File], others: dict[str, File]) -> list[str]:
-    """Of a WebDataset sample (KEY.cls, KEY.jpg, KEY.mask.png) the image is the one whose ending is one word.
+    """Of a WebDataset sample (KEY.json or KEY.cls, KEY.jpg, KEY.mask.png) the image is the one with the short ending.
 
-    Takes the others out of `images`, and returns their endings.
+    Removes the others from `images`, and returns their endings. Without a KEY.json or KEY.cls, dots are part of names.
     """
     dropped = []
-    if not any(path.endswith(SAMPLE_EXTENSIONS) for path in others):
-        return dropped
     keys = {path.rpartition(".")[0] for path in images}
     for path in list(images):
         folder, slash, name = path.rpartition("/")
         key, dot, ending = name.partition(".")
-        if "." in ending and f"{folder}{slash}{key}" in keys:
+        key = f"{folder}{slash}{key}"
+        is_sample = any(key + extension in others for extension in SAMPLE_EXTENSIONS)
+        if "." in ending and is_sample and key in keys:
             del images[path]
             dropped.append(f".{ending.lower()}")
     return dropped
 
 
-def _member(container: int, path: str, file: File, told: dict, others: dict[str, File], vector_column: str) -> Member:
+class _Samples:
+    """Reads the .json of WebDataset samples; how their columns are called is found once per set of keys."""
+
+    def __init__(self, options: ReadOptions, account: Account):
+        self.options, self.account = options, account
+        self._captions: dict[tuple, tuple[str, ...]] = {}
+
+    def captions(self, sample: dict[str, Any]) -> Iterator[Any]:
+        keys = tuple(sample)
+        if keys not in self._captions:
+            account = Account()
+            try:
+                columns = find_columns(keys, self.options.columns, account, "NAME.json")
+            except UserError:  # --caption_column is in other files
+                self._captions[keys] = ()
+            else:
+                self._captions[keys] = columns.captions
+                if alias := [name for name in columns.captions if name not in CAPTION_COLUMNS]:
+                    self.account.add(Kind.COLUMN_ALIAS, f"{alias[0]} as captions in NAME.json")
+        return (sample[name] for name in self._captions[keys])
+
+    def label(self, sample: dict[str, Any], path: str) -> str | None:
+        for key in LABEL_KEYS:
+            try:
+                if (name := class_name(sample.get(key))) is not None:
+                    return name
+            except NotAClass as error:
+                self.account.add(Kind.LABEL_NOT_A_CLASS, f"{path}: {error}")
+        return None
+
+
+def _member(
+    container: int,
+    path: str,
+    file: File,
+    about: dict[str, MetadataRow],
+    others: dict[str, File],
+    samples: _Samples,
+) -> Member:
     stem = path.rpartition(".")[0]
-    _, label, text, vector = told.get(path) or Told(path)
+    _, label, text, vector, _ = about.get(path) or MetadataRow(path)
     sample = _json_object(others.get(stem + ".json"))
     if label is None:
-        label = _first(sample, LABEL_KEYS)
+        label = samples.label(sample, path)
         if (number := others.get(stem + ".cls")) is not None and number.content is not None:
-            label = number.content.decode("utf-8", "replace").strip() or label
-    caption, vector_file = (others.get(stem + extension) for extension in (".txt", ".npy"))
+            label = class_name(number.content.decode("utf-8", "replace")) or label
+    beside = [others.get(before + extension) for before in (stem, path) for extension in CAPTION_EXTENSIONS]
+    caption = next((one for one in beside if one is not None), None)
+    vector_file = others.get(stem + ".npy")
+    samples.account.add(Kind.CAPTION_FILES, count=int(caption is not None and text is None))
     if text is None and caption is None:
-        text = caption_lines(next((sample[name] for name in CAPTION_COLUMNS if sample.get(name)), None))
+        text = next((found for value in samples.captions(sample) if (found := caption_text(value))), None)
     if text is None and caption is not None and caption.content is not None:
-        text, caption = caption.content.decode("utf-8", "replace").strip(), None
+        try:
+            text, notes = read_caption(caption.content, caption.span.path)
+        except RejectedImage as rejection:
+            return Member(container, path, file.span, label, fault=(rejection.fault, str(rejection)))
+        for kind in notes:
+            samples.account.add(kind, caption.span.path)
+        caption = None
     if vector is None and vector_file is None:
-        vector = vector_bytes(sample.get(vector_column))
+        vector = vector_bytes(sample.get(samples.options.columns.vector))
     return Member(
         container,
         path,
@@ -174,10 +282,3 @@ def _json_object(file: File | None) -> dict[str, Any]:
     except ValueError:  # RecursionError is no ValueError, but content is small
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _first(sample: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    values = (sample.get(key) for key in keys)
-    return next(
-        (str(value) for value in values if value not in (None, "") and not isinstance(value, dict | list)), None
-    )

@@ -1,73 +1,225 @@
-"""metadata.csv and metadata.jsonl: labels, captions and vectors of the images beside and below them."""
+"""metadata.csv, .jsonl, .json and .parquet: labels, captions and vectors of the images beside and below them."""
 
+import codecs
 import csv
 import errno
+import io
 import json
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
+from trainkit.data.account import Account, Kind
+from trainkit.data.sources.texts import BYTE_ORDER_MARKS, FALLBACK, NotAClass, caption_text, class_name
 from trainkit.data.sources.vectors import vector_bytes
-from trainkit.errors import UserError
+from trainkit.errors import UserError, one_line
 
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
+TABLE_EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".xlsx")  # named if they are not read
+FILE_COLUMNS = (
+    "file_name", "filename", "file", "path", "file_path", "filepath", "image_path", "image_file", "image_name",
+    "image", "img",
+)  # fmt: skip
 CAPTION_COLUMNS = ("text", "caption", "texts", "captions")
+OTHER_CAPTION_COLUMNS = re.compile(
+    r"prompts?|descriptions?|sentences?|alt(_text)?|title|(text|caption|prompt)s?_\w+|\w+_(text|caption|prompt)s?"
+)
+LABEL_COLUMNS = ("label", "class", "class_name", "category", "cls")
+READ_BYTES = 2**20
 
 
-class Told(NamedTuple):
-    """What a line says of the image at `path`, relative to the root. `vector`: float32 bytes."""
+@dataclass(frozen=True)
+class ColumnOptions:
+    """Which columns of a table hold vectors and captions (`SourceOptions`); None: found by their names."""
 
-    path: str
+    vector: str = "vector"
+    caption: str | None = None
+
+
+class MetadataRow(NamedTuple):
+    """What a row says about the image `name`, as it is written there. `vector`: float32 bytes."""
+
+    name: str
     label: str | None = None
     text: str | None = None
     vector: bytes | None = None
+    where: str = ""  # "metadata.csv line 3"
 
 
-def told_in_folder(root: Path, metadata_path: str, vector_column: str) -> Iterator[Told]:
-    """The lines of a file below `root`. Raises `UserError`."""
+@dataclass(frozen=True)
+class TableColumns:
+    """The columns of one table by their meaning, under the names that the table has for them."""
+
+    file_name: str | None = None
+    label: str | None = None
+    captions: tuple[str, ...] = ()  # the first that is not empty counts
+    vector: str | None = None
+    unused: tuple[str, ...] = field(default=())
+
+
+def normal_name(column: str) -> str:
+    """A column's name without the differences of case and blanks between programs that write tables."""
+    return re.sub(r"[\s-]+", "_", column.strip().casefold())
+
+
+def find_columns(names: Iterable[str], options: ColumnOptions, account: Account, where: str) -> TableColumns:
+    """What the columns of a table hold. What is not used, or read under another name, is added to `account`.
+
+    Raises `UserError` for a `--caption_column` that is not there.
+    """
+    names = [name for name in names if isinstance(name, str)]
+    by_name = {}
+    for name in names:
+        by_name.setdefault(normal_name(name), name)
+    file_name = next((by_name[name] for name in FILE_COLUMNS if name in by_name), None)
+    label = next((by_name[name] for name in LABEL_COLUMNS if name in by_name), None)
+    vector = next((name for name in (options.vector, by_name.get(normal_name(options.vector))) if name in names), None)
+    captions = [by_name[name] for name in CAPTION_COLUMNS if name in by_name]
+    hint = ""
+    if options.caption is not None:
+        if options.caption not in names:
+            raise UserError(f"--caption_column {options.caption} is not in {where}; it has {', '.join(names)}")
+        captions = [options.caption]
+    elif not captions:
+        others = [name for key, name in by_name.items() if OTHER_CAPTION_COLUMNS.fullmatch(key)]
+        captions = others if len(others) == 1 else []
+        hint = f" (for captions: --caption_column {others[0]})" if len(others) > 1 else ""
+    read = {file_name, label, vector, *captions}
+    unused = tuple(name for name in names if name not in read)
+    for name in unused:
+        account.add(Kind.COLUMN_NOT_USED, f"{name} of {where}{hint}", count=0 if not name.strip() else 1)
+    standard = {"file_name", "label", options.vector, options.caption, *CAPTION_COLUMNS}
+    for name in sorted(read - standard - {None}):
+        meaning = {file_name: "file_name", label: "label"}.get(name, "captions")
+        account.add(Kind.COLUMN_ALIAS, f"{name.strip()} as {meaning} in {where}")
+    return TableColumns(file_name, label, tuple(captions), vector, unused)
+
+
+def read_folder_metadata(
+    root: Path, metadata_path: str, options: ColumnOptions, account: Account
+) -> Iterator[MetadataRow]:
+    """The rows of a metadata file below `root`. Raises `UserError`."""
+    where = root / metadata_path
     try:
-        if (root / metadata_path).is_fifo():  # opening it would wait for ever
+        if where.is_fifo():  # opening it would block
             raise OSError(errno.EINVAL, "a pipe")
-        with open(root / metadata_path, encoding="utf-8-sig", newline="") as file:
-            yield from told_lines(file, metadata_path, root, vector_column)
+        if where.is_dir():
+            raise OSError(errno.EISDIR, "a folder")
+        with open(where, "rb") as file:
+            yield from read_metadata(file, where, options, account)
     except OSError as error:
-        raise UserError(f"{root / metadata_path}: {error.strerror}; it must be readable, or moved away") from None
+        raise UserError(f"{where}: {error.strerror or error}; it must be readable, or moved away") from None
 
 
-def told_lines(file: TextIO, metadata_path: str, root: Path, vector_column: str) -> Iterator[Told]:
-    """The lines of an open file, in their order. Raises `UserError` naming the line."""
-    prefix, where = metadata_path.rpartition("/")[0], root / metadata_path
-    for line_number, row in _rows(file, where):
-        file_name = row.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
-            raise UserError(f"{where} line {line_number} has no `file_name`; every row must name its image")
-        path = os.path.normpath(os.path.join(prefix, file_name)).replace(os.sep, "/")
-        if path.startswith(("../", "/")):
-            raise UserError(f"{where} line {line_number}: {file_name} is outside of {root}; name files inside it")
-        label, text = row.get("label"), next((row[name] for name in CAPTION_COLUMNS if row.get(name)), None)
-        label = None if label in (None, "") else str(label)
-        yield Told(path, label, caption_lines(text), vector_bytes(row.get(vector_column)))
+def read_metadata(file: BinaryIO, where: Path, options: ColumnOptions, account: Account) -> Iterator[MetadataRow]:
+    """The rows of an open metadata file, in their order. Raises `UserError` naming the line."""
+    columns_of: dict[tuple, TableColumns] = {}
+    is_csv, name = where.suffix.lower() == ".csv", where.name
+    for number, row in _rows(file, where, account):
+        keys = tuple(row)
+        if keys not in columns_of:
+            known = {key for seen in columns_of for key in seen}
+            columns_of[keys] = find_columns(keys, options, account if set(keys) - known else Account(), name)
+        columns = columns_of[keys]
+        file_name = None if columns.file_name is None else row[columns.file_name]
+        if not isinstance(file_name, str) or not file_name.strip():
+            raise UserError(
+                f"{where} line {number} has no `file_name`; every row must name its image (columns: "
+                f"{', '.join(str(key).strip() for key in keys)})"
+            )
+        label, here = None, f"{name} line {number}"
+        try:
+            label = class_name(row.get(columns.label), is_csv)
+        except NotAClass as error:
+            account.add(Kind.LABEL_NOT_A_CLASS, f"{here}: {error}")
+        values = (caption_text(row[column], is_csv) for column in columns.captions)
+        text = next((value for value in values if value), None)
+        if columns.captions and not (text or "").strip():
+            account.add(Kind.EMPTY_CAPTION, here)
+            text = None
+        yield MetadataRow(file_name.strip(), label, text, vector_bytes(row.get(columns.vector)), here)
 
 
-def caption_lines(value: Any) -> str | None:
-    """A caption as it is, or a list of them with one a line; None where there is none."""
-    if not isinstance(value, list | tuple):
-        return None if value in (None, "") or isinstance(value, dict) else str(value)
-    return "\n".join(" ".join(str(caption).split()) for caption in value if caption) or None
-
-
-def _rows(file: TextIO, where: Path) -> Iterator[tuple[int, dict]]:
+def _rows(file: BinaryIO, where: Path, account: Account) -> Iterator[tuple[int, dict]]:
+    suffix = where.suffix.lower()
     try:
-        if where.suffix == ".csv":
-            rows = csv.DictReader(file)
-            yield from ((rows.line_num, row) for row in rows)
+        if suffix == ".parquet":
+            yield from _parquet_rows(file)
             return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is not an object")
-                yield number, row
+        lines = _text_lines(file, where, account)
+        if suffix == ".csv":
+            yield from _csv_rows(lines)
+        elif suffix == ".json":
+            yield from _json_rows(json.load(lines))
+        else:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _object(json.loads(line), number)
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where} cannot be read: {one_line(error)}") from None
+
+
+def _object(value: Any, number: int) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"line {number} is not an object")
+    return value
+
+
+def _json_rows(content: Any) -> Iterator[tuple[int, dict]]:
+    """A list of objects, or an object from file names to captions or objects."""
+    if isinstance(content, dict):
+        content = [
+            {"file_name": name} | (value if isinstance(value, dict) else {"text": value})
+            for name, value in content.items()
+        ]
+    if not isinstance(content, list):
+        raise ValueError("it is not a list of objects")
+    yield from ((number, _object(value, number)) for number, value in enumerate(content, 1))
+
+
+def _csv_rows(lines: io.TextIOWrapper) -> Iterator[tuple[int, dict]]:
+    """The rows of a CSV file whose separator is a comma, a semicolon or a tab, whichever the header has most of."""
+    header = lines.readline()
+    while header and not header.strip():
+        header = lines.readline()
+    separator = max(",;\t", key=header.count)
+    spaced = re.search(re.escape(separator) + r" +\S", header) is not None  # "a, b": blanks belong to the separator
+    names = next(csv.reader([header], delimiter=separator, skipinitialspace=spaced), [])
+    rows = csv.DictReader(lines, names, delimiter=separator, skipinitialspace=spaced)
+    for row in rows:
+        row.pop(None, None)  # further cells than the header has
+        yield rows.line_num + 1, row
+
+
+def _parquet_rows(file: BinaryIO) -> Iterator[tuple[int, dict]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        number = 0
+        for batch in pq.ParquetFile(file).iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pa.ArrowException as error:
+        raise ValueError(one_line(error)) from None
+
+
+def _text_lines(file: BinaryIO, where: Path, account: Account) -> io.TextIOWrapper:
+    """The file as text: by its byte order mark, else UTF-8, else cp1252, which is added to `account`."""
+    head = file.read(4)
+    file.seek(0)
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if head.startswith(mark)), None)
+    if encoding is None:
+        decoder, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
+        try:
+            while block := file.read(READ_BYTES):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            encoding = FALLBACK
+            account.add(Kind.FALLBACK_ENCODING, where.name)
+        file.seek(0)
+    return io.TextIOWrapper(file, encoding=encoding, newline="")

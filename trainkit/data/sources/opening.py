@@ -2,31 +2,33 @@
 
 from pathlib import Path
 
+from trainkit.data.account import Kind
+from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.data.sources.hub import HubDataset
 from trainkit.data.sources.locations import find_files, is_url, read_storage_options
+from trainkit.data.sources.records import Source
 from trainkit.errors import UserError
+from trainkit.options.data import SourceOptions
 
 
-def open_source(options):
-    """The source that a script's options (`SourceOptions`) name. Raises `UserError`."""
-    vector_column = options.vector_column
+def open_source(options: SourceOptions) -> Source:
+    """The source that a script's options name. Raises `UserError`."""
+    read = ReadOptions.of(options)
     if options.dataset_name is not None:
         downloads = None if options.cache_dir is None else str(Path(options.cache_dir) / "downloads")
-        name, config, split = options.dataset_name, options.dataset_config_name, options.dataset_split
-        return HubDataset(name, config, split, downloads, vector_column=vector_column)
+        return HubDataset(options.dataset_name, read.config, read.split, downloads, options=read)
     if options.train_data_dir is None:
         raise UserError("give --train_data_dir FOLDER or --dataset_name NAME: where the images come from")
     folder = Path(options.train_data_dir.removeprefix("file://"))
     if (folder / "preparation.json").is_file():
         raise UserError(f"--train_data_dir {folder} is a prepared dataset already; train on it, or give raw images")
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        flag, split = "--train_data_dir", options.dataset_split
-        return HubDataset(str(folder), None, split, flag=flag, vector_column=vector_column)
-    return _open_files(options) or ImageFolder(folder, vector_column=vector_column)
+        return HubDataset(str(folder), None, read.split, flag="--train_data_dir", options=read)
+    return _open_files(options, read) or ImageFolder(folder, options=read)
 
 
-def _open_files(options):
+def _open_files(options: SourceOptions, read: ReadOptions) -> Source | None:
     """A source of archives, of Parquet or HDF5 files, or of what lies below a URL; None for a folder of images.
 
     Raises `UserError`.
@@ -34,25 +36,29 @@ def _open_files(options):
     given, storage_options = options.train_data_dir, read_storage_options(options.storage_options)
     if given.startswith("memory://") and options.num_proc != 1:
         raise UserError(f"--train_data_dir {given} is seen by this process alone: give --num_proc 1")
-    files = find_files(given, storage_options, "--train_data_dir")
-    if files is None:
+    found = find_files(given, storage_options, "--train_data_dir")
+    if found is None:
         return None
-    name = _name(given)
+    files, name = found.files, _name(given)
     kinds = {file.kind for file in files}
     if kinds == {"parquet"}:
         from trainkit.data.sources.tables import ParquetFiles
 
-        return ParquetFiles(files, name, options.vector_column)
-    if kinds == {"hdf5"}:
+        source = ParquetFiles(files, name, read, found.patterns(read))
+    elif kinds == {"hdf5"}:
         from trainkit.data.sources.hdf5 import Hdf5File
 
         if len(files) > 1:
             raise UserError(f"--train_data_dir {given} names {len(files)} HDF5 files; give one")
-        return Hdf5File(files[0], name, options.vector_column)
-    from trainkit.data.sources.archives import Archives
+        source = Hdf5File(files[0], name, read)
+    else:
+        from trainkit.data.sources.archives import Archives
 
-    is_folder = is_url(given) and not (files and kinds <= {"zip", "tar", "tar.gz"})
-    return Archives(files, name, options.vector_column, root=given if is_folder else None)
+        is_folder = is_url(given) and not (files and kinds <= {"zip", "tar", "tar.gz"})
+        source = Archives(files, name, read, root=given if is_folder else None, metadata=found.metadata)
+    for image in found.images:
+        source.account.add(Kind.OTHER_FORMAT, image)
+    return source
 
 
 def _name(given: str) -> str:

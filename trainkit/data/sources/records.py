@@ -6,14 +6,16 @@ A source lists itself without opening an image, cuts that listing into work unit
 
 import contextlib
 import hashlib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from trainkit.data.account import Account, Kind
 from trainkit.data.images.limits import RejectedImage
-from trainkit.data.sources.listing import Entry
+from trainkit.data.sources.entries import Entry
 
 UNIT_ITEMS = 2048  # mean length of a work unit
 NO_LABEL = -1  # ClassLabel of an image whose class nobody told
@@ -29,6 +31,33 @@ class Record(NamedTuple):
     label: int
     text: str | None
     vector: np.ndarray | None = None  # float32
+    notes: tuple[Kind, ...] = ()  # what reading it showed, for the account
+
+
+class Source(Protocol):
+    """A collection of images. `reader` is small and picklable; `fingerprint` changes whenever an image does."""
+
+    name: str
+    fingerprint: str
+    account: Account
+    label_names: list[str] | None
+    has_text: bool
+    vector_length: int | None
+
+    def __len__(self) -> int: ...
+
+    @property
+    def reader(self) -> "Reader": ...
+
+    def units(self) -> list["Unit"]: ...
+
+
+class Reader(Protocol):
+    """Names the items of a unit and reads them, in any process."""
+
+    def name(self, item: Any) -> str: ...
+
+    def read(self, item: Any) -> Record: ...
 
 
 class Unit(NamedTuple):
@@ -76,12 +105,25 @@ def cuts(paths: Iterable[str], mean: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def sorted_labels(names: set[str]) -> list[str]:
-    """By number where all are whole numbers, else by name."""
+def sorted_labels(names: set[str], account: Account | None = None) -> list[str]:
+    """Class names by number if all are whole numbers (7 after 07), else by name: a function of the names alone.
+
+    Where that differs from `datasets`, which sorts by name, and names that look the same are added to `account`.
+    """
+    by_name = sorted(names)
     try:
-        return sorted(names, key=int)
+        ordered = sorted(by_name, key=lambda name: (int(name), name))
     except ValueError:
-        return sorted(names)
+        ordered = by_name
+    if account is not None:
+        if ordered != by_name:
+            here, there = (", ".join(order[:4]) for order in (ordered, by_name))
+            account.add(Kind.CLASS_ORDER, f"{here}, ... here, {there}, ... there")
+        seen: dict[str, str] = {}
+        for name in by_name:
+            if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+                account.add(Kind.SIMILAR_NAMES, f"{ascii(other)} and {ascii(name)}")
+    return ordered
 
 
 def digest(content: bytes) -> str:

@@ -10,12 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainkit.data.account import Account, Kind
 from trainkit.data.images.limits import RejectedImage
 from trainkit.data.sources import records
-from trainkit.data.sources.hub import Columns, label_id
+from trainkit.data.sources.entries import ReadOptions
+from trainkit.data.sources.hub import Columns, caption_column, class_names, label_id
 from trainkit.data.sources.locations import DataFile, open_file, opened
-from trainkit.data.sources.metadata import CAPTION_COLUMNS, caption_lines
-from trainkit.data.sources.records import Record, Unit, digest, first_length, sorted_labels
+from trainkit.data.sources.metadata import ColumnOptions
+from trainkit.data.sources.records import Record, Unit, digest, first_length
+from trainkit.data.sources.splits import choose_split
+from trainkit.data.sources.texts import caption_text
 from trainkit.data.sources.vectors import as_vector
 from trainkit.errors import UserError
 
@@ -48,33 +52,40 @@ class Rows(Sequence):
 class ParquetFiles:
     """The rows of Parquet files that have one schema."""
 
-    def __init__(self, files: list[DataFile], name: str, vector_column: str):
-        self.name, self.files = name, files
+    def __init__(
+        self, files: list[DataFile], name: str, options: ReadOptions, patterns: dict[str, list[str]] | None = None
+    ):
+        self.name, self.account = name, Account()
+        names = [file.name for file in files]
+        rule = choose_split(lambda: names, options.split, name, self.account, patterns=patterns)
+        self.files = [file for file in files if rule is None or rule(file.name) == options.split]
         try:
-            self._list(vector_column)
+            self._list(options)
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--train_data_dir {name}: labels or vectors cannot be read ({reason})") from None
 
-    def _list(self, vector_column: str) -> None:
+    def _list(self, options: ReadOptions) -> None:
         files, name = self.files, self.name
         self.columns = None
-        self._group_rows, labels = [], set()
+        self._group_rows, labels = [], []
         for file in files:
             parquet = _open(file)
-            columns, class_names = _find_columns(parquet.schema_arrow, vector_column, file)
-            if self.columns is None:
-                self.columns, self.label_names = columns, class_names
-            elif (columns, class_names) != (self.columns, self.label_names):
+            first = self.columns is None
+            account = self.account if first else Account()
+            columns, known_names = _find_columns(parquet.schema_arrow, options.columns, file, account)
+            if first:
+                self.columns, self.label_names = columns, known_names
+            elif (columns, known_names) != (self.columns, self.label_names):
                 raise UserError(f"{file.location.path} has other columns or classes than {files[0].location.path}")
             metadata = parquet.metadata
             self._group_rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-            if columns.label and class_names is None:
-                labels |= _distinct(parquet, columns.label)
+            if columns.label and known_names is None:
+                labels += _distinct(parquet, columns.label)
         self._label_ids = None
         if self.columns.label and self.label_names is None:
-            self.label_names = sorted_labels(labels)
-            self._label_ids = {label: number for number, label in enumerate(self.label_names)}
+            self.label_names = class_names(labels, self.account, self.columns.label)
+            self._label_ids = {label: number for number, label in enumerate(self.label_names or ())}
         self.has_text = self.columns.text is not None
         self.vector_length = None
         if self.columns.vector:
@@ -134,7 +145,7 @@ class ParquetReader(NamedTuple):
                 raise RejectedImage("corrupt", " ".join(str(error).split())[:300]) from None
             raise RejectedImage("unreadable", error.strerror or str(error)) from None
         content = image.get("bytes") if isinstance(image, dict) else image
-        return Record(content, label_id(label, self.label_ids), caption_lines(text), as_vector(vector))
+        return Record(content, label_id(label, self.label_ids), caption_text(text), as_vector(vector))
 
 
 class _Forward:
@@ -173,32 +184,41 @@ def _open(file: DataFile) -> pq.ParquetFile:
         raise UserError(f"--train_data_dir {file.location.path} is no whole Parquet file ({reason})") from None
 
 
-def _distinct(parquet: pq.ParquetFile, column: str) -> set[str]:
-    found = set()
+def _distinct(parquet: pq.ParquetFile, column: str) -> list:
+    found = []
     for group in range(parquet.num_row_groups):
-        found |= set(parquet.read_row_group(group, columns=[column]).column(column).unique().to_pylist())
-    return {str(value) for value in found - {None}}
+        values = parquet.read_row_group(group, columns=[column]).column(column)
+        if pa.types.is_nested(values.type):
+            return [[]]  # lists and structs are not classes
+        found += values.unique().to_pylist()
+    return found
 
 
-def _find_columns(schema: pa.Schema, vector_column: str, file: DataFile) -> tuple[Columns, list[str] | None]:
+def _find_columns(
+    schema: pa.Schema, options: ColumnOptions, file: DataFile, account: Account
+) -> tuple[Columns, list[str] | None]:
     """Which column holds what, and the class names that the `datasets` library left in the file."""
-    features = _features(schema)
+    features, where = _features(schema), file.name
     images = [name for name in schema.names if _is_image(schema.field(name).type)]
-    told = [name for name in images if features.get(name, {}).get("_type") == "Image"]
-    images = sorted(told or images, key=lambda name: IMAGE_NAMES.index(name) if name in IMAGE_NAMES else 99)
+    named = [name for name in images if features.get(name, {}).get("_type") == "Image"]
+    images = sorted(named or images, key=lambda name: IMAGE_NAMES.index(name) if name in IMAGE_NAMES else 99)
     if not images:
         names = ", ".join(schema.names)
         raise UserError(f"--train_data_dir {file.location.path} has no column of images (bytes); it has {names}")
     classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
     classes = [name for name in sorted(classes, key=lambda name: name != "label") if name in schema.names]
-    label = classes[0] if classes else None
-    if label is None and "label" in schema.names and _is_label(schema.field("label").type):
-        label = "label"
-    text = next((name for name in CAPTION_COLUMNS if name in schema.names and _is_caption(schema.field(name))), None)
-    vector = vector_column if vector_column in schema.names and _is_vector(schema.field(vector_column).type) else None
-    if vector is None and vector_column != "vector":
-        raise UserError(f"--vector_column {vector_column} is no column of lists of numbers in {file.location.path}")
-    return Columns(images[0], label, text, vector), list(features[label]["names"]) if classes else None
+    label = classes[0] if classes else "label" if "label" in schema.names else None
+    texts = [name for name in schema.names if _is_caption(schema.field(name))]
+    text = caption_column(texts, options, account, where)
+    is_vector = options.vector in schema.names and _is_vector(schema.field(options.vector).type)
+    vector = options.vector if is_vector else None
+    if vector is None and options.vector != "vector":
+        raise UserError(f"--vector_column {options.vector} is no column of lists of numbers in {file.location.path}")
+    columns = Columns(images[0], label, text, vector)
+    for name in schema.names:
+        if name not in columns:
+            account.add(Kind.COLUMN_NOT_USED, f"{name} of {where}")
+    return columns, list(features[label]["names"]) if classes else None
 
 
 def _features(schema: pa.Schema) -> dict[str, dict]:
@@ -215,13 +235,9 @@ def _is_image(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _is_label(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_integer(kind) or _is_text(kind)
-
-
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_caption(field: pa.Field) -> bool:

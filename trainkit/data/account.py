@@ -1,0 +1,138 @@
+"""The account of a preparation: what happened to everything that was found, so that nothing is dropped in silence.
+
+    account = Account()
+    account.add(Kind.ROW_WITHOUT_IMAGE, "metadata.csv line 7: a.png")
+    account.lines()      # "1 metadata row without an image: metadata.csv line 7: a.png"
+
+Sources fill one while they list, workers one per shard for what only reading a file shows. Accounts are merged,
+printed, stored in preparation.json and shown by --inspect.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+MAX_EXAMPLES = 3
+MAX_KINDS = 100  # extensions counted separately; files with further ones are counted together
+SHOWN_EXTENSIONS = 6
+OTHERS = "others"
+
+
+class Kind(str, Enum):
+    """What an account counts, in words; "~" stands where the plural has an s."""
+
+    METADATA_ROWS = "metadata row~ used"
+    CAPTION_FILES = "caption file~ used"
+    ROW_WITHOUT_IMAGE = "metadata row~ without an image"
+    IMAGE_WITHOUT_ROW = "image~ without a metadata row, not used"
+    DUPLICATE_ROW = "metadata row~ repeating another one"
+    MERGED_ROW = "further metadata row~ of an image, added as captions"
+    MATCHED_NAME = "file name~ in metadata matched to an image of a slightly different name"
+    COLUMN_NOT_USED = "column~ not used"
+    COLUMN_ALIAS = "column~ read under another name"
+    LABEL_NOT_A_CLASS = "label~ not naming a class"
+    EMPTY_CAPTION = "empty caption~"
+    FALLBACK_ENCODING = "text file~ not in UTF-8, read as cp1252"
+    OTHER_SPLIT = "file~ of another split, not read"
+    NO_SPLIT = "file~ outside the split folders, not read"
+    SPLIT_NAME = "image~ named like one of a split, read like the others"
+    OTHER_FORMAT = "image file~ next to tables or archives, not read"
+    TABLE_NOT_READ = "table~ not read (metadata.jsonl, .csv, .json and .parquet are)"
+    CLASS_ORDER = "difference~ to the class order of `datasets`"
+    SIMILAR_NAMES = "pair~ of class names that look the same"
+
+    def words(self, count: int = 1) -> str:
+        return self.value.replace("~", "" if count == 1 else "s")
+
+
+class Account:
+    """Counts per kind with up to three examples each, and ignored files by extension."""
+
+    def __init__(self):
+        self.counts: dict[Kind, int] = {}
+        self.examples: dict[Kind, list[str]] = {}
+        self.ignored: dict[str, int] = {}  # extension, or the name of a file without one
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Account) and self.to_json() == other.to_json()
+
+    def add(self, kind: Kind, example: str | None = None, count: int = 1) -> None:
+        if count <= 0:
+            return
+        self.counts[kind] = self.counts.get(kind, 0) + count
+        examples = self.examples.setdefault(kind, [])
+        if example is not None and len(examples) < MAX_EXAMPLES and example not in examples:
+            examples.append(example)
+
+    def ignore(self, name: str) -> None:
+        """Count a file that is neither an image nor anything about one."""
+        extension = self._extension(name)
+        self.ignored[extension] = self.ignored.get(extension, 0) + 1
+
+    def unignore(self, name: str) -> None:
+        """Take back an `ignore`: metadata names the file as an image."""
+        extension = self._extension(name)
+        if self.ignored.get(extension, 0) > 1:
+            self.ignored[extension] -= 1
+        else:
+            self.ignored.pop(extension, None)
+
+    def merge(self, other: "Account") -> None:
+        for kind, count in other.counts.items():
+            examples = other.examples.get(kind, [])
+            self.add(kind, None, count)
+            for example in examples:
+                if len(self.examples[kind]) < MAX_EXAMPLES and example not in self.examples[kind]:
+                    self.examples[kind].append(example)
+        for extension, count in other.ignored.items():
+            self.ignored[extension] = self.ignored.get(extension, 0) + count
+
+    def lines(self) -> list[str]:
+        """One line per kind, in the order of `Kind`: count, what, examples."""
+        ordered = [kind for kind in Kind if kind in self.counts]
+        lines = [_line(kind, self.counts[kind], self.examples[kind]) for kind in ordered]
+        ignored = format_ignored(self.ignored)
+        return [*lines, f"ignored {ignored}"] if ignored else lines
+
+    def to_json(self) -> dict[str, Any]:
+        """{"metadata row without an image": {"count": 1, "examples": [...]}, ...}; ignored files are kept apart."""
+        return {
+            kind.words(): {"count": self.counts[kind], "examples": self.examples[kind]}
+            for kind in Kind
+            if kind in self.counts
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], ignored: Mapping[str, int] | None = None) -> "Account":
+        account, kinds = cls(), {kind.words(): kind for kind in Kind}
+        for name, entry in content.items():
+            if name in kinds:
+                account.counts[kinds[name]] = entry["count"]
+                account.examples[kinds[name]] = list(entry["examples"])
+        account.ignored = dict(ignored or {})
+        return account
+
+    def _extension(self, name: str) -> str:
+        extension = os.path.splitext(name)[1].lower() or name.rpartition("/")[2]
+        return extension if extension in self.ignored or len(self.ignored) < MAX_KINDS else OTHERS
+
+
+def _line(kind: Kind, count: int, examples: Iterable[str]) -> str:
+    shown = ", ".join(examples)
+    more = ", ..." if count > MAX_EXAMPLES and shown else ""
+    return f"{count:,} {kind.words(count)}{f': {shown}{more}' if shown else ''}"
+
+
+def format_ignored(ignored: Mapping[str, int]) -> str:
+    """'12 files that are not images: .pdf 9, .txt 3'; empty if there are none."""
+    found = {extension: count for extension, count in ignored.items() if count > 0}
+    ordered = sorted(found.items(), key=lambda item: (-item[1], item))
+    if not ordered:
+        return ""
+    shown = [f"{extension} {count:,}" for extension, count in ordered[:SHOWN_EXTENSIONS]]
+    if len(ordered) > SHOWN_EXTENSIONS:
+        shown.append(f"{len(ordered) - SHOWN_EXTENSIONS:,} more kinds")
+    total = sum(found.values())
+    what = "1 file that is not an image" if total == 1 else f"{total:,} files that are not images"
+    return f"{what}: {', '.join(shown)}"

@@ -1,0 +1,155 @@
+"""What is known about an image file before it is opened: size, time, label, caption; kept in a temporary file."""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from trainkit.data.account import Account
+from trainkit.data.sources.metadata import ColumnOptions
+from trainkit.data.sources.rowfile import RowFile
+from trainkit.options.data import SourceOptions
+
+IMAGE_EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga "
+    ".heic .heif".split()  # Pillow reads no HEIF: better rejected by name than passed over in silence
+)
+MISSING, NOT_A_FILE = -1, -2  # in the place of a size
+
+IMAGE, CAPTION, VECTOR, FOLDER, LINKED_FOLDER = range(5)
+SIDECARS = {
+    ".txt": CAPTION,
+    ".caption": CAPTION,
+    ".npy": VECTOR,
+}  # in any case; of two, the first in this order counts
+STANDARD_SIDECARS = (".txt", ".npy")
+NOTHING_BESIDE = (None, None, None)
+# Text is kept in bytes, since file names need not be UTF-8; bytes sort as the text does.
+ITEM_SCHEMA = pa.schema(
+    [("name", pa.binary()), ("kind", pa.int8()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
+)  # a folder's name ends in a slash: so names sort as the whole paths do
+METADATA_SCHEMA = pa.schema([(name, pa.binary()) for name in ("path", "label", "text", "vector", "where")])
+ENTRY_SCHEMA = pa.schema(
+    [
+        ("path", pa.binary()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("label", pa.binary()),
+        ("text", pa.binary()),
+        ("caption_size", pa.int64()),
+        ("caption_mtime_ns", pa.int64()),
+        ("caption_ending", pa.binary()),
+        ("vector_size", pa.int64()),
+        ("vector_mtime_ns", pa.int64()),
+        ("vector_ending", pa.binary()),
+        ("vector", pa.binary()),
+    ]
+)
+
+
+class Entry(NamedTuple):
+    """One image file: path relative to the folder (posix), stat, and what is known of it besides the pixels."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    label: str | None = None
+    text: str | None = None
+    caption_file: tuple | None = None  # of NAME.txt beside it: size, mtime_ns, and the ending if it is another one
+    vector_file: tuple | None = None  # the same of NAME.npy
+    vector: bytes | None = None  # float32
+
+
+class Entries(Sequence):
+    """A run of a listing's entries, read from its file when asked for."""
+
+    def __init__(self, file: RowFile, folder_labels: str | None, rows: range):
+        self._file, self._folder_labels, self._rows = file, folder_labels, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for path, size, mtime_ns, label, text, *beside, vector in self._file.rows(self._rows.start, self._rows.stop):
+            path, label, text = decoded(path), decoded(label), decoded(text)
+            if self._folder_labels:
+                label = folder_class(path.rpartition("/")[0], self._folder_labels)
+            caption, vector_file = (_sidecar(part) for part in (beside[:3], beside[3:]))
+            yield Entry(path, size, mtime_ns, label, text, caption, vector_file, vector)
+
+    def __getitem__(self, place):
+        """An entry, or the list of those in a slice."""
+        if isinstance(place, slice):
+            return list(self.part(*place.indices(len(self))[:2]))
+        return next(iter(self.part(self._rows[place] - self._rows.start, len(self))))
+
+    def part(self, start: int, stop: int) -> "Entries":
+        """Entries `start` to `stop` - 1, still in the file."""
+        return Entries(self._file, self._folder_labels, self._rows[start:stop])
+
+    def paths(self) -> Iterator[str]:
+        return (decoded(row[0]) for row in self._file.rows(self._rows.start, self._rows.stop))
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a source is read (`SourceOptions`)."""
+
+    columns: ColumnOptions = ColumnOptions()
+    split: str = "train"
+    config: str | None = None
+    label_from: str = "parent_folder"
+
+    @classmethod
+    def of(cls, options: SourceOptions) -> "ReadOptions":
+        columns = ColumnOptions(options.vector_column, options.caption_column)
+        return cls(columns, options.dataset_split, options.dataset_config_name, options.label_from)
+
+
+class Found(NamedTuple):
+    """What the walk meets besides images."""
+
+    metadata: list[str]
+    account: Account
+
+
+def size_and_time(item: os.DirEntry | Path) -> tuple[int, int]:
+    """Bytes and mtime_ns of a file; `MISSING` or `NOT_A_FILE` with 0 where there is none to be read."""
+    try:
+        found = item.stat()
+    except (OSError, ValueError):
+        return MISSING, 0  # the decoder will say what is wrong with it
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever, and a device may have no end
+        return NOT_A_FILE, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _sidecar(part: Sequence) -> tuple | None:
+    """As `Entry` has it: (size, mtime_ns), and the ending unless it is the standard one."""
+    size, mtime_ns, ending = part
+    if size is None:
+        return None
+    ending = decoded(ending)
+    return (size, mtime_ns) if ending in STANDARD_SIDECARS else (size, mtime_ns, ending)
+
+
+def sidecar_path(path: Path, file: tuple, standard: str) -> Path:
+    """The caption or vector file of the image at `path`, from its `Entry`."""
+    return path.with_suffix(file[2] if len(file) > 2 else standard)
+
+
+def folder_class(folder: str, label_from: str) -> str:
+    """The class that a relative folder stands for: its own name, or that of the folder at the top."""
+    return folder.partition("/")[0] if label_from == "top_folder" else folder.rpartition("/")[2]
+
+
+def encoded(text: str | None) -> bytes | None:
+    return None if text is None else text.encode("utf-8", "surrogatepass")
+
+
+def decoded(text: bytes | None) -> str | None:
+    return None if text is None else text.decode("utf-8", "surrogatepass")

@@ -1,0 +1,164 @@
+"""Put together what a walk through a folder found and what its metadata files say, in the order of the paths."""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+from trainkit.data.account import Account, Kind
+from trainkit.data.sources.entries import (
+    IMAGE_EXTENSIONS,
+    METADATA_SCHEMA,
+    MISSING,
+    NOTHING_BESIDE,
+    STANDARD_SIDECARS,
+    Found,
+    ReadOptions,
+    decoded,
+    encoded,
+    size_and_time,
+)
+from trainkit.data.sources.metadata import ColumnOptions, read_folder_metadata
+from trainkit.data.sources.names import match_names, relative_name
+from trainkit.data.sources.rowfile import RowFile, sorted_rows
+from trainkit.errors import UserError
+
+
+def with_metadata(
+    root: Path, file: RowFile, found: Found, options: ReadOptions, keep: Callable[[bytes], bool] | None, flag: str
+) -> Iterator[tuple]:
+    """The rows of `file` that belong to the split, with what the metadata files say about them."""
+    keep = keep or (lambda path: True)
+    rows = file.rows(0, len(file))
+    if not found.metadata:
+        yield from (row for row in rows if keep(row[0]))
+        return
+    renamed = _renamed(root, file, found, options, flag)
+    account = found.account
+    named = sorted_rows(_metadata_rows(root, found, options.columns, account, renamed), METADATA_SCHEMA)
+    merged = (row for row in _merged(named, account) if keep(row[0]))
+    first = next(merged, None)
+    kept = (row for row in rows if keep(row[0]))
+    yield from kept if first is None else _joined(root, kept, chain([first], merged), found)
+
+
+def _metadata_rows(
+    root: Path, found: Found, columns: ColumnOptions, account: Account, renamed: dict[str, str]
+) -> Iterator[tuple]:
+    """Rows of `METADATA_SCHEMA` from every metadata file, under the names of the images in `renamed`."""
+    for metadata_path in sorted(found.metadata):
+        prefix = metadata_path.rpartition("/")[0]
+        for row in read_folder_metadata(root, metadata_path, columns, account):
+            path = relative_name(row.name, prefix)
+            path = renamed.get(path, path)
+            yield encoded(path), encoded(row.label), encoded(row.text), row.vector, encoded(row.where)
+
+
+def _renamed(root: Path, file: RowFile, found: Found, options: ReadOptions, flag: str) -> dict[str, str]:
+    """name in metadata -> image, for names that no image has exactly. Raises `UserError` if no row has an image."""
+    named = sorted_rows(_metadata_rows(root, found, options.columns, Account(), {}), METADATA_SCHEMA)
+    rows = file.rows(0, len(file))
+    row, unmatched, taken, total = next(rows, None), [], set(), 0
+    last = None
+    for path, *_ in named:
+        if path == last:
+            continue
+        last, total = path, total + 1
+        while row is not None and row[0] < path:
+            row = next(rows, None)
+        if row is not None and row[0] == path:
+            taken.add(decoded(path))
+        elif size_and_time(root / decoded(path))[0] >= 0 and not _leads_out(decoded(path)):
+            taken.add(decoded(path))  # an image of another extension
+        else:
+            unmatched.append(decoded(path))
+    if not unmatched:
+        return {}
+    images = (decoded(row[0]) for row in file.rows(0, len(file)))
+    renamed = match_names(unmatched, images, taken, IMAGE_EXTENSIONS)
+    for name, image in renamed.items():
+        found.account.add(Kind.MATCHED_NAME, f"{name} -> {image}")
+    outside = next((name for name in unmatched if name not in renamed and name.startswith("../")), None)
+    if outside is not None:
+        raise UserError(f"{flag} {root}: metadata names {outside}, which is outside of it; name files inside it")
+    if total == len(unmatched) and not renamed and len(file):
+        first = decoded(next(file.rows(0, 1))[0])
+        raise UserError(
+            f"{flag} {root}: {', '.join(found.metadata[:3])} names {total:,} images and none of them is there (the "
+            f"first is {unmatched[0]}; an image that is there is {first}): correct file_name, or move the file away"
+        )
+    return renamed
+
+
+def _leads_out(path: str) -> bool:
+    return path.startswith(("../", "/")) or path == ".."
+
+
+def _merged(rows: Iterator[tuple], account: Account) -> Iterator[tuple]:
+    """One row per image: captions of several rows are put together. Raises `UserError` for contradicting rows."""
+    group: list[tuple] = []
+    for row in rows:
+        if group and row[0] != group[0][0]:
+            yield merged_row(group, account)
+            group = []
+        group.append(row)
+    if group:
+        yield merged_row(group, account)
+
+
+def merged_row(group: list[tuple], account: Account) -> tuple:
+    """The rows (path, label, text, vector, where) about one image as one. Raises `UserError` if they contradict."""
+    account.add(Kind.METADATA_ROWS, count=len(group))
+    path, label, text, vector, where = group[0]
+    captions = [] if text is None else text.split(b"\n")
+    for row in group[1:]:
+        for number, before, what in ((1, label, "labels"), (3, vector, "vectors")):
+            if row[number] is not None and before not in (None, row[number]):
+                values = f" ({decoded(label)} and {decoded(row[1])})" if number == 1 else ""
+                raise UserError(
+                    f"{decoded(where)} and {decoded(row[4])} give {decoded(path)} different {what}{values}: keep one "
+                    "row per image"
+                )
+        label, vector = label if row[1] is None else row[1], vector if row[3] is None else row[3]
+        further = [line for line in (row[2] or b"").split(b"\n") if line and line not in captions]
+        kind = Kind.MERGED_ROW if further else Kind.DUPLICATE_ROW
+        account.add(kind, f"{decoded(row[4])}: {decoded(path)}")
+        captions += further
+    return path, label, b"\n".join(captions) if captions else None, vector, where
+
+
+def _joined(root: Path, rows: Iterator[tuple], named: Iterator[tuple], found: Found) -> Iterator[tuple]:
+    """The images that metadata lists, sorted, with what it says about them, as `datasets` reads them.
+
+    A row without its image becomes an entry of size `MISSING`, which is rejected by name later. Images without a row
+    are added to the account.
+    """
+    row, about = next(rows, None), next(named, None)
+    while row is not None or about is not None:
+        if about is None or (row is not None and row[0] < about[0]):
+            found.account.add(Kind.IMAGE_WITHOUT_ROW, decoded(row[0]))
+            row = next(rows, None)
+            continue
+        path, label, text, vector, where = about
+        if row is None or about[0] < row[0]:  # another extension, or a row without its file
+            stat, caption, vector_file = _found_entry(root / decoded(path), found)
+            if stat[0] == MISSING:
+                found.account.add(Kind.ROW_WITHOUT_IMAGE, f"{decoded(where)}: {decoded(path)}")
+        else:
+            stat, caption, vector_file = row[1:3], row[5:8], row[8:11]
+            row = next(rows, None)
+        caption = caption if text is None else NOTHING_BESIDE
+        vector_file = vector_file if vector is None else NOTHING_BESIDE
+        yield (path, *stat, label, text, *caption, *vector_file, vector)
+        about = next(named, None)
+
+
+def _found_entry(path: Path, found: Found) -> tuple[tuple, tuple, tuple]:
+    """Stat, caption file and vector file of a file that metadata names although its extension is not an image's."""
+    size, mtime_ns = size_and_time(path)
+    if size >= 0 and path.suffix.lower() not in IMAGE_EXTENSIONS:
+        found.account.unignore(path.name)
+    sidecars = []
+    for extension in STANDARD_SIDECARS:
+        beside = size_and_time(path.with_suffix(extension))
+        sidecars.append(NOTHING_BESIDE if beside[0] < 0 else (*beside, extension.encode()))
+    return (size, mtime_ns), *sidecars
