@@ -160,5 +160,7 @@ def _found_entry(path: Path, found: Found) -> tuple[tuple, tuple, tuple]:
     sidecars = []
     for extension in STANDARD_SIDECARS:
         beside = size_and_time(path.with_suffix(extension))
+        if beside[0] >= 0 and path.suffix.lower() not in IMAGE_EXTENSIONS:
+            found.account.unignore(f"_{extension}")
         sidecars.append(NOTHING_BESIDE if beside[0] < 0 else (*beside, extension.encode()))
     return (size, mtime_ns), *sidecars

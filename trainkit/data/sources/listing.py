@@ -65,8 +65,12 @@ def list_folder(folder: Path, flag: str, options: ReadOptions) -> Listing:
             raise  # of the temporary file
         raise UserError(f"{flag} {error.filename}: {error.strerror}; the folder must be readable") from None
     rule = _split_rule(folder, file, options, found.account, flag)
-    seen, listed = _Seen(options.label_from), RowFile(ENTRY_SCHEMA)
-    listed.extend(seen.noted(with_metadata(folder, file, found, options, rule, flag)))
+    seen, listed = _Seen(options.label_from), file
+    if rule is None and not found.metadata:
+        deque(seen.noted(file.rows(0, len(file))), maxlen=0)
+    else:
+        listed = RowFile(ENTRY_SCHEMA)
+        listed.extend(seen.noted(with_metadata(folder, file, found, options, rule, flag)))
     if not len(listed):
         held = ", ".join(sorted(found.account.ignored)[:5]) or "nothing"
         raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...)")
