@@ -139,6 +139,9 @@ class ValidationOptions:
     validation_data_dir: str | None = option(
         None, "folder of held-out images, or a prepared dataset of them: other images than the ones trained on"
     )
+    validation_split: str | None = option(
+        None, "split of --train_data_dir or --dataset_name to take the held-out images from, such as validation"
+    )
     validation_steps: int | None = option(
         None, "optimizer steps between held-out losses (also at the end); default: only at the end"
     )

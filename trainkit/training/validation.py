@@ -31,37 +31,75 @@ NUM_BINS = 4
 
 
 def open_validation_images(options: TrainingOptions, images: PreparedImages) -> PreparedImages | None:
-    """Open what `--validation_data_dir` names, as the training `images` were opened; None where it is not given.
+    """The held-out images of `--validation_data_dir` or `--validation_split`, opened like the training `images`.
 
-    Raw images are prepared once, like the training images but for a centre crop. Raises `UserError` where they do not
-    fit the training images, or are the same.
+    None if neither is given. Raw images are prepared once, like the training images but with a centre crop. Raises
+    `UserError` if they do not fit the training images, or are the same.
     """
-    given = options.validation_data_dir
-    if given is None:
+    given, split = options.validation_data_dir, options.validation_split
+    if given is None and split is None:
         if options.validation_steps is not None:
             raise UserError(
-                f"--validation_steps {options.validation_steps} needs --validation_data_dir: a folder of other images"
+                f"--validation_steps {options.validation_steps} needs --validation_data_dir, a folder of other "
+                "images, or --validation_split"
             )
         return None
     for name in ("validation_steps", "validation_images"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
-    _refuse_training_images(options)
-    place = location(given, options.storage_options)
-    if exists(place / PREPARATION_NAME):
-        if isinstance(place, RemotePath):
-            place = local_copy(place, cache_root(options) / "copies")
-        held_out = PreparedImages(place)
-        if held_out.settings.train_height is not None:  # it is stored larger, for any training size
-            resolution = images.height, images.width
-            check_training_size(resolution, (held_out.stored_height, held_out.stored_width))
-            held_out = PreparedImages(place, resolution)
+    if given is not None and split is not None:
+        raise UserError("--validation_data_dir and --validation_split both name the held-out images: give one of them")
+    if split is not None:
+        what, held_out = f"--validation_split {split}", _prepare_split(options, images)
     else:
-        settings = replace(
+        _refuse_training_images(options)
+        what, held_out = f"--validation_data_dir {given}", _open_folder(options, images)
+    shapes = [f"{opened.height}x{opened.width} {opened.image_mode}" for opened in (held_out, images)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"{what} holds images of {shapes[0]}, the training data of {shapes[1]}: prepare it with the same "
+            "settings, or give the raw images"
+        )
+    return held_out
+
+
+def _open_folder(options: TrainingOptions, images: PreparedImages) -> PreparedImages:
+    place = location(options.validation_data_dir, options.storage_options)
+    if not exists(place / PREPARATION_NAME):
+        try:
+            return _prepare_like(images, options, train_data_dir=options.validation_data_dir, dataset_name=None)
+        except UserError as error:
+            raise UserError(str(error).replace("--train_data_dir", "--validation_data_dir")) from None
+    if isinstance(place, RemotePath):
+        place = local_copy(place, cache_root(options) / "copies")
+    held_out = PreparedImages(place)
+    if held_out.settings.train_height is None:
+        return held_out
+    resolution = images.height, images.width  # it is stored larger, for any training size
+    check_training_size(resolution, (held_out.stored_height, held_out.stored_width))
+    return PreparedImages(place, resolution)
+
+
+def _prepare_split(options: TrainingOptions, images: PreparedImages) -> PreparedImages:
+    split = options.validation_split
+    if split == options.dataset_split:
+        raise UserError(f"--validation_split {split} is the split that is trained on: name another one")
+    if options.dataset_name is None and exists(
+        location(options.train_data_dir, options.storage_options) / PREPARATION_NAME
+    ):
+        raise UserError(
+            f"--validation_split {split}: --train_data_dir {options.train_data_dir} is a prepared dataset of one "
+            f"split; prepare the other with --dataset_split {split}, and give it as --validation_data_dir"
+        )
+    return _prepare_like(images, options, dataset_split=split)
+
+
+def _prepare_like(images: PreparedImages, options: TrainingOptions, **source) -> PreparedImages:
+    """Prepare another `source` with the settings of the training `images`, but with a centre crop."""
+    return open_or_prepare(
+        replace(
             options,
-            train_data_dir=given,
-            dataset_name=None,
             streaming=False,
             resolution=f"{images.height}x{images.width}",
             stored_resolution=None,
@@ -70,18 +108,9 @@ def open_validation_images(options: TrainingOptions, images: PreparedImages) -> 
             image_mode=images.image_mode,
             background="#{:02x}{:02x}{:02x}".format(*images.settings.background),
             preserve_input_precision=images.bit_depth > 8,
+            **source,
         )
-        try:
-            held_out = open_or_prepare(settings)
-        except UserError as error:
-            raise UserError(str(error).replace("--train_data_dir", "--validation_data_dir")) from None
-    shapes = [f"{opened.height}x{opened.width} {opened.image_mode}" for opened in (held_out, images)]
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            f"--validation_data_dir {given} holds images of {shapes[0]}, the training data of {shapes[1]}: prepare it "
-            "with the same settings, or give the raw images"
-        )
-    return held_out
+    )
 
 
 def stratified_uniforms(seed: int, count: int) -> np.ndarray:

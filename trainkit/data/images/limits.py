@@ -67,6 +67,39 @@ def check_header(image: Image.Image, settings: PreparationSettings) -> None:
         raise RejectedImage("animated", f"{told}, several frames or pages")
 
 
+# What files that are not read as images begin with: offset, mark, fault, what it is and how to continue.
+KNOWN_MARKS = (
+    (0, b"version https://git-lfs", "git_lfs_pointer", "a git-lfs pointer, not the file itself: run `git lfs pull`"),
+    *(
+        (4, b"ftyp" + brand, "heic", "a HEIC image: convert it to JPEG or PNG, for example with ImageMagick")
+        for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+    ),
+    (4, b"ftypcrx", "camera_raw", "a camera raw file: develop it to TIFF or PNG first"),
+    (4, b"ftyp", "video", "a video: extract its frames as images first"),
+    (0, b"8BPS", "photoshop", "a Photoshop file: export it as PNG or TIFF"),
+    (0, b"%PDF", "pdf", "a PDF: export its pages as images"),
+    (0, b"<svg", "svg", "an SVG drawing: render it to PNG"),
+    (0, b"<?xml", "svg", "an XML file, perhaps an SVG drawing: render it to PNG"),
+    (0, b"<!DOCTYPE html", "web_page", "a web page instead of an image: download the image again"),
+    (0, b"<html", "web_page", "a web page instead of an image: download the image again"),
+    (0, b"\x00\x00\x01\x00", "icon", "a Windows icon: export it as PNG"),
+)
+HEAD_BYTES = 64
+
+
+def _unidentified(image: bytes | str | Path) -> RejectedImage:
+    """What a file is that Pillow cannot identify."""
+    if isinstance(image, bytes):
+        head = image[:HEAD_BYTES]
+    else:
+        with open(image, "rb") as file:
+            head = file.read(HEAD_BYTES)
+    for offset, mark, fault, message in KNOWN_MARKS:
+        if head[offset:].lower().startswith(mark.lower()):
+            return RejectedImage(fault, message)
+    return RejectedImage("not_an_image", "Pillow knows no image format that starts like this")
+
+
 def rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
     """The fault of a file with which Pillow ended in `error`."""
     message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -80,7 +113,7 @@ def rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
     if size == 0:
         return RejectedImage("empty", "the file has no bytes")
     if isinstance(error, Image.UnidentifiedImageError):
-        return RejectedImage("not_an_image", "Pillow knows no image format that starts like this")
+        return _unidentified(image)
     if isinstance(error, (OSError, EOFError)) and "truncated" in message.lower() or isinstance(error, EOFError):
         return RejectedImage("truncated", message)
     return RejectedImage("corrupt", message)

@@ -108,8 +108,9 @@ class Archives:
         ]
         if not rows:
             return
-        stems = [posixpath.splitext(file.name)[0] for file in self.files]
-        names = {f"{stems[member.container]}/{member.path}": member for member in self.members}
+        several = len(self.files) > 1
+        stems = [f"{posixpath.splitext(file.name)[0]}/" if several else "" for file in self.files]
+        names = {f"{stems[member.container]}{member.path}": member for member in self.members}
         about = match_rows(rows, names, names, str(metadata[0]), self.account)
         for path in about.keys() - names.keys():
             self.account.add(Kind.ROW_WITHOUT_IMAGE, f"{about[path].where}: {path}")

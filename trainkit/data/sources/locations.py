@@ -30,6 +30,7 @@ KINDS = {
     ".hdf5": "hdf5",
 }
 READ_AHEAD_BYTES = 4 * 2**20  # fetched at once from a remote file: members of an archive lie side by side
+LFS_POINTER = b"version https://git-lfs"
 MOST_STRAY_IMAGES = 20  # previews and assets next to tables
 MOST_BESIDE_ARCHIVES = 3
 ENOUGH_IMAGES = 1000  # without a table or archive among them, it is a folder of images
@@ -149,6 +150,7 @@ def _local_files(names: list[str], storage_options: str, flag: str) -> list[Data
     unknown = next((path for path in paths if kind_of(path.name) is None), None)
     if unknown:
         raise UserError(f"{flag} {unknown} is none of {', '.join(KINDS)}; give such files, or a folder of images")
+    _refuse_pointers(paths, flag)
     return _named([(path.absolute().as_posix(), *_local_stamp(path)) for path in paths], storage_options)
 
 
@@ -169,7 +171,7 @@ def _find_local(folder: Path, storage_options: str, flag: str) -> FoundFiles | N
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = [name for name in sorted(names) if name[0] != "."]
         images += [Path(above, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
-        found += [Path(above, name) for name in names if kind_of(name)]
+        found += [Path(above, name) for name in names if kind_of(name) and name not in METADATA_NAMES]
         if len(images) > MOST_STRAY_IMAGES and (found or len(images) > ENOUGH_IMAGES):
             break
     if not found:
@@ -180,11 +182,19 @@ def _find_local(folder: Path, storage_options: str, flag: str) -> FoundFiles | N
             f"{flag} {folder} holds many image files and {found[0].relative_to(folder)} too: give the image folder or "
             "these files alone, and move the others away"
         )
+    _refuse_pointers(found, flag)
     described = [(path.absolute().as_posix(), *_local_stamp(path)) for path in sorted(found)]
     files = _named(described, storage_options)
     start = Path(described[0][0].removesuffix(files[0].name))
     stray = tuple(path.relative_to(folder).as_posix() for path in images)
     return FoundFiles(files, start, _metadata_in(sorted({folder, *(path.parent for path in found)})), stray)
+
+
+def _refuse_pointers(paths: list[Path], flag: str) -> None:
+    """A clone without git-lfs holds small text files under the names of the data."""
+    for path in paths:
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+            raise UserError(f"{flag} {path} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
 
 
 def _metadata_in(folders: list[Path]) -> tuple[Path, ...]:
@@ -225,7 +235,7 @@ def _find_remote(names: list[str], storage_options: str, flag: str) -> list[Data
     files = _named(sorted(described), storage_options)
     if any(_is_image(file.name) for file in files):
         return files
-    return [file for file in files if file.kind and not _is_hidden(file.name)]
+    return [file for file in files if file.kind and not _is_hidden(file.name) and not _is_metadata(file.name)]
 
 
 def version_of(info: dict) -> str:
@@ -235,6 +245,10 @@ def version_of(info: dict) -> str:
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not _is_hidden(name)
+
+
+def _is_metadata(name: str) -> bool:
+    return name.rpartition("/")[2] in METADATA_NAMES
 
 
 def _is_hidden(name: str) -> bool:

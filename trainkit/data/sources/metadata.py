@@ -16,7 +16,8 @@ from trainkit.data.sources.texts import BYTE_ORDER_MARKS, FALLBACK, NotAClass, c
 from trainkit.data.sources.vectors import vector_bytes
 from trainkit.errors import UserError, one_line
 
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
+LABELS_NAME = "dataset.json"  # of EDM and StyleGAN: {"labels": [["00000/img00000000.png", 6], ...]}
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet", LABELS_NAME)
 TABLE_EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".xlsx")  # named if they are not read
 FILE_COLUMNS = (
     "file_name", "filename", "file", "path", "file_path", "filepath", "image_path", "image_file", "image_name",
@@ -151,6 +152,8 @@ def _rows(file: BinaryIO, where: Path, account: Account) -> Iterator[tuple[int, 
         lines = _text_lines(file, where, account)
         if suffix == ".csv":
             yield from _csv_rows(lines)
+        elif where.name.lower() == LABELS_NAME:
+            yield from _label_rows(json.load(lines))
         elif suffix == ".json":
             yield from _json_rows(json.load(lines))
         else:
@@ -165,6 +168,15 @@ def _object(value: Any, number: int) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"line {number} is not an object")
     return value
+
+
+def _label_rows(content: Any) -> Iterator[tuple[int, dict]]:
+    """The labels of a dataset.json: a class or a vector per image; none where it holds something else."""
+    labels = content.get("labels") if isinstance(content, dict) else None
+    for number, entry in enumerate(labels or (), 1):
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise ValueError(f"entry {number} of `labels` is not a pair of file name and label")
+        yield number, {"file_name": entry[0], "vector" if isinstance(entry[1], list) else "label": entry[1]}
 
 
 def _json_rows(content: Any) -> Iterator[tuple[int, dict]]:
