@@ -29,13 +29,21 @@ class Options:
     reference: str | None = option(None, "folder of real images (searched recursively), or a prepared dataset")
     metrics: list[str] = option(["kid", "fid"], "metrics to compute", choices=("kid", "fid"), nargs="+")
     output_file: str | None = option(None, "JSON file for the scores; default: print them only")
-    num_images: int | None = option(None, "images of each side at most, drawn at random by --seed; default: all")
-    batch_size: int = option(64, "images through the feature extractor at once; does not change the scores")
-    seed: int = option(0, "seed of the draws: --num_images, KID's subsets, the halves of the noise floor")
+    num_images: int | None = option(
+        None, "images of each side at most, drawn at random by --seed; default: all", within="[1, inf)"
+    )
+    batch_size: int = option(
+        64, "images per batch of the feature extractor; does not change the scores", within="[1, inf)"
+    )
+    seed: int = option(
+        0, "seed of the draws: --num_images, KID's subsets, the halves of the noise floor", within="[0, inf)"
+    )
     classifier_data_dir: str | None = option(
         None, "real images with classes, or a prepared dataset: a classifier of them says what the samples show"
     )
-    retrieval_captions: int = option(10, "captions among which a sample's own is to be found; chance is 1/this")
+    retrieval_captions: int = option(
+        10, "number of captions among which a sample's own is searched; chance is 1 / this", within="[2, inf)"
+    )
     cache_dir: str | None = option(
         None, "folder for trained classifiers; default: $TRAINKIT_CACHE, else ~/.cache/trainkit"
     )

@@ -55,12 +55,18 @@ class HygieneOptions:
         "none", "drop what repeats an earlier image: exact is the same pixels once prepared, near looks the same too",
         choices=("none", "exact", "near"),
     )  # fmt: skip
-    near_distance: int = option(4, "with --deduplicate near: bits of the 64 of two perceptual hashes that may differ")
+    near_distance: int = option(
+        4, "with --deduplicate near: bits of the 64 of two perceptual hashes that may differ", within="[0, 64]"
+    )
     validation_fraction: float = option(
-        0.0, "fraction of the images, by a hash of their pixels, that goes to --output_dir/validation instead"
+        0.0,
+        "fraction of the images, by a hash of their pixels, that goes to --output_dir/validation instead",
+        within="[0, 1]",
     )
     max_rejected_fraction: float = option(
-        0.9, "fraction of the files that may be unreadable: with more (after the first 1,000) the run stops; 1: never"
+        0.9,
+        "fraction of the files that may be unreadable: with more (after the first 1,000) the run stops; 1: never",
+        within="[0, 1]",
     )
 
 

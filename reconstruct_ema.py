@@ -30,7 +30,9 @@ class AverageOptions:
 
     model_dir: str | None = option(None, "--output_dir of a training run with --ema_power_lengths")
     sigma_rel: str = option(AUTO, "relative length, more than 0 and at most 0.288; auto: the best of --lengths")
-    step: int | None = option(None, "optimizer step to average up to, one with a snapshot; default: the last")
+    step: int | None = option(
+        None, "optimizer step to average up to, one with a snapshot; default: the last", within="[1, inf)"
+    )
     output_dir: str | None = option(None, "new folder for the pipeline and reconstruction.json")
 
 
@@ -40,14 +42,14 @@ class ScoreOptions:
 
     reference: str | None = option(None, "folder of real images, or a prepared dataset: better not trained on")
     lengths: list[float] | None = option(
-        None, "sigma_rel to try; default: at most 8 over all that the snapshots give", nargs="+"
+        None, "sigma_rel to try; default: at most 8 over all that the snapshots give", nargs="+", within="(0, inf)"
     )
-    num_images: int = option(200, "samples at each length")
+    num_images: int = option(200, "samples at each length", within="[1, inf)")
     scheduler: str | None = option(None, "name under schedulers/ to sample with; default: the pipeline's own")
-    num_inference_steps: int = option(20, "steps of the scheduler: calls of the UNet for an image")
-    seed: int = option(0, "seed of the first sample at each length; image i has seed + i")
-    sample_batch_size: int = option(16, "images made at once; does not change them")
-    cpu_threads: int = option(0, "threads to compute with on a CPU; 0: as many as there are cores")
+    num_inference_steps: int = option(20, "scheduler steps: calls of the UNet per image", within="[1, inf)")
+    seed: int = option(0, "seed of the first sample at each length; image i has seed + i", within="[0, inf)")
+    sample_batch_size: int = option(16, "images per process and batch; does not change the images", within="[1, inf)")
+    cpu_threads: int = option(0, "threads to compute with on a CPU; 0: as many as there are cores", within="[0, inf)")
 
 
 @dataclass

@@ -33,7 +33,7 @@ class PipelineOptions:
         "dpmsolver, sde_dpmsolver, sasolver, ddim, ddpm, flow_euler or another name under schedulers/; default: the "
         "pipeline's own",
     )
-    num_inference_steps: int = option(20, "steps of the scheduler: calls of the UNet for an image")
+    num_inference_steps: int = option(20, "scheduler steps: calls of the UNet per image", within="[1, inf)")
 
 
 @dataclass
@@ -41,19 +41,21 @@ class OutputOptions:
     """output: how many images, from which seeds, to where"""
 
     output_dir: str = option("samples", "folder for 000000.png ..., grid.png, sampling.json and metadata.jsonl")
-    num_images: int = option(64, "images in all, over all processes")
-    seed: int = option(0, "seed of the first image; image i has seed + i")
+    num_images: int = option(64, "images in all, over all processes", within="[1, inf)")
+    seed: int = option(0, "seed of the first image; image i has seed + i", within="[0, inf)")
 
 
 @dataclass
 class ComputeOptions:
     """hardware: batches, precision, threads"""
 
-    sample_batch_size: int = option(16, "images a process makes at once; does not change them")
+    sample_batch_size: int = option(16, "images per process and batch; does not change the images", within="[1, inf)")
     mixed_precision: str | None = option(
         None, "autocast of the UNet; default: what `accelerate launch` says, else no", choices=("no", "fp16", "bf16")
     )
-    cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
+    cpu_threads: int = option(
+        0, "threads a process computes with on a CPU; 0: the cores shared by its processes", within="[0, inf)"
+    )
 
 
 @dataclass
@@ -171,9 +173,6 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     if options.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing: give the folder of a saved pipeline, or a Hub id")
-    for name in ("num_images", "num_inference_steps", "sample_batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
     sample(options)
 
 

@@ -36,13 +36,17 @@ class ConditioningOptions:
         choices=("class", "vector", "text"),
     )  # fmt: skip
     conditioning_dropout: float = option(
-        0.1, "chance that an image is trained without its condition, which guidance needs (Ho & Salimans 2022)"
+        0.1,
+        "chance that an image is trained without its condition, which guidance needs (Ho & Salimans 2022)",
+        within="[0, 1]",
     )
     class_balance: str = option(
         "none", "how often images of a class come: as many as there are, by the root of that, or all classes alike",
         choices=("none", "sqrt", "inverse"),
     )  # fmt: skip
-    preview_guidance_scale: float = option(2.0, "guidance of the sample grids while training; 1: none")
+    preview_guidance_scale: float = option(
+        2.0, "guidance scale of the sample grids during training; 1: no guidance", within="[1, inf)"
+    )
 
 
 @dataclass

@@ -77,7 +77,9 @@ def test_every_file_is_taken_or_told_of(corpus, tmp_path, arguments, image_mode)
     names = one.sources(np.arange(len(one))) + [line["source"] for line in rejected]
     assert sorted(names) == sorted(path.name for path in corpus.iterdir())
     assert len(one) > 700
-    assert {line["fault"] for line in rejected} == {"corrupt", "not_an_image", "too_large", "truncated"}
+    assert {line["fault"] for line in rejected} == {
+        "corrupt", "heic", "icon", "not_an_image", "pdf", "photoshop", "too_large", "truncated",
+    }  # fmt: skip
     assert all(line["message"] for line in rejected)
     assert one.gather(np.arange(len(one))).shape == (len(one), 32, 32, len(image_mode))
     for name in ["rejected.jsonl", *(shard["filename"] for shard in one.preparation["shards"])]:

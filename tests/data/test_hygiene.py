@@ -241,6 +241,7 @@ def test_training_takes_the_held_out_part(repeated, tmp_path):
     images = PreparedImages(tmp_path / "out")
     options = SimpleNamespace(
         train_data_dir=str(tmp_path / "out"), dataset_name=None, validation_data_dir=str(tmp_path / "out/validation"),
+        validation_split=None,
         validation_steps=None, validation_images=8, storage_options=None,
     )  # fmt: skip
     held_out = open_validation_images(options, images)
@@ -284,8 +285,8 @@ def test_a_run_on_wrong_data_stops_early(tmp_path, monkeypatch):
     with pytest.raises(UserError) as raised:
         prepared(tmp_path / "photos", tmp_path / "out", HygieneSettings(), max_rejected_fraction=0.3)
     message = str(raised.value)
-    assert re.match(r"\d+ of the first 256 files were rejected \(\d+ not_an_image\), more than --max_rej", message)
-    assert "bad000.jpg (not_an_image" in message and "\n" not in message and len(decoded) == 256
+    assert re.match(r"\d+ of the first 256 files were rejected \(\d+ web_page\), more than --max_rej", message)
+    assert "bad000.jpg (web_page" in message and "\n" not in message and len(decoded) == 256
     decoded.clear()
     done = prepared(tmp_path / "photos", tmp_path / "out", HygieneSettings(), max_rejected_fraction=0.9)
     assert done["num_images"] == 100 and len(decoded) == 600 - 256, "what was done stays"

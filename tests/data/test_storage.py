@@ -185,6 +185,7 @@ def test_held_out_images_that_are_stored_larger_come_at_the_training_size(photos
     prepared(photos, tmp_path / "held_out", **stored_larger)
     options = SimpleNamespace(
         validation_data_dir=str(tmp_path / "held_out"),
+        validation_split=None,
         validation_steps=1,
         validation_images=4,
         train_data_dir=None,

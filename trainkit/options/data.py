@@ -38,7 +38,7 @@ class SourceOptions:
         "parent_folder", "folder whose name is an image's class: the one that holds it (all images equally deep), the "
         "one at the top, or none", choices=("parent_folder", "top_folder", "none"),
     )  # fmt: skip
-    num_proc: int = option(0, "processes that decode images; 0 takes one for each core")
+    num_proc: int = option(0, "processes that decode images; 0: one per core", within="[0, inf)")
 
 
 @dataclass
@@ -70,14 +70,18 @@ class ImageOptions:
         "pixels", "how they lie on disk: pixels load the fastest, png is as exact, jpeg and webp are the smallest",
         choices=("pixels", "png", "jpeg", "webp"),
     )  # fmt: skip
-    storage_quality: int = option(95, "quality of --storage jpeg and webp, 1 to 100; webp is lossless at 100")
-    min_size: int = option(0, "reject images whose shorter side has fewer pixels")
-    max_aspect_ratio: float = option(0.0, "reject images whose longer side is over this times the shorter; 0: none")
+    storage_quality: int = option(95, "quality of --storage jpeg and webp; webp is lossless at 100", within="[1, 100]")
+    min_size: int = option(0, "reject images whose shorter side has fewer pixels", within="[0, inf)")
+    max_aspect_ratio: float = option(
+        0.0, "reject images whose longer side exceeds this times the shorter one; 0: no limit", within="[0, inf)"
+    )
     animated: str = option(
         "first", "of images of several frames or pages: take the first, or reject them", choices=("first", "reject")
     )
     max_image_pixels: int = option(
-        89_478_485, "reject images of more pixels (width x height), before room is made for them; 0: none"
+        89_478_485,
+        "reject images of more pixels (width x height), before room is made for them; 0: none",
+        within="[0, inf)",
     )
 
 
@@ -85,10 +89,13 @@ class ImageOptions:
 class LoadingOptions:
     """loading: how batches come from the prepared dataset"""
 
-    dataloader_num_workers: int = option(1, "threads that gather batches and draw noise ahead; 0: none ahead")
+    dataloader_num_workers: int = option(
+        1, "threads that load batches and draw noise ahead of the step; 0: none", within="[0, inf)"
+    )
     shuffle_block_size: int = option(
         0,
         "images to a block: shuffles blocks, then within 16 of them, for data beyond memory on slow disks; 0: all",
+        within="[0, inf)",
     )
     streaming: bool = option(
         False, "read a prepared dataset at a URL block by block, in the place of a copy in --cache_dir"
@@ -100,23 +107,35 @@ class AugmentationOptions:
     """augmentation: on the device, drawn anew for every visit"""
 
     random_flip: bool = option(False, "mirror each image left-right with probability 1/2")
-    random_rotation: float = option(0.0, "turn by up to so many degrees either way, at most 180")
-    random_translation: float = option(0.0, "shift by up to this part of width and height, at most 1")
+    random_rotation: float = option(0.0, "rotate by up to this many degrees either way", within="[0, 180]")
+    random_translation: float = option(0.0, "shift by up to this fraction of width and height", within="[0, 1]")
     random_scale: float = option(
-        0.0, "zoom by a factor of 1 / (1 + X) to 1 + X, at most 4: 1 is half to twice the size"
+        0.0, "zoom by a factor of 1 / (1 + X) to 1 + X, at most 4: 1 is half to twice the size", within="[0, 4]"
     )
     random_resized_crop: list[float] | None = option(
-        None, "cut out a part and resize it: its smallest and largest area, as parts of the stored image's", nargs="+"
+        None,
+        "cut out a part and resize it: its smallest and largest area, as parts of the stored image's",
+        nargs="+",
+        within="(0, 1]",
     )
     random_resized_crop_aspect: list[float] = option(
-        [0.75, 1.3333], "least and greatest width to height of that part, relative to the image's own", nargs="+"
+        [0.75, 1.3333],
+        "least and greatest width to height of that part, relative to the image's own",
+        nargs="+",
+        within="(0, inf)",
     )
-    random_brightness: float = option(0.0, "lighten or darken by up to this part of the range from black to white")
-    random_contrast: float = option(0.0, "multiply the distance from mid-grey by 1 - X to 1 + X, at most 1")
-    random_saturation: float = option(0.0, "multiply the distance from grey by 1 - X to 1 + X, at most 1")
-    random_hue: float = option(0.0, "turn the colour circle by up to so many degrees either way, at most 180")
+    random_brightness: float = option(
+        0.0, "change the brightness by up to this fraction of the range from black to white", within="[0, 1]"
+    )
+    random_contrast: float = option(
+        0.0, "multiply the distance from mid-grey by a factor from 1 - X to 1 + X", within="[0, 1]"
+    )
+    random_saturation: float = option(
+        0.0, "multiply the distance from grey by a factor from 1 - X to 1 + X", within="[0, 1]"
+    )
+    random_hue: float = option(0.0, "rotate the hue by up to this many degrees either way", within="[0, 180]")
     augmentation_probability: float = option(
-        1.0, "chance that an image gets each kind of augmentation (but --random_flip)"
+        1.0, "chance that an image gets each kind of augmentation (but --random_flip)", within="(0, 1]"
     )
     augmentation_conditioning: bool = option(
         False, "tell the UNet in training what was done to each image, so that samples do not show it (non-leaking)"

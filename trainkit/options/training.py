@@ -11,12 +11,18 @@ SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in 
 class OptimizationOptions:
     """optimization: how long, with what step"""
 
-    num_epochs: int = option(100, "passes over the data; --max_train_steps wins")
-    max_train_steps: int | None = option(None, "optimizer steps in all; default: from --num_epochs")
-    max_train_images: int | None = option(None, "images in all, in the place of --max_train_steps: for any batch size")
-    train_batch_size: int = option(16, "images a device and micro-step; the global batch is logged")
-    gradient_accumulation_steps: int = option(1, "micro-steps to one optimizer step")
-    learning_rate: float = option(2e-3, "peak learning rate, after warm-up")
+    num_epochs: int = option(100, "passes over the data; --max_train_steps takes precedence", within="[1, inf)")
+    max_train_steps: int | None = option(
+        None, "optimizer steps in total; default: from --num_epochs", within="[1, inf)"
+    )
+    max_train_images: int | None = option(
+        None, "images in total, instead of --max_train_steps: independent of the batch size", within="[1, inf)"
+    )
+    train_batch_size: int = option(
+        16, "images per device and micro-step; the global batch size is logged", within="[1, inf)"
+    )
+    gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step", within="[1, inf)")
+    learning_rate: float = option(2e-3, "peak learning rate, after warm-up", within="[0, inf)")
     find_learning_rate: bool = option(False, "train nothing: try rates for 120 steps, suggest one, draw the curve")
     lr_scheduler: str = option(
         "cosine", "learning-rate schedule over optimizer steps",
@@ -25,13 +31,19 @@ class OptimizationOptions:
             "warmup_stable_decay",
         ),
     )  # fmt: skip
-    lr_warmup_steps: int = option(100, "optimizer steps over which the rate rises from 0")
-    lr_step_size: int = option(10000, "with --lr_scheduler step: optimizer steps between two drops")
-    lr_step_gamma: float = option(0.1, "with --lr_scheduler step: factor of each drop")
-    lr_num_cycles: int = option(1, "with --lr_scheduler cosine_with_restarts: cosines after warm-up")
-    lr_power: float = option(1.0, "with --lr_scheduler polynomial: power of what is left of the steps")
+    lr_warmup_steps: int = option(100, "optimizer steps over which the learning rate rises from 0", within="[0, inf)")
+    lr_step_size: int = option(10000, "with --lr_scheduler step: optimizer steps between two drops", within="[1, inf)")
+    lr_step_gamma: float = option(0.1, "with --lr_scheduler step: factor of each drop", within="(0, 1]")
+    lr_num_cycles: int = option(
+        1, "with --lr_scheduler cosine_with_restarts: number of cosines after warm-up", within="[1, inf)"
+    )
+    lr_power: float = option(
+        1.0, "with --lr_scheduler polynomial: exponent of the remaining fraction of the steps", within="(0, inf)"
+    )
     lr_decay_steps: int | None = option(
-        None, "with --lr_scheduler warmup_stable_decay: optimizer steps of the decay at the end; default: a fifth"
+        None,
+        "with --lr_scheduler warmup_stable_decay: optimizer steps of the decay at the end; default: a fifth",
+        within="[1, inf)",
     )
     optimizer: str = option(
         "muon", "optimizer; muon learns sooner than adamw, at the same learning rates or larger",
@@ -39,13 +51,17 @@ class OptimizationOptions:
             "adamw", "adam", "muon", "lion", "lamb", "adafactor", "prodigy", "schedule_free_adamw", "adamw_8bit",
         ),
     )  # fmt: skip
-    adam_beta1: float = option(0.95, "decay of the gradient's running mean")
-    adam_beta2: float = option(0.999, "decay of the squared gradient's running mean")
-    adam_weight_decay: float = option(1e-6, "weight decay, of weight matrices: norms and biases have none")
-    adam_epsilon: float = option(1e-8, "added to the root of the running mean of squares")
-    max_grad_norm: float = option(1.0, "clip the gradient's global L2 norm to this; 0 does not clip")
+    adam_beta1: float = option(0.95, "decay of the running mean of the gradient", within="[0, 1)")
+    adam_beta2: float = option(0.999, "decay of the running mean of the squared gradient", within="[0, 1)")
+    adam_weight_decay: float = option(
+        1e-6, "weight decay of weight matrices; norms and biases have none", within="[0, inf)"
+    )
+    adam_epsilon: float = option(1e-8, "added to the root of the running mean of squares", within="(0, inf)")
+    max_grad_norm: float = option(
+        1.0, "clip the global L2 norm of the gradient to this; 0: no clipping", within="[0, inf)"
+    )
     max_skipped_steps: int = option(
-        10, "steps in a row whose gradient is not finite (each is skipped) that end the run"
+        10, "steps in a row whose gradient is not finite (each is skipped) that end the run", within="[1, inf)"
     )
 
 
@@ -54,16 +70,25 @@ class EmaOptions:
     """EMA: an average of the weights, which is what gets sampled and saved"""
 
     use_ema: bool = option(True, "keep an exponential moving average of the weights")
-    ema_inv_gamma: float = option(1.0, "inverse gamma of the warm-up 1 - (1 + step / inv_gamma) ** -power")
-    ema_power: float = option(0.75, "power of that warm-up")
-    ema_max_decay: float = option(0.9999, "decay once warmed up, per optimizer step")
+    ema_inv_gamma: float = option(
+        1.0, "inverse gamma of the EMA warm-up 1 - (1 + step / inv_gamma) ** -power", within="(0, inf)"
+    )
+    ema_power: float = option(0.75, "power of the EMA warm-up", within="(0, inf)")
+    ema_max_decay: float = option(0.9999, "EMA decay per optimizer step after the warm-up", within="[0, 1)")
     ema_half_life_images: int | None = option(
-        None, "images after which a weight counts half; in the place of --ema_max_decay, for any batch size"
+        None,
+        "images after which a weight counts half; in the place of --ema_max_decay, for any batch size",
+        within="(0, inf)",
     )
     ema_power_lengths: list[float] | None = option(
-        None, "also track power-function averages of these sigma_rel (Karras et al. 2024), such as 0.05 0.1", nargs="+"
+        None,
+        "also track power-function averages of these sigma_rel (Karras et al. 2024), such as 0.05 0.1",
+        nargs="+",
+        within="(0, inf)",
     )
-    ema_snapshot_steps: int | None = option(None, "optimizer steps between their snapshots (also at the end)")
+    ema_snapshot_steps: int | None = option(
+        None, "optimizer steps between snapshots of these averages (also at the end)", within="[1, inf)"
+    )
 
 
 @dataclass
@@ -96,10 +121,16 @@ class HardwareOptions:
         True, "with --shard_weights: free gathered weights after the forward pass (ZeRO-3), or keep them (ZeRO-2)"
     )
     deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
-    replica_check_steps: int = option(0, "optimizer steps between comparisons of all ranks' weights; 0: never")
-    seed: int = option(0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run")
-    cpu_threads: int = option(0, "threads a process computes with on a CPU; 0: the cores shared by its processes")
-    local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag")
+    replica_check_steps: int = option(
+        0, "optimizer steps between comparisons of the weights of all ranks; 0: never", within="[0, inf)"
+    )
+    seed: int = option(
+        0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run", within="[0, inf)"
+    )
+    cpu_threads: int = option(
+        0, "threads a process computes with on a CPU; 0: the cores shared by its processes", within="[0, inf)"
+    )
+    local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag", within="[-1, inf)")
 
 
 @dataclass
@@ -108,8 +139,12 @@ class CheckpointOptions:
 
     output_dir: str = option("ddpm-model-64", "folder for checkpoints, grids and the saved pipeline")
     overwrite_output_dir: bool = option(False, "start again in a folder that holds checkpoints: deletes them")
-    checkpointing_steps: int = option(500, "optimizer steps between checkpoints; 0: only when stopped by a signal")
-    checkpoints_total_limit: int | None = option(None, "newest checkpoints to keep; default: all")
+    checkpointing_steps: int = option(
+        500, "optimizer steps between checkpoints; 0: only when a signal stops the run", within="[0, inf)"
+    )
+    checkpoints_total_limit: int | None = option(
+        None, "number of newest checkpoints to keep; default: all", within="[1, inf)"
+    )
     async_checkpointing: bool = option(
         True, "write checkpoints in the background: training waits for the copy to the CPU alone"
     )
@@ -117,19 +152,27 @@ class CheckpointOptions:
         None, "checkpoint folder, or `latest`: the newest whole one in --output_dir (none there: start)"
     )
     allow_dataset_change: bool = option(False, "resume on other images than the checkpoint was trained on")
-    save_model_epochs: int = option(10, "epochs between savings of the pipeline (also at the end)")
+    save_model_epochs: int = option(
+        10, "epochs between saved pipelines (also at the end); 0: only at the end", within="[0, inf)"
+    )
 
 
 @dataclass
 class LoggingOptions:
     """logging: what to watch"""
 
-    save_images_epochs: int = option(10, "epochs between sample grids (also at the end)")
-    preview_steps: int | None = option(None, "optimizer steps between sample grids; wins over --save_images_epochs")
-    eval_batch_size: int = option(16, "images in a sample grid, over all processes")
+    save_images_epochs: int = option(
+        10, "epochs between sample grids (also at the end); 0: only at the end", within="[0, inf)"
+    )
+    preview_steps: int | None = option(
+        None, "optimizer steps between sample grids; replaces --save_images_epochs", within="[1, inf)"
+    )
+    eval_batch_size: int = option(16, "images in a sample grid, over all processes", within="[1, inf)")
     logger: str = option("tensorboard", "experiment tracker", choices=("tensorboard", "wandb", "trackio", "none"))
     logging_dir: str = option("logs", "the tracker's folder inside --output_dir")
-    logging_steps: int = option(10, "optimizer steps between log lines; the device is read only then")
+    logging_steps: int = option(
+        10, "optimizer steps between log lines; the device is read only then", within="[1, inf)"
+    )
 
 
 @dataclass
@@ -143,13 +186,17 @@ class ValidationOptions:
         None, "split of --train_data_dir or --dataset_name to take the held-out images from, such as validation"
     )
     validation_steps: int | None = option(
-        None, "optimizer steps between held-out losses (also at the end); default: only at the end"
+        None, "optimizer steps between held-out losses (also at the end); default: only at the end", within="[1, inf)"
     )
-    validation_images: int = option(256, "held-out images to take the loss of, at most: the first in a fixed order")
+    validation_images: int = option(
+        256, "maximum number of held-out images to compute the loss of: the first in a fixed order", within="[1, inf)"
+    )
     score_steps: int | None = option(
-        None, "optimizer steps between scores (KID) of samples (also at the end); default: no scores"
+        None,
+        "optimizer steps between scores (KID) of samples (also at the end); default: no scores",
+        within="[1, inf)",
     )
-    score_images: int = option(200, "samples to a score")
+    score_images: int = option(200, "samples per score", within="[4, inf)")
 
 
 @dataclass

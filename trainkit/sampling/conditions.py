@@ -30,11 +30,15 @@ class ConditionOptions:
     vectors_file: str | None = option(
         None, ".npy (images, numbers) or .csv of a vector a line; a row of nan is no vector in particular"
     )
-    guidance_scale: float = option(1.0, "strength of guidance; 1: none, and half the time a step")
-    guidance_interval: list[float] | None = option(
-        None, "noise levels LOW HIGH (sigma) between which to guide; default: at all", nargs="+"
+    guidance_scale: float = option(
+        1.0, "guidance scale; 1: no guidance, which halves the time per step", within="[1, inf)"
     )
-    guidance_rescale: float = option(0.0, "0 to 1: how much of the contrast that guidance adds is taken back")
+    guidance_interval: list[float] | None = option(
+        None, "noise levels LOW HIGH (sigma) between which to guide; default: at all", nargs="+", within="[0, inf)"
+    )
+    guidance_rescale: float = option(
+        0.0, "fraction of the contrast added by guidance that is removed again", within="[0, 1]"
+    )
 
 
 class Conditions:
