@@ -110,7 +110,7 @@ def _check_count(side: str, count: int) -> None:
 
 def judge_classes(options: Options, images, indices) -> dict:
     """How many of the samples `indices` show the class asked for, by a classifier of `--classifier_data_dir`."""
-    from trainkit.data.cache import cache_root
+    from trainkit.data.files import cache_root
     from trainkit.evaluation.classifier import classifier_of
     from trainkit.evaluation.conditioning import check_asked_labels, label_accuracy
     from trainkit.evaluation.conditions import read_shown
@@ -122,7 +122,7 @@ def judge_classes(options: Options, images, indices) -> dict:
     labels = [asked.labels[index] for index in indices]
     flag = f"{flag} {options.classifier_data_dir}"
     check_asked_labels(labels, shown.label_names, options.generated, flag)
-    classifier = classifier_of(real, shown, flag, cache_root(options), options.seed)
+    classifier = classifier_of(real, shown, flag, cache_root(options.cache_dir), options.seed)
     found = label_accuracy(labels, classifier.predict(images, indices), classifier)
     return found | {"trained_on": options.classifier_data_dir, "num_unreadable": len(real.unreadable)}
 

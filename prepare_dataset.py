@@ -88,8 +88,7 @@ def main() -> None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
     if options.ray_address is not None and options.engine != "ray":
         raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
-    from trainkit.data.cache import cache_root
-    from trainkit.data.files import location
+    from trainkit.data.files import cache_root, location
     from trainkit.data.preparation.contact_sheet import write_contact_sheet
     from trainkit.data.preparation.hygiene import hygiene_from_options
     from trainkit.data.preparation.pool import run_jobs_apart
@@ -106,7 +105,7 @@ def main() -> None:
             raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
     output_dir, overwrite = location(options.output_dir, options.storage_options), options.overwrite_output_dir
     check_output(output_dir, settings, hygiene, overwrite)  # before a listing that may take long
-    engine, work_dir = run_jobs_apart, cache_root(options) / "work"
+    engine, work_dir = run_jobs_apart, cache_root(options.cache_dir) / "work"
     if options.engine == "ray":
         from trainkit.data.preparation.ray_engine import ray_engine
 

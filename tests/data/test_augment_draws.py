@@ -66,7 +66,7 @@ def test_labels_tell_every_kind_apart_and_steps_and_seeds_differ():
 class Photographs:
     """30 random images, stored at `stored` pixels a side for training at 8 x 8."""
 
-    height, width, channels, bit_depth, fixed_size = 8, 8, 3, 8, True
+    height, width, channels, bit_depth, fixed_size, holds_latents = 8, 8, 3, 8, True, False
 
     def __init__(self, stored=8):
         self.pixels = np.random.default_rng(0).integers(0, 256, (30, stored, stored, 3), dtype=np.uint8)

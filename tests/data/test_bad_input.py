@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from trainkit.data.account import Account
+from trainkit.data.faults import RejectedImage
 from trainkit.data.images.decode import decode_image
-from trainkit.data.images.limits import RejectedImage
 from trainkit.data.preparation.pool import run_jobs_apart
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 from test_prepare import SETTINGS, Stopped, contents, count_decoded, run, write_images
 
+from trainkit.data.format import read_preparation
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation import finalize as finalize_module
 from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation.hygiene import KEPT, HygieneSettings, exact_duplicates, near_duplicates, near_pairs
-from trainkit.data.preparation.prepare import prepare, read_preparation
+from trainkit.data.preparation.prepare import prepare
 from trainkit.data.preparation.shards import ShardWriter, open_stream
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources import records

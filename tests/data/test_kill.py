@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainkit.data.format import read_preparation
 from trainkit.data.images.decode import PreparationSettings
 from trainkit.data.preparation import finalize as finalize_module
 from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation import shards
-from trainkit.data.preparation.prepare import prepare, read_preparation
+from trainkit.data.preparation.prepare import prepare
 from trainkit.data.sources import records
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError

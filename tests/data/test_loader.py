@@ -8,7 +8,7 @@ from trainkit.data.loading.loader import BatchLoader, BatchShape
 class CountingImages:
     """200 images of 4x6 whose pixels are their number, counting what is read."""
 
-    height, width, channels, bit_depth, fixed_size = 4, 6, 1, 8, True
+    height, width, channels, bit_depth, fixed_size, holds_latents = 4, 6, 1, 8, True, False
 
     def __init__(self):
         self.read = 0

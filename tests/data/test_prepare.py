@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainkit.data.format import read_preparation
 from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation import shards
-from trainkit.data.preparation.prepare import PreparationSettings, prepare, read_preparation
+from trainkit.data.preparation.prepare import PreparationSettings, prepare
 from trainkit.data.sources import records
 from trainkit.data.sources.folder import FolderReader, ImageFolder
 

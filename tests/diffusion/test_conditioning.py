@@ -31,7 +31,7 @@ class Labelled:
     """A hundred images of 4x4 of known classes and vectors, as a prepared dataset gives them."""
 
     height = width = 4
-    channels, bit_depth, fixed_size = 1, 8, True
+    channels, bit_depth, fixed_size, holds_latents = 1, 8, True, False
     label_names, vector_length = ["cat", "dog", "elk", "fox"], 3
 
     def __len__(self):

@@ -62,7 +62,7 @@ class FakeRun:
 class Numbered:
     """Images of 4x6 that are all their own number; only a centre crop is given out."""
 
-    height, width, channels, bit_depth = 4, 6, 1, 8
+    height, width, channels, bit_depth, holds_latents = 4, 6, 1, 8, False
 
     def __len__(self):
         return NUM_HELD_OUT

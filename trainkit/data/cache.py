@@ -6,17 +6,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trainkit.data.files import RemotePath, exists, fetch, for_each, location, sizes
+from trainkit.data.files import RemotePath, cache_root, exists, fetch, for_each, location, sizes
+from trainkit.data.format import INFO_NAME, LOCK_NAME, PREPARATION_NAME, STATE_NAME, format_counts, read_preparation
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation.pool import run_jobs_apart
-from trainkit.data.preparation.prepare import (
-    LOCK_NAME,
-    PREPARATION_NAME,
-    dataset_fingerprint,
-    prepare,
-    read_preparation,
-    told_counts,
-)
+from trainkit.data.preparation.prepare import dataset_fingerprint, prepare
 from trainkit.data.settings import (
     check_training_size,
     parse_resolution,
@@ -41,7 +35,7 @@ def open_or_prepare(options) -> PreparedImages:
     if place and exists(place / PREPARATION_NAME):
         resolution = None if options.resolution is None else parse_resolution(options.resolution)
         if isinstance(place, RemotePath) and not options.streaming:
-            place = local_copy(place, cache_root(options) / "copies")
+            place = local_copy(place, cache_root(options.cache_dir) / "copies")
         images = PreparedImages(place, resolution)
         _check_agreement(images, options, f"{flag} {given}")
         return images
@@ -50,7 +44,7 @@ def open_or_prepare(options) -> PreparedImages:
     settings = settings_from_options(options)
     source = open_source(options)
     fingerprint = dataset_fingerprint(source, settings)
-    root, name = cache_root(options) / "prepared", re.sub(r"[^A-Za-z0-9_-]+", "-", source.name)[:60]
+    root, name = cache_root(options.cache_dir) / "prepared", re.sub(r"[^A-Za-z0-9_-]+", "-", source.name)[:60]
     folder = next(root.glob(f"*-{fingerprint}"), root / f"{name}-{fingerprint}")  # a source may have been renamed
     resolution = None if settings.train_height is None else (settings.train_height, settings.train_width)
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -62,7 +56,7 @@ def open_or_prepare(options) -> PreparedImages:
         prepare(source, settings, folder, options.num_proc, is_first, "--cache_dir", run_jobs_apart)
         images = PreparedImages(folder, resolution)
     if is_first:
-        print(f"prepared images: {folder}, {told_counts(images.preparation)}", flush=True)
+        print(f"prepared images: {folder}, {format_counts(images.preparation)}", flush=True)
     return images
 
 
@@ -103,16 +97,11 @@ def local_copy(folder: RemotePath, root: Path) -> Path:
                 f"copying {len(missing):,} shards of {folder} to {copy} (once; --streaming makes no copy)", flush=True
             )
             list(for_each(lambda path: fetch(path, copy / path.name), [folder / name for name in missing]))
-            for name in ("dataset_info.json", "state.json", PREPARATION_NAME):
+            for name in (INFO_NAME, STATE_NAME, PREPARATION_NAME):
                 fetch(folder / name, copy / name)
     except OSError as error:
         raise UserError(f"copying {folder} to --cache_dir {copy}: {error.strerror or error}") from None
     return copy
-
-
-def cache_root(options) -> Path:
-    """`--cache_dir`, else $TRAINKIT_CACHE, else ~/.cache/trainkit."""
-    return Path(options.cache_dir or os.environ.get("TRAINKIT_CACHE") or "~/.cache/trainkit").expanduser()
 
 
 def _check_agreement(images: PreparedImages, options, what: str) -> None:

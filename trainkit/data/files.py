@@ -62,6 +62,11 @@ class RemotePath:
             raise UserError(f"{self.url} is no URL that fsspec knows ({error}); give s3://, gs://, ...") from None
 
 
+def cache_root(cache_dir: str | None) -> Path:
+    """Return the cache folder: `--cache_dir`, else $TRAINKIT_CACHE, else ~/.cache/trainkit."""
+    return Path(cache_dir or os.environ.get("TRAINKIT_CACHE") or "~/.cache/trainkit").expanduser()
+
+
 def location(where: "str | Path | RemotePath", storage_options: str | None = None) -> "Path | RemotePath":
     """A path, or what `--storage_options` (JSON) and a URL say. Raises `UserError`."""
     if not isinstance(where, str) or "://" not in where:

@@ -15,8 +15,9 @@ import torch
 from diffusers import UNet2DModel
 
 from pipelines.vector_embedding import VectorEmbedding
-from trainkit.data.cache import cache_root
-from trainkit.data.loading.dataset import NO_LABEL, PreparedImages
+from trainkit.data.files import cache_root
+from trainkit.data.format import NO_LABEL
+from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.text import TextCondition, check_text_options, load_text_encoder
 from trainkit.errors import UserError
@@ -47,7 +48,7 @@ def open_condition(options, images: PreparedImages) -> "ClassCondition | VectorC
     dropout = options.conditioning_dropout
     given = f"--condition {options.condition}: {options.train_data_dir or options.dataset_name}"
     if options.condition == "text":
-        return TextCondition(images, load_text_encoder(options), cache_root(options), given, dropout)
+        return TextCondition(images, load_text_encoder(options), cache_root(options.cache_dir), given, dropout)
     if options.condition == "vector":
         if not images.vector_length:
             raise UserError(

@@ -16,12 +16,12 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from trainkit.data.cache import cache_root
+from trainkit.data.files import cache_root
+from trainkit.data.format import PREPARATION_NAME
 from trainkit.data.loading.augment import build_augmentation
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.encodings import Rows, make_units, read_complete, unit_name, write_complete, write_rows
 from trainkit.data.loading.loader import to_model_range
-from trainkit.data.preparation.prepare import PREPARATION_NAME
 from trainkit.data.settings import parse_resolution, resize_mode_from_options
 from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
@@ -38,7 +38,7 @@ class LatentImages:
     `rows` holds mean and deviation (2 * C * h * w,) of each image, `mirrored` those of its mirror image or None.
     """
 
-    bit_depth, fixed_size = None, True  # already in the model's range
+    holds_latents, fixed_size = True, True
 
     def __init__(self, images: PreparedImages, vae: AutoencoderKL, digest: str, rows: Rows, mirrored: Rows | None):
         self.images, self.vae, self.rows, self.mirrored = images, vae, rows, mirrored
@@ -112,7 +112,7 @@ def open_latents(options, images: PreparedImages, flips: bool) -> LatentImages:
     _check_images(options, vae, images)
     digest = state_digest(vae, FORMAT)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", images.folder.name)[:60]
-    folder = cache_root(options) / "latents" / f"{stem}-{images.fingerprint}-{digest}"
+    folder = cache_root(options.cache_dir) / "latents" / f"{stem}-{images.fingerprint}-{digest}"
     rows = _encoded(images, vae, folder, mirror=False)
     mirrored = _encoded(images, vae, folder / "mirrored", mirror=True) if flips else None
     latents = LatentImages(images, vae, digest, rows, mirrored)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from trainkit import __version__
 from trainkit.atomic import write_json
 from trainkit.data.files import exists, location
-from trainkit.data.preparation.prepare import PREPARATION_NAME
+from trainkit.data.format import PREPARATION_NAME
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
 from trainkit.sampling.pipeline import PIPELINE_PARTS

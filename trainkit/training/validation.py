@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainkit.data.cache import cache_root, local_copy, open_or_prepare
-from trainkit.data.files import RemotePath, exists, location
+from trainkit.data.cache import local_copy, open_or_prepare
+from trainkit.data.files import RemotePath, cache_root, exists, location
+from trainkit.data.format import PREPARATION_NAME
 from trainkit.data.loading.augment import to_training_size
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.loading.loader import Batch, Condition, to_model_range
+from trainkit.data.loading.loader import Batch, Condition, to_model_input
 from trainkit.data.loading.order import Purpose, normal_draws, sample_indices, uniform_draws
-from trainkit.data.preparation.prepare import PREPARATION_NAME
 from trainkit.data.settings import check_training_size
 from trainkit.diffusion.noise_schedule import uniform_timesteps
 from trainkit.errors import UserError
@@ -72,7 +72,7 @@ def _open_folder(options: TrainingOptions, images: PreparedImages) -> PreparedIm
         except UserError as error:
             raise UserError(str(error).replace("--train_data_dir", "--validation_data_dir")) from None
     if isinstance(place, RemotePath):
-        place = local_copy(place, cache_root(options) / "copies")
+        place = local_copy(place, cache_root(options.cache_dir) / "copies")
     held_out = PreparedImages(place)
     if held_out.settings.train_height is None:
         return held_out
@@ -192,7 +192,7 @@ class HeldOutLoss:
         inputs = {} if self.condition is None else self.condition.inputs(indices)
         return Batch(
             images=to_training_size(
-                to_model_range(torch.from_numpy(pixels).to(device), images.bit_depth), (images.height, images.width)
+                to_model_input(torch.from_numpy(pixels).to(device), images), (images.height, images.width)
             ),
             noise=torch.from_numpy(noise).to(device),
             uniforms=self.uniforms[list(rows)].to(device),

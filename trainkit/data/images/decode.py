@@ -24,10 +24,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from trainkit.data.faults import RejectedImage
 from trainkit.data.images.colour import is_srgb, standard_mode
 from trainkit.data.images.deep import decode_deep, unit_array
 from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
-from trainkit.data.images.limits import RejectedImage, check_header, pillow_limits, rejection
+from trainkit.data.images.limits import check_header, pillow_limits, rejection
 from trainkit.data.settings import PreparationSettings
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a picture is a fault, not a picture

@@ -8,17 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from trainkit.data import faults
+from trainkit.data.faults import RejectedImage
 from trainkit.data.settings import PreparationSettings
 
 WORKER_BYTES, BYTES_PER_PIXEL = 2**30, 64  # of memory: a worker by itself; an image while 16 bits are made of it
-
-
-class RejectedImage(Exception):
-    """A file that is not taken: `fault` is its class (truncated, not_an_image, ...), the message says more."""
-
-    def __init__(self, fault: str, message: str):
-        super().__init__(message)
-        self.fault = fault
 
 
 @contextlib.contextmanager
@@ -57,14 +51,14 @@ def check_header(image: Image.Image, settings: PreparationSettings) -> None:
     shorter, longer = sorted(image.size)
     told = f"{image.width}x{image.height} pixels"
     if shorter == 0:
-        raise RejectedImage("corrupt", told)
+        raise RejectedImage(faults.CORRUPT, told)
     if shorter < settings.min_size:
-        raise RejectedImage("too_small", f"{told}, --min_size {settings.min_size}")
+        raise RejectedImage(faults.TOO_SMALL, f"{told}, --min_size {settings.min_size}")
     if settings.max_aspect_ratio and longer > settings.max_aspect_ratio * shorter:
-        raise RejectedImage("bad_aspect", f"{told}, --max_aspect_ratio {settings.max_aspect_ratio:g}")
+        raise RejectedImage(faults.BAD_ASPECT, f"{told}, --max_aspect_ratio {settings.max_aspect_ratio:g}")
     # The further pictures of an MPO, which many cameras write as .jpg, are previews and depth maps.
     if settings.animated == "reject" and image.format != "MPO" and getattr(image, "is_animated", False):
-        raise RejectedImage("animated", f"{told}, several frames or pages")
+        raise RejectedImage(faults.ANIMATED, f"{told}, several frames or pages")
 
 
 # What files that are not read as images begin with: offset, mark, fault, what it is and how to continue.
@@ -97,23 +91,23 @@ def _unidentified(image: bytes | str | Path) -> RejectedImage:
     for offset, mark, fault, message in KNOWN_MARKS:
         if head[offset:].lower().startswith(mark.lower()):
             return RejectedImage(fault, message)
-    return RejectedImage("not_an_image", "Pillow knows no image format that starts like this")
+    return RejectedImage(faults.NOT_AN_IMAGE, "Pillow knows no image format that starts like this")
 
 
 def rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
     """The fault of a file with which Pillow ended in `error`."""
     message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError)):
-        return RejectedImage("too_large", message)
+        return RejectedImage(faults.TOO_LARGE, message)
     if isinstance(error, FileNotFoundError):
-        return RejectedImage("missing", "the file is not there")
+        return RejectedImage(faults.MISSING, "the file is not there")
     if isinstance(error, (PermissionError, IsADirectoryError)) or getattr(error, "errno", None):
-        return RejectedImage("unreadable", error.strerror or message)
+        return RejectedImage(faults.UNREADABLE, error.strerror or message)
     size = Path(image).stat().st_size if isinstance(image, str | Path) else len(image)
     if size == 0:
-        return RejectedImage("empty", "the file has no bytes")
+        return RejectedImage(faults.EMPTY, "the file has no bytes")
     if isinstance(error, Image.UnidentifiedImageError):
         return _unidentified(image)
     if isinstance(error, (OSError, EOFError)) and "truncated" in message.lower() or isinstance(error, EOFError):
-        return RejectedImage("truncated", message)
-    return RejectedImage("corrupt", message)
+        return RejectedImage(faults.TRUNCATED, message)
+    return RejectedImage(faults.CORRUPT, message)

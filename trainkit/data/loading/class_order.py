@@ -10,7 +10,8 @@ N images, K classes.
 
 import numpy as np
 
-from trainkit.data.loading.dataset import NO_LABEL, PreparedImages
+from trainkit.data.format import NO_LABEL
+from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import SampleOrder, sample_indices
 from trainkit.errors import UserError
 

@@ -18,12 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from trainkit.data.files import RemotePath, location, open_stream, read_text, size, sizes
+from trainkit.data.format import FORMAT, NO_LABEL, PREPARATION_NAME, read_preparation
 from trainkit.data.images.storage import decode
-from trainkit.data.preparation.prepare import FORMAT, PREPARATION_NAME, read_preparation
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
 
-NO_LABEL = -1
 FETCHES = 4  # shards of about 25 MB at once
 
 
@@ -52,6 +51,7 @@ class PreparedImages:
     """
 
     components: ClassVar[dict] = {}  # arguments of the saved pipeline: pixels need none, latents a decoder
+    holds_latents: ClassVar[bool] = False  # pixels, which `to_model_range` scales
 
     def __init__(
         self,

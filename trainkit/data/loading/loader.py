@@ -25,13 +25,18 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import Purpose, SampleOrder, normal_draws, uniform_draws
 
 
-def to_model_range(pixels: torch.Tensor, bit_depth: int | None) -> torch.Tensor:
-    """Float32 images (B, C, H, W) in [-1, 1] from `pixels` (B, H, W, C) as stored, of `bit_depth` bits.
+def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
+    """Return float32 images (B, C, H, W) in [-1, 1] of stored `pixels` (B, H, W, C) with `bit_depth` bits."""
+    return _channels_first(pixels).div_((2**bit_depth - 1) / 2).sub_(1)
 
-    With None they are as the model takes them: latents.
-    """
-    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return images if bit_depth is None else images.div_((2**bit_depth - 1) / 2).sub_(1)
+
+def to_model_input(gathered: torch.Tensor, images: PreparedImages) -> torch.Tensor:
+    """Return what the model takes (B, C, H, W), float32, of what `images` gave (B, H, W, C): pixels or latents."""
+    return _channels_first(gathered) if images.holds_latents else to_model_range(gathered, images.bit_depth)
+
+
+def _channels_first(images: torch.Tensor) -> torch.Tensor:
+    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ class BatchLoader:
             crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
         shape = (self.images.channels, self.images.height, self.images.width)
         flip, augmentation = uniforms(Purpose.FLIP) < 0.5 if self.random_flip else None, None
-        if self.images.bit_depth is None:  # latents: drawn anew, and of the mirror image where it is flipped
+        if self.images.holds_latents:  # sampled from their distribution at each visit; flips use the mirror image's
             noise = normal_draws(self.seed, step, rows, shape, Purpose.LATENT)
             pixels, flip = self.images.sample(indices, flip, noise), None
         else:
@@ -192,7 +197,7 @@ class BatchLoader:
         images, noise, uniforms = (
             host_batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "uniforms")
         )
-        images = to_model_range(images, self.images.bit_depth)
+        images = to_model_input(images, self.images)
         augmentation = host_batch["augmentation"]
         augmentation = None if augmentation is None else augmentation.to(self.device)
         images = augment(images, augmentation, (self.images.height, self.images.width))

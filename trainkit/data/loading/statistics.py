@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from trainkit.data.cache import cache_root
+from trainkit.data.files import cache_root
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.errors import UserError
 
@@ -18,7 +18,7 @@ def vector_statistics(images: PreparedImages, options) -> tuple[np.ndarray, np.n
 
     Every process of a run may call this at once: they write the same. Raises `UserError` where it cannot be written.
     """
-    path = cache_root(options) / "vector_statistics" / f"{images.fingerprint}.json"
+    path = cache_root(options.cache_dir) / "vector_statistics" / f"{images.fingerprint}.json"
     try:
         kept = json.loads(path.read_text())
         return np.float32(kept["mean"]), np.float32(kept["std"])

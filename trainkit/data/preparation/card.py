@@ -4,15 +4,15 @@ from pathlib import Path
 
 from trainkit.data.account import Account
 from trainkit.data.files import RemotePath, exists, sizes
-from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.preparation.finalize import (
+from trainkit.data.format import (
     LOCK_NAME,
     PREPARATION_NAME,
     REJECTED_NAME,
+    VALIDATION_FOLDER,
     WORK_FOLDER,
     read_preparation,
 )
-from trainkit.data.preparation.shards import VALIDATION_FOLDER
+from trainkit.data.loading.dataset import PreparedImages
 from trainkit.errors import UserError
 
 SHOWN_CLASSES = 6

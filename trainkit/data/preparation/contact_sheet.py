@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
+from trainkit.data import faults
+from trainkit.data.faults import RejectedImage
 from trainkit.data.files import RemotePath, read_text, write_text
+from trainkit.data.format import PREPARATION_NAME, REJECTED_NAME, format_counts
 from trainkit.data.images.decode import FORMATS, decode_image
-from trainkit.data.images.limits import RejectedImage
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.preparation.finalize import PREPARATION_NAME, REJECTED_NAME, told_counts
-from trainkit.data.preparation.pieces import DUPLICATE_FAULT
 from trainkit.data.preparation.pool import call_apart, quiet_decoders
 from trainkit.data.preparation.shards import ShardWriter
 
@@ -32,7 +32,9 @@ CLASS_SAMPLES, SHOWN_CLASSES, UNLABELLED_SAMPLES = 12, 24, 96
 SCANNED_LABELS = 20_000  # images whose class is looked up: enough for samples of any but the rarest
 SHOWN_REJECTED = 12  # of each fault
 # Of files of which there is something to see.
-SHOWN_FAULTS = {"truncated", "corrupt", "too_small", "bad_aspect", "animated", DUPLICATE_FAULT}
+SHOWN_FAULTS = {
+    faults.TRUNCATED, faults.CORRUPT, faults.TOO_SMALL, faults.BAD_ASPECT, faults.ANIMATED, faults.DUPLICATE
+}  # fmt: skip
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2em; max-width: 1400px }
 figure { display: inline-block; margin: 0 6px 10px 0; width: min-content; min-width: 100px; vertical-align: top;
@@ -59,7 +61,7 @@ def write_contact_sheet(folder: Path | RemotePath, source=None) -> Path | Remote
         return path
     images = PreparedImages(folder)
     name = images.preparation["source"]["name"]
-    body = [f"<h1>{_escaped(name)}</h1>", f"<p>{_escaped(told_counts(images.preparation))}</p>"]
+    body = [f"<h1>{_escaped(name)}</h1>", f"<p>{_escaped(format_counts(images.preparation))}</p>"]
     for title, indices in _samples(images):
         sources, texts = images.sources(indices), images.texts(indices)
         captions = [f"{source} {text}".strip() for source, text in zip(sources, texts, strict=True)]
@@ -114,7 +116,7 @@ def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[s
     pictures = dict(zip(paths, call_apart(reader, picture_of, paths), strict=True))
     parts = []
     for fault, lines in sorted(by_fault.items()):
-        explained = " (left: what stays)" if fault == DUPLICATE_FAULT else ""
+        explained = " (left: what stays)" if fault == faults.DUPLICATE else ""
         count = images.preparation["rejected"].get(fault, 0)
         parts += [f"<h2>{_escaped(fault)}: {count:,}{explained}</h2>", "<table>"]
         for line in lines:
@@ -128,7 +130,7 @@ def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[s
 
 def _names(line: dict) -> list[str]:
     """The files that a line of rejected.jsonl is about: what stays first, where it tells of a duplicate."""
-    return [line["repeats"], line["source"]] if line["fault"] == DUPLICATE_FAULT else [line["source"]]
+    return [line["repeats"], line["source"]] if line["fault"] == faults.DUPLICATE else [line["source"]]
 
 
 def _rejected_lines(path: Path | RemotePath) -> Iterator[dict]:

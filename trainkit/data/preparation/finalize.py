@@ -17,49 +17,28 @@ from trainkit.data.files import (
     exists,
     for_each,
     read_schema,
-    read_text,
     sizes,
     write_json,
     write_text,
 )
+from trainkit.data.format import (
+    FORMAT,
+    INFO_NAME,
+    PREPARATION_NAME,
+    REJECTED_NAME,
+    STATE_NAME,
+    UNITS_FOLDER,
+    VALIDATION_FOLDER,
+    read_preparation,
+)
 from trainkit.data.preparation.facts import add_totals, mean_and_std
 from trainkit.data.preparation.hygiene import TRAIN, VALIDATION
 from trainkit.data.preparation.pieces import Part, drop_duplicates
-from trainkit.data.preparation.shards import (
-    UNITS_FOLDER,
-    VALIDATION_FOLDER,
-    ShardWriter,
-    facts_path,
-    read_summary,
-    side_path,
-)
+from trainkit.data.preparation.shards import ShardWriter, facts_path, read_summary, side_path
 from trainkit.errors import UserError
 
-FORMAT = 3  # raise it when the same file and settings would give other pixels or another layout
-WORK_FOLDER, LOCK_NAME, PREPARATION_NAME = "work", ".lock", "preparation.json"
-REJECTED_NAME = "rejected.jsonl"
 OURS = r"data-.*\.arrow|.*\.tmp"
 EARLY_FILES, EXAMPLES = 1000, 3  # files that must be seen before a run is stopped; rejected ones that it tells then
-
-
-def read_preparation(folder: Path | RemotePath) -> dict | None:
-    """preparation.json of a complete prepared dataset; None where there is none, or its writing was cut short."""
-    try:
-        preparation = json.loads(read_text(folder / PREPARATION_NAME))
-        state = json.loads(read_text(folder / "state.json"))
-    except (OSError, ValueError):
-        return None
-    return preparation if state.get("_fingerprint") == preparation.get("fingerprint") else None
-
-
-def told_counts(preparation: dict) -> str:
-    """'1,998 images, 2 rejected (1 empty, 1 truncated)'."""
-    told = f"{preparation['num_images']:,} images"
-    rejected = preparation["rejected"]
-    if rejected:
-        faults = ", ".join(f"{count:,} {fault}" for fault, count in rejected.items())
-        told += f", {sum(rejected.values()):,} rejected ({faults}; see {REJECTED_NAME})"
-    return told
 
 
 def finalize(
@@ -171,8 +150,8 @@ def _write_dataset(
         "_split": None,
     }
     info = {"citation": "", "description": "", "features": writer.features, "homepage": "", "license": ""}
-    write_json(folder / "dataset_info.json", info)
-    write_json(folder / "state.json", state)
+    write_json(folder / INFO_NAME, info)
+    write_json(folder / STATE_NAME, state)
     write_json(folder / PREPARATION_NAME, preparation)
 
 

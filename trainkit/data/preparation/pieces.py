@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from trainkit.data import faults
 from trainkit.data.files import RemotePath, delete, open_stream, sizes
+from trainkit.data.format import UNITS_FOLDER, VALIDATION_FOLDER
 from trainkit.data.preparation.facts import ImageFacts
 from trainkit.data.preparation.hygiene import (
     HASH_BITS,
@@ -30,17 +32,8 @@ from trainkit.data.preparation.hygiene import (
 )
 from trainkit.data.preparation.plan import is_transient
 from trainkit.data.preparation.rows import Rows
-from trainkit.data.preparation.shards import (
-    UNITS_FOLDER,
-    VALIDATION_FOLDER,
-    ShardWriter,
-    facts_path,
-    read_shard,
-    read_summary,
-    side_path,
-)
+from trainkit.data.preparation.shards import ShardWriter, facts_path, read_shard, read_summary, side_path
 
-DUPLICATE_FAULT = "duplicate"
 OPEN_UNITS = 256  # whose facts stay open while duplicates are told
 
 
@@ -225,7 +218,7 @@ def _told(
         if row["label"] != first["label"]:
             message += f", which is of another class: {_class_name(writer, first['label'])}"
         yield unit, {
-            "source": row["source"], "fault": DUPLICATE_FAULT, "message": message, "repeats": first["source"]
+            "source": row["source"], "fault": faults.DUPLICATE, "message": message, "repeats": first["source"]
         }  # fmt: skip
 
 

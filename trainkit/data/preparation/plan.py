@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from trainkit.data import faults
 from trainkit.data.files import RemotePath, for_each, open_stream, read_schema, sizes
 from trainkit.data.preparation.shards import JoinJob, SliceJob, read_summary, side_path
-
-TRANSIENT_FAULTS = {"unreadable", "crashed"}  # may be gone the next time though no file changed: tried again
 
 
 @dataclasses.dataclass
@@ -87,7 +86,7 @@ def done_units(shards: list[Path | RemotePath], sides: tuple[int, ...]) -> dict[
 
 
 def is_transient(rejected: list[dict]) -> bool:
-    return bool(TRANSIENT_FAULTS & {line["fault"] for line in rejected})
+    return bool(faults.TRANSIENT & {line["fault"] for line in rejected})
 
 
 def _told_if_done(shard: Path | RemotePath, sides: tuple[int, ...]) -> list[dict] | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
+from trainkit.data import faults
 from trainkit.data.account import Account
 from trainkit.data.files import (
     RemotePath,
@@ -29,31 +30,22 @@ from trainkit.data.files import (
     sizes,
     write_text,
 )
-from trainkit.data.preparation import pieces
-from trainkit.data.preparation.finalize import (
-    EARLY_FILES,
+from trainkit.data.format import (
     FORMAT,
     LOCK_NAME,
     PREPARATION_NAME,
-    WORK_FOLDER,
-    Rejections,
-    finalize,
-    read_preparation,
-    sweep_current,
-    told_counts,
-)
-from trainkit.data.preparation.hygiene import AS_IT_IS, HygieneSettings
-from trainkit.data.preparation.plan import TRANSIENT_FAULTS, Plan, done_units
-from trainkit.data.preparation.pool import run_jobs, run_jobs_apart
-from trainkit.data.preparation.shards import (
-    BATCH_BYTES,
-    SLICE_ITEMS,
     UNITS_FOLDER,
     VALIDATION_FOLDER,
-    ShardWriter,
-    SliceJob,
-    read_summary,
+    WORK_FOLDER,
+    format_counts,
+    read_preparation,
 )
+from trainkit.data.preparation import pieces
+from trainkit.data.preparation.finalize import EARLY_FILES, Rejections, finalize, sweep_current
+from trainkit.data.preparation.hygiene import AS_IT_IS, HygieneSettings
+from trainkit.data.preparation.plan import Plan, done_units
+from trainkit.data.preparation.pool import run_jobs, run_jobs_apart
+from trainkit.data.preparation.shards import BATCH_BYTES, SLICE_ITEMS, ShardWriter, SliceJob, read_summary
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
 
@@ -114,7 +106,7 @@ def prepare(
             preparation = read_preparation(output_dir)
             if preparation and _is_current(preparation, output_dir, fingerprint, settings):
                 if show_progress:
-                    print(f"{output_dir} is up to date: {told_counts(preparation)}", flush=True)
+                    print(f"{output_dir} is up to date: {format_counts(preparation)}", flush=True)
                 delete_folder(work / WORK_FOLDER)  # a run was killed after all was done
                 sweep_current(output_dir)
                 return preparation
@@ -220,7 +212,7 @@ def _prepare(source, writer, units, output_dir, work, engines, show_progress, fi
     if show_progress:
         seconds = time.monotonic() - started
         megabytes = sum(shard["num_bytes"] for shard in preparation["shards"]) / 1e6
-        print(f"{output_dir}: {told_counts(preparation)}, {megabytes:,.1f} MB")
+        print(f"{output_dir}: {format_counts(preparation)}, {megabytes:,.1f} MB")
         rate = plan.num_missing / max(seconds, 1e-9)
         print(f"prepared {plan.num_missing:,} files in {seconds:.1f} s, {rate:,.0f} images/s", flush=True)
         print_account(preparation)
@@ -243,7 +235,7 @@ def slice_items(settings: PreparationSettings) -> int:
 def _is_current(preparation: dict, folder: Path | RemotePath, fingerprint: str, settings: PreparationSettings) -> bool:
     """Whether a complete dataset is the one that is wanted, undamaged, and without faults that may be gone by now."""
     training_size = settings.train_height, settings.train_width  # no part of the fingerprint
-    if preparation["fingerprint"] != fingerprint or TRANSIENT_FAULTS & preparation["rejected"].keys():
+    if preparation["fingerprint"] != fingerprint or faults.TRANSIENT & preparation["rejected"].keys():
         return False
     if tuple(preparation["settings"][name] for name in ("train_height", "train_width")) != training_size:
         return False

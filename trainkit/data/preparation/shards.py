@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from trainkit.data import faults
 from trainkit.data.account import Account
+from trainkit.data.faults import RejectedImage
 from trainkit.data.files import RemotePath, delete, exists, open_stream, written
+from trainkit.data.format import UNITS_FOLDER, VALIDATION_FOLDER
 from trainkit.data.images.decode import decode_image
-from trainkit.data.images.limits import RejectedImage
 from trainkit.data.images.storage import image_columns, image_features, image_types
 from trainkit.data.preparation.facts import (
     FACTS_SCHEMA,
@@ -37,7 +39,6 @@ from trainkit.data.sources.vectors import check_vector
 SLICE_ITEMS = 128  # images decoded at one go by one process
 BATCH_BYTES = 64 * 2**20  # of pixels in a record batch: far from what int32 offsets can hold
 SUMMARY_KEY = b"preparation"
-VALIDATION_FOLDER, UNITS_FOLDER = "validation", ".units"  # held-out shards; what deduplication knows of the units
 
 
 class SliceJob(NamedTuple):
@@ -156,10 +157,12 @@ class ShardWriter:
             name = self.reader.name(item)
             try:
                 if position in job.deadly:
-                    raise RejectedImage("crashed", "decoding it killed the process, by a fault or for want of memory")
+                    raise RejectedImage(
+                        faults.CRASHED, "decoding it killed the process, by a fault or for want of memory"
+                    )
                 record = self.reader.read(item)
                 if record.image is None:
-                    raise RejectedImage("missing", "the row holds no image")
+                    raise RejectedImage(faults.MISSING, "the row holds no image")
                 vector = None if self.vector_length is None else check_vector(record.vector, self.vector_length)
                 image = decode_image(record.image, self.settings)
             except RejectedImage as rejection:

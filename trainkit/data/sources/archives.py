@@ -19,8 +19,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from trainkit.data import faults
 from trainkit.data.account import Account, Kind
-from trainkit.data.images.limits import RejectedImage
+from trainkit.data.faults import RejectedImage
+from trainkit.data.format import NO_LABEL
 from trainkit.data.sources import records
 from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.locations import DataFile, Location, open_file, opened, read_range, read_whole
@@ -36,7 +38,7 @@ from trainkit.data.sources.members import (
     match_rows,
 )
 from trainkit.data.sources.metadata import METADATA_NAMES, read_folder_metadata
-from trainkit.data.sources.records import NO_LABEL, Record, Unit, cut_by_name, digest, first_length, sorted_labels
+from trainkit.data.sources.records import Record, Unit, cut_by_name, digest, first_length, sorted_labels
 from trainkit.data.sources.splits import choose_split, split_by_folder
 from trainkit.data.sources.texts import read_caption
 from trainkit.data.sources.vectors import parse_npy
@@ -190,13 +192,15 @@ class ArchiveReader(NamedTuple):
         except (RejectedImage, UserError):
             raise
         except FileNotFoundError:
-            raise RejectedImage("missing", "it is not there any more") from None
+            raise RejectedImage(faults.MISSING, "it is not there any more") from None
         except (ValueError, OverflowError) as error:  # an offset that is none
-            raise RejectedImage("corrupt", f"the archive is damaged: {error}") from None
+            raise RejectedImage(faults.CORRUPT, f"the archive is damaged: {error}") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise RejectedImage("truncated", f"the archive is damaged: {error}") from None
+            raise RejectedImage(faults.TRUNCATED, f"the archive is damaged: {error}") from None
         except Exception as error:  # each store raises its own; it may be gone the next time
-            raise RejectedImage("unreadable", " ".join(f"{type(error).__name__}: {error}".split())[:300]) from None
+            raise RejectedImage(
+                faults.UNREADABLE, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            ) from None
 
 
 def _remote_files(files: list[DataFile]) -> Iterator[File]:
@@ -204,14 +208,14 @@ def _remote_files(files: list[DataFile]) -> Iterator[File]:
     for number, file in enumerate(files):
         span = Span(clean_path(file.name), file.stamp, number, file.size, file.size)
         is_metadata = file.name.rpartition("/")[2].lower() in METADATA_NAMES
-        too_large = ("too_large", f"{file.size:,} bytes") if file.size > MAX_MEMBER_BYTES else None
+        too_large = (faults.TOO_LARGE, f"{file.size:,} bytes") if file.size > MAX_MEMBER_BYTES else None
         yield File(span, read_whole(file.location) if is_metadata else None, too_large)
 
 
 def _read_file(file: DataFile, span: Span) -> bytes:
     content = read_whole(file.location)
     if len(content) < span.size:
-        raise RejectedImage("truncated", f"{len(content)} of {span.size} bytes came")
+        raise RejectedImage(faults.TRUNCATED, f"{len(content)} of {span.size} bytes came")
     return content
 
 
@@ -223,9 +227,9 @@ def _listed(archive: DataFile) -> Iterator[File]:
         with open_file(archive.location) as file:
             yield from list_files(archive, file)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, *BROKEN_HEADERS) as error:
-        damage = "corrupt", f"no whole {archive.kind} file: {error}"
+        damage = faults.CORRUPT, f"no whole {archive.kind} file: {error}"
     except EOFError as error:
-        damage = "truncated", f"it breaks off: {error}"
+        damage = faults.TRUNCATED, f"it breaks off: {error}"
     except OSError as error:
         damage = "unreadable", error.strerror or str(error)
     if damage:
@@ -239,11 +243,14 @@ def _list_zip(archive: DataFile, file: BinaryIO) -> Iterator[File]:
                 continue
             fault, size = None, max(info.file_size, info.compress_size)
             if stat.S_ISLNK(info.external_attr >> 16):
-                fault = "link", "a symbolic link, which is not followed"
+                fault = faults.LINK, "a symbolic link, which is not followed"
             elif info.flag_bits & 1:
-                fault = "encrypted", "it is encrypted; pack it without a password"
+                fault = faults.ENCRYPTED, "it is encrypted; pack it without a password"
             elif info.compress_type not in (STORED, DEFLATED, BZIP2):
-                fault = "unsupported", f"packed by method {info.compress_type}; stored, deflate and bzip2 are read"
+                fault = (
+                    faults.UNSUPPORTED,
+                    f"packed by method {info.compress_type}; stored, deflate and bzip2 are read",
+                )
             path = clean_path(info.filename.replace("\\", "/"))
             stamp = f"{info.file_size} {info.CRC:08x}"
             span = Span(
@@ -262,7 +269,7 @@ def _list_zip(archive: DataFile, file: BinaryIO) -> Iterator[File]:
 def _too_large(size: int) -> tuple[str, str] | None:
     if 0 <= size <= MAX_MEMBER_BYTES:
         return None
-    return "too_large", f"{size:,} bytes; the limit is {MAX_MEMBER_BYTES:,}"
+    return faults.TOO_LARGE, f"{size:,} bytes; the limit is {MAX_MEMBER_BYTES:,}"
 
 
 def _is_read_now(path: str, size: int, extensions: tuple[str, ...]) -> bool:
@@ -303,11 +310,11 @@ def _list_tar(archive: DataFile, file: BinaryIO) -> Iterator[File]:
             continue
         fault = _too_large(info.size)
         if info.issym() or info.islnk():
-            fault = "link", f"a link to {info.linkname[:200]}, which is not followed"
+            fault = faults.LINK, f"a link to {info.linkname[:200]}, which is not followed"
         elif not info.isreg():
-            fault = "not_a_file", "a device or a pipe"
+            fault = faults.NOT_A_FILE, "a device or a pipe"
         elif info.sparse is not None:
-            fault = "unsupported", "stored with holes (sparse); pack it without --sparse"
+            fault = faults.UNSUPPORTED, "stored with holes (sparse); pack it without --sparse"
         path = clean_path(info.name)
         span = Span(path, f"{archive.stamp} {info.offset_data} {info.size}", info.offset_data, info.size, info.size)
         content = None
@@ -331,7 +338,7 @@ def read_span(archive: DataFile, span: Span) -> bytes:
         stream.seek(span.offset)
         content = stream.read(span.size)
     if len(content) < span.size:
-        raise RejectedImage("truncated", f"the archive ends after {len(content)} of its {span.size} bytes")
+        raise RejectedImage(faults.TRUNCATED, f"the archive ends after {len(content)} of its {span.size} bytes")
     return content
 
 
@@ -342,12 +349,12 @@ def _open_packed(location: Location) -> gzip.GzipFile:
 def _read_zip(archive: DataFile, span: Span) -> bytes:
     header = read_range(archive.location, span.offset, ZIP_HEADER.size)
     if len(header) < ZIP_HEADER.size or not header.startswith(b"PK\3\4"):
-        raise RejectedImage("corrupt", "the archive has no file where its directory says")
+        raise RejectedImage(faults.CORRUPT, "the archive has no file where its directory says")
     _, name_length, extra_length = ZIP_HEADER.unpack(header)
     start = span.offset + ZIP_HEADER.size + name_length + extra_length
     packed = read_range(archive.location, start, span.stored)
     if len(packed) < span.stored:
-        raise RejectedImage("truncated", f"the archive ends after {len(packed)} of its {span.stored} bytes")
+        raise RejectedImage(faults.TRUNCATED, f"the archive ends after {len(packed)} of its {span.stored} bytes")
     try:
         # One byte more than was declared is enough to see that there would be more.
         if span.method == DEFLATED:
@@ -357,7 +364,9 @@ def _read_zip(archive: DataFile, span: Span) -> bytes:
         else:
             content = packed
     except (zlib.error, OSError, EOFError) as error:
-        raise RejectedImage("corrupt", f"it cannot be unpacked: {error}") from None
+        raise RejectedImage(faults.CORRUPT, f"it cannot be unpacked: {error}") from None
     if len(content) != span.size or zlib.crc32(content) != span.crc:
-        raise RejectedImage("corrupt", f"it does not unpack to the {span.size:,} bytes and checksum that are declared")
+        raise RejectedImage(
+            faults.CORRUPT, f"it does not unpack to the {span.size:,} bytes and checksum that are declared"
+        )
     return content

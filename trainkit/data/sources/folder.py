@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainkit.data import faults
 from trainkit.data.account import Kind
-from trainkit.data.images.limits import RejectedImage
+from trainkit.data.faults import RejectedImage
+from trainkit.data.format import NO_LABEL
 from trainkit.data.sources import records
 from trainkit.data.sources.entries import NOT_A_FILE, Entry, ReadOptions, sidecar_path
 from trainkit.data.sources.listing import list_folder
-from trainkit.data.sources.records import NO_LABEL, Record, Unit, cuts, first_length, path_bytes, sorted_labels
+from trainkit.data.sources.records import Record, Unit, cuts, first_length, path_bytes, sorted_labels
 from trainkit.data.sources.texts import read_caption
 from trainkit.data.sources.vectors import MAX_VECTOR_BYTES, parse_npy
 
@@ -52,7 +54,7 @@ class FolderReader(NamedTuple):
 
     def read(self, entry: Entry) -> Record:
         if entry.size == NOT_A_FILE:
-            raise RejectedImage("not_a_file", "a device, a pipe or a socket")
+            raise RejectedImage(faults.NOT_A_FILE, "a device, a pipe or a socket")
         path, text, notes = Path(self.folder, entry.path), entry.text, ()
         if text is None and entry.caption_file:
             text, notes = _read_caption(sidecar_path(path, entry.caption_file, ".txt"))
@@ -76,7 +78,7 @@ def _read_npy(path: Path) -> np.ndarray:
         with open(path, "rb") as file:
             return parse_npy(file.read(MAX_VECTOR_BYTES))
     except OSError as error:
-        raise RejectedImage("bad_vector", f"{path.name}: {error.strerror}") from None
+        raise RejectedImage(faults.BAD_VECTOR, f"{path.name}: {error.strerror}") from None
 
 
 def _read_caption(path: Path) -> tuple[str | None, tuple[Kind, ...]]:

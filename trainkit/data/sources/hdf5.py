@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainkit.data import faults
 from trainkit.data.account import Account
-from trainkit.data.images.limits import RejectedImage
+from trainkit.data.faults import RejectedImage
+from trainkit.data.format import NO_LABEL
 from trainkit.data.sources import records
 from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.locations import DataFile, Location, is_url, open_file, opened
-from trainkit.data.sources.records import NO_LABEL, Record, Unit, digest, sorted_labels
+from trainkit.data.sources.records import Record, Unit, digest, sorted_labels
 from trainkit.errors import UserError
 from trainkit.packages import load_package
 
@@ -140,16 +142,16 @@ class Hdf5Reader(NamedTuple):
                 for name in (self.arrays.image, self.arrays.label, self.arrays.text, self.arrays.vector)
             )
         except FileNotFoundError:
-            raise RejectedImage("missing", "the file is not there any more") from None
+            raise RejectedImage(faults.MISSING, "the file is not there any more") from None
         except (OSError, RuntimeError, ValueError, KeyError) as error:  # whatever a damaged chunk makes HDF5 raise
-            raise RejectedImage("corrupt", " ".join(str(error).split())[:300]) from None
+            raise RejectedImage(faults.CORRUPT, " ".join(str(error).split())[:300]) from None
         if self.arrays.layout in LAYOUTS:
             image = image.transpose(LAYOUTS[self.arrays.layout])
         else:
             image = image[..., None]
         if image.dtype.kind == "f":
             if not (image.min() >= -SLACK and image.max() <= 1 + SLACK):  # false for what is not a number
-                raise RejectedImage("out_of_range", "it holds numbers outside of [0, 1]")
+                raise RejectedImage(faults.OUT_OF_RANGE, "it holds numbers outside of [0, 1]")
             image = image.clip(0, 1)
         if vector is not None:
             vector = vector.astype(np.float32)

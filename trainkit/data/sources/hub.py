@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainkit.data.account import Account, Kind
+from trainkit.data.format import NO_LABEL
 from trainkit.data.sources import records
 from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.metadata import CAPTION_COLUMNS, ColumnOptions, find_columns, normal_name
-from trainkit.data.sources.records import NO_LABEL, Record, Unit, first_length, sorted_labels
+from trainkit.data.sources.records import Record, Unit, first_length, sorted_labels
 from trainkit.data.sources.texts import NotAClass, caption_text, class_name
 from trainkit.data.sources.vectors import as_vector
 from trainkit.errors import UserError

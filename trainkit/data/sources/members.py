@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainkit.data import faults
 from trainkit.data.account import Account, Kind
-from trainkit.data.images.limits import RejectedImage
+from trainkit.data.faults import RejectedImage
 from trainkit.data.sources.entries import IMAGE_EXTENSIONS, ReadOptions, decoded, encoded, folder_class
 from trainkit.data.sources.joining import merged_row
 from trainkit.data.sources.metadata import (
@@ -99,7 +100,7 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
             continue
         elif extension.lower() in IMAGE_EXTENSIONS:
             if path in images:
-                fault = "duplicate_name", "another file of this name comes later, and counts"
+                fault = faults.DUPLICATE_NAME, "another file of this name comes later, and counts"
                 rejected.append(Member(container, path, images[path].span, fault=fault))
             images[path] = file
         elif name.lower() in METADATA_NAMES and file.content is not None:
@@ -118,7 +119,7 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
     for path in about.keys() - images.keys():  # another extension, or a row without its file
         if path not in others:
             account.add(Kind.ROW_WITHOUT_IMAGE, f"{about[path].where}: {path}")
-        missing = File(Span(path, "missing"), fault=("missing", "a metadata file names it, but it is not there"))
+        missing = File(Span(path, "missing"), fault=(faults.MISSING, "a metadata file names it, but it is not there"))
         images[path] = others.get(path, missing)
     for ending in _drop_other_parts(images, others):
         account.ignore(ending)

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from trainkit.data.account import Account, Kind
-from trainkit.data.images.limits import RejectedImage
+from trainkit.data.faults import RejectedImage
 from trainkit.data.sources.entries import Entry
 
 UNIT_ITEMS = 2048  # mean length of a work unit
-NO_LABEL = -1  # ClassLabel of an image whose class nobody told
 
 
 class Record(NamedTuple):

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainkit.data import faults
 from trainkit.data.account import Account, Kind
-from trainkit.data.images.limits import RejectedImage
+from trainkit.data.faults import RejectedImage
 from trainkit.data.sources import records
 from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.hub import Columns, caption_column, class_names, label_id
@@ -137,13 +138,15 @@ class ParquetReader(NamedTuple):
             forward = opened(_Forward, file.location)
             image, label, text, vector = forward.row(item.number, self.columns)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, EOFError) as error:
-            raise RejectedImage("corrupt", f"its row group cannot be read: {' '.join(str(error).split())}") from None
+            raise RejectedImage(
+                faults.CORRUPT, f"its row group cannot be read: {' '.join(str(error).split())}"
+            ) from None
         except FileNotFoundError:
-            raise RejectedImage("missing", "the file is not there any more") from None
+            raise RejectedImage(faults.MISSING, "the file is not there any more") from None
         except OSError as error:  # Arrow tells damaged pages so, too
             if error.errno is None:
-                raise RejectedImage("corrupt", " ".join(str(error).split())[:300]) from None
-            raise RejectedImage("unreadable", error.strerror or str(error)) from None
+                raise RejectedImage(faults.CORRUPT, " ".join(str(error).split())[:300]) from None
+            raise RejectedImage(faults.UNREADABLE, error.strerror or str(error)) from None
         content = image.get("bytes") if isinstance(image, dict) else image
         return Record(content, label_id(label, self.label_ids), caption_text(text), as_vector(vector))
 

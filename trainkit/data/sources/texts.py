@@ -4,8 +4,9 @@ import math
 import re
 from typing import Any
 
+from trainkit.data import faults
 from trainkit.data.account import Kind
-from trainkit.data.images.limits import RejectedImage
+from trainkit.data.faults import RejectedImage
 
 FALLBACK = "cp1252"  # what Windows programs write where they do not write UTF-8
 BYTE_ORDER_MARKS = (
@@ -55,7 +56,7 @@ def read_caption(content: bytes, name: str) -> tuple[str, tuple[Kind, ...]]:
     try:
         text, is_fallback = decode_text(content)
     except UnicodeDecodeError as error:
-        raise RejectedImage("bad_caption", f"{name} is not text ({error.reason}); save it as UTF-8") from None
+        raise RejectedImage(faults.BAD_CAPTION, f"{name} is not text ({error.reason}); save it as UTF-8") from None
     text = text.strip()
     return text, ((Kind.FALLBACK_ENCODING,) if is_fallback else ()) + (() if text else (Kind.EMPTY_CAPTION,))
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from trainkit.data.images.limits import RejectedImage
+from trainkit.data import faults
+from trainkit.data.faults import RejectedImage
 
 MAX_VECTOR_BYTES = 16 * 2**20
 
@@ -30,24 +31,26 @@ def parse_npy(content: bytes) -> np.ndarray:
         read_header = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
     except Exception as error:  # numpy parses the header as Python, and raises almost anything
-        raise RejectedImage("bad_vector", f"no .npy file: {' '.join(str(error).split())[:200]}") from None
+        raise RejectedImage(faults.BAD_VECTOR, f"no .npy file: {' '.join(str(error).split())[:200]}") from None
     if len(shape) != 1 or dtype.kind not in "fiu":
-        raise RejectedImage("bad_vector", f"an array of shape {shape} and type {dtype}, wanted one row of numbers")
+        raise RejectedImage(
+            faults.BAD_VECTOR, f"an array of shape {shape} and type {dtype}, wanted one row of numbers"
+        )
     if len(content) - file.tell() != shape[0] * dtype.itemsize:  # never allocates what a header only claims
-        raise RejectedImage("bad_vector", f"the .npy file does not hold the {shape[0]} numbers that it declares")
+        raise RejectedImage(faults.BAD_VECTOR, f"the .npy file does not hold the {shape[0]} numbers that it declares")
     return np.frombuffer(content, dtype, offset=file.tell()).astype(np.float32)
 
 
 def check_vector(vector: np.ndarray | None, length: int) -> np.ndarray:
     """`vector` (length,) as it was. Raises `RejectedImage`: bad_vector."""
     if vector is None:
-        raise RejectedImage("bad_vector", f"it has no vector; others have one of {length} numbers")
+        raise RejectedImage(faults.BAD_VECTOR, f"it has no vector; others have one of {length} numbers")
     if not vector.size:
-        raise RejectedImage("bad_vector", "its vector is no row of numbers")
+        raise RejectedImage(faults.BAD_VECTOR, "its vector is no row of numbers")
     if vector.shape != (length,):
-        raise RejectedImage("bad_vector", f"its vector has {vector.size} numbers; the first one has {length}")
+        raise RejectedImage(faults.BAD_VECTOR, f"its vector has {vector.size} numbers; the first one has {length}")
     if not np.isfinite(vector).all():
-        raise RejectedImage("bad_vector", "its vector holds a number that is not finite")
+        raise RejectedImage(faults.BAD_VECTOR, "its vector holds a number that is not finite")
     return vector
 
 
