@@ -48,8 +48,8 @@ class OutputOptions:
 
 
 @dataclass
-class HygieneOptions:
-    """hygiene: which images stay, and for what"""
+class FilterOptions:
+    """filtering: which images are kept, and for what"""
 
     deduplicate: str = option(
         "none", "drop what repeats an earlier image: exact is the same pixels once prepared, near looks the same too",
@@ -71,7 +71,7 @@ class HygieneOptions:
 
 
 @dataclass
-class Options(SourceOptions, ImageOptions, HygieneOptions, OutputOptions):
+class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions):
     pass
 
 
@@ -90,13 +90,13 @@ def main() -> None:
         raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
     from trainkit.data.files import cache_root, location
     from trainkit.data.preparation.contact_sheet import write_contact_sheet
-    from trainkit.data.preparation.hygiene import hygiene_from_options
-    from trainkit.data.preparation.pool import run_jobs_apart
+    from trainkit.data.preparation.filtering import filters_from_options
+    from trainkit.data.preparation.pool import run_jobs_in_processes
     from trainkit.data.preparation.prepare import check_output, prepare
     from trainkit.data.settings import settings_from_options
     from trainkit.data.sources.opening import open_source
 
-    settings, hygiene = settings_from_options(options), hygiene_from_options(options)
+    settings, filters = settings_from_options(options), filters_from_options(options)
     if options.export_hdf5 is not None:
         from trainkit.data.preparation.export import check_export
 
@@ -104,8 +104,8 @@ def main() -> None:
         if not settings.fixed_size:
             raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
     output_dir, overwrite = location(options.output_dir, options.storage_options), options.overwrite_output_dir
-    check_output(output_dir, settings, hygiene, overwrite)  # before a listing that may take long
-    engine, work_dir = run_jobs_apart, cache_root(options.cache_dir) / "work"
+    check_output(output_dir, settings, filters, overwrite)  # before a listing that may take long
+    engine, work_dir = run_jobs_in_processes, cache_root(options.cache_dir) / "work"
     if options.engine == "ray":
         from trainkit.data.preparation.ray_engine import ray_engine
 
@@ -118,7 +118,7 @@ def main() -> None:
         options.num_proc,
         engine=engine,
         work_dir=work_dir,
-        hygiene=hygiene,
+        filters=filters,
         max_rejected_fraction=options.max_rejected_fraction,
         overwrite=overwrite,
     )

@@ -18,7 +18,7 @@ from PIL import Image
 from trainkit.data.account import Account
 from trainkit.data.faults import RejectedImage
 from trainkit.data.images.decode import decode_image
-from trainkit.data.preparation.pool import run_jobs_apart
+from trainkit.data.preparation.pool import run_jobs_in_processes
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.records import Record, Unit
@@ -130,7 +130,7 @@ class DeadlyReader:
 
 
 class DeadlySource:
-    name, fingerprint, label_names, has_text, vector_length = "deadly", "0", None, False, None
+    name, fingerprint, label_names, has_text, vector_length = "crashing", "0", None, False, None
     reader, account = DeadlyReader(), Account()
 
     def __init__(self, count: int):
@@ -146,7 +146,7 @@ class DeadlySource:
 @pytest.mark.parametrize(("num_proc", "count"), [(2, 200), (1, 200), (2, 20)])
 def test_the_file_that_kills_its_process_is_named_and_the_rest_is_taken(tmp_path, num_proc, count):
     preparation = prepare(
-        DeadlySource(count), SETTINGS, tmp_path / "out", num_proc, show_progress=False, engine=run_jobs_apart
+        DeadlySource(count), SETTINGS, tmp_path / "out", num_proc, show_progress=False, engine=run_jobs_in_processes
     )
     assert preparation["num_images"] == count - 2 and preparation["rejected"] == {"crashed": 1, "too_large": 1}
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]

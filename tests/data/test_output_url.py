@@ -20,7 +20,7 @@ from trainkit.data.images.decode import PreparationSettings
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation import shards
-from trainkit.data.preparation.hygiene import AS_IT_IS, HygieneSettings
+from trainkit.data.preparation.filtering import NO_FILTERS, FilterSettings
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.sources import records
 from trainkit.data.sources.folder import ImageFolder
@@ -140,11 +140,11 @@ def test_other_settings_replace_the_set_but_leave_the_work_of_another_run(photos
 def test_what_deduplication_kept_of_a_former_set_goes_with_it(tmp_path, memory):
     for number in range(40):
         Image.new("L", (16, 16), 5 * (number % 35)).save(tmp_path / f"{number:02d}.png")
-    hygiene = HygieneSettings("exact", validation_fraction=0.3)
+    filters = FilterSettings("exact", validation_fraction=0.3)
 
-    def names(output, hygiene=hygiene) -> list[set[str]]:
+    def names(output, filters=filters) -> list[set[str]]:
         source = ImageFolder(tmp_path)
-        prepare(source, SETTINGS, output, num_proc=1, show_progress=False, hygiene=hygiene, overwrite=True)
+        prepare(source, SETTINGS, output, num_proc=1, show_progress=False, filters=filters, overwrite=True)
         found = [sizes(location(output) / name if name else location(output)).keys() for name in FOLDERS]
         return [{name for name in part if name.endswith(".arrow")} for part in found]
 
@@ -153,7 +153,7 @@ def test_what_deduplication_kept_of_a_former_set_goes_with_it(tmp_path, memory):
     (tmp_path / "04.png").rename(tmp_path / "z.png")
     second = names(memory)
     assert second != first and second == names(str(tmp_path / "local"))
-    assert names(memory, AS_IT_IS)[1:] == [set(), set()]
+    assert names(memory, NO_FILTERS)[1:] == [set(), set()]
 
 
 def test_another_run_that_was_first_with_a_shard_is_no_harm(photos, memory, monkeypatch):

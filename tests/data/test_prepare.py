@@ -230,14 +230,14 @@ class DeadlyReader(FolderReader):
     """Reading a file that is named so kills the process, as a fault in a C decoder would."""
 
     def read(self, entry):
-        if "deadly" in entry.path and multiprocessing.parent_process() is not None:
+        if "crashing" in entry.path and multiprocessing.parent_process() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().read(entry)
 
 
 def test_a_file_that_kills_the_worker_is_rejected_and_nothing_else_is_lost(tmp_path, small_units, monkeypatch):
     write_images(tmp_path / "photos", 60)
-    for name in ("00013-deadly.png", "00047-deadly.png"):
+    for name in ("00013-crashing.png", "00047-crashing.png"):
         Image.new("L", (9, 9)).save(tmp_path / "photos" / name)
     monkeypatch.setattr(ImageFolder, "reader", property(lambda self: DeadlyReader(str(self.folder), {})))
     done = prepare(ImageFolder(tmp_path / "photos"), SETTINGS, tmp_path / "out", num_proc=2, show_progress=False)
@@ -290,7 +290,7 @@ def test_user_mistakes_are_one_line(photos, tmp_path):
         (["--output_dir", tmp_path / "file"], "--output_dir .*file cannot be written"),
         (["--resolution", "12x"], "--resolution 12x is not a size"),
         (["--resolution", "0"], "--resolution 0 is not a size"),
-        (["--num_proc", "-2"], "--num_proc -2 must be 0"),
+        (["--num_proc", "-2"], "--num_proc -2 must be at least 0"),
         (["--background", "puce-ish"], "--background puce-ish is no colour"),
         (["--train_data_dir", tmp_path / "nowhere"], "--train_data_dir .*nowhere does not exist"),
     ]

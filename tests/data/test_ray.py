@@ -30,7 +30,7 @@ class MortalReader(FolderReader):
             file.write(f"{entry.path} {os.getpid()}\n")
         if "once" in entry.path and journal.read_text().count(entry.path) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if "deadly" in entry.path:
+        if "crashing" in entry.path:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().read(entry)
 
@@ -41,7 +41,7 @@ def test_a_killed_worker_costs_its_slice_and_the_result_is_that_of_processes(tmp
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(120):
-        name = {30: "030-once.png", 90: "090-deadly.png"}.get(number, f"{number:03d}.png")
+        name = {30: "030-once.png", 90: "090-crashing.png"}.get(number, f"{number:03d}.png")
         Image.fromarray(np.full((20, 20, 3), number, np.uint8)).save(photos / name)
     monkeypatch.setattr(ImageFolder, "reader", property(lambda self: MortalReader(str(self.folder), {})))
     with_ray = {"num_proc": 2, "engine": ray_engine(None), "show_progress": False}
@@ -49,7 +49,7 @@ def test_a_killed_worker_costs_its_slice_and_the_result_is_that_of_processes(tmp
     assert done["num_images"] == 119 and done["rejected"] == {"crashed": 1}
     reads = [line.split() for line in (tmp_path / "journal").read_text().splitlines()]
     again = {path for path, count in Counter(path for path, _ in reads).items() if count > 1}
-    assert {"030-once.png", "090-deadly.png"} <= again and len(again) <= 2 * 4, "other slices were made once"
+    assert {"030-once.png", "090-crashing.png"} <= again and len(again) <= 2 * 4, "other slices were made once"
     assert len({pid for _, pid in reads}) >= 4, "two workers, and those that took the place of the killed"
 
     prepare(ImageFolder(photos), SETTINGS, tmp_path / "processes", num_proc=2, show_progress=False)

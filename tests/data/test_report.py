@@ -22,7 +22,7 @@ from trainkit.config import parse_options
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.preparation import contact_sheet
 from trainkit.data.preparation.contact_sheet import picture_of, write_contact_sheet
-from trainkit.data.preparation.hygiene import AS_IT_IS, HygieneSettings
+from trainkit.data.preparation.filtering import NO_FILTERS, FilterSettings
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.folder import ImageFolder
@@ -54,13 +54,13 @@ def deadly_picture(writer, path: Path) -> bytes | None:
     return picture_of(writer, path)
 
 
-def prepared(photos: Path, output: Path, settings=SETTINGS, hygiene=AS_IT_IS) -> dict:
-    return prepare(ImageFolder(photos), settings, output, 1, show_progress=False, hygiene=hygiene)
+def prepared(photos: Path, output: Path, settings=SETTINGS, filters=NO_FILTERS) -> dict:
+    return prepare(ImageFolder(photos), settings, output, 1, show_progress=False, filters=filters)
 
 
 def test_the_card_says_what_is_in_it_and_how_to_train(photos, tmp_path):
     grey = dataclasses.replace(SETTINGS, image_mode="L")
-    done = prepared(photos, tmp_path / "out", grey, HygieneSettings("exact", validation_fraction=0.2))
+    done = prepared(photos, tmp_path / "out", grey, FilterSettings("exact", validation_fraction=0.2))
     shown = inspect(tmp_path / "out")
     assert shown.returncode == 0 and shown.stderr == ""
     lines = shown.stdout.splitlines()
@@ -138,7 +138,7 @@ class Page(html.parser.HTMLParser):
     ids=lambda settings: f"{settings.image_mode}{settings.bit_depth}{'' if settings.fixed_size else 'free'}",
 )
 def test_the_sheet_shows_samples_duplicates_and_rejects(photos, tmp_path, settings):
-    prepared(photos, tmp_path / "out", settings, HygieneSettings("exact"))
+    prepared(photos, tmp_path / "out", settings, FilterSettings("exact"))
     page = Page(write_contact_sheet(tmp_path / "out", ImageFolder(photos)))
     assert len(page.pictures) == 12 + 12 + 2 + 1, "of each class, the duplicate and what it repeats, the cut one"
     assert all(max(picture.size) <= 128 for picture in page.pictures)
@@ -152,14 +152,14 @@ def test_the_sheet_shows_samples_duplicates_and_rejects(photos, tmp_path, settin
 
 
 def test_a_picture_that_kills_its_process_is_left_out_of_the_sheet(photos, tmp_path, monkeypatch):
-    prepared(photos, tmp_path / "out", hygiene=HygieneSettings("exact"))
+    prepared(photos, tmp_path / "out", filters=FilterSettings("exact"))
     monkeypatch.setattr(contact_sheet, "picture_of", deadly_picture)
     page = Page(write_contact_sheet(tmp_path / "out", ImageFolder(photos)))
     assert len(page.pictures) == 12 + 12 + 2 and "truncated: 1" in page.text, "all but the cut one"
 
 
 def test_a_source_without_files_has_a_sheet_too(photos, tmp_path):
-    prepared(photos, tmp_path / "out", hygiene=HygieneSettings("exact"))
+    prepared(photos, tmp_path / "out", filters=FilterSettings("exact"))
     page = Page(write_contact_sheet(tmp_path / "out"))
     assert len(page.pictures) == 24 and "the same pixels as" in page.text
 

@@ -11,7 +11,7 @@ from trainkit.data.cache import local_copy
 from trainkit.data.files import location
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import WINDOW_BLOCKS, SampleOrder
-from trainkit.data.preparation.hygiene import HygieneSettings
+from trainkit.data.preparation.filtering import FilterSettings
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.folder import ImageFolder
@@ -137,9 +137,9 @@ def test_a_store_that_fails_is_one_line(prepared, monkeypatch):
 
 
 def test_the_held_out_part_at_the_url_is_taken(image_folder, train):
-    hygiene = HygieneSettings(validation_fraction=0.3)
+    filters = FilterSettings(validation_fraction=0.3)
     split = location("memory://bucket/split")
-    prepare(ImageFolder(image_folder), SETTINGS, split, num_proc=1, show_progress=False, hygiene=hygiene)
+    prepare(ImageFolder(image_folder), SETTINGS, split, num_proc=1, show_progress=False, filters=filters)
     flags = {"train_data_dir": str(split), "validation_data_dir": f"{split}/validation", "validation_steps": 3}
     output = train("split", streaming=True, **flags)
     assert "validation_loss" in (output / "metrics.jsonl").read_text()

@@ -9,7 +9,7 @@ from filelock import FileLock
 from trainkit.data.files import RemotePath, cache_root, exists, fetch, for_each, location, sizes
 from trainkit.data.format import INFO_NAME, LOCK_NAME, PREPARATION_NAME, STATE_NAME, format_counts, read_preparation
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.preparation.pool import run_jobs_apart
+from trainkit.data.preparation.pool import run_jobs_in_processes
 from trainkit.data.preparation.prepare import dataset_fingerprint, prepare
 from trainkit.data.settings import (
     check_training_size,
@@ -53,7 +53,7 @@ def open_or_prepare(options) -> PreparedImages:
     except UserError:  # not there, or damaged
         if is_first:
             print(f"preparing {len(source):,} files of {given} into {folder} (once; found there from then on)")
-        prepare(source, settings, folder, options.num_proc, is_first, "--cache_dir", run_jobs_apart)
+        prepare(source, settings, folder, options.num_proc, is_first, "--cache_dir", run_jobs_in_processes)
         images = PreparedImages(folder, resolution)
     if is_first:
         print(f"prepared images: {folder}, {format_counts(images.preparation)}", flush=True)

@@ -34,6 +34,11 @@ def read_preparation(folder: Path | RemotePath) -> dict | None:
     return preparation if state.get("_fingerprint") == preparation.get("fingerprint") else None
 
 
+def filters_of(preparation: dict) -> dict:
+    """Return the filters that a preparation applied (`FilterSettings` as a dictionary)."""
+    return preparation.get("filters", preparation.get("hygiene", {}))  # the key's earlier name
+
+
 def format_counts(preparation: dict) -> str:
     """Format the counts of a preparation: '1,998 images, 2 rejected (1 empty, 1 truncated; see rejected.jsonl)'."""
     text = f"{preparation['num_images']:,} images"

@@ -10,6 +10,7 @@ from trainkit.data.format import (
     REJECTED_NAME,
     VALIDATION_FOLDER,
     WORK_FOLDER,
+    filters_of,
     read_preparation,
 )
 from trainkit.data.loading.dataset import PreparedImages
@@ -24,7 +25,7 @@ def print_card(folder: Path | RemotePath, flag: str = "--inspect") -> None:
     damage = None
     try:
         PreparedImages(folder)
-        if preparation.get("hygiene", {}).get("validation_fraction") and exists(folder / VALIDATION_FOLDER):
+        if filters_of(preparation).get("validation_fraction") and exists(folder / VALIDATION_FOLDER):
             PreparedImages(folder / VALIDATION_FOLDER)
     except UserError as error:
         damage = error
@@ -54,14 +55,14 @@ def _read(folder: Path | RemotePath, flag: str) -> dict:
 
 def card(folder: Path | RemotePath, preparation: dict) -> str:
     """The card's text, a dozen lines of `name  value`."""
-    settings, hygiene = preparation["settings"], preparation.get("hygiene", {})
+    settings, filters = preparation["settings"], filters_of(preparation)
     size = f"{settings['height']}x{settings['width']} {settings['image_mode']}, {settings['bit_depth']} bits a channel"
     num_bytes = sum(shard["num_bytes"] for shard in preparation["shards"])
     num_images = preparation["num_images"]
     versions = ", ".join(f"{name} {number}" for name, number in preparation["versions"].items())
     lines = {
         "images": f"{num_images:,} of {size}, stored as {settings.get('storage', 'pixels')}",
-        "held out": _held_out(folder, hygiene),
+        "held out": _held_out(folder, filters),
         "classes": _classes(preparation["classes"]),
         "rejected": _rejected(preparation["rejected"]),
         "account": _account(preparation),
@@ -69,11 +70,11 @@ def card(folder: Path | RemotePath, preparation: dict) -> str:
         "columns": ", ".join(preparation["columns"]),
         "files": f"{len(preparation['shards']):,} shards, {num_bytes / 1e6:,.1f} MB, "
         f"{num_bytes / max(num_images, 1):,.0f} bytes an image",
-        "settings": ", ".join(f"{name} {_told(value)}" for name, value in (settings | hygiene).items()),
+        "settings": ", ".join(f"{name} {_told(value)}" for name, value in (settings | filters).items()),
         "source": f"{preparation['source']['name']} ({preparation['source']['fingerprint']})",
         "fingerprint": f"{preparation['fingerprint']}, format {preparation['format']}",
         "made with": versions,
-        "train": _command(folder, settings, hygiene),
+        "train": _command(folder, settings, filters),
     }
     width = max(map(len, lines)) + 2
     indented = {name: str(value).replace("\n", "\n" + " " * (width + 2)) for name, value in lines.items() if value}
@@ -84,8 +85,8 @@ def _account(preparation: dict) -> str:
     return "\n".join(Account.from_json(preparation.get("account", {}), preparation.get("ignored")).lines())
 
 
-def _held_out(folder: Path | RemotePath, hygiene: dict) -> str | None:
-    if not hygiene.get("validation_fraction"):
+def _held_out(folder: Path | RemotePath, filters: dict) -> str | None:
+    if not filters.get("validation_fraction"):
         return None
     held_out = read_preparation(folder / VALIDATION_FOLDER)
     return f"{held_out['num_images']:,} more in {folder / VALIDATION_FOLDER}" if held_out else None
@@ -123,10 +124,10 @@ def _told(value) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _command(folder: Path | RemotePath, settings: dict, hygiene: dict) -> str:
+def _command(folder: Path | RemotePath, settings: dict, filters: dict) -> str:
     command = f"accelerate launch train_unconditional.py --train_data_dir {folder}"
     if settings["image_mode"] != "RGB":
         command += f" --image_mode {settings['image_mode']}"
-    if hygiene.get("validation_fraction"):
+    if filters.get("validation_fraction"):
         command += f" --validation_data_dir {folder / VALIDATION_FOLDER}"
     return command + " --output_dir model"

@@ -22,7 +22,7 @@ from trainkit.data.files import RemotePath, read_text, write_text
 from trainkit.data.format import PREPARATION_NAME, REJECTED_NAME, format_counts
 from trainkit.data.images.decode import FORMATS, decode_image
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.preparation.pool import call_apart, quiet_decoders
+from trainkit.data.preparation.pool import call_in_process, quiet_decoders
 from trainkit.data.preparation.shards import ShardWriter
 
 SHEET_NAME = "contact_sheet.html"
@@ -113,7 +113,7 @@ def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[s
         for name in _names(line)
     ]
     reader = ShardWriter(None, images.settings, None, has_text=False)
-    pictures = dict(zip(paths, call_apart(reader, picture_of, paths), strict=True))
+    pictures = dict(zip(paths, call_in_process(reader, picture_of, paths), strict=True))
     parts = []
     for fault, lines in sorted(by_fault.items()):
         explained = " (left: what stays)" if fault == faults.DUPLICATE else ""

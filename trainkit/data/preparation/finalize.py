@@ -31,10 +31,10 @@ from trainkit.data.format import (
     VALIDATION_FOLDER,
     read_preparation,
 )
-from trainkit.data.preparation.facts import add_totals, mean_and_std
-from trainkit.data.preparation.hygiene import TRAIN, VALIDATION
-from trainkit.data.preparation.pieces import Part, drop_duplicates
-from trainkit.data.preparation.shards import ShardWriter, facts_path, read_summary, side_path
+from trainkit.data.preparation.deduplication import Part, drop_duplicates
+from trainkit.data.preparation.filtering import TRAIN, VALIDATION
+from trainkit.data.preparation.image_stats import mean_and_std, sum_totals
+from trainkit.data.preparation.shards import ShardWriter, read_summary, split_path, stats_path
 from trainkit.errors import UserError
 
 OURS = r"data-.*\.arrow|.*\.tmp"
@@ -52,11 +52,11 @@ def finalize(
     """Write what makes the shards a dataset, the mark of completeness last; then sweep out what is not part of it."""
     replaced = {name: _shard_names(output_dir / name if name else output_dir) for name in ("", VALIDATION_FOLDER)}
     duplicates = {}
-    if writer.hygiene.deduplicate != "none":
+    if writer.filters.deduplicate != "none":
         is_first = isinstance(output_dir, Path) and not exists(output_dir / PREPARATION_NAME)
         parts, duplicates = drop_duplicates(writer, output_dir, shards, sweep_at_once=is_first)
     else:
-        parts = {side: [Part(side_path(shard, side), None) for shard in shards] for side in writer.hygiene.sides}
+        parts = {side: [Part(split_path(shard, side), None) for shard in shards] for side in writer.filters.sides}
     schemas = {side: for_each(read_schema, [part.path for part in parts[side]]) for side in parts}
     summaries = {side: [read_summary(schema) for schema in schemas[side]] for side in parts}
     rejections = Rejections(max_rejected_fraction, len(source))
@@ -95,7 +95,7 @@ def _check_images(
             f"see {output_dir / REJECTED_NAME}"
         )
     if not all(counts.values()):
-        flag = f"--validation_fraction {writer.hygiene.validation_fraction:g}"
+        flag = f"--validation_fraction {writer.filters.validation_fraction:g}"
         raise UserError(
             f"{flag} of {sum(counts.values()):,} images leaves {counts[TRAIN]:,} to train on and "
             f"{counts[VALIDATION]:,} for validation; give a {'smaller' if counts[VALIDATION] else 'larger'} fraction"
@@ -118,7 +118,7 @@ def _write_dataset(
         {"filename": part.path.name, "num_rows": summary["num_rows"], "num_bytes": present[part.path.name]}
         for part, summary in zip(parts, summaries, strict=True)
     ]
-    total = add_totals(summary["pixels"] for summary in summaries)
+    total = sum_totals(summary["pixels"] for summary in summaries)
     account = Account()
     account.merge(source.account)
     for summary in summaries:
@@ -127,7 +127,7 @@ def _write_dataset(
         "format": FORMAT,
         "fingerprint": fingerprint,
         "settings": dataclasses.asdict(writer.settings),
-        "hygiene": dataclasses.asdict(writer.hygiene),
+        "filters": dataclasses.asdict(writer.filters),
         "source": {"name": source.name, "fingerprint": source.fingerprint},
         "num_images": sum(shard["num_rows"] for shard in shard_files),
         "rejected": dict(sorted(Counter(line["fault"] for line in rejected).items())),
@@ -163,11 +163,11 @@ def _sweep(
     At a URL, where no lock keeps others away, only what belonged to the dataset that was there before.
     """
     wanted = {str(path) for side in parts.values() for part in side for path in part if path is not None}
-    wanted |= {str(facts_path(shard)) for shard in shards}
+    wanted |= {str(stats_path(shard)) for shard in shards}
     for folder, is_used in (
         (output_dir, True),
         (output_dir / VALIDATION_FOLDER, VALIDATION in parts),
-        (output_dir / UNITS_FOLDER, writer.hygiene.deduplicate != "none"),
+        (output_dir / UNITS_FOLDER, writer.filters.deduplicate != "none"),
     ):
         if isinstance(output_dir, RemotePath):
             side = VALIDATION if folder.name == VALIDATION_FOLDER else TRAIN

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from trainkit.data import faults
 from trainkit.data.files import RemotePath, for_each, open_stream, read_schema, sizes
-from trainkit.data.preparation.shards import JoinJob, SliceJob, read_summary, side_path
+from trainkit.data.preparation.shards import JoinJob, SliceJob, read_summary, split_path
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class Plan:
         self._joins = deque()
         self._unfinished = {}  # slice -> the unit it is part of
 
-    def told_before(self) -> Iterator[tuple[int, list[dict]]]:
+    def earlier_results(self) -> Iterator[tuple[int, list[dict]]]:
         """Numbers of files that former runs are done with, and the rejected among them."""
         yield from self._done
         for name in sizes(self.work):
@@ -96,7 +96,7 @@ def _told_if_done(shard: Path | RemotePath, sides: tuple[int, ...]) -> list[dict
         return None
     if isinstance(shard, RemotePath):  # an object that is there is whole, and training's is written last
         return rejected
-    return rejected if all(_is_whole(side_path(shard, side)) for side in sides) else None
+    return rejected if all(_is_whole(split_path(shard, side)) for side in sides) else None
 
 
 def _is_whole(path: Path | RemotePath) -> bool:

@@ -41,14 +41,14 @@ def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator
     0 processes mean one for each core; one means this one, which an image may kill.
     """
     if num_proc != 1:
-        yield from run_jobs_apart(writer, next_job, num_proc)
+        yield from run_jobs_in_processes(writer, next_job, num_proc)
         return
     while (job := next_job()) is not None:
         run_job(writer, job)
         yield job
 
 
-def run_jobs_apart(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
+def run_jobs_in_processes(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
     """`run_jobs` on `num_proc` (0: one for each core) worker processes.
 
     One that dies costs nothing but time: its jobs are run again, each by itself, and an item that kills its process
@@ -82,26 +82,26 @@ def run_jobs_apart(writer: ShardWriter, next_job: Callable, num_proc: int) -> It
                     in_flight.clear()
                     pool.shutdown()
                     for job in suspects:
-                        run_alone(partial(_deadly, writer), job)
+                        run_alone(partial(_crashing, writer), job)
                         yield job
                     pool = _start_pool(writer, num_proc)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def run_alone(deadly: Callable[[Callable, list], tuple[int, ...]], job: SliceJob | JoinJob) -> None:
+def run_alone(crashing: Callable[[Callable, list], tuple[int, ...]], job: SliceJob | JoinJob) -> None:
     """Run a job whose process died; where it kills another one, find and reject the items that do it.
 
-    `deadly(function, arguments)` calls `function(writer, argument)` for each, in another process; it returns the
+    `crashing(function, arguments)` calls `function(writer, argument)` for each, in another process; it returns the
     positions of those that killed it.
     """
-    if not deadly(run_job, [job]):
+    if not crashing(run_job, [job]):
         return
-    if deadly(do_nothing, [None]):
+    if crashing(do_nothing, [None]):
         raise UserError("worker processes die as soon as they start; try --num_proc 1")
     if isinstance(job, SliceJob):
-        positions = deadly(probe, [job.items[position : position + 1] for position in range(len(job.items))])
-        if not deadly(run_job, [job._replace(deadly=positions)]):
+        positions = crashing(probe, [job.items[position : position + 1] for position in range(len(job.items))])
+        if not crashing(run_job, [job._replace(crashing=positions)]):
             return
     raise UserError(f"writing {job.path} killed the process; is there too little memory? try a smaller --num_proc")
 
@@ -120,13 +120,13 @@ def probe(writer: ShardWriter, items: Sequence) -> None:
         writer.probe(items)
 
 
-def _deadly(writer: ShardWriter, function: Callable, arguments: list) -> tuple[int, ...]:
+def _crashing(writer: ShardWriter, function: Callable, arguments: list) -> tuple[int, ...]:
     """The positions of the arguments with which a call kills its process."""
-    results = call_apart(writer, function, arguments)
+    results = call_in_process(writer, function, arguments)
     return tuple(position for position, result in enumerate(results) if result is DIED)
 
 
-def call_apart(writer: ShardWriter, function: Callable, arguments: Iterable) -> Iterator[Any]:
+def call_in_process(writer: ShardWriter, function: Callable, arguments: Iterable) -> Iterator[Any]:
     """`function(writer, argument)` for each, one at a time in another process; `DIED` where it did."""
     pool = None
     try:

@@ -37,14 +37,15 @@ from trainkit.data.format import (
     UNITS_FOLDER,
     VALIDATION_FOLDER,
     WORK_FOLDER,
+    filters_of,
     format_counts,
     read_preparation,
 )
-from trainkit.data.preparation import pieces
+from trainkit.data.preparation import deduplication
+from trainkit.data.preparation.filtering import NO_FILTERS, FilterSettings
 from trainkit.data.preparation.finalize import EARLY_FILES, Rejections, finalize, sweep_current
-from trainkit.data.preparation.hygiene import AS_IT_IS, HygieneSettings
 from trainkit.data.preparation.plan import Plan, done_units
-from trainkit.data.preparation.pool import run_jobs, run_jobs_apart
+from trainkit.data.preparation.pool import run_jobs, run_jobs_in_processes
 from trainkit.data.preparation.shards import BATCH_BYTES, SLICE_ITEMS, ShardWriter, SliceJob, read_summary
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
@@ -56,9 +57,9 @@ OUTPUT_ERRORS = {
 }
 
 
-def dataset_fingerprint(source, settings: PreparationSettings, hygiene: HygieneSettings = AS_IT_IS) -> str:
+def dataset_fingerprint(source, settings: PreparationSettings, filters: FilterSettings = NO_FILTERS) -> str:
     """Names the result: the same images (by path, size and time of change) and settings give the same one."""
-    asked = settings.identity, dataclasses.astuple(hygiene)
+    asked = settings.identity, dataclasses.astuple(filters)
     return _digest(FORMAT, *asked, source.fingerprint, *_columns(source))
 
 
@@ -77,7 +78,7 @@ def prepare(
     engine: Callable = run_jobs,
     work_dir: Path | None = None,
     *,
-    hygiene: HygieneSettings = AS_IT_IS,
+    filters: FilterSettings = NO_FILTERS,
     max_rejected_fraction: float = 1.0,
     overwrite: bool = False,
 ) -> dict:
@@ -95,14 +96,14 @@ def prepare(
     if not 0 <= max_rejected_fraction <= 1:
         raise UserError(f"--max_rejected_fraction {max_rejected_fraction:g} must be 0 to 1")
     output_dir = location(output_dir)
-    check_output(output_dir, settings, hygiene, overwrite, output_flag)
+    check_output(output_dir, settings, filters, overwrite, output_flag)
     work = output_dir
     if isinstance(output_dir, RemotePath) and work_dir is not None:
         work = work_dir / _digest(output_dir.url)
     with _output_errors(output_dir, output_flag):
         make_folder(work)
         with FileLock(work / LOCK_NAME) if isinstance(work, Path) else contextlib.nullcontext():
-            fingerprint = dataset_fingerprint(source, settings, hygiene)
+            fingerprint = dataset_fingerprint(source, settings, filters)
             preparation = read_preparation(output_dir)
             if preparation and _is_current(preparation, output_dir, fingerprint, settings):
                 if show_progress:
@@ -111,14 +112,14 @@ def prepare(
                 sweep_current(output_dir)
                 return preparation
             if not overwrite:  # again: another run may have been here since
-                _refuse_other_settings(preparation, output_dir, settings, hygiene, output_flag)
-            writer = ShardWriter(source.reader, settings, *_columns(source), hygiene)
+                _refuse_other_settings(preparation, output_dir, settings, filters, output_flag)
+            writer = ShardWriter(source.reader, settings, *_columns(source), filters)
             units = _units(source, writer, output_dir)
             if preparation and not overwrite and _is_of_other_images(preparation, source, units):
                 held = f"a dataset of other images ({preparation['source']['name']}, now {source.name})"
                 raise _replacing(output_dir, output_flag, held)
             make_folder(work / WORK_FOLDER)
-            few = partial(run_jobs if engine is run_jobs else run_jobs_apart, num_proc=1)
+            few = partial(run_jobs if engine is run_jobs else run_jobs_in_processes, num_proc=1)
             engines = partial(engine, num_proc=num_proc), few
             rejections = Rejections(max_rejected_fraction, len(source))
             return _prepare(
@@ -128,7 +129,7 @@ def prepare(
 
 def _units(source, writer: ShardWriter, output_dir: Path | RemotePath) -> list[tuple[Path | RemotePath, Sequence]]:
     """The shard and the items of each unit of work, in the source's order."""
-    about_all = (FORMAT, writer.settings.identity, writer.hygiene.unit_key, *_columns(source))
+    about_all = (FORMAT, writer.settings.identity, writer.filters.unit_key, *_columns(source))
     return [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
 
 
@@ -142,7 +143,7 @@ def _is_of_other_images(preparation: dict, source, units: list) -> bool:
 def check_output(
     output_dir: Path | RemotePath,
     settings: PreparationSettings,
-    hygiene: HygieneSettings,
+    filters: FilterSettings,
     overwrite: bool,
     output_flag: str = "--output_dir",
 ) -> None:
@@ -156,14 +157,14 @@ def check_output(
             with tempfile.TemporaryFile(dir=output_dir):
                 pass
     if not overwrite:
-        _refuse_other_settings(read_preparation(output_dir), output_dir, settings, hygiene, output_flag)
+        _refuse_other_settings(read_preparation(output_dir), output_dir, settings, filters, output_flag)
 
 
-def _refuse_other_settings(held: dict | None, output_dir, settings, hygiene, output_flag: str) -> None:
+def _refuse_other_settings(held: dict | None, output_dir, settings, filters, output_flag: str) -> None:
     if held is None:
         return
-    before = held["settings"] | held.get("hygiene", {})
-    now = json.loads(json.dumps(dataclasses.asdict(settings) | dataclasses.asdict(hygiene)))
+    before = held["settings"] | filters_of(held)
+    now = json.loads(json.dumps(dataclasses.asdict(settings) | dataclasses.asdict(filters)))
     changed = [
         f"{name} {before[name]}, now {value}"
         for name, value in now.items()
@@ -181,18 +182,18 @@ def _replacing(folder: Path | RemotePath, output_flag: str, held: str) -> UserEr
 
 def _prepare(source, writer, units, output_dir, work, engines, show_progress, fingerprint, rejections) -> dict:
     started = time.monotonic()
-    settings, hygiene = writer.settings, writer.hygiene
+    settings, filters = writer.settings, writer.filters
     shards = [shard for shard, _ in units]
-    if hygiene.validation_fraction:
+    if filters.validation_fraction:
         make_folder(output_dir / VALIDATION_FOLDER)
-    if hygiene.deduplicate != "none":
+    if filters.deduplicate != "none":
         make_folder(output_dir / UNITS_FOLDER)
-        done = pieces.done_units(output_dir, shards, hygiene)
+        done = deduplication.done_units(output_dir, shards, filters)
     else:
-        done = done_units(shards, hygiene.sides)
+        done = done_units(shards, filters.sides)
     plan = Plan(units, work, slice_items(settings), done)
     num_seen = 0
-    for num_files, rejected in plan.told_before():
+    for num_files, rejected in plan.earlier_results():
         rejections.add(rejected)
         num_seen += num_files
     engine = engines[plan.num_missing <= SLICE_ITEMS]
@@ -242,7 +243,7 @@ def _is_current(preparation: dict, folder: Path | RemotePath, fingerprint: str, 
     present = sizes(folder)
     if not all(present.get(shard["filename"]) == shard["num_bytes"] for shard in preparation["shards"]):
         return False
-    if not preparation["hygiene"]["validation_fraction"]:
+    if not filters_of(preparation)["validation_fraction"]:
         return True
     held_out, present = read_preparation(folder / VALIDATION_FOLDER), sizes(folder / VALIDATION_FOLDER)
     shards = held_out["shards"] if held_out else [{"filename": "", "num_bytes": 0}]

@@ -57,7 +57,7 @@ def _run_jobs(
                 return True
             return False
 
-        def deadly(function: Callable, arguments: list) -> tuple[int, ...]:
+        def crashing(function: Callable, arguments: list) -> tuple[int, ...]:
             places = enumerate(arguments)
             return tuple(place for place, argument in places if died(call.remote(shared, function, argument)))
 
@@ -70,7 +70,7 @@ def _run_jobs(
             for task in ray.wait(list(in_flight), num_returns=1)[0]:
                 job = in_flight.pop(task)
                 if died(task):
-                    run_alone(deadly, job)
+                    run_alone(crashing, job)
                 yield job
 
 

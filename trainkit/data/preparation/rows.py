@@ -39,7 +39,7 @@ class Rows:
                 yield self.batches[batch[start]].take(pa.array(run))
 
 
-def regrouped(batches: Iterable[pa.RecordBatch], max_bytes: int) -> Iterator[pa.RecordBatch]:
+def rebatch(batches: Iterable[pa.RecordBatch], max_bytes: int) -> Iterator[pa.RecordBatch]:
     """The same rows in batches of at most `max_bytes` of image (a larger image stays, by itself): quick to index.
 
     Where a batch ends depends on the rows, not on how they came.

@@ -23,16 +23,16 @@ from trainkit.data.files import RemotePath, delete, exists, open_stream, written
 from trainkit.data.format import UNITS_FOLDER, VALIDATION_FOLDER
 from trainkit.data.images.decode import decode_image
 from trainkit.data.images.storage import image_columns, image_features, image_types
-from trainkit.data.preparation.facts import (
-    FACTS_SCHEMA,
-    ImageFacts,
-    facts_batch,
-    facts_digest,
-    image_facts,
-    total_facts,
+from trainkit.data.preparation.filtering import NO_FILTERS, TRAIN, VALIDATION, FilterSettings, is_held_out
+from trainkit.data.preparation.image_stats import (
+    STATS_SCHEMA,
+    ImageStats,
+    image_stats,
+    stats_batch,
+    stats_digest,
+    sum_stats,
 )
-from trainkit.data.preparation.hygiene import AS_IT_IS, TRAIN, VALIDATION, HygieneSettings, is_held_out
-from trainkit.data.preparation.rows import Rows, regrouped
+from trainkit.data.preparation.rows import Rows, rebatch
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.vectors import check_vector
 
@@ -42,11 +42,11 @@ SUMMARY_KEY = b"preparation"
 
 
 class SliceJob(NamedTuple):
-    """Decode `items` into `path`. `deadly`: positions of items that are known to kill the process."""
+    """Decode `items` into `path`. `crashing`: positions of items that are known to kill the process."""
 
     path: Path | RemotePath
     items: Sequence
-    deadly: tuple[int, ...] = ()
+    crashing: tuple[int, ...] = ()
 
 
 class JoinJob(NamedTuple):
@@ -65,7 +65,7 @@ class ShardWriter:
     label_names: list[str] | None
     has_text: bool
     vector_length: int | None = None
-    hygiene: HygieneSettings = AS_IT_IS
+    filters: FilterSettings = NO_FILTERS
 
     def run(self, job: SliceJob | JoinJob) -> None:
         if isinstance(job, JoinJob):
@@ -80,11 +80,11 @@ class ShardWriter:
 
     def write_slice(self, job: SliceJob) -> None:
         rejected: list[dict] = []
-        facts: list[ImageFacts] = []
+        facts: list[ImageStats] = []
         account = Account()
         batches, rows, size = [], [], 0
         for row in self._decoded(job, rejected, account):
-            facts.append(image_facts(row["image"], self.hygiene))
+            facts.append(image_stats(row["image"], self.filters))
             rows.append(row)
             size += row["image"].nbytes
             if size >= BATCH_BYTES:
@@ -104,25 +104,25 @@ class ShardWriter:
             raise
         summaries = [read_summary(stream.schema) for stream in streams]
         rejected = [line for summary in summaries for line in summary["rejected"]]
-        facts = [ImageFacts(*fact) for summary in summaries for fact in summary["facts"]]
+        facts = [ImageStats(*fact) for summary in summaries for fact in summary["facts"]]
         account = Account()
         for summary in summaries:
             account.merge(Account.from_json(summary.get("account", {})))
         rows = Rows([batch for stream in streams for batch in stream])
-        fraction = self.hygiene.validation_fraction
+        fraction = self.filters.validation_fraction
         held_out = [bool(fraction) and is_held_out(fact.content_hash, fraction) for fact in facts]
         sides = np.where(held_out, VALIDATION, TRAIN)
         digest = None
-        if self.hygiene.deduplicate != "none":
+        if self.filters.deduplicate != "none":
             labels = rows.column("label") if self.label_names is not None else [None] * len(rows)
-            about = facts_batch(sides.tolist(), facts, labels, rows.column("source"))
-            digest = facts_digest(about)
-            write_stream(facts_path(job.path), FACTS_SCHEMA, [about], {"facts_digest": digest})
-        for side in reversed(self.hygiene.sides):  # training's last: where it is, all are
+            about = stats_batch(sides.tolist(), facts, labels, rows.column("source"))
+            digest = stats_digest(about)
+            write_stream(stats_path(job.path), STATS_SCHEMA, [about], {"facts_digest": digest})
+        for side in reversed(self.filters.sides):  # training's last: where it is, all are
             picked = np.flatnonzero(sides == side)
             told, about = rejected if side == TRAIN else [], [facts[row] for row in picked]
             notes = _of_account(account) if side == TRAIN else {}
-            self.write_rows(side_path(job.path, side), rows, picked, about, told, digest, notes=notes)
+            self.write_rows(split_path(job.path, side), rows, picked, about, told, digest, notes=notes)
         for path in job.slices:
             delete(path)
 
@@ -131,20 +131,20 @@ class ShardWriter:
         path: Path | RemotePath,
         rows: Rows,
         picked: np.ndarray,
-        facts: list[ImageFacts],
+        facts: list[ImageStats],
         rejected: list[dict],
         digest: str | None = None,
         positions: list[int] | None = None,
         notes: dict | None = None,
     ) -> None:
         """Write the `picked` rows, whose facts these are, as a shard; the rest is told of it in its summary."""
-        batches = regrouped(rows.take(picked), BATCH_BYTES)
+        batches = rebatch(rows.take(picked), BATCH_BYTES)
         labels = rows.column("label") if self.label_names is not None else None
         classes = Counter(labels[row] for row in picked) if labels is not None else {}
         summary = {
             "num_rows": len(picked),
             "classes": {str(label): classes[label] for label in sorted(classes)},
-            "pixels": total_facts(facts),
+            "pixels": sum_stats(facts),
             "rejected": rejected,
             **(notes or {}),
         }
@@ -156,7 +156,7 @@ class ShardWriter:
         for position, item in enumerate(job.items):
             name = self.reader.name(item)
             try:
-                if position in job.deadly:
+                if position in job.crashing:
                     raise RejectedImage(
                         faults.CRASHED, "decoding it killed the process, by a fault or for want of memory"
                     )
@@ -206,12 +206,12 @@ class ShardWriter:
         return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
 
-def side_path(shard: Path | RemotePath, side: int) -> Path | RemotePath:
+def split_path(shard: Path | RemotePath, side: int) -> Path | RemotePath:
     """Where the rows of a unit go that are on this side of the split."""
     return shard if side == TRAIN else shard.parent / VALIDATION_FOLDER / shard.name
 
 
-def facts_path(shard: Path | RemotePath) -> Path | RemotePath:
+def stats_path(shard: Path | RemotePath) -> Path | RemotePath:
     return shard.parent / UNITS_FOLDER / shard.name
 
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from trainkit.data.preparation.hygiene import NEAR_FLAG, HygieneSettings
+from trainkit.data.preparation.filtering import NEAR_FLAG, FilterSettings
 from trainkit.packages import load_package
 
 EXACT_PIXELS = 2**20  # squares of so many 16-bit samples add up to less than 2**53
-FACTS_SCHEMA = pa.schema(
+STATS_SCHEMA = pa.schema(
     {
         "side": pa.uint8(),
         "content_hash": pa.binary(16),
@@ -29,7 +29,7 @@ FACTS_SCHEMA = pa.schema(
 )
 
 
-class ImageFacts(NamedTuple):
+class ImageStats(NamedTuple):
     """What is kept of an image's pixels besides the pixels; all integers are exact."""
 
     content_hash: str  # 32 hex digits of the stored pixels and their shape; empty where nobody asks
@@ -39,17 +39,17 @@ class ImageFacts(NamedTuple):
     squares: list[int]
 
 
-def image_facts(pixels: np.ndarray, hygiene: HygieneSettings) -> ImageFacts:
+def image_stats(pixels: np.ndarray, filters: FilterSettings) -> ImageStats:
     """The facts of an image (H, W, C) uint8 or uint16, as it is stored (before a lossy encoding)."""
     height, width, channels = pixels.shape
     content_hash = ""
-    if hygiene.needs_content_hash:
+    if filters.needs_content_hash:
         digest = hashlib.blake2b(f"{height} {width} {channels} {pixels.dtype}".encode(), digest_size=16)
         digest.update(np.ascontiguousarray(pixels))
         content_hash = digest.hexdigest()
     sums, squares = _exact_sums(pixels.reshape(-1, channels))
-    near_hash = perceptual_hash(pixels) if hygiene.deduplicate == "near" else 0
-    return ImageFacts(content_hash, near_hash, height * width, sums, squares)
+    near_hash = perceptual_hash(pixels) if filters.deduplicate == "near" else 0
+    return ImageStats(content_hash, near_hash, height * width, sums, squares)
 
 
 def _exact_sums(samples: np.ndarray) -> tuple[list[int], list[int]]:
@@ -78,22 +78,22 @@ def perceptual_hash(pixels: np.ndarray) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def facts_batch(
-    sides: list[int], facts: list[ImageFacts], labels: list[int | None], sources: list[str]
+def stats_batch(
+    sides: list[int], facts: list[ImageStats], labels: list[int | None], sources: list[str]
 ) -> pa.RecordBatch:
     """The facts of a unit's images as a table, with which side each is on and what it is called."""
     facts = [fact._replace(content_hash=bytes.fromhex(fact.content_hash)) for fact in facts]
-    columns = [sides, *(list(zip(*facts, strict=True)) or [[]] * len(ImageFacts._fields)), labels, sources]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, FACTS_SCHEMA, strict=True)]
-    return pa.record_batch(arrays, schema=FACTS_SCHEMA)
+    columns = [sides, *(list(zip(*facts, strict=True)) or [[]] * len(ImageStats._fields)), labels, sources]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, STATS_SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=STATS_SCHEMA)
 
 
-def facts_digest(batch: pa.RecordBatch) -> str:
+def stats_digest(batch: pa.RecordBatch) -> str:
     """Tells two versions of a unit apart: a file that could not be read may be readable later."""
     return hashlib.blake2b(repr(batch.to_pydict()).encode(), digest_size=8).hexdigest()
 
 
-def total_facts(facts: Iterable[ImageFacts]) -> dict:
+def sum_stats(facts: Iterable[ImageStats]) -> dict:
     """Their pixels, sums and sums of squares by channel, added up exactly."""
     count, sums, squares = 0, [], []
     for fact in facts:
@@ -103,8 +103,8 @@ def total_facts(facts: Iterable[ImageFacts]) -> dict:
     return {"num_pixels": count, "sums": sums, "squares": squares}
 
 
-def add_totals(totals: Iterable[dict]) -> dict:
-    return total_facts(ImageFacts("", 0, total["num_pixels"], total["sums"], total["squares"]) for total in totals)
+def sum_totals(totals: Iterable[dict]) -> dict:
+    return sum_stats(ImageStats("", 0, total["num_pixels"], total["sums"], total["squares"]) for total in totals)
 
 
 def mean_and_std(total: dict, max_value: int) -> dict[str, list[float]]:

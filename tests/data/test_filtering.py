@@ -17,7 +17,7 @@ from trainkit.data.format import read_preparation
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation import finalize as finalize_module
 from trainkit.data.preparation import prepare as prepare_module
-from trainkit.data.preparation.hygiene import KEPT, HygieneSettings, exact_duplicates, near_duplicates, near_pairs
+from trainkit.data.preparation.filtering import KEPT, FilterSettings, exact_duplicates, near_duplicates, near_pairs
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.preparation.shards import ShardWriter, open_stream
 from trainkit.data.settings import PreparationSettings
@@ -25,12 +25,12 @@ from trainkit.data.sources import records
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 
-EXACT, NEAR = HygieneSettings("exact"), HygieneSettings("near")
+EXACT, NEAR = FilterSettings("exact"), FilterSettings("near")
 
 
-def prepared(folder: Path, output: Path, hygiene: HygieneSettings, settings=SETTINGS, **options) -> dict:
+def prepared(folder: Path, output: Path, filters: FilterSettings, settings=SETTINGS, **options) -> dict:
     options = {"num_proc": 1, "show_progress": False} | options
-    return prepare(ImageFolder(folder), settings, output, hygiene=hygiene, **options)
+    return prepare(ImageFolder(folder), settings, output, filters=filters, **options)
 
 
 def names(folder: Path) -> list[str]:
@@ -106,12 +106,12 @@ def test_the_same_photo_saved_twice_goes_and_the_first_stays(repeated, tmp_path)
     assert len(PreparedImages(tmp_path / "out")) == 300
 
 
-@pytest.mark.parametrize("hygiene", [EXACT, HygieneSettings("exact", validation_fraction=0.3)], ids=["", "split"])
+@pytest.mark.parametrize("filters", [EXACT, FilterSettings("exact", validation_fraction=0.3)], ids=["", "split"])
 def test_neither_processes_nor_a_kill_nor_history_change_the_bytes(
-    repeated, tmp_path, small_units, monkeypatch, hygiene
+    repeated, tmp_path, small_units, monkeypatch, filters
 ):
-    prepared(repeated, tmp_path / "fresh", hygiene)
-    prepared(repeated, tmp_path / "two", hygiene, num_proc=2)
+    prepared(repeated, tmp_path / "fresh", filters)
+    prepared(repeated, tmp_path / "two", filters, num_proc=2)
     assert contents(tmp_path / "fresh") == contents(tmp_path / "two")
 
     write_rows, written = ShardWriter.write_rows, []
@@ -126,7 +126,7 @@ def test_neither_processes_nor_a_kill_nor_history_change_the_bytes(
         killed.setattr(ShardWriter, "write_rows", dying)
         for _ in range(60):
             try:
-                prepared(repeated, tmp_path / "killed", hygiene)
+                prepared(repeated, tmp_path / "killed", filters)
                 break
             except Stopped:
                 assert read_preparation(tmp_path / "killed") is None
@@ -135,11 +135,11 @@ def test_neither_processes_nor_a_kill_nor_history_change_the_bytes(
     moved = repeated / "a/00000.png"
     content, times = moved.read_bytes(), moved.stat()
     moved.unlink()  # its copies take its place
-    prepared(repeated, tmp_path / "killed", hygiene)
+    prepared(repeated, tmp_path / "killed", filters)
     assert "a/x0.png" not in {line["source"] for line in rejected(tmp_path / "killed")}
     moved.write_bytes(content)
     os.utime(moved, ns=(times.st_atime_ns, times.st_mtime_ns))
-    prepared(repeated, tmp_path / "killed", hygiene)
+    prepared(repeated, tmp_path / "killed", filters)
     assert contents(tmp_path / "fresh") == contents(tmp_path / "killed")
 
 
@@ -167,7 +167,7 @@ def test_no_image_is_stored_twice(repeated, tmp_path, small_units):
         streams = [open_stream(path) for path in folder.rglob("*.arrow")]
         return sum(batch.num_rows for stream in streams if "image" in stream.schema.names for batch in stream)
 
-    prepared(repeated, tmp_path / "out", HygieneSettings("exact", validation_fraction=0.2))
+    prepared(repeated, tmp_path / "out", FilterSettings("exact", validation_fraction=0.2))
     assert total(tmp_path / "out") == 306
 
 
@@ -187,7 +187,7 @@ def test_near_duplicates_are_the_same_picture_saved_smaller_or_worse_or_tinted(t
     assert found == {"03_worse.jpg": "03.png", "05_smaller.png": "05.png", "07_tinted.png": "07.png"}
     assert all(re.search(r"looks like 0\d\.png: \d of 64 bits differ", line["message"])
                for line in rejected(tmp_path / "out"))  # fmt: skip
-    split = HygieneSettings("near", validation_fraction=0.5)
+    split = FilterSettings("near", validation_fraction=0.5)
     prepared(folder, tmp_path / "split", split, settings)
     both = names(tmp_path / "split") + names(tmp_path / "split/validation")
     assert len(both) == 40 and not found.keys() & set(both), "no near duplicate on the other side"
@@ -199,8 +199,8 @@ def test_another_distance_decodes_nothing(tmp_path, monkeypatch):
         photograph(seed).save(tmp_path / f"photos/{seed}.png")
     prepared(tmp_path / "photos", tmp_path / "out", NEAR)
     decoded = count_decoded(monkeypatch)
-    done = prepared(tmp_path / "photos", tmp_path / "out", HygieneSettings("near", 16), overwrite=True)
-    assert not decoded and done["hygiene"]["near_distance"] == 16
+    done = prepared(tmp_path / "photos", tmp_path / "out", FilterSettings("near", 16), overwrite=True)
+    assert not decoded and done["filters"]["near_distance"] == 16
 
 
 def test_deep_grey_transparent_and_uncropped_images_have_hashes_too(tmp_path):
@@ -211,15 +211,15 @@ def test_deep_grey_transparent_and_uncropped_images_have_hashes_too(tmp_path):
         (folder / f"{seed}-again.png").write_bytes((folder / f"{seed}.png").read_bytes())
     for mode, depth in (("L", 8), ("RGB", 16), ("RGBA", 8), ("L", 16)):
         settings = PreparationSettings(16, 16, image_mode=mode, bit_depth=depth)
-        for hygiene in (EXACT, NEAR):
-            output = tmp_path / f"{mode}{depth}{hygiene.deduplicate}"
-            assert prepared(folder, output, hygiene, settings)["num_images"] == 6
+        for filters in (EXACT, NEAR):
+            output = tmp_path / f"{mode}{depth}{filters.deduplicate}"
+            assert prepared(folder, output, filters, settings)["num_images"] == 6
             assert len(PreparedImages(output).gather(np.arange(6))) == 6
 
 
 def test_an_image_never_changes_sides(repeated, tmp_path):
-    hygiene = HygieneSettings(validation_fraction=0.2)
-    prepared(repeated, tmp_path / "out", hygiene)
+    filters = FilterSettings(validation_fraction=0.2)
+    prepared(repeated, tmp_path / "out", filters)
     train, held_out = set(names(tmp_path / "out")), set(names(tmp_path / "out/validation"))
     assert len(train) + len(held_out) == 306 and not train & held_out and 40 <= len(held_out) <= 80
     for copy, original in {"a/x1.bmp": "a/00002.png", "b/x2.png": "a/00000.png"}.items():
@@ -227,7 +227,7 @@ def test_an_image_never_changes_sides(repeated, tmp_path):
 
     write_images(repeated / "a", 100, start=5000)  # the set grows, and every file gets another name
     (repeated / "a").rename(repeated / "c")
-    prepared(repeated, tmp_path / "grown", hygiene)
+    prepared(repeated, tmp_path / "grown", filters)
     now = set(names(tmp_path / "grown/validation"))
     assert {name.replace("a/", "c/") for name in held_out} == {name for name in now if not name.startswith("c/05")}
 
@@ -238,7 +238,7 @@ def test_an_image_never_changes_sides(repeated, tmp_path):
 def test_training_takes_the_held_out_part(repeated, tmp_path):
     from trainkit.training.validation import open_validation_images
 
-    prepared(repeated, tmp_path / "out", HygieneSettings(validation_fraction=0.2))
+    prepared(repeated, tmp_path / "out", FilterSettings(validation_fraction=0.2))
     images = PreparedImages(tmp_path / "out")
     options = SimpleNamespace(
         train_data_dir=str(tmp_path / "out"), dataset_name=None, validation_data_dir=str(tmp_path / "out/validation"),
@@ -253,16 +253,16 @@ def test_a_split_that_leaves_one_side_empty_says_so(tmp_path):
     write_images(tmp_path / "photos", 3)
     for fraction, fix in ((0.0001, "larger"), (0.9999, "smaller")):
         with pytest.raises(UserError, match=f"--validation_fraction {fraction} of 3 images .* give a {fix} fraction"):
-            prepared(tmp_path / "photos", tmp_path / fix, HygieneSettings(validation_fraction=fraction))
+            prepared(tmp_path / "photos", tmp_path / fix, FilterSettings(validation_fraction=fraction))
 
 
 def test_the_split_is_mended_when_it_is_damaged(repeated, tmp_path):
-    hygiene = HygieneSettings("exact", validation_fraction=0.2)
-    prepared(repeated, tmp_path / "out", hygiene)
+    filters = FilterSettings("exact", validation_fraction=0.2)
+    prepared(repeated, tmp_path / "out", filters)
     before = contents(tmp_path / "out")
     shard = next((tmp_path / "out/validation").glob("data-*.arrow"))
     shard.write_bytes(shard.read_bytes()[:1000])
-    prepared(repeated, tmp_path / "out", hygiene)
+    prepared(repeated, tmp_path / "out", filters)
     assert contents(tmp_path / "out") == before
 
 
@@ -284,12 +284,12 @@ def test_a_run_on_wrong_data_stops_early(tmp_path, monkeypatch):
         (tmp_path / f"photos/bad{number:03d}.jpg").write_text("<html>not found</html>")
     decoded = count_decoded(monkeypatch)
     with pytest.raises(UserError) as raised:
-        prepared(tmp_path / "photos", tmp_path / "out", HygieneSettings(), max_rejected_fraction=0.3)
+        prepared(tmp_path / "photos", tmp_path / "out", FilterSettings(), max_rejected_fraction=0.3)
     message = str(raised.value)
     assert re.match(r"\d+ of the first 256 files were rejected \(\d+ web_page\), more than --max_rej", message)
     assert "bad000.jpg (web_page" in message and "\n" not in message and len(decoded) == 256
     decoded.clear()
-    done = prepared(tmp_path / "photos", tmp_path / "out", HygieneSettings(), max_rejected_fraction=0.9)
+    done = prepared(tmp_path / "photos", tmp_path / "out", FilterSettings(), max_rejected_fraction=0.9)
     assert done["num_images"] == 100 and len(decoded) == 600 - 256, "what was done stays"
 
 

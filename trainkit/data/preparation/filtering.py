@@ -19,7 +19,7 @@ TRAIN, VALIDATION = 0, 1
 
 
 @dataclass(frozen=True)
-class HygieneSettings:
+class FilterSettings:
     """Which of the images that could be read are kept, and for what."""
 
     deduplicate: str = "none"  # none, exact or near
@@ -40,19 +40,19 @@ class HygieneSettings:
         return (TRAIN, VALIDATION) if self.validation_fraction else (TRAIN,)
 
 
-AS_IT_IS = HygieneSettings()
+NO_FILTERS = FilterSettings()
 
 
-def hygiene_from_options(options) -> HygieneSettings:
-    """What a script's `HygieneOptions` ask for. Raises `UserError` naming the flag."""
+def filters_from_options(options) -> FilterSettings:
+    """What a script's `FilterOptions` ask for. Raises `UserError` naming the flag."""
     if not 0 <= options.validation_fraction < 1:
         raise UserError(f"--validation_fraction {options.validation_fraction} must be at least 0 and below 1")
     if not 0 <= options.near_distance <= MAX_NEAR_DISTANCE:
         raise UserError(f"--near_distance {options.near_distance} must be 0 to {MAX_NEAR_DISTANCE} bits")
     if options.deduplicate == "near":
         load_package("imagehash", NEAR_FLAG)
-    distance = options.near_distance if options.deduplicate == "near" else HygieneSettings.near_distance
-    return HygieneSettings(options.deduplicate, distance, options.validation_fraction)
+    distance = options.near_distance if options.deduplicate == "near" else FilterSettings.near_distance
+    return FilterSettings(options.deduplicate, distance, options.validation_fraction)
 
 
 def is_held_out(content_hash: str, fraction: float) -> bool:

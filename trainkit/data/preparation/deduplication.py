@@ -20,19 +20,19 @@ import pyarrow as pa
 from trainkit.data import faults
 from trainkit.data.files import RemotePath, delete, open_stream, sizes
 from trainkit.data.format import UNITS_FOLDER, VALIDATION_FOLDER
-from trainkit.data.preparation.facts import ImageFacts
-from trainkit.data.preparation.hygiene import (
+from trainkit.data.preparation.filtering import (
     HASH_BITS,
     KEPT,
     TRAIN,
     VALIDATION,
-    HygieneSettings,
+    FilterSettings,
     exact_duplicates,
     near_duplicates,
 )
+from trainkit.data.preparation.image_stats import ImageStats
 from trainkit.data.preparation.plan import is_transient
 from trainkit.data.preparation.rows import Rows
-from trainkit.data.preparation.shards import ShardWriter, facts_path, read_shard, read_summary, side_path
+from trainkit.data.preparation.shards import ShardWriter, read_shard, read_summary, split_path, stats_path
 
 OPEN_UNITS = 256  # whose facts stay open while duplicates are told
 
@@ -61,17 +61,17 @@ class Pieces:
 
     def is_whole(self, shard: Path | RemotePath, sides: tuple[int, ...]) -> bool:
         """Whether every row of the unit is somewhere."""
-        facts = read_facts(shard)
+        facts = read_stats(shard)
         return facts is not None and all(self.rows(shard, side, facts.digest) is not None for side in sides)
 
     def parts(self, shard: Path | RemotePath, side: int) -> list[Part]:
         """What may hold a side of the unit: all of it in one shard, or pairs."""
         marks = sorted(self._marks[side, shard.stem])
-        return [Part(side_path(shard, side), None), *(pair_of(shard, side, mark) for mark in marks)]
+        return [Part(split_path(shard, side), None), *(pair_of(shard, side, mark) for mark in marks)]
 
     def summary(self, shard: Path | RemotePath) -> dict:
         """What a complete unit says about itself: its rejected files, its account."""
-        digest = read_facts(shard).digest
+        digest = read_stats(shard).digest
         found = (_read(part.path, digest) for part in self.parts(shard, TRAIN))
         return next(read[0] for read in found if read)
 
@@ -87,19 +87,19 @@ class Pieces:
 
 
 def done_units(
-    output_dir: Path | RemotePath, shards: list[Path | RemotePath], hygiene: HygieneSettings
+    output_dir: Path | RemotePath, shards: list[Path | RemotePath], filters: FilterSettings
 ) -> dict[str, list[dict]]:
     """The names of units whose images a former run left, whole, with their rejected files."""
     pieces, done = Pieces(output_dir), {}
     for shard in shards:
-        rejected = pieces.summary(shard)["rejected"] if pieces.is_whole(shard, hygiene.sides) else None
+        rejected = pieces.summary(shard)["rejected"] if pieces.is_whole(shard, filters.sides) else None
         if rejected is not None and not is_transient(rejected):
             done[shard.name] = rejected
     return done
 
 
 def pair_of(shard: Path | RemotePath, side: int, mark: str) -> Part:
-    whole = side_path(shard, side)
+    whole = split_path(shard, side)
     hidden = shard.parent / UNITS_FOLDER / f"{shard.stem}-{side}-{mark}.arrow"
     return Part(whole.parent / f"{whole.stem}-{mark}.arrow", hidden)
 
@@ -110,10 +110,10 @@ def _read(path: Path | RemotePath, digest: str) -> tuple[dict, list[pa.RecordBat
     return read if read and read[0].get("facts_digest") == digest else None
 
 
-def read_facts(shard: Path | RemotePath) -> Facts | None:
+def read_stats(shard: Path | RemotePath) -> Facts | None:
     """What is kept of a unit's images besides their pixels; None where there is nothing whole."""
     try:
-        with open_stream(facts_path(shard)) as stream:
+        with open_stream(stats_path(shard)) as stream:
             digest, batches = read_summary(stream.schema)["facts_digest"], list(stream)
     except (OSError, pa.ArrowException, KeyError):
         return None
@@ -129,13 +129,13 @@ def drop_duplicates(
     was dropped. `sweep_at_once` deletes what a new part replaces: where no finished dataset needs it.
     """
     repeated = _repeated(writer, shards)
-    pieces, parts, told = Pieces(output_dir), {side: [] for side in writer.hygiene.sides}, {}
-    starts = np.cumsum([0] + [read_facts(shard).table.num_rows for shard in shards])
+    pieces, parts, told = Pieces(output_dir), {side: [] for side in writer.filters.sides}, {}
+    starts = np.cumsum([0] + [read_stats(shard).table.num_rows for shard in shards])
     for shard, start, end in zip(shards, starts[:-1], starts[1:], strict=True):
-        facts = read_facts(shard)
+        facts = read_stats(shard)
         dropped = repeated[start:end] != KEPT
         rows_by_side = facts.table.column("side").to_numpy()
-        for side in writer.hygiene.sides:
+        for side in writer.filters.sides:
             of_side = np.flatnonzero(rows_by_side == side)
             parts[side].append(_divided(writer, pieces, shard, side, facts, of_side, dropped, sweep_at_once))
     lines = _told(writer, shards, starts, repeated)
@@ -146,15 +146,15 @@ def drop_duplicates(
 
 def _repeated(writer: ShardWriter, shards: list[Path | RemotePath]) -> np.ndarray:
     """For each image (N,) the one that it repeats, or `KEPT`. In memory: at most 90 bytes an image."""
-    is_near = writer.hygiene.deduplicate == "near"
+    is_near = writer.filters.deduplicate == "near"
     column, width = ("perceptual_hash", 1) if is_near else ("content_hash", 2)
     parts = [np.empty(0, dtype=np.uint64)]
     for shard in shards:
-        values = read_facts(shard).table.column(column)
+        values = read_stats(shard).table.column(column)
         parts.append(np.frombuffer(values.buffers()[1], dtype=np.uint64, count=width * len(values)))
     hashes = np.concatenate(parts)
     if is_near:
-        return near_duplicates(hashes, writer.hygiene.near_distance)
+        return near_duplicates(hashes, writer.filters.near_distance)
     return exact_duplicates(hashes.reshape(-1, 2))
 
 
@@ -169,7 +169,7 @@ def _divided(
     sweep_at_once: bool,
 ) -> Part:
     """The part of one side of a unit that holds what is not `dropped`; made, unless it is there."""
-    whole, is_dropped = side_path(shard, side), dropped[of_side]
+    whole, is_dropped = split_path(shard, side), dropped[of_side]
     leaving = np.flatnonzero(is_dropped).tolist()
     mark = hashlib.blake2b(repr((facts.digest, leaving)).encode(), digest_size=8).hexdigest()
     part = pair_of(shard, side, mark) if leaving else Part(whole, None)
@@ -191,8 +191,8 @@ def _divided(
     return part
 
 
-def _as_facts(row: dict) -> ImageFacts:
-    return ImageFacts(row["content_hash"].hex(), *(row[name] for name in ImageFacts._fields[1:]))
+def _as_facts(row: dict) -> ImageStats:
+    return ImageStats(row["content_hash"].hex(), *(row[name] for name in ImageStats._fields[1:]))
 
 
 def _told(
@@ -202,7 +202,7 @@ def _told(
 
     @functools.lru_cache(maxsize=OPEN_UNITS)
     def table(unit: int) -> pa.RecordBatch:
-        return read_facts(shards[unit]).table
+        return read_stats(shards[unit]).table
 
     def row_of(image: int) -> tuple[int, dict]:
         unit = int(np.searchsorted(starts, image, side="right")) - 1
