@@ -1,7 +1,10 @@
 """Errors that a user can fix, reported in one line."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -15,10 +18,18 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Call a script's `main` and exit: 0 when done, 1 after one `error:` line for a `UserError`, 130 after Ctrl-C.
+    """Call a script's `main` and exit with its status.
 
-    `main` may return an exit status of its own. Everything that is not a `UserError` keeps its traceback: it is a bug.
+    0    done, or stopped by a signal after a checkpoint was written
+    1    a `UserError`, printed as one `error:` line
+    130  interrupted by Ctrl-C before the first step, or by a second Ctrl-C
+
+    `main` may return another status. Every other exception keeps its traceback: it is a bug. Printing never ends a
+    script: a closed terminal or pipe is replaced by one that drops what is written, and characters that the terminal's
+    encoding lacks are escaped.
     """
+    _open_standard_descriptors()
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -27,3 +38,49 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _open_standard_descriptors() -> None:
+    """Put the null device at closed descriptors 0 to 2, which the next file to be opened would otherwise take."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # at the lowest free number; workers need it too
+
+
+class SafeStream:
+    """Standard output or error whose failures never reach the program: what cannot be written is dropped."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, disconnected, or None
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError, AttributeError):
+            self._drop_buffer()
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def _drop_buffer(self) -> None:
+        """Send what is buffered and what follows to the null device: the interpreter flushes again at exit."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)

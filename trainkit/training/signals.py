@@ -1,26 +1,26 @@
-"""Stop signals: SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint at the next step boundary, on all ranks together."""
+"""Stop signals: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask for a checkpoint at the next step boundary, on all ranks."""
 
 import signal
 
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
 
 
 class StopSignals:
-    """Remembers a stop signal; `agreed()` tells every rank the same at the same step.
+    """Remembers a stop signal. `agreed()` returns the same on every rank at the same step.
 
-    The ranks' flags meet in an all-reduce on the CPU that is started at one step and read at the next, so that no step
-    waits.
-    A second Ctrl-C interrupts at once.
+    The ranks combine their flags in an all-reduce on the CPU, started at one step and read at the next, so that no
+    step waits. A second Ctrl-C interrupts at once. SIGHUP (a closed terminal) is ignored where `nohup` ignores it.
     """
 
     def __init__(self):
         self._received = False
         self._pending = None
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._former = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._former = {number: signal.signal(number, self._receive) for number in wanted}
 
     def _receive(self, number: int, frame) -> None:
         if self._received and number == signal.SIGINT:
@@ -41,7 +41,7 @@ class StopSignals:
         return stop
 
     def close(self) -> None:
-        """Give the signals back to their former handlers."""
+        """Restore the former signal handlers."""
         if self._pending is not None:
             self._pending[1].wait()
             self._pending = None
