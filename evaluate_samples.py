@@ -215,10 +215,8 @@ def main() -> None:
     for name in ("generated", "reference"):
         if getattr(options, name) is None:
             raise UserError(f"--{name} is missing: give a folder of images")
-    for name, least in (("num_images", 1), ("batch_size", 1), ("retrieval_captions", 2)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} must be at least {least}")
+    if options.output_file is not None and Path(options.output_file).is_dir():
+        raise UserError(f"--output_file {options.output_file} is a folder: give the name of a JSON file")
     result = evaluate(options)
     print_scores(result, options.metrics)
     print_conditioning(result, options.metrics)

@@ -163,8 +163,8 @@ def report(options: Options, record: dict, conditions, num_generated: int, secon
         record["images_per_second"] = round(num_generated / seconds, 2)
         speed = f" at {record['images_per_second']:.1f} images/s"
     write_json(folder / RECORD_NAME, record | {"complete": True})
-    if conditions is not None:
-        write_metadata(folder, [conditions.row(index) for index in range(record["num_images"])])
+    rows = [{} if conditions is None else conditions.row(index) for index in range(record["num_images"])]
+    write_metadata(folder, [{"seed": options.seed + index} | row for index, row in enumerate(rows)])
     write_grid(folder, min(options.num_images, GRID_IMAGES))
     print(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
 

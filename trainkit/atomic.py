@@ -30,9 +30,9 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whatever the locale."""
+    """Write `text` to `path` as UTF-8, whatever the locale. Undecoded bytes of file names are kept."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -120,10 +120,14 @@ def _is_within(number: float, within: str) -> bool:
 
 
 def _expanded(name: str, value: Any) -> Any:
-    """`value` with ~ and $VARIABLES replaced where the flag takes a path."""
-    if not isinstance(value, str) or not PATH_FLAG.fullmatch(name) or "://" in value:
+    """`value` with ~ and $VARIABLES replaced if the flag takes a path; other words as UTF-8, whatever the locale."""
+    if isinstance(value, list):
+        return [_expanded(name, item) for item in value]
+    if not isinstance(value, str) or "://" in value:
         return value
-    return os.path.expanduser(os.path.expandvars(value))
+    if PATH_FLAG.fullmatch(name):
+        return os.path.expanduser(os.path.expandvars(value))
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class Parser(argparse.ArgumentParser):

@@ -24,7 +24,7 @@ from trainkit.diffusion.noise_schedule import (
 )
 from trainkit.diffusion.objective import take_prediction_type
 from trainkit.diffusion.text_unet import adapt_cross_attention
-from trainkit.diffusion.unet import find_unet
+from trainkit.diffusion.unet import find_unet, load_any_variant
 from trainkit.errors import UserError
 
 UNET_CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
@@ -112,7 +112,7 @@ def load_pretrained(unet: torch.nn.Module, name: str, class_names: list[str] | N
     config, subfolder = find_unet(name, FLAG)
     try:
         model_class = UNET_CLASSES[config.get("_class_name", "UNet2DModel")]
-        old = model_class.from_pretrained(name, subfolder=subfolder).state_dict()
+        old = load_any_variant(model_class, name, subfolder=subfolder).state_dict()
         if config.get("class_embed_type") == "identity":
             old |= {f"class_embedding.{key}": value for key, value in _embedding_weights(name).items()}
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -1,5 +1,6 @@
 """The UNet that is trained: diffusers' example by default, or the one a config.json describes."""
 
+import contextlib
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -131,6 +132,20 @@ def find_unet(name_or_path: str, flag: str) -> tuple[dict, str | None]:
     if "block_out_channels" not in config:
         raise UserError(f"{flag} {name_or_path}: config.json describes no UNet2DModel")
     return dict(config), subfolder
+
+
+def load_any_variant(model_class: type, *where, **how):
+    """`model_class.from_pretrained(*where, **how)`, of the fp16 or bf16 variant of the weights if there is no other.
+
+    In float32. Raises what `from_pretrained` raises.
+    """
+    try:
+        return model_class.from_pretrained(*where, **how).float()
+    except (OSError, ValueError) as error:
+        for variant in ("fp16", "bf16", "non_ema"):
+            with contextlib.suppress(OSError, ValueError):
+                return model_class.from_pretrained(*where, variant=variant, **how).float()
+        raise error
 
 
 def check_resolution(height: int, width: int, halvings: int) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from trainkit.data.sources.entries import ReadOptions
+from trainkit.data.sources.listing import list_folder
+from trainkit.data.sources.splits import ALL
 from trainkit.errors import UserError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 NOT_READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 PREPARATION_NAME, RECORD_NAME = "preparation.json", "sampling.json"
 
@@ -28,12 +30,13 @@ class ImageFolder:
     def __init__(self, folder: Path, flag: str, skip_unreadable: bool = False):
         self.folder, self.flag, self.skip_unreadable = folder, flag, skip_unreadable
         self.unreadable: dict[int, str] = {}
-        files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+        listing = list_folder(folder, flag, ReadOptions(split=ALL))  # as prepare_dataset.py lists it
+        files = [folder / entry.path for entry in listing.entries if entry.size > 0]
         if (folder / RECORD_NAME).is_file():
             files = [path for path in files if path.parent == folder and re.fullmatch(r"\d{6,}", path.stem)]
-        self.files = sorted(path for path in files if not path.name.startswith("."))
+        self.files = files
         if not self.files:
-            raise UserError(f"{flag} {folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+            raise UserError(f"{flag} {folder} holds no image that can be read")
 
     def __len__(self) -> int:
         return len(self.files)

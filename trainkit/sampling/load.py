@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DDPMPipeline, SchedulerMixin, UNet2DConditi
 
 from pipelines.conditional import ConditionalPipeline
 from pipelines.vector_embedding import VectorEmbedding
+from trainkit.diffusion.unet import load_any_variant
 from trainkit.errors import UserError, one_line
 from trainkit.sampling.generate import Pipeline
 
@@ -68,7 +69,7 @@ def _load_unet(folder: Path) -> UNet2DModel:
     if class_name != "UNet2DModel":
         raise UserError(f"{FLAG} {folder}: its unet is a {class_name}; only a UNet2DModel samples without a condition")
     try:
-        unet = UNet2DModel.from_pretrained(source, local_files_only=True)
+        unet = load_any_variant(UNet2DModel, source, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{FLAG} {folder}: the UNet cannot be loaded: {one_line(error)}") from None
     if unet.class_embedding is not None:
@@ -108,9 +109,13 @@ def _load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> Condi
         component_class = known.get(class_name) if isinstance(known, dict) else getattr(known, class_name, None)
         if component_class is None or not hasattr(component_class, "from_pretrained"):
             raise UserError(f"{FLAG} {folder}: its {name} is a {class_name}, which this script does not know")
-        safe = {} if name == "tokenizer" else {"use_safetensors": True}
         try:
-            parts[name] = component_class.from_pretrained(folder / name, local_files_only=True, **safe)
+            if name == "tokenizer":
+                parts[name] = component_class.from_pretrained(folder / name, local_files_only=True)
+            else:
+                parts[name] = load_any_variant(
+                    component_class, folder / name, local_files_only=True, use_safetensors=True
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{FLAG} {folder}: {name} cannot be loaded: {one_line(error)}") from None
         if name != "tokenizer":

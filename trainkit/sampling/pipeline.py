@@ -10,7 +10,7 @@ from torch import nn
 
 from pipelines.conditional import ConditionalPipeline
 from pipelines.vector_embedding import VectorEmbedding
-from trainkit.atomic import TEMPORARY_PREFIX
+from trainkit.atomic import TEMPORARY_PREFIX, write_text
 from trainkit.diffusion.noise_schedule import NoiseScheduler
 from trainkit.sampling.generate import Pipeline
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, save_bundle, scheduler_bundle
@@ -68,7 +68,7 @@ def save_pipeline(folder: Path, pipeline: Pipeline, card: str) -> None:
     finally:
         pipeline.scheduler = noise_scheduler
     save_bundle(staging, bundle)
-    (staging / "README.md").write_text(card, encoding="utf-8")
+    write_text(staging / "README.md", card)
     for name in PIPELINE_PARTS:
         if (staging / name).exists():
             _replace_part(staging / name, folder / name)

@@ -144,7 +144,8 @@ def sidecar_path(path: Path, file: tuple, standard: str) -> Path:
 
 def folder_class(folder: str, label_from: str) -> str:
     """The class that a relative folder stands for: its own name, or that of the folder at the top."""
-    return folder.partition("/")[0] if label_from == "top_folder" else folder.rpartition("/")[2]
+    name = folder.partition("/")[0] if label_from == "top_folder" else folder.rpartition("/")[2]
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # an ASCII locale does not decode it
 
 
 def encoded(text: str | None) -> bytes | None:
