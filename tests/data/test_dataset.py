@@ -239,7 +239,7 @@ def test_a_prepared_folder_is_opened_as_it_is(photos, tmp_path, capsys):
     assert not (tmp_path / "cache").exists() and capsys.readouterr().out == ""
     for contradiction, message in {
         "resolution": ("64", "--resolution 64, but --train_data_dir .*out was prepared at 12x16"),
-        "image_mode": ("L", "--image_mode L, but --train_data_dir .*out holds RGB: give --image_mode RGB"),
+        "image_mode": ("L", "--image_mode L, but --train_data_dir .*out holds RGB: leave the flag out"),
         "preserve_input_precision": (True, "was prepared with 8 bits"),
     }.items():
         with pytest.raises(UserError, match=message[1]):

@@ -188,5 +188,5 @@ def test_a_unet_of_other_channels_is_refused(image_folder, tiny_unet, cache_dir,
 
     arguments = latent_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", vae)
     monkeypatch.setattr("sys.argv", ["train_conditional.py", *arguments])
-    with pytest.raises(UserError, match="in_channels 3, but --vae_name_or_path gives 2"):
+    with pytest.raises(UserError, match="in_channels 3, but the latents of --vae_name_or_path have 2 channels"):
         train_conditional.main()

@@ -31,7 +31,7 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path):
         ({"model_config_name_or_path": "/nowhere"}, "--model_config_name_or_path /nowhere: no config.json to read"),
         ({"train_data_dir": None}, "--train_data_dir"),
         ({"train_data_dir": "/nowhere"}, "--train_data_dir /nowhere"),
-        ({"image_mode": "L"}, "in_channels 3, but --image_mode L gives 1"),
+        ({"image_mode": "L"}, "in_channels 3, but the images .--image_mode L. have 1 channels"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16"),
         ({"train_batch_size": 0}, "--train_batch_size 0 must be at least 1"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "--resume_from_checkpoint checkpoint-9 does not exist"),

@@ -121,10 +121,10 @@ def _check_agreement(images: PreparedImages, options, what: str) -> None:
             f"--resize_mode {resize_mode} (--center_crop is crop), but {what} was prepared with "
             f"{images.settings.resize_mode}: leave the flag out, or prepare the images again"
         )
-    if options.image_mode != images.image_mode:
+    if options.image_mode not in (None, images.image_mode):
         raise UserError(
-            f"--image_mode {options.image_mode}, but {what} holds {images.image_mode}: give --image_mode "
-            f"{images.image_mode}, or prepare the images again"
+            f"--image_mode {options.image_mode}, but {what} holds {images.image_mode}: leave the flag out, or prepare "
+            "the images again"
         )
     if options.preserve_input_precision and images.bit_depth == 8:
         raise UserError(f"--preserve_input_precision, but {what} was prepared with 8 bits: prepare the images again")

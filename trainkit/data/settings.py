@@ -83,7 +83,7 @@ def settings_from_options(options) -> PreparationSettings:
         height=stored[0],
         width=stored[1],
         resize_mode=resize_mode_from_options(options) or "random_crop",
-        image_mode=options.image_mode,
+        image_mode=options.image_mode or "RGB",
         background=background,
         bit_depth=16 if options.preserve_input_precision else 8,
         storage=options.storage,

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from trainkit.data.settings import parse_resolution
@@ -13,7 +14,7 @@ from trainkit.diffusion.text_unet import (
     takes_text,
     with_cross_attention,
 )
-from trainkit.errors import UserError
+from trainkit.errors import UserError, one_line
 
 # The UNet of diffusers' train_unconditional.py: 113.7 M parameters at 3 channels.
 EXAMPLE_UNET = {
@@ -33,30 +34,8 @@ def build_unet(options, height: int, width: int, channels: int, **condition) -> 
     config, and its channels may be others. Raises `UserError` where the config cannot be read or does not fit the
     images.
     """
-    name = options.model_config_name_or_path
-    config = _config(options)
-    if name is not None and config.get("in_channels", 3) != channels:
-        giver = "--vae_name_or_path" if _takes_latents(options) else f"--image_mode {options.image_mode}"
-        raise UserError(
-            f"--model_config_name_or_path {name} has in_channels {config.get('in_channels', 3)}, but {giver} gives "
-            f"{channels}: change one of the two"
-        )
-    config |= {"sample_size": height if height == width else (height, width)}
-    config |= {"in_channels": channels, "out_channels": channels}
-    config |= {"class_embed_type": None, "num_class_embeds": None}
-    if takes_text(options):
-        # a model to start from may have read another encoder
-        given = config if name is not None else {**config, "cross_attention_dim": condition["cross_attention_dim"]}
-        check_text_config(given, _where(options), condition["cross_attention_dim"])
-    config |= condition
-    model_class = UNet2DConditionModel if takes_text(options) else UNet2DModel
-    check_resolution(height, width, len(config["block_out_channels"]) - 1)
-    try:
-        unet = model_class.from_config(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"--model_config_name_or_path {name} is no working {model_class.__name__} config: {error}"
-        ) from None
+    model_class, config = _final_config(options, height, width, channels, condition)
+    unet = _from_config(model_class, config, options)
     if options.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
@@ -65,11 +44,49 @@ def build_unet(options, height: int, width: int, channels: int, **condition) -> 
     return unet
 
 
+def _final_config(options, height: int, width: int, channels: int, condition: dict) -> tuple[type, dict]:
+    """The class of the UNet and its config for images of this size. Raises `UserError` if it does not fit them."""
+    name, config = options.model_config_name_or_path, _config(options)
+    for key in ("in_channels", "out_channels"):
+        if name is not None and config.get(key, 3) != channels:
+            what = "latents of --vae_name_or_path" if _takes_latents(options) else "images"
+            mode = "" if _takes_latents(options) else f" (--image_mode {options.image_mode or 'RGB'})"
+            raise UserError(
+                f"--model_config_name_or_path {name} has {key} {config.get(key, 3)}, but the {what}{mode} have "
+                f"{channels} channels: change one of the two"
+            )
+    config |= {"sample_size": height if height == width else (height, width)}
+    config |= {"in_channels": channels, "out_channels": channels}
+    config |= {"class_embed_type": None, "num_class_embeds": None}
+    if takes_text(options):
+        # a model to start from may have read another encoder
+        given = config if name is not None else {**config, "cross_attention_dim": condition["cross_attention_dim"]}
+        check_text_config(given, _where(options), condition["cross_attention_dim"])
+    check_resolution(height, width, len(config["block_out_channels"]) - 1)
+    return UNet2DConditionModel if takes_text(options) else UNet2DModel, config | condition
+
+
+def _from_config(model_class: type, config: dict, options) -> UNet2DModel | UNet2DConditionModel:
+    try:
+        return model_class.from_config(config)
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(
+            f"{_where(options)} is not a working {model_class.__name__} config: {one_line(error)}"
+        ) from None
+
+
 def check_unet_options(options) -> None:
-    """Refuse a config that cannot be read, or a `--resolution` that its UNet cannot halve, while it costs nothing."""
+    """Refuse a config that cannot be read or built, or a `--resolution` that does not fit it, before preparation."""
     times = unet_halvings(options)
     if options.resolution is not None and not _takes_latents(options):
         check_resolution(*parse_resolution(options.resolution), times)
+    if options.model_config_name_or_path is None or takes_text(options):
+        return
+    config = _config(options)
+    if options.image_mode is not None and not _takes_latents(options):
+        _final_config(options, 2**times, 2**times, len(options.image_mode), {})
+    with torch.device("meta"):
+        _from_config(UNet2DModel, config, options)
 
 
 def unet_halvings(options) -> int:

@@ -58,7 +58,10 @@ class ImageOptions:
     center_crop: bool = option(
         False, "--resize_mode crop: crop the centre once, when the data is prepared, in the place of random_crop"
     )
-    image_mode: str = option("RGB", "colour mode the images are converted to", choices=("RGB", "L", "RGBA"))
+    image_mode: str | None = option(
+        None, "colour mode that the images are converted to; default: that of the prepared dataset, else RGB",
+        choices=("RGB", "L", "RGBA"),
+    )  # fmt: skip
     background: str = option(
         "white",
         "colour behind transparent pixels in RGB and L, and around padded images (name or #rrggbb)",

@@ -16,12 +16,17 @@ from trainkit.data.loading.augment import build_augmentation, check_augmentation
 from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import BatchLoader, BatchShape, Condition
-from trainkit.diffusion.noise_schedule import DEFAULT_BETA_SCHEDULE, DEFAULT_PREDICTION_TYPE
+from trainkit.diffusion.noise_schedule import (
+    DEFAULT_BETA_SCHEDULE,
+    DEFAULT_PREDICTION_TYPE,
+    build_noise_scheduler,
+)
 from trainkit.diffusion.objective import check_objective, take_prediction_type
 from trainkit.diffusion.pretrained import check_pretrained
 from trainkit.diffusion.unet import check_unet_options
-from trainkit.errors import UserError
+from trainkit.errors import UserError, one_line
 from trainkit.options.script import TrainingOptions
+from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, check_steps, scheduler_bundle
 from trainkit.training import launch
 from trainkit.training.averages.ema import build_ema
 from trainkit.training.averages.power_ema import PowerAverages, check_ema_power_lengths
@@ -71,7 +76,21 @@ def check_options(options: TrainingOptions) -> None:
     check_ema_power_lengths(options)
     check_learning_rate_search(options)
     check_augmentation(options, grey=options.image_mode == "L")
+    check_sampling(options)
     check_output_dir(options)
+
+
+def check_sampling(options: TrainingOptions) -> None:
+    """Raise `UserError` if the trained model could not be sampled with `--ddpm_num_inference_steps`."""
+    scheduler = scheduler_bundle(build_noise_scheduler(options))[DEFAULT_SCHEDULER]
+    check_steps(scheduler, options.ddpm_num_inference_steps, "--ddpm_num_inference_steps")
+    try:
+        scheduler.set_timesteps(options.ddpm_num_inference_steps)
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"--ddpm_num_inference_steps {options.ddpm_num_inference_steps} does not work with --ddpm_num_steps "
+            f"{options.ddpm_num_steps} ({one_line(error)}): use fewer of the former, or more of the latter"
+        ) from None
 
 
 def prepare_process(options: TrainingOptions) -> None:
@@ -156,6 +175,12 @@ def start_run(
         lock=locks[0] if locks else None,
         max_train_steps=max_train_steps,
     )
+    if accelerator.is_main_process and options.lr_warmup_steps >= max_train_steps:
+        print(
+            f"WARNING: --lr_warmup_steps {options.lr_warmup_steps} is not less than the {max_train_steps} steps of "
+            "the run: the learning rate does not stay at its peak",
+            flush=True,
+        )
     _resume(run, candidates)
     run.start_log()
     _announce(run)

@@ -108,7 +108,7 @@ def check_resumable(options: TrainingOptions, images: PreparedImages, candidates
 
 def describe_dataset(images: PreparedImages) -> str:
     """The dataset in a few words, for messages."""
-    return f"{len(images):,} images of {images.folder}"
+    return f"{len(images):,} images of {images.preparation['source']['name']} ({images.fingerprint})"
 
 
 def restore_first(candidates: list[Path], restore: Callable[[Path], dict]) -> tuple[Path | None, dict]:
