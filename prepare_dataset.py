@@ -13,9 +13,10 @@ The training scripts take the raw folder too, and then prepare it in the cache b
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainkit.config import option, parse_options
+from trainkit.config import parse_options
 from trainkit.errors import UserError, run_script
 from trainkit.options.data import ImageOptions, SourceOptions
+from trainkit.options.fields import option
 
 
 @dataclass

@@ -21,8 +21,8 @@ All flags of train_unconditional.py work here with the same meaning; steps are o
 
 from dataclasses import dataclass
 
-from trainkit.config import option
 from trainkit.errors import run_script
+from trainkit.options.fields import option
 from trainkit.options.model import LatentOptions, TextOptions
 from trainkit.options.script import TrainingOptions, parse_training_options
 

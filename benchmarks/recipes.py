@@ -25,8 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainkit.config import option, parse_options  # noqa: E402
+from trainkit.config import parse_options  # noqa: E402
 from trainkit.errors import UserError, run_script  # noqa: E402
+from trainkit.options.fields import option  # noqa: E402
 
 HEAD = 18  # pixels above a strip of samples
 CALIBRATION_STEPS, CALIBRATION_TAIL = 120, 100  # steps of a calibration, and the last of them that are timed

@@ -23,8 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trainkit.config import option, parse_options  # noqa: E402
+from trainkit.config import parse_options
 from trainkit.errors import run_script  # noqa: E402
+from trainkit.options.fields import option  # noqa: E402
 
 SIDE, NUM_IMAGES = 32, 2000
 UNETS = {

@@ -22,8 +22,9 @@ from recipes import ROOT, RunOptions, kept, own_folder, run_folder, tabled, trai
 
 sys.path.insert(0, str(ROOT))
 
-from trainkit.config import option, parse_options  # noqa: E402
+from trainkit.config import parse_options
 from trainkit.errors import run_script  # noqa: E402
+from trainkit.options.fields import option  # noqa: E402
 
 BATCH_SIZE = 16  # the default
 PRETRAINED = "pretraining"

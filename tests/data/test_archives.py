@@ -138,7 +138,7 @@ def test_a_tar_of_odd_things(tmp_path):
 
 
 def test_a_zip_of_odd_things(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 100_000)
+    monkeypatch.setattr(containers, "MAX_MEMBER_BYTES", 100_000)
     path = tmp_path / "odd.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         link = zipfile.ZipInfo("link.png")

@@ -7,7 +7,7 @@
     FOLDER/rejected.jsonl         one line per rejected file
     FOLDER/validation/            the held-out images, a dataset of the same form (--validation_fraction)
     FOLDER/.units/                what deduplication keeps of each work unit (--deduplicate)
-    FOLDER/.lock, FOLDER/work/    a preparation in progress
+    FOLDER/.lock, FOLDER/work       a preparation in progress
 
 Writers (`data/preparation`) and readers (`data/loading`, `data/cache`) both stand on this module.
 """

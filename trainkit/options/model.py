@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainkit.config import option
+from trainkit.options.fields import option
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainkit.config import option
+from trainkit.options.fields import option
 
 SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in checkpoints, not by trackers
 

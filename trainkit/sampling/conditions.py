@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainkit.config import option
 from trainkit.errors import UserError
+from trainkit.options.fields import option
 
 FLAGS = {"class_labels": "class_labels", "prompt": "prompts_file", "vectors": "vectors_file"}
 ALL, NULL = "all", "null"
