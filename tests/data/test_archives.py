@@ -17,7 +17,7 @@ import pytest
 from source_files import assert_same, files_of, open_given, png, prepared, write_photos, write_tar, write_zip
 
 from trainkit.data.preparation import prepare as prepare_module
-from trainkit.data.sources import archives, records
+from trainkit.data.sources import archives, containers, records
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
