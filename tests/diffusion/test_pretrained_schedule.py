@@ -13,7 +13,7 @@ from trainkit.diffusion.noise_schedule import (
     prediction_type_of,
     saved_noise_scheduler,
 )
-from trainkit.diffusion.pretrained import check_pretrained
+from trainkit.diffusion.resolve import resolve_objective
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
 from trainkit.sampling.pipeline import save_pipeline
@@ -38,8 +38,7 @@ def schedule_options(name, **flags):
     options = TrainingOptions(pretrained_model_name_or_path=name and str(name))
     for flag, value in flags.items():
         setattr(options, flag, value)
-    check_pretrained(options)
-    return options
+    return resolve_objective(options)
 
 
 def objective_of(name, **flags):
@@ -123,7 +122,7 @@ def test_a_pipeline_of_diffusers_is_trained_on_over_its_own_noise_schedule(tmp_p
             == "linear"
         )
     shutil.rmtree(tmp_path / "0" / "scheduler")
-    with pytest.raises(UserError, match="has no scheduler that tells what it was trained for: give --ddpm_beta_sch"):
+    with pytest.raises(UserError, match="has no scheduler that says what it was trained for: give --ddpm_beta_sch"):
         schedule_options(tmp_path / "0", prediction_type="epsilon")
     with pytest.raises(UserError, match="give --prediction_type and --ddpm_beta_schedule"):
         schedule_options(tmp_path / "0")
@@ -134,7 +133,7 @@ def test_a_pipeline_of_diffusers_is_trained_on_over_its_own_noise_schedule(tmp_p
     with pytest.raises(UserError, match="--pretrained_model_name_or_path /nowhere: no config.json to read"):
         schedule_options("/nowhere")
     (tmp_path / "2" / "scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "of tomorrow"}')
-    with pytest.raises(UserError, match="has no scheduler that tells"):
+    with pytest.raises(UserError, match="has no scheduler that says"):
         schedule_options(tmp_path / "2", prediction_type="epsilon")
 
 

@@ -13,19 +13,6 @@ SIGMA_DATA = 0.5  # deviation of images in [-1, 1] (Karras et al. 2022, table 1)
 MOST_IMAGE_AT_END = 0.15  # scaled_linear ends at 0.07
 
 
-def take_prediction_type(options, prediction_type: str, zero_snr: bool = False) -> None:
-    """Train `prediction_type` where `--prediction_type` names none, and the image with the weight that suits it.
-
-    soft_min_snr scored best (benchmarks/results.md); over a schedule that ends in pure noise (`zero_snr`), where that
-    is 0, edm.
-    """
-    if options.prediction_type is not None:
-        return
-    options.prediction_type = prediction_type
-    if prediction_type == "sample" and options.loss_weighting is None and options.snr_gamma is None:
-        options.loss_weighting = "edm" if zero_snr or options.rescale_betas_zero_snr else "soft_min_snr"
-
-
 def check_objective(options) -> None:
     """Raise `UserError` for settings of `ObjectiveOptions` that cannot be trained or sampled."""
     flow, gamma = options.prediction_type == "flow_prediction", options.snr_gamma

@@ -6,23 +6,13 @@ one, a projection of vectors and cross-attention at zero.
 K classes, D numbers of the time embedding.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
-from trainkit.diffusion.noise_schedule import (
-    BETA_SCHEDULES,
-    PRETRAINED_SCHEDULE,
-    build_noise_scheduler,
-    is_flow,
-    prediction_type_of,
-    saved_noise_scheduler,
-)
-from trainkit.diffusion.objective import take_prediction_type
 from trainkit.diffusion.text_unet import adapt_cross_attention
 from trainkit.diffusion.unet import find_unet, load_any_variant
 from trainkit.errors import UserError
@@ -33,74 +23,6 @@ TABLE, NULL_VECTOR = "class_embedding.weight", "class_embedding.null_embedding"
 MEAN, SHIFT = "class_embedding.mean", "time_embedding.linear_2.bias"
 CHANNELS = ("conv_in.weight", "conv_out.weight", "conv_out.bias")
 EMBEDDING, WEIGHTS = "vector_embedding", "diffusion_pytorch_model.safetensors"
-
-
-def check_pretrained(options) -> None:
-    """Refuse a pipeline that cannot be read, or that was trained for another `--prediction_type`.
-
-    What it predicts, and the noise schedule that it was trained over, are taken where the options name no other.
-    """
-    name = options.pretrained_model_name_or_path
-    if name is None:
-        if options.ddpm_beta_schedule == PRETRAINED_SCHEDULE:
-            raise UserError(f"--ddpm_beta_schedule {PRETRAINED_SCHEDULE} needs {FLAG}, whose betas it means")
-        return
-    find_unet(name, FLAG)
-    saved = saved_noise_scheduler(name)
-    if saved is None:
-        _check_told(options)
-        return
-    trained_for = prediction_type_of(saved)
-    zero_snr = not is_flow(saved) and saved.alphas_cumprod[-1].item() == 0
-    take_prediction_type(options, trained_for, zero_snr)
-    if trained_for != options.prediction_type:
-        raise UserError(
-            f"--prediction_type {options.prediction_type}, but {FLAG} {name} was trained for {trained_for}: give "
-            f"--prediction_type {trained_for}"
-        )
-    if is_flow(saved):
-        options.ddpm_num_steps = saved.config.num_train_timesteps
-        if options.noise_shift == 1:
-            options.noise_shift = saved.config.shift
-    elif options.ddpm_beta_schedule is None:
-        options.ddpm_num_steps = saved.config.num_train_timesteps
-        options.ddpm_beta_schedule = _schedule_of(options, saved)
-
-
-def _check_told(options) -> None:
-    """Raise `UserError` unless the options tell what a pipeline without a scheduler was trained for."""
-    told = {
-        "--prediction_type": options.prediction_type is not None,
-        "--ddpm_beta_schedule": options.ddpm_beta_schedule not in (None, PRETRAINED_SCHEDULE)
-        or options.prediction_type == "flow_prediction",
-    }
-    if missing := [flag for flag, given in told.items() if not given]:
-        raise UserError(
-            f"{FLAG} {options.pretrained_model_name_or_path} has no scheduler that tells what it was trained for: "
-            f"give {' and '.join(missing)}"
-        )
-
-
-def _schedule_of(options, saved: DDPMScheduler) -> str:
-    """The `--ddpm_beta_schedule` that, moved as the other flags say, continues `saved`.
-
-    Its name where `saved` is that schedule, or is it moved by these same flags. Raises `UserError` where flags would
-    move it a second time.
-    """
-    named = saved.config.beta_schedule
-    if named in BETA_SCHEDULES:
-        plain = DDPMScheduler(saved.config.num_train_timesteps, beta_schedule=named)
-        told = build_noise_scheduler(replace(options, ddpm_beta_schedule=named))
-        if any(torch.allclose(same.betas, saved.betas, atol=1e-7) for same in (plain, told)):
-            return named
-    moves = {"--noise_shift": options.noise_shift != 1, "--rescale_betas_zero_snr": options.rescale_betas_zero_snr}
-    for flag, given in moves.items():
-        if given:
-            raise UserError(
-                f"{flag}: {FLAG} {options.pretrained_model_name_or_path} was trained over a noise schedule that was "
-                f"moved already; leave {flag} out to keep it, or give --ddpm_beta_schedule for another"
-            )
-    return PRETRAINED_SCHEDULE
 
 
 def load_pretrained(unet: torch.nn.Module, name: str, class_names: list[str] | None = None) -> str:

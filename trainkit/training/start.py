@@ -1,7 +1,6 @@
 """How a training script starts: resolve and check its options, start its processes, build the run."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,9 @@ from trainkit.data.loading.augment import build_augmentation, check_augmentation
 from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import BatchLoader, BatchShape, Condition
-from trainkit.diffusion.noise_schedule import (
-    DEFAULT_BETA_SCHEDULE,
-    DEFAULT_PREDICTION_TYPE,
-    build_noise_scheduler,
-)
-from trainkit.diffusion.objective import check_objective, take_prediction_type
-from trainkit.diffusion.pretrained import check_pretrained
+from trainkit.diffusion.noise_schedule import build_noise_scheduler
+from trainkit.diffusion.objective import check_objective
+from trainkit.diffusion.resolve import resolve_objective
 from trainkit.diffusion.unet import check_unet_options
 from trainkit.errors import UserError, one_line
 from trainkit.options.script import TrainingOptions
@@ -58,12 +53,7 @@ def resolve_options(options: TrainingOptions) -> TrainingOptions:
     The prediction type, loss weighting and noise schedule follow the pretrained model, if any. An FSDP or DeepSpeed
     launch turns into `--shard_weights`. Raises `UserError` for settings that contradict each other.
     """
-    options = replace(options)
-    check_pretrained(options)
-    take_prediction_type(options, DEFAULT_PREDICTION_TYPE)
-    if options.ddpm_beta_schedule is None and options.prediction_type != "flow_prediction":
-        options.ddpm_beta_schedule = DEFAULT_BETA_SCHEDULE
-    return launch.shard_as_launched(options)
+    return launch.shard_as_launched(resolve_objective(options))
 
 
 def check_options(options: TrainingOptions) -> None:
