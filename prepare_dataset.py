@@ -1,4 +1,4 @@
-"""Turn images (a folder, archives, Parquet, HDF5, a URL, a dataset of the Hub) into a dataset that opens at once.
+"""Turn images (a folder, archives, Parquet, HDF5, a URL, a Hub dataset) into an Arrow dataset that opens instantly.
 
     python prepare_dataset.py --train_data_dir photos --resolution 64 --center_crop --output_dir photos-64
     python prepare_dataset.py --inspect photos-64
@@ -6,8 +6,8 @@
 
     python prepare_dataset.py --train_data_dir photos-64 --export_hdf5 photos-64.h5
 
-Run the same command again after it was stopped, or after files were added: only what is missing is done.
-The training scripts take the raw folder too, and then prepare it in the cache by themselves. See docs/data.md.
+Run the same command again after an interruption or after files were added: only the missing part is done.
+The training scripts also accept raw images and prepare them in the cache. See docs/data.md.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from trainkit.options.fields import option
 
 @dataclass
 class OutputOptions:
-    """output: where the prepared dataset goes"""
+    """output: where the prepared dataset is written"""
 
     output_dir: str | None = option(
         None,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Images from a saved pipeline, over all processes.
+"""Generate images from a saved pipeline, on all processes.
 
     python sample.py --model_name_or_path ddpm-model-64 --output_dir samples --num_images 64
     accelerate launch sample.py --model_name_or_path google/ddpm-cifar10-32 --output_dir samples \\
@@ -7,9 +7,9 @@
     accelerate launch sample.py --model_name_or_path conditional-cifar10-32 --output_dir samples --num_images 1000 \\
         --class_labels all --guidance_scale 2
 
-Image i is made from seed + i, and of a conditional pipeline it shows condition i of those asked for, which go round:
-it is the same whatever the batch size and the number of processes. Writes 000000.png ..., grid.png, sampling.json and
-metadata.jsonl (what each image should show); started again, it makes only the images that are missing.
+Image i uses the seed --seed + i and, for a conditional pipeline, condition i of the requested ones, which repeat. It
+does not depend on the batch size or the number of processes. Writes 000000.png ..., grid.png, sampling.json and
+metadata.jsonl (seed and condition of each image). Run the same command again to generate only the missing images.
 """
 
 import time
@@ -26,7 +26,7 @@ GRID_IMAGES = 100
 
 @dataclass
 class PipelineOptions:
-    """pipeline: what samples"""
+    """pipeline: the model to sample"""
 
     model_name_or_path: str | None = option(None, "folder of a saved pipeline, or a Hub id; nothing in it is executed")
     scheduler: str | None = option(
@@ -39,7 +39,7 @@ class PipelineOptions:
 
 @dataclass
 class OutputOptions:
-    """output: how many images, from which seeds, to where"""
+    """output: number of images, seeds and folder"""
 
     output_dir: str = option("samples", "folder for 000000.png ..., grid.png, sampling.json and metadata.jsonl")
     num_images: int = option(64, "images in all, over all processes", within="[1, inf)")
@@ -48,7 +48,7 @@ class OutputOptions:
 
 @dataclass
 class ComputeOptions:
-    """hardware: batches, precision, threads"""
+    """hardware: batch size, precision, threads"""
 
     sample_batch_size: int = option(16, "images per process and batch; does not change the images", within="[1, inf)")
     mixed_precision: str | None = option(

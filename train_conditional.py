@@ -1,22 +1,22 @@
-"""Train a diffusion model on images with a class, a vector or captions each, and save a pipeline that takes these.
+"""Train a diffusion model conditioned on classes, vectors or captions, and save a pipeline that accepts them.
 
     accelerate launch train_conditional.py --condition class --train_data_dir photos --resolution 64 \\
         --output_dir classes-64 --mixed_precision bf16
 
-    # vectors: NAME.npy beside each image, or a list of numbers in its metadata
+    # vectors: NAME.npy next to each image, or a list of numbers in its metadata
     accelerate launch train_conditional.py --condition vector --train_data_dir photos --output_dir vectors-64
 
-    # captions: NAME.txt beside each image, one a line, or a `text` column
+    # captions: NAME.txt next to each image, one caption per line, or a `text` column
     accelerate launch train_conditional.py --condition text --train_data_dir photos --output_dir captions-64 \\
         --text_encoder_name_or_path openai/clip-vit-large-patch14
 
-    # from an unconditional pipeline, or one of other classes
+    # start from an unconditional pipeline, or from one with other classes
         --pretrained_model_name_or_path ddpm-photos-64
 
-    # after a kill, a crash or Ctrl-C: the same command and
+    # after a kill, a crash or Ctrl-C: add this to the same command
         --resume_from_checkpoint latest
 
-All flags of train_unconditional.py work here with the same meaning; steps are optimizer steps.
+All flags of train_unconditional.py work here with the same meaning. Steps are optimizer steps.
 """
 
 from dataclasses import dataclass
@@ -29,19 +29,19 @@ from trainkit.options.script import TrainingOptions, parse_training_options
 
 @dataclass
 class ConditioningOptions:
-    """conditioning: what the model is told of each image"""
+    """conditioning: what the model is conditioned on"""
 
     condition: str = option(
-        "class", "class: the class of an image; vector: the numbers stored with it; text: its captions",
+        "class", "class: the class of an image; vector: its stored numbers; text: its captions",
         choices=("class", "vector", "text"),
     )  # fmt: skip
     conditioning_dropout: float = option(
         0.1,
-        "chance that an image is trained without its condition, which guidance needs (Ho & Salimans 2022)",
+        "probability that an image is trained without its condition, for guidance (Ho & Salimans 2022)",
         within="[0, 1]",
     )
     class_balance: str = option(
-        "none", "how often images of a class come: as many as there are, by the root of that, or all classes alike",
+        "none", "frequency of each class: proportional to its images, to the square root of that, or equal",
         choices=("none", "sqrt", "inverse"),
     )  # fmt: skip
     preview_guidance_scale: float = option(
@@ -50,7 +50,7 @@ class ConditioningOptions:
 
 
 @dataclass
-class Options(ConditioningOptions, TextOptions, LatentOptions, TrainingOptions):
+class Options(TrainingOptions, ConditioningOptions, TextOptions, LatentOptions):
     """The options of train_conditional.py."""
 
 

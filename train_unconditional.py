@@ -1,4 +1,4 @@
-"""Train an unconditional diffusion model (a UNet2DModel) on images, and save a pipeline that loads anywhere.
+"""Train an unconditional diffusion model (a UNet2DModel) on images, and save a stock diffusers pipeline.
 
     accelerate launch train_unconditional.py --train_data_dir photos --resolution 64 --random_flip \\
         --output_dir ddpm-photos-64 --mixed_precision bf16
@@ -6,11 +6,11 @@
     # the same run from a recipe, with one setting changed
     accelerate launch train_unconditional.py --config recipes/mnist_demo.yaml --train_data_dir digits --seed 1
 
-    # after a kill, a crash or Ctrl-C: the same command and
+    # after a kill, a crash or Ctrl-C: add this to the same command
         --resume_from_checkpoint latest
 
-A folder of images is prepared once into a cache; a folder that prepare_dataset.py made is opened as it is.
-Every flag of diffusers' script of this name works here with the same meaning. Steps are optimizer steps.
+A folder of images is prepared once and cached. A dataset from prepare_dataset.py is opened directly.
+All flags of the diffusers example of this name work here with the same meaning. Steps are optimizer steps.
 """
 
 from dataclasses import dataclass

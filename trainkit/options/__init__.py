@@ -1,4 +1,4 @@
-"""The flags that several scripts share, a dataclass for each room of `--help`.
+"""The flags that several scripts share, one dataclass per group of `--help`.
 
-Flags that diffusers' `train_unconditional.py` has keep its name and meaning. Steps are optimizer steps everywhere.
+Flags of diffusers' `train_unconditional.py` keep their name and meaning. Steps are optimizer steps everywhere.
 """

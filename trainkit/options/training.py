@@ -1,4 +1,4 @@
-"""Rooms of the run: optimization, averages, hardware, checkpoints, logs, validation, the Hub."""
+"""Options of a run: optimization, averages, hardware, checkpoints, logs, validation, the Hub."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in 
 
 @dataclass
 class OptimizationOptions:
-    """optimization: how long, with what step"""
+    """optimization: length of the run, optimizer and learning rate"""
 
     num_epochs: int = option(100, "passes over the data; --max_train_steps takes precedence", within="[1, inf)")
     max_train_steps: int | None = option(
@@ -23,7 +23,9 @@ class OptimizationOptions:
     )
     gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step", within="[1, inf)")
     learning_rate: float = option(2e-3, "peak learning rate, after warm-up", within="[0, inf)")
-    find_learning_rate: bool = option(False, "train nothing: try rates for 120 steps, suggest one, draw the curve")
+    find_learning_rate: bool = option(
+        False, "train nothing: try learning rates for 120 steps, suggest one and plot the curve"
+    )
     lr_scheduler: str = option(
         "cosine", "learning-rate schedule over optimizer steps",
         choices=(
@@ -42,11 +44,12 @@ class OptimizationOptions:
     )
     lr_decay_steps: int | None = option(
         None,
-        "with --lr_scheduler warmup_stable_decay: optimizer steps of the decay at the end; default: a fifth",
+        "with --lr_scheduler warmup_stable_decay: optimizer steps of the decay at the end; default: a "
+        "fifth of the run",
         within="[1, inf)",
     )
     optimizer: str = option(
-        "muon", "optimizer; muon learns sooner than adamw, at the same learning rates or larger",
+        "muon", "optimizer; muon learns faster than adamw at the same or larger learning rates",
         choices=(
             "adamw", "adam", "muon", "lion", "lamb", "adafactor", "prodigy", "schedule_free_adamw", "adamw_8bit",
         ),
@@ -61,15 +64,17 @@ class OptimizationOptions:
         1.0, "clip the global L2 norm of the gradient to this; 0: no clipping", within="[0, inf)"
     )
     max_skipped_steps: int = option(
-        10, "steps in a row whose gradient is not finite (each is skipped) that end the run", within="[1, inf)"
+        10,
+        "end the run after this many consecutive steps with a non-finite gradient; each is skipped",
+        within="[1, inf)",
     )
 
 
 @dataclass
 class EmaOptions:
-    """EMA: an average of the weights, which is what gets sampled and saved"""
+    """EMA: the average of the weights that is sampled and saved"""
 
-    use_ema: bool = option(True, "keep an exponential moving average of the weights")
+    use_ema: bool = option(True, "keep an exponential moving average (EMA) of the weights")
     ema_inv_gamma: float = option(
         1.0, "inverse gamma of the EMA warm-up 1 - (1 + step / inv_gamma) ** -power", within="(0, inf)"
     )
@@ -77,12 +82,13 @@ class EmaOptions:
     ema_max_decay: float = option(0.9999, "EMA decay per optimizer step after the warm-up", within="[0, 1)")
     ema_half_life_images: int | None = option(
         None,
-        "images after which a weight counts half; in the place of --ema_max_decay, for any batch size",
+        "half-life of the EMA in images, independent of the batch size; replaces --ema_max_decay",
         within="(0, inf)",
     )
     ema_power_lengths: list[float] | None = option(
         None,
-        "also track power-function averages of these sigma_rel (Karras et al. 2024), such as 0.05 0.1",
+        "also track power-function averages of these relative lengths sigma_rel (Karras et al. 2024), "
+        "such as 0.05 0.1",
         nargs="+",
         within="(0, inf)",
     )
@@ -96,49 +102,55 @@ class HardwareOptions:
     """hardware: precision, memory, seeds"""
 
     mixed_precision: str | None = option(
-        None, "autocast of the forward pass; default: what `accelerate launch` says, else no",
+        None, "autocast of the forward pass; default: that of `accelerate launch`, else no",
         choices=("no", "fp16", "bf16"),
     )  # fmt: skip
     find_batch_size: bool = option(
-        False, "use the largest micro-batch that fits, at the global batch that the flags give; accumulation follows"
+        False, "use the largest micro-batch that fits into memory at the same global batch size"
     )
-    compile: bool = option(False, "compile the UNet (torch.compile): minutes at the start, faster steps on GPUs")
+    compile: bool = option(False, "compile the UNet with torch.compile: minutes at the start, faster steps on GPUs")
     compile_mode: str = option(
-        "default", "how: reduce-overhead uses CUDA graphs, max-autotune also tries out kernels",
+        "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
         choices=("default", "reduce-overhead", "max-autotune"),
     )  # fmt: skip
     channels_last: str = option(
-        "auto", "layout of images and weights in memory; auto: yes on CUDA", choices=("auto", "yes", "no")
+        "auto", "memory layout of images and weights; auto: yes on CUDA", choices=("auto", "yes", "no")
     )
-    allow_tf32: bool = option(True, "TensorFloat-32 for what is computed in float32, on GPUs that have it")
+    allow_tf32: bool = option(True, "use TensorFloat-32 for float32 computations on GPUs that have it")
     gradient_checkpointing: bool = option(
-        False, "compute activations a second time in the backward pass: less memory, about a third slower"
+        False, "recompute activations in the backward pass: less memory, about a third slower"
     )
     shard_weights: bool = option(
-        False, "divide weights, averages and optimizer state over the processes (FSDP2): for models too large for one"
+        False,
+        "shard weights, averages and optimizer state over the processes (FSDP2), for models too large for one device",
     )
     reshard_after_forward: bool = option(
-        True, "with --shard_weights: free gathered weights after the forward pass (ZeRO-3), or keep them (ZeRO-2)"
+        True,
+        "with --shard_weights: free gathered weights after the forward pass (ZeRO-3) instead of keeping them (ZeRO-2)",
     )
-    deterministic: bool = option(False, "only algorithms that give the same bits every time; slower on GPUs")
+    deterministic: bool = option(False, "use deterministic algorithms only; slower on GPUs")
     replica_check_steps: int = option(
         0, "optimizer steps between comparisons of the weights of all ranks; 0: never", within="[0, inf)"
     )
     seed: int = option(
-        0, "seed of weights, order, noise, timesteps and augmentation: same seed, same run", within="[0, inf)"
+        0,
+        "seed of weights, order, noise, timesteps and augmentation: the same seed gives the same run",
+        within="[0, inf)",
     )
     cpu_threads: int = option(
-        0, "threads a process computes with on a CPU; 0: the cores shared by its processes", within="[0, inf)"
+        0, "compute threads per process on a CPU; 0: the cores shared among the processes", within="[0, inf)"
     )
     local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag", within="[-1, inf)")
 
 
 @dataclass
 class CheckpointOptions:
-    """checkpoints: exact training state, so that no work is lost"""
+    """checkpoints: the exact training state"""
 
-    output_dir: str = option("ddpm-model-64", "folder for checkpoints, grids and the saved pipeline")
-    overwrite_output_dir: bool = option(False, "start again in a folder that holds checkpoints: deletes them")
+    output_dir: str = option("ddpm-model-64", "folder for checkpoints, sample grids and the saved pipeline")
+    overwrite_output_dir: bool = option(
+        False, "start again: delete the checkpoints in --output_dir and move its other run files to a backup folder"
+    )
     checkpointing_steps: int = option(
         500, "optimizer steps between checkpoints; 0: only when a signal stops the run", within="[0, inf)"
     )
@@ -146,12 +158,13 @@ class CheckpointOptions:
         None, "number of newest checkpoints to keep; default: all", within="[1, inf)"
     )
     async_checkpointing: bool = option(
-        True, "write checkpoints in the background: training waits for the copy to the CPU alone"
+        True, "write checkpoints in the background: training waits only for the copy to the CPU"
     )
     resume_from_checkpoint: str | None = option(
-        None, "checkpoint folder, or `latest`: the newest whole one in --output_dir (none there: start)"
+        None,
+        "checkpoint folder, its name in --output_dir, or `latest`: the newest complete one (none: start a new run)",
     )
-    allow_dataset_change: bool = option(False, "resume on other images than the checkpoint was trained on")
+    allow_dataset_change: bool = option(False, "resume on other images than those of the checkpoint")
     save_model_epochs: int = option(
         10, "epochs between saved pipelines (also at the end); 0: only at the end", within="[0, inf)"
     )
@@ -159,7 +172,7 @@ class CheckpointOptions:
 
 @dataclass
 class LoggingOptions:
-    """logging: what to watch"""
+    """logging: sample grids, trackers and log lines"""
 
     save_images_epochs: int = option(
         10, "epochs between sample grids (also at the end); 0: only at the end", within="[0, inf)"
@@ -169,7 +182,7 @@ class LoggingOptions:
     )
     eval_batch_size: int = option(16, "images in a sample grid, over all processes", within="[1, inf)")
     logger: str = option("tensorboard", "experiment tracker", choices=("tensorboard", "wandb", "trackio", "none"))
-    logging_dir: str = option("logs", "the tracker's folder inside --output_dir")
+    logging_dir: str = option("logs", "folder of the tracker inside --output_dir")
     logging_steps: int = option(
         10, "optimizer steps between log lines; the device is read only then", within="[1, inf)"
     )
@@ -177,13 +190,13 @@ class LoggingOptions:
 
 @dataclass
 class ValidationOptions:
-    """validation: how it does on images it never sees, and how good its samples are"""
+    """validation: held-out loss and scores of samples"""
 
     validation_data_dir: str | None = option(
-        None, "folder of held-out images, or a prepared dataset of them: other images than the ones trained on"
+        None, "folder of held-out images, or a prepared dataset of them; not among the training images"
     )
     validation_split: str | None = option(
-        None, "split of --train_data_dir or --dataset_name to take the held-out images from, such as validation"
+        None, "split of --train_data_dir or --dataset_name that holds the held-out images, such as validation"
     )
     validation_steps: int | None = option(
         None, "optimizer steps between held-out losses (also at the end); default: only at the end", within="[1, inf)"
@@ -193,7 +206,7 @@ class ValidationOptions:
     )
     score_steps: int | None = option(
         None,
-        "optimizer steps between scores (KID) of samples (also at the end); default: no scores",
+        "optimizer steps between KID scores of samples (also at the end); default: no scores",
         within="[1, inf)",
     )
     score_images: int = option(200, "samples per score", within="[4, inf)")
@@ -201,9 +214,9 @@ class ValidationOptions:
 
 @dataclass
 class HubOptions:
-    """Hub: share the saved pipeline (never the training state)"""
+    """Hub: push the saved pipeline (never the training state)"""
 
     push_to_hub: bool = option(False, "push the pipeline whenever it is saved")
-    hub_token: str | None = option(None, "token to push with; default: the one `hf auth login` stored")
+    hub_token: str | None = option(None, "token for the push; default: the one stored by `hf auth login`")
     hub_model_id: str | None = option(None, "repository to push to; default: the name of --output_dir")
-    hub_private_repo: bool = option(False, "create the repository private")
+    hub_private_repo: bool = option(False, "create a private repository")

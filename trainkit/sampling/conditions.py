@@ -21,7 +21,7 @@ ALL, NULL = "all", "null"
 
 @dataclass
 class ConditionOptions:
-    """condition: what a conditional pipeline is asked for; images take the conditions in turn"""
+    """condition: what a conditional pipeline should show; the images cycle through the conditions"""
 
     class_labels: list[str] | None = option(
         None, "classes, by name or id; all: each of them; null: no class in particular", nargs="+"
