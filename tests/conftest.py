@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for those of anothe
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import process_helpers
 import pytest
 from PIL import Image
 
@@ -25,6 +26,11 @@ TINY_UNET = {
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" not in os.environ and getattr(config.option, "numprocesses", None):
+        process_helpers.share_fork_server()  # before the workers copy the environment
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +91,7 @@ def launch_command(script, *arguments, processes=1, config_file=None):
     return [*launcher, str(ROOT / script), *map(str, arguments)]
 
 
-def launch_environment(**extra):
-    return os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"} | extra
+launch_environment = process_helpers.script_environment
 
 
 def launch(script, *arguments, processes=1, config_file=None, environment=None, check=True):

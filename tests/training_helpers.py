@@ -1,14 +1,13 @@
 """What the tests of the training scripts share: one tiny run, told in flags, and how to look at what it left."""
 
 import json
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT, launch_command, launch_environment
+from conftest import ROOT
+from process_helpers import ScriptRun
 from safetensors.torch import load_file
 
 STEPS = 20
@@ -72,20 +71,16 @@ def same_training_state(one, other):
 def start_and_signal(arguments, output_dir, at_step, number, processes=1):
     """Start a run, send its first training process signal `number` once `at_step` is logged.
 
-    Returns the launcher's exit status and the output.
+    Returns the exit status and the output.
     """
-    process = subprocess.Popen(
-        launch_command("train_unconditional.py", *arguments, processes=processes),
-        env=launch_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-    )  # fmt: skip
+    run = ScriptRun("train_unconditional.py", *arguments, processes=processes)
     metrics = Path(output_dir) / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < at_step:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
+    while not metrics.exists() or len(metrics.read_text(encoding="utf-8").splitlines()) < at_step:
+        assert run.running() and time.monotonic() < deadline, run.output()
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), number)
-    output = process.communicate(timeout=120)[0]
+    run.ranks[0].send_signal(number)
+    done = run.wait(timeout=120)
     if number == signal.SIGKILL:
-        assert process.returncode != 0
-    return process.returncode, output
+        assert done.returncode != 0
+    return done.returncode, done.stdout + done.stderr

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY_UNET, launch
+from conftest import TINY_UNET
 from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
+from process_helpers import run_forked
 from safetensors.torch import load_file
 from training_helpers import losses, same_weights, tiny_run
 
@@ -101,7 +102,7 @@ def whole(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     flags = {"validation_data_dir": tmp_path_factory.mktemp("held_out"), **AUGMENTATION}
     for file in sorted(image_folder.rglob("*.png"))[:6]:
         shutil.copy(file, flags["validation_data_dir"])
-    launch("train_unconditional.py", *tiny_run(image_folder, tiny_unet, cache_dir, folder, **flags))
+    run_forked("train_unconditional.py", *tiny_run(image_folder, tiny_unet, cache_dir, folder, **flags))
     return folder
 
 
@@ -135,7 +136,7 @@ def test_two_processes_go_on_as_one_would(whole, sharded, image_folder, tiny_une
         "resume_from_checkpoint": "latest",
         "shard_weights": sharded or None,
     }
-    launch("train_unconditional.py", *tiny_run(image_folder, tiny_unet, cache_dir, resumed, **flags), processes=2)
+    run_forked("train_unconditional.py", *tiny_run(image_folder, tiny_unet, cache_dir, resumed, **flags), processes=2)
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)
     for part in ("checkpoint-6/unet", "unet"):
         same_weights(resumed / part / WEIGHTS, whole / part / WEIGHTS, tolerance=1e-4)

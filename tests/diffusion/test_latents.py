@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET, launch
+from conftest import TINY_UNET
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
+from process_helpers import run_forked
 from training_helpers import losses, same_weights, tiny_run
 
 from trainkit.data.loading.dataset import PreparedImages
@@ -58,7 +59,7 @@ def whole(image_folder, latent_unet, vae, tmp_path_factory):
         shutil.copy(file, target)
     cache = tmp_path_factory.mktemp("cache")
     flags = {"validation_data_dir": held_out}
-    launch("train_conditional.py", *latent_run(image_folder, latent_unet, cache, folder, vae, **flags))
+    run_forked("train_conditional.py", *latent_run(image_folder, latent_unet, cache, folder, vae, **flags))
     return folder, cache
 
 
@@ -158,7 +159,9 @@ def test_two_processes_go_on_as_one_would(whole, image_folder, latent_unet, vae,
     shutil.copytree(folder / "checkpoint-3", resumed / "checkpoint-3")
     shutil.copy(folder / "metrics.jsonl", resumed)
     flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
-    launch("train_conditional.py", *latent_run(image_folder, latent_unet, cache, resumed, vae, **flags), processes=2)
+    run_forked(
+        "train_conditional.py", *latent_run(image_folder, latent_unet, cache, resumed, vae, **flags), processes=2
+    )
     assert losses(resumed) == pytest.approx(losses(folder), abs=1e-4)
     same_weights(resumed / "unet" / WEIGHTS, folder / "unet" / WEIGHTS, tolerance=1e-4)
 

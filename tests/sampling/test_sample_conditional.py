@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 from conditional_helpers import NAMES, class_unet, text_parts, vector_unet
-from conftest import launch
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
+from process_helpers import run_forked
 
 from sample import Options
 from sample import sample as run_sample
@@ -80,7 +80,7 @@ def test_imagefolder_of_datasets_has_the_labels(samples, tmp_path):
 def test_two_processes_and_other_batches_make_the_same_images(models, samples, tmp_path):
     values = flags(models / "class", tmp_path, sample_batch_size=2, guidance_scale=3.0)
     words = [word for name, value in values.items() for word in (f"--{name}", value)]
-    launch("sample.py", *words, "--class_labels", "cat", "1", "7", processes=2)
+    run_forked("sample.py", *words, "--class_labels", "cat", "1", "7", processes=2)
     assert np.abs(read(tmp_path) - read(samples)).max() <= 1
     assert rows(tmp_path) == rows(samples)
 

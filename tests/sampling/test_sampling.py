@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_UNET, launch
+from conftest import ROOT, TINY_UNET
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from process_helpers import run_code, run_forked
 
 from sample import Options
 from sample import sample as run_sample
@@ -89,7 +90,7 @@ def test_autocast_keeps_the_chain_in_float32():
 
 def test_two_processes_make_the_same_images(model_folder, samples, tmp_path):
     values = flags(model_folder, tmp_path, sample_batch_size=3)
-    launch("sample.py", *(word for name, value in values.items() for word in (f"--{name}", value)), processes=2)
+    run_forked("sample.py", *(word for name, value in values.items() for word in (f"--{name}", value)), processes=2)
     assert np.abs(read(tmp_path) - read(samples)).max() <= 1
     record = json.loads((tmp_path / "sampling.json").read_text())
     assert record["num_processes"] == 2 and record["complete"] and record["images_per_second"] > 0
@@ -200,7 +201,7 @@ for name, scheduler_class in classes.items():
     assert image.size == (16, 16), name
 assert "trainkit" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    done = run_code(program, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "not expected" not in done.stderr  # a key of a scheduler's config that its class does not know
     shipped = {path.name for path in (model_folder / "schedulers").iterdir()}

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
+from process_helpers import run_forked
 from safetensors.torch import load_file
 from training_helpers import losses, same_training_state, same_weights, tiny_run
 
@@ -111,7 +112,7 @@ def test_two_processes_and_micro_steps_are_the_same_run(train, photos, tiny_unet
     whole = train("whole", **flags)
     halves = {"train_batch_size": 2, "gradient_accumulation_steps": 2} | flags
     arguments = arguments_of(photos, tiny_unet, cache_dir, tmp_path / "two", **halves)
-    launch("train_conditional.py", *arguments, processes=2)
+    run_forked("train_conditional.py", *arguments, processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(whole), abs=1e-4)
     same_weights(tmp_path / "two" / UNET, whole / UNET, tolerance=1e-3)
     grids = [np.asarray(Image.open(folder / "samples.png")).astype(int) for folder in (tmp_path / "two", whole)]
@@ -139,7 +140,7 @@ def test_two_processes_find_the_learning_rate_of_one(train, photos, tiny_unet, c
     for name, divided in (("replicated", {}), ("divided", {"shard_weights": True})):
         flags = {"find_learning_rate": True, "train_batch_size": 2, "gradient_accumulation_steps": 2} | divided
         arguments = arguments_of(photos, tiny_unet, cache_dir, tmp_path / name, **flags)
-        launch(shorter, *arguments, processes=2, environment={"PYTHONPATH": str(ROOT)})
+        run_forked(shorter, *arguments, processes=2, environment={"PYTHONPATH": str(ROOT)})
         two = found(tmp_path / name)
         assert two["learning_rate"] == one["learning_rate"]
         assert two["losses"][:useful] == pytest.approx(one["losses"][:useful], rel=2e-3)
@@ -151,7 +152,7 @@ def test_vectors_with_divided_weights_are_the_same_run(train, photos, tiny_unet,
     whole = train("whole", **flags)
     halves = {"train_batch_size": 4, "shard_weights": True, "find_batch_size": True} | flags
     arguments = arguments_of(photos, tiny_unet, cache_dir, tmp_path / "two", **halves)
-    launch("train_conditional.py", *arguments, processes=2)
+    run_forked("train_conditional.py", *arguments, processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(whole), abs=1e-4)
     for file in (UNET, EMBEDDING):
         same_weights(tmp_path / "two" / file, whole / file, tolerance=1e-3)

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import launch
 from PIL import Image
+from process_helpers import run_code, run_forked
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from training_helpers import losses, same_weights, tiny_run
@@ -125,7 +124,7 @@ def whole(captioned, text_unet, cache_dir, bert, tmp_path_factory):
         shutil.copy(captioned / f"{number:02d}.png", held_out)
         shutil.copy(captioned / f"{number:02d}.txt", held_out)
     flags = {"validation_data_dir": held_out, "augmentation_conditioning": True}
-    launch("train_conditional.py", *text_run(captioned, text_unet, cache_dir, folder, bert, **flags))
+    run_forked("train_conditional.py", *text_run(captioned, text_unet, cache_dir, folder, bert, **flags))
     return folder
 
 
@@ -160,9 +159,7 @@ def test_encoders_of_several_kinds_are_loaded(kind, tmp_path):
 
 def test_the_pipeline_loads_without_this_repository(whole, tmp_path):
     copy = shutil.copytree(whole, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
-    done = subprocess.run(
-        [sys.executable, "-c", PROMPT_SCRIPT, str(copy)], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = run_code(PROMPT_SCRIPT, copy, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "42 tokens, the model takes 16" in done.stdout
     assert {"text_encoder", "tokenizer", "conditional.py", "samples.png"} <= {path.name for path in copy.iterdir()}
@@ -200,7 +197,7 @@ def test_two_sharded_processes_encode_for_themselves_and_go_on_as_one_would(
     flags = {"train_batch_size": 4, "resume_from_checkpoint": "latest", "shard_weights": True}
     flags["augmentation_conditioning"] = True
     arguments = text_run(captioned, text_unet, tmp_path / "cache", resumed, bert, **flags)
-    launch("train_conditional.py", *arguments, processes=2)
+    run_forked("train_conditional.py", *arguments, processes=2)
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)
     same_weights(resumed / "unet" / WEIGHTS, whole / "unet" / WEIGHTS, tolerance=1e-4)
 

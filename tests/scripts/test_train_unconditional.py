@@ -5,13 +5,12 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch, launch_environment
+from conftest import launch
 from PIL import Image
+from process_helpers import run_code, run_forked
 from training_helpers import STEPS, golden, losses, same_training_state, same_weights, start_and_signal, tiny_run
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -52,9 +51,8 @@ assert pipeline(batch_size=2, num_inference_steps=4).images[0].size == (16, 16)
 pipeline.scheduler = DDIMScheduler.from_pretrained(sys.argv[1], subfolder="schedulers/ddim")
 assert pipeline(num_inference_steps=4).images[0].size == (16, 16)
 """
-    environment = {name: value for name, value in launch_environment().items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code, run_dir], cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    done = run_code(code, run_dir, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_saved_weights_are_the_averaged_ones(run_dir):
@@ -81,7 +79,7 @@ def expected_rates(warmup=5, peak=1e-3):
 def test_killed_and_resumed_run_is_bit_equal(run_dir, image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, checkpoints_total_limit=2)
     start_and_signal(arguments, tmp_path, 9, signal.SIGKILL)
-    output = launch("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest").stdout
+    output = run_forked("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest").stdout
     assert "resumed from" in output
     same_training_state(tmp_path / f"checkpoint-{STEPS}", run_dir / f"checkpoint-{STEPS}")
     same_weights(tmp_path / WEIGHTS, run_dir / WEIGHTS)
@@ -120,7 +118,7 @@ def test_resume_on_another_number_of_processes_keeps_the_global_batch(
     shutil.copytree(two_process_run / "checkpoint-9", tmp_path / "checkpoint-9")
     shutil.copy(two_process_run / "metrics.jsonl", tmp_path)
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, train_batch_size=4)
-    output = launch("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest").stdout
+    output = run_forked("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest").stdout
     assert "--gradient_accumulation_steps 2 keeps the global batch of 8" in output
     assert losses(tmp_path) == pytest.approx(losses(run_dir), abs=1e-4)
     rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -133,7 +131,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(run_dir, image_folder, ti
     assert status == 0 and "stopped by a signal" in output
     checkpoint = next(tmp_path.glob("checkpoint-*"))
     assert 4 <= int(checkpoint.name.removeprefix("checkpoint-")) < STEPS
-    launch("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest")
+    run_forked("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest")
     same_weights(tmp_path / WEIGHTS, run_dir / WEIGHTS)
 
 
@@ -143,18 +141,25 @@ def test_latest_falls_back_over_a_damaged_checkpoint(run_dir, image_folder, tiny
     weights = tmp_path / "checkpoint-12" / WEIGHTS
     os.truncate(weights, weights.stat().st_size // 2)
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, max_train_steps=STEPS, save_model_epochs=1000)
-    output = launch("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest").stdout
+    output = run_forked("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest").stdout
     assert "checkpoint-12 is damaged" in output and "checkpoint-9: 9 of 20 steps done" in output
     same_weights(tmp_path / WEIGHTS, run_dir / WEIGHTS)
+
+
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+import train_unconditional
+from trainkit.errors import run_script
+run_script(train_unconditional.main)
+"""
 
 
 def test_full_disk_keeps_the_last_whole_checkpoint_and_the_training(image_folder, tiny_unet, cache_dir, tmp_path):
     """No file may grow beyond 4 KiB, as `ulimit -f` has it: weights cannot be written, the run goes on to its end."""
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path)
-    launch("train_unconditional.py", *arguments, "--max_train_steps", "4")
-    limited = [sys.executable, str(ROOT / "train_unconditional.py"), *arguments, "--resume_from_checkpoint", "latest"]
-    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *limited]
-    done = subprocess.run(limited, env=launch_environment(), capture_output=True, text=True)
+    run_forked("train_unconditional.py", *arguments, "--max_train_steps", "4")
+    done = run_code(LIMITED, *arguments, "--resume_from_checkpoint", "latest")
     assert done.stdout.count("could not be written to --output_dir") >= 5, done.stderr[-2000:]
     assert "error: --output_dir" in done.stderr and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
@@ -176,6 +181,5 @@ assert seen == {(torch.float32, True)}, seen
 """
     flags = {"mixed_precision": "bf16", "max_train_steps": 2, "checkpointing_steps": 0}
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, **flags)
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    done = run_code(code, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, launch, launch_command, launch_environment
+from conftest import ROOT, launch_command, launch_environment
+from process_helpers import run_forked
 from training_helpers import losses, same_training_state, same_weights, tiny_run
 
 SCRIPT = "train_unconditional.py"
@@ -32,13 +33,13 @@ def arguments(image_folder, tiny_unet, cache_dir):
 @pytest.fixture(scope="module")
 def two_process_run(arguments, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("two")
-    output = launch(SCRIPT, *arguments(output_dir), processes=2).stdout
+    output = run_forked(SCRIPT, *arguments(output_dir), processes=2).stdout
     assert "2 per device x 2 processes x 2 micro-steps" in output
     return output_dir
 
 
 def test_two_processes_that_accumulate_are_the_run_of_one(two_process_run, arguments, tmp_path):
-    launch(SCRIPT, *arguments(tmp_path, train_batch_size=8, gradient_accumulation_steps=1))
+    run_forked(SCRIPT, *arguments(tmp_path, train_batch_size=8, gradient_accumulation_steps=1))
     assert losses(two_process_run) == pytest.approx(losses(tmp_path), abs=1e-4)
     same_weights(two_process_run / WEIGHTS, tmp_path / WEIGHTS, tolerance=1e-3)
 

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -11,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, launch_environment
+from conftest import ROOT
+from process_helpers import run_code, run_forked
 from training_helpers import STEPS, losses, same_weights, start_and_signal, tiny_run
 
 from trainkit.data.loading.order import sample_indices
@@ -117,7 +117,7 @@ def test_replicas_that_drift_apart_are_told_with_the_parameter(image_folder, tin
     (tmp_path / "drifting.py").write_text(DRIFTING)
     flags = {"train_batch_size": 4, "replica_check_steps": 2, "checkpointing_steps": 0}
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", **flags)
-    done = launch(
+    done = run_forked(
         tmp_path / "drifting.py", *arguments, processes=2, environment={"PYTHONPATH": str(ROOT)}, check=False
     )
     assert done.returncode != 0
@@ -134,14 +134,14 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(train, image_folder, tiny_un
     stopped_at = len(losses(tmp_path / "out"))
     assert 4 <= stopped_at < STEPS and (tmp_path / "out" / f"checkpoint-{stopped_at}").is_dir()
     stop_later = [*arguments, "--resume_from_checkpoint", "latest", "--deterministic"]
-    launch("train_unconditional.py", *stop_later)
+    run_forked("train_unconditional.py", *stop_later)
     train("whole")
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     for step in (18, 20):
         (tmp_path / "whole" / f"checkpoint-{step}").rename(tmp_path / f"moved-{step}")
     halves = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole", train_batch_size=4)
     before = losses(tmp_path / "whole")
-    output = launch("train_unconditional.py", *halves, "--resume_from_checkpoint", "latest", processes=2).stdout
+    output = run_forked("train_unconditional.py", *halves, "--resume_from_checkpoint", "latest", processes=2).stdout
     assert "15 of 20 steps done" in output
     assert losses(tmp_path / "whole") == pytest.approx(before, abs=1e-4)
     same_weights(tmp_path / "whole" / "checkpoint-20" / WEIGHTS, tmp_path / "moved-20" / WEIGHTS, tolerance=1e-3)
@@ -220,7 +220,7 @@ def test_deterministic_refuses_algorithms_of_chance(tmp_path):
         "import torch\nfrom trainkit.training.launch import make_deterministic\nmake_deterministic()\n"
         "assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=launch_environment(), capture_output=True)
+    done = run_code(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -277,7 +277,7 @@ def test_sharded_weights_are_the_same_run_and_resume_anywhere(
     flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shard_weights": True, "preview_steps": 10}
     averages = {"ema_power_lengths": [0.05, 0.1], "ema_snapshot_steps": 10}
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **flags, **averages)
-    launch("train_unconditional.py", *arguments, processes=2)
+    run_forked("train_unconditional.py", *arguments, processes=2)
     train("whole", **averages)
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     snapshots = [path.relative_to(tmp_path / "sharded").as_posix() for path in snapshot_files(tmp_path / "sharded")]
@@ -325,9 +325,9 @@ run_script(train_unconditional.main)
 
 def test_a_file_that_rank_0_cannot_read_stops_no_rank_for_ever(image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", train_batch_size=4, max_train_steps=6)
-    launch("train_unconditional.py", *arguments, processes=2)
+    run_forked("train_unconditional.py", *arguments, processes=2)
     (tmp_path / "out" / "checkpoint-6" / "optimizer.safetensors").write_bytes(b"no tensors")
     (tmp_path / "unreadable.py").write_text(UNREADABLE)
     again = [*arguments, "--resume_from_checkpoint", "latest"]
-    done = launch(tmp_path / "unreadable.py", *again, processes=2, environment={"PYTHONPATH": str(ROOT)})
+    done = run_forked(tmp_path / "unreadable.py", *again, processes=2, environment={"PYTHONPATH": str(ROOT)})
     assert "checkpoint-6 cannot be loaded" in done.stdout and "checkpoint-3: 3 of 6 steps done" in done.stdout

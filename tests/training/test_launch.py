@@ -4,6 +4,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from conftest import ROOT, launch
+from process_helpers import run_forked
 from training_helpers import losses, same_weights, tiny_run
 
 from trainkit.errors import UserError
@@ -66,8 +67,17 @@ def test_what_is_not_done_is_refused(launched, environment, message):
         launched(environment)
 
 
+@pytest.fixture(scope="module")
+def whole(image_folder, tiny_unet, cache_dir, tmp_path_factory):
+    """Four steps of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = {"max_train_steps": 4, "train_batch_size": 8}
+    run_forked("train_unconditional.py", *tiny_run(image_folder, tiny_unet, cache_dir, folder, **flags))
+    return folder
+
+
 @pytest.mark.parametrize("reshard", [True, False], ids=["ZeRO-3", "ZeRO-2"])
-def test_the_fsdp_config_trains_the_same_run(image_folder, tiny_unet, cache_dir, tmp_path, reshard):
+def test_the_fsdp_config_trains_the_same_run(whole, image_folder, tiny_unet, cache_dir, tmp_path, reshard):
     config = (ROOT / "accelerate_configs" / "fsdp.yaml").read_text().replace("num_processes: 8", "num_processes: 2")
     config = config.replace("reshard_after_forward: true", f"reshard_after_forward: {str(reshard).lower()}")
     (tmp_path / "fsdp.yaml").write_text(config)
@@ -75,9 +85,5 @@ def test_the_fsdp_config_trains_the_same_run(image_folder, tiny_unet, cache_dir,
     divided = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "divided", **flags)
     done = launch("train_unconditional.py", *divided, processes=2, config_file=tmp_path / "fsdp.yaml")
     assert f"weights sharded over the processes ({'ZeRO-3' if reshard else 'ZeRO-2'})" in done.stdout
-    launch(
-        "train_unconditional.py",
-        *tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole", max_train_steps=4, train_batch_size=8),
-    )
-    assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
-    same_weights(tmp_path / "divided" / WEIGHTS, tmp_path / "whole" / WEIGHTS, tolerance=1e-4)
+    assert losses(tmp_path / "divided") == pytest.approx(losses(whole), abs=1e-4)
+    same_weights(tmp_path / "divided" / WEIGHTS, whole / WEIGHTS, tolerance=1e-4)

@@ -1,13 +1,10 @@
 """FSDP2 on two CPU processes against one process without it, and averages against diffusers' EMAModel."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, launch_environment
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from process_helpers import ROOT, run_forked
 from sharding_worker import BATCHES, CONFIG, Training
 
 from trainkit.errors import UserError
@@ -36,12 +33,7 @@ def states(tmp_path_factory):
     torch.save(found["unsharded_5"] | {"norms": []}, folder / "unsharded_5.pt")
     training.train(HALF, BATCHES)
     found["unsharded_10"] = training.state()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "sharding_worker.py"), str(folder)],
-        env=launch_environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_forked("tests/sharding_worker.py", folder, processes=2, environment={"PYTHONPATH": str(ROOT)})
     for name in ("sharded_5", "resumed_10"):
         found[name] = torch.load(folder / f"{name}.pt", weights_only=True)
     return found | {"copy": folder / "copy"}

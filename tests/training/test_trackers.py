@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import tracking
-from conftest import launch
 from PIL import Image
+from process_helpers import run_forked
 from training_helpers import tiny_run
 
 from trainkit.errors import UserError
@@ -86,7 +86,7 @@ def offline_run(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     for i in range(4):
         Image.new("RGB", (16, 16), (60 * i, 90, 120)).save(folder / f"{i}.png")
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags)
-    launch("train_unconditional.py", *arguments, environment={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    run_forked("train_unconditional.py", *arguments, environment={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     file = next((output_dir / "logs").rglob("*.wandb"))
     return output_dir, list(wandb_records(file))
 

@@ -3,15 +3,14 @@
 import contextlib
 import json
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, launch_environment
 from PIL import Image
+from process_helpers import run_code, run_forked
 from training_helpers import STEPS, golden, losses, tiny_run
 
 from trainkit.data.cache import open_or_prepare
@@ -197,7 +196,7 @@ def watched(image_folder, held_out_folder, tiny_unet, cache_dir, tmp_path_factor
     """A whole run that is measured now and then, with what it printed."""
     output_dir = tmp_path_factory.mktemp("watched") / "model"
     arguments = watched_run(image_folder, held_out_folder, tiny_unet, cache_dir, output_dir, logger="tensorboard")
-    return output_dir, launch("train_unconditional.py", *arguments).stdout
+    return output_dir, run_forked("train_unconditional.py", *arguments).stdout
 
 
 def lines_with(output_dir, name):
@@ -262,7 +261,7 @@ def test_a_resumed_run_measures_the_same_and_writes_no_step_twice(
     shutil.copytree(watched[0] / "checkpoint-9", tmp_path / "checkpoint-9")
     shutil.copy(watched[0] / METRICS_FILE, tmp_path)
     arguments = watched_run(image_folder, held_out_folder, tiny_unet, cache_dir, tmp_path, score_steps=None)
-    launch("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest")
+    run_forked("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest")
     assert steps_with(tmp_path, "validation_loss") == [6, 12, 18, 20]
     expected = lines_with(watched[0], "validation_loss")
     for step, row in lines_with(tmp_path, "validation_loss").items():
@@ -276,7 +275,7 @@ def test_two_processes_measure_the_same_weights_alike(
     shutil.copytree(watched[0] / f"checkpoint-{STEPS}", tmp_path / f"checkpoint-{STEPS}")
     flags = {"train_batch_size": 4, "eval_batch_size": 3}
     arguments = watched_run(image_folder, held_out_folder, tiny_unet, cache_dir, tmp_path, **flags)
-    launch("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest", processes=2)
+    run_forked("train_unconditional.py", *arguments, "--resume_from_checkpoint", "latest", processes=2)
     assert [row["step"] for row in read_metrics(tmp_path)] == [STEPS, STEPS]
     for name in ("validation_loss", "kid"):
         here, there = (lines_with(folder, name)[STEPS] for folder in (tmp_path, watched[0]))
@@ -318,8 +317,7 @@ assert seen == {(torch.float32, True, False, False)}, seen
     flags = {"mixed_precision": "bf16", "max_train_steps": 2, "checkpointing_steps": 0, "score_steps": None}
     flags["validation_steps"] = 1
     arguments = watched_run(image_folder, held_out_folder, tiny_unet, cache_dir, tmp_path, **flags)
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    done = run_code(code, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     assert steps_with(tmp_path, "validation_loss") == [1, 2]
     # a validation takes a second, which the next step is not charged with

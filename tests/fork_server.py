@@ -1,0 +1,123 @@
+"""Start scripts in forked children of one process that has torch and the Hugging Face libraries imported.
+
+A fresh interpreter spends 5 to 8 seconds on those imports, a forked one none. A child is a process like any other: own
+arguments, environment, working folder and output, an exit status, signals. Nothing of this repository is imported
+here, so children run the code as it is on disk. `process_helpers.py` is the client.
+
+    python tests/fork_server.py SOCKET WATCHED_PID      ends with the process WATCHED_PID
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+from pathlib import Path
+
+PRELOADED = [
+    "accelerate", "accelerate.tracking", "accelerate.utils", "datasets", "diffusers", "diffusers.optimization",
+    "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.schedulers.scheduling_ddpm", "diffusers.training_utils",
+    "diffusers.models.unets.unet_2d", "diffusers.models.unets.unet_2d_condition", "filelock",
+    "diffusers.models.autoencoders.autoencoder_kl", "diffusers.pipelines.pipeline_utils", "huggingface_hub",
+    "matplotlib.pyplot", "numpy", "pandas", "PIL.Image", "pyarrow", "safetensors.torch", "torch",
+    "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.data", "transformers",
+    "transformers.models.bert.modeling_bert",
+]  # fmt: skip
+PR_SET_PDEATHSIG = 1
+
+
+def main(address: str, watched_pid: int) -> dict | None:
+    """Serve until `watched_pid` is gone; returns in each child, with what it has to run."""
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page
+    wake, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(address)
+    server.listen(64)
+    selector, clients = selectors.DefaultSelector(), {}
+    for listened in (server, wake):
+        selector.register(listened, selectors.EVENT_READ)
+    while Path(f"/proc/{watched_pid}").exists():
+        for key, _ in selector.select(timeout=1):
+            if key.fileobj is wake:
+                wake.recv(4096)
+                _report_ended(clients, selector)
+            elif key.fileobj is server:
+                client, _ = server.accept()
+                content, descriptors, _, _ = socket.recv_fds(client, 1 << 20, 2)
+                if not content:
+                    client.close()
+                elif (pid := os.fork()) == 0:
+                    signal.set_wakeup_fd(-1)
+                    selector.close()
+                    for connection in (server, wake, waker, client, *clients.values()):
+                        connection.close()
+                    _become(request := json.loads(content), descriptors)
+                    return request
+                else:
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+                    client.sendall(f"{pid}\n".encode())
+                    clients[pid] = client
+                    selector.register(client, selectors.EVENT_READ)
+            else:  # the client is gone, so nobody waits for its child
+                pid = next(pid for pid, client in clients.items() if client is key.fileobj)
+                selector.unregister(key.fileobj)
+                clients.pop(pid).close()
+                os.kill(pid, signal.SIGKILL)
+    for pid in clients:
+        os.kill(pid, signal.SIGKILL)
+    return None
+
+
+def _report_ended(clients: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        if client := clients.pop(pid, None):
+            selector.unregister(client)
+            with contextlib.suppress(OSError):
+                client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            client.close()
+
+
+def _become(request: dict, descriptors: list[int]) -> None:
+    """Give this forked child its own environment, folder, arguments and output."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for target, descriptor in enumerate(descriptors, 1):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.argv = request["arguments"]
+    script = Path(sys.argv[0])
+    first = str(script.parent) if script.suffix == ".py" else ""
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [first, *given, *(path for path in sys.path[1:] if path not in given)]
+
+
+if __name__ == "__main__":
+    child = main(sys.argv[1], int(sys.argv[2]))
+    if child and child["code"] is None:
+        runpy.run_path(child["arguments"][0], run_name="__main__")
+    elif child:
+        exec(compile(child["code"], "<string>", "exec"), {"__name__": "__main__"})

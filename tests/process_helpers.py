@@ -1,0 +1,182 @@
+"""Run scripts as processes of their own, in children of the fork server: without seconds of imports for each."""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER_FOLDER = "TEST_FORK_SERVER"  # set by the process that starts the workers of pytest, and read by each
+# Libraries read these when they are imported, so that a forked child would not see another value.
+READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DIFFUSERS_", "TORCH_", "MKL_", "PYTORCH_", "XDG_")
+LAUNCHED = {
+    "ACCELERATE_USE_CPU": "true",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def script_environment(**extra: str) -> dict[str, str]:
+    """The environment of this process, offline and on the CPU."""
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"} | extra
+
+
+def share_fork_server() -> None:
+    """Let all workers of this pytest run use one server; the first that needs it starts it."""
+    folder = tempfile.mkdtemp(prefix="fork-server-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[SERVER_FOLDER] = f"{os.getpid()}:{folder}"
+
+
+def _connect() -> socket.socket:
+    if SERVER_FOLDER not in os.environ:
+        share_fork_server()
+    watched_pid, folder = os.environ[SERVER_FOLDER].split(":", 1)
+    address, started = f"{folder}/socket", Path(folder, "started")
+    with FileLock(f"{folder}/lock"):
+        if not started.exists():
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "fork_server.py"), address, watched_pid],
+                env=script_environment(**LAUNCHED), cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            started.touch()
+    deadline = time.monotonic() + 100
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+            return connection
+        except OSError:
+            connection.close()
+            assert time.monotonic() < deadline, "the fork server does not answer"
+            time.sleep(0.05)
+
+
+class Pipe:
+    """Collects what is written to one end, in a thread."""
+
+    def __init__(self):
+        self._source, self.target = os.pipe()
+        self._pieces, self._thread = [], threading.Thread(target=self._collect, daemon=True)
+        self._thread.start()
+
+    def _collect(self):
+        while piece := os.read(self._source, 1 << 16):
+            self._pieces.append(piece)
+        os.close(self._source)
+
+    def close(self):
+        """To call once each process has its copy of the end to write to."""
+        os.close(self.target)
+
+    def join(self):
+        self._thread.join(timeout=5)  # a grandchild may live on, and hold the pipe open
+
+    def text(self) -> str:
+        return b"".join(self._pieces).decode("utf-8", "replace")
+
+
+class ForkedProcess:
+    """A child of the fork server; the part of `subprocess.Popen` that the tests use."""
+
+    def __init__(self, arguments, environment, stdout, stderr, folder=ROOT, code=None):
+        server = script_environment()
+        changed = {name for name in {*environment, *server} if environment.get(name) != server.get(name)}
+        late = [name for name in sorted(changed) if name.startswith(READ_AT_IMPORT)]
+        assert not late, f"{late} are read at import: use `launch`, which starts a fresh interpreter"
+        self._connection = _connect()
+        request = {"arguments": [*map(str, arguments)], "environment": environment, "folder": str(folder)}
+        content = json.dumps(request | {"code": code}).encode()
+        socket.send_fds(self._connection, [content], [stdout.target, stderr.target])
+        self._lines = self._connection.makefile("r")
+        self.pid, self.returncode = int(self._lines.readline()), None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, negative for a signal. Raises `subprocess.TimeoutExpired`."""
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            self.returncode = int(self._lines.readline() or -signal.SIGKILL)
+            self._connection.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class ScriptRun:
+    """The processes of one run of a script, which end together as under a launcher, and what they print."""
+
+    def __init__(self, script, *arguments, processes=1, environment=None, folder=ROOT, code=None):
+        self._pipes = [Pipe(), Pipe()]
+        shared = script_environment() | LAUNCHED | (environment or {})
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        self.ranks = []
+        for rank in range(processes):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            own = {name: str(value) for name, value in ranks.items()} if processes > 1 else {}
+            words = [script if code else ROOT / script, *arguments]
+            self.ranks.append(ForkedProcess(words, shared | own, *self._pipes, folder, code))
+        for pipe in self._pipes:
+            pipe.close()
+
+    def running(self) -> bool:
+        return any(rank.poll() is None for rank in self.ranks)
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """Wait for all ranks. One that fails ends the others, and its exit status is that of the run."""
+        deadline, failed = time.monotonic() + timeout, None
+        while self.running():
+            statuses = [rank.returncode for rank in self.ranks]
+            if failed is None and (failed := next(filter(None, statuses), None)) is not None:
+                deadline = min(deadline, time.monotonic() + 10)
+                for rank in self.ranks:
+                    rank.send_signal(signal.SIGTERM)
+            if time.monotonic() > deadline:
+                for rank in self.ranks:
+                    rank.send_signal(signal.SIGKILL)
+                assert failed is not None, f"not done after {timeout} s: {self.output()}"
+            time.sleep(0.01)
+        for pipe in self._pipes:
+            pipe.join()
+        failed = failed or next(filter(None, (rank.returncode for rank in self.ranks)), 0)
+        return subprocess.CompletedProcess([], failed, *self.output())
+
+    def output(self) -> tuple[str, str]:
+        """What was printed so far to stdout and to stderr."""
+        return self._pipes[0].text(), self._pipes[1].text()
+
+
+def run_forked(script, *arguments, processes=1, environment=None, check=True) -> subprocess.CompletedProcess:
+    """Run a script of ours, on CPU processes that train together; returns its exit status and output as text."""
+    done = ScriptRun(script, *arguments, processes=processes, environment=environment).wait()
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def run_code(code, *arguments, folder=ROOT, environment=None) -> subprocess.CompletedProcess:
+    """Run the text of a program, as `python -c` would."""
+    return ScriptRun("-c", *arguments, code=code, folder=folder, environment=environment).wait()
