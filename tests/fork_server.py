@@ -25,7 +25,8 @@ PRELOADED = [
     "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.schedulers.scheduling_ddpm", "diffusers.training_utils",
     "diffusers.models.unets.unet_2d", "diffusers.models.unets.unet_2d_condition", "filelock",
     "diffusers.models.autoencoders.autoencoder_kl", "diffusers.pipelines.pipeline_utils", "huggingface_hub",
-    "matplotlib.pyplot", "numpy", "pandas", "PIL.Image", "pyarrow", "safetensors.torch", "torch",
+    "matplotlib.pyplot", "numpy", "pandas", "PIL.Image", "PIL.JpegImagePlugin", "pyarrow", "pytorch_optimizer",
+    "safetensors.torch", "torch",
     "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.data", "transformers",
     "transformers.models.bert.modeling_bert",
 ]  # fmt: skip
@@ -110,7 +111,7 @@ def _become(request: dict, descriptors: list[int]) -> None:
     os.chdir(request["folder"])
     sys.argv = request["arguments"]
     script = Path(sys.argv[0])
-    first = str(script.parent) if script.suffix == ".py" else ""
+    first = str(script.parent) if script.suffix == ".py" else request["folder"]
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [first, *given, *(path for path in sys.path[1:] if path not in given)]
 
@@ -120,4 +121,5 @@ if __name__ == "__main__":
     if child and child["code"] is None:
         runpy.run_path(child["arguments"][0], run_name="__main__")
     elif child:
+        del __file__  # a program without a file, as of `python -c`, also for its worker processes
         exec(compile(child["code"], "<string>", "exec"), {"__name__": "__main__"})
