@@ -28,6 +28,10 @@ TINY_UNET = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write_golden", action="store_true", help="write tests/golden/ instead of comparing with it")
+
+
 def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" not in os.environ and getattr(config.option, "numprocesses", None):
         process_helpers.share_fork_server()  # before the workers copy the environment
