@@ -207,7 +207,7 @@ def test_two_sharded_processes_encode_for_themselves_and_go_on_as_one_would(
     [
         ({"text_encoder_name_or_path": None}, "--condition text needs --text_encoder_name_or_path"),
         ({"text_encoder_name_or_path": "/nowhere"}, "--text_encoder_name_or_path /nowhere: the folder is not there"),
-        ({"caption_dropout": 1.5}, "--caption_dropout 1.5 must be at least 0"),
+        ({"caption_dropout": 1.5}, "--caption_dropout 1.5 must be 0 to 1"),
         ({"max_caption_tokens": 50}, "--max_caption_tokens 50 is more than the 16 that"),
         ({"condition": "class"}, "--text_encoder_name_or_path .* needs --condition text"),
     ],
