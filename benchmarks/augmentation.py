@@ -8,21 +8,16 @@ turns, and the ratio is taken within each turn.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from trainkit.data.loading.augment import augment  # noqa: E402
-from trainkit.data.loading.augment_draws import Augmentation, draw_parameters  # noqa: E402
-from trainkit.errors import run_script  # noqa: E402
-from trainkit.packages import load_package  # noqa: E402
+from trainkit.data.loading.augment import augment
+from trainkit.data.loading.augment_draws import Augmentation, draw_parameters
+from trainkit.errors import run_script
+from trainkit.packages import load_package
 
 GEOMETRY = {"rotation": 15, "translation": 0.1, "scale": 0.25, "crop_area": (0.5, 1.0), "crop_aspect": (0.75, 1.33)}
 COLOUR = {"brightness": 0.2, "contrast": 0.3, "saturation": 0.4, "hue": 30}

@@ -21,13 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from trainkit.data.preparation.prepare import prepare
+from trainkit.data.settings import PreparationSettings
+from trainkit.data.sources.folder import ImageFolder
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from trainkit.data.preparation.prepare import prepare  # noqa: E402
-from trainkit.data.settings import PreparationSettings  # noqa: E402
-from trainkit.data.sources.folder import ImageFolder  # noqa: E402
-
 SETTINGS = PreparationSettings(8, 8, resize_mode="crop")
 OPEN = """
 import sys, time

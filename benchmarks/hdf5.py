@@ -8,7 +8,6 @@ take turns with ours; all files are in the page cache.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,17 +16,13 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from prepare import write_photographs  # noqa: E402
-
-from trainkit.data.loading.dataset import PreparedImages  # noqa: E402
-from trainkit.data.preparation.export import export_hdf5  # noqa: E402
-from trainkit.data.preparation.prepare import prepare  # noqa: E402
-from trainkit.data.settings import PreparationSettings  # noqa: E402
-from trainkit.data.sources.folder import ImageFolder  # noqa: E402
-from trainkit.packages import load_package  # noqa: E402
+from prepare import write_photographs
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation.export import export_hdf5
+from trainkit.data.preparation.prepare import prepare
+from trainkit.data.settings import PreparationSettings
+from trainkit.data.sources.folder import ImageFolder
+from trainkit.packages import load_package
 
 
 def one_by_one(data: Any, indices: np.ndarray) -> np.ndarray:

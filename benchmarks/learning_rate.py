@@ -1,8 +1,8 @@
 """Does `--find_learning_rate` find a rate that is about the best of a grid, on two sets and for two optimizers?
 
-    python recipes/fetch_images.py mnist data/mnist
+    python tools/fetch_images.py mnist data/mnist
     python benchmarks/learning_rate.py --images data/mnist --image_mode L
-    python recipes/fetch_images.py cifar10 data/cifar10
+    python tools/fetch_images.py cifar10 data/cifar10
     python benchmarks/learning_rate.py --images data/cifar10 --image_mode RGB
 
 Trains a tiny UNet at 16 px at each rate of the grid for as many steps, all else alike, and takes the loss on held-out
@@ -15,10 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from trainkit.errors import run_script  # noqa: E402
+from trainkit.errors import run_script
 
 RATES = (3e-3, 1e-2, 1e-3, 3e-2)
 UNET = {

@@ -11,7 +11,6 @@ uint8 too, uint8 is compared, and the float32 tensors of the stock loader stand 
 import argparse
 import importlib.util
 import io
-import sys
 import tarfile
 import tempfile
 import time
@@ -22,16 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from prepare import write_photographs  # noqa: E402
-
-from trainkit.data.loading.dataset import PreparedImages  # noqa: E402
-from trainkit.data.loading.loader import to_model_range  # noqa: E402
-from trainkit.data.preparation.prepare import prepare  # noqa: E402
-from trainkit.data.settings import PreparationSettings  # noqa: E402
-from trainkit.data.sources.folder import ImageFolder  # noqa: E402
+from prepare import write_photographs
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.loader import to_model_range
+from trainkit.data.preparation.prepare import prepare
+from trainkit.data.settings import PreparationSettings
+from trainkit.data.sources.folder import ImageFolder
 
 SIDE = 64
 OURS = "prepared, uint8"

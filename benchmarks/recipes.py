@@ -1,6 +1,6 @@
 """Which settings are best for the same time? Trains each of them on real images for as long, and scores the samples.
 
-    python recipes/fetch_images.py fashion_mnist data/fashion --limit 6000
+    python tools/fetch_images.py fashion_mnist data/fashion --limit 6000
     python benchmarks/recipes.py
 
 An arm is train_unconditional.py's defaults with a few flags changed; `diffusers` is recipes/diffusers_defaults.yaml.
@@ -22,13 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainkit.config import parse_options
+from trainkit.errors import UserError, run_script
+from trainkit.options.fields import option
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from trainkit.config import parse_options  # noqa: E402
-from trainkit.errors import UserError, run_script  # noqa: E402
-from trainkit.options.fields import option  # noqa: E402
-
 HEAD = 18  # pixels above a strip of samples
 CALIBRATION_STEPS, CALIBRATION_TAIL = 120, 100  # steps of a calibration, and the last of them that are timed
 # what is predicted, over every noise schedule: each is accepted, and saved with schedulers that sample it
@@ -81,7 +79,7 @@ ARMS = (
 class RunOptions:
     """runs: what all of them share"""
 
-    data_dir: str = option("data/fashion", "folder that recipes/fetch_images.py made: train/ and heldout/")
+    data_dir: str = option("data/fashion", "folder that tools/fetch_images.py made: train/ and heldout/")
     seeds: list[int] = option([0, 1, 2], "seeds of the weights, the order and the noise of training", nargs="+")
     unet: str = option(str(ROOT / "recipes/mnist_unet"), "config of the UNet; its channels follow the images")
     num_images: int = option(500, "samples to a score")
@@ -227,7 +225,7 @@ def first_image(options):
 
     file = next(iter(sorted(Path(options.data_dir, "train").rglob("*.png"))), None)
     if file is None:
-        raise UserError(f"--data_dir {options.data_dir}: no train/**/*.png; python recipes/fetch_images.py makes it")
+        raise UserError(f"--data_dir {options.data_dir}: no train/**/*.png; python tools/fetch_images.py makes it")
     return Image.open(file)
 
 

@@ -1,6 +1,6 @@
 """How long from the command to the first training step, on a raw folder of images and on a prepared dataset?
 
-    python recipes/fetch_images.py cifar10 data/cifar10
+    python tools/fetch_images.py cifar10 data/cifar10
     python benchmarks/start.py --images data/cifar10/train
 
 Times, from process start and imports included: train_unconditional.py on the folder for the first time (it prepares

@@ -8,7 +8,6 @@ turns in every round.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from prepare import write_photographs  # noqa: E402
-
-from trainkit.data.loading.dataset import PreparedImages  # noqa: E402
-from trainkit.data.preparation.prepare import prepare  # noqa: E402
-from trainkit.data.settings import PreparationSettings  # noqa: E402
-from trainkit.data.sources.folder import ImageFolder  # noqa: E402
+from prepare import write_photographs
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation.prepare import prepare
+from trainkit.data.settings import PreparationSettings
+from trainkit.data.sources.folder import ImageFolder
 
 STORAGES = {"pixels": ("pixels", 100), "png": ("png", 100), "jpeg, quality 95": ("jpeg", 95)}
 STORAGES |= {"webp, quality 95": ("webp", 95), "webp, lossless": ("webp", 100)}

@@ -21,11 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from trainkit.config import parse_options
-from trainkit.errors import run_script  # noqa: E402
-from trainkit.options.fields import option  # noqa: E402
+from trainkit.errors import run_script
+from trainkit.options.fields import option
 
 SIDE, NUM_IMAGES = 32, 2000
 UNETS = {

@@ -1,6 +1,6 @@
 """Pretrain on a little data, then fine-tune on much: how many images does that save?
 
-    python recipes/fetch_images.py fashion_mnist data/fashion --limit 6000
+    python tools/fetch_images.py fashion_mnist data/fashion --limit 6000
     python benchmarks/transfer.py --subset half_of_classes --images 10000 --pretraining_images 10000
 
 A model is trained from scratch on a tenth of the images (`--subset tenth`), or on the first half of the classes
@@ -13,18 +13,14 @@ OUTPUT_DIR/runs.jsonl: the same command goes on after a stop.
 
 import json
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes import ROOT, RunOptions, kept, own_folder, run_folder, tabled, trained
-
-sys.path.insert(0, str(ROOT))
-
+from recipes import RunOptions, kept, own_folder, run_folder, tabled, trained
 from trainkit.config import parse_options
-from trainkit.errors import run_script  # noqa: E402
-from trainkit.options.fields import option  # noqa: E402
+from trainkit.errors import run_script
+from trainkit.options.fields import option
 
 BATCH_SIZE = 16  # the default
 PRETRAINED = "pretraining"

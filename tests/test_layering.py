@@ -106,7 +106,7 @@ def test_imports_keep_to_their_layer():
     assert not wrong, "\n".join(wrong)
 
 
-SHIPPED = [file for folder in (*PACKAGES, "recipes", "benchmarks") for file in sorted((ROOT / folder).rglob("*.py"))]
+SHIPPED = [file for folder in (*PACKAGES, "tools", "benchmarks") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def test_nothing_imports_what_is_ruled_out():

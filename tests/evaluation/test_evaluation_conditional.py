@@ -12,7 +12,7 @@ from conftest import ROOT
 from PIL import Image
 
 import evaluate_samples
-from recipes import measure_digits
+from tools import measure_digits
 from trainkit.errors import UserError
 from trainkit.evaluation import classifier as classifiers
 from trainkit.evaluation.conditioning import caption_retrieval, label_accuracy, proportion, scores_per_class

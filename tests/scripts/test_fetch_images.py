@@ -1,4 +1,4 @@
-"""recipes/fetch_images.py on a made-up set: what it writes, and that it writes it whole or not at all."""
+"""tools/fetch_images.py on a made-up set: what it writes, and that it writes it whole or not at all."""
 
 import gzip
 import importlib.util
@@ -12,7 +12,7 @@ from source_tree import ROOT
 @pytest.fixture
 def fetch(monkeypatch):
     """fetch(*words) runs the script on 23 + 6 images of 3 classes; `fetch.reads` counts the fetches."""
-    spec = importlib.util.spec_from_file_location("fetch_images", ROOT / "recipes" / "fetch_images.py")
+    spec = importlib.util.spec_from_file_location("fetch_images", ROOT / "tools" / "fetch_images.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 

@@ -1,9 +1,9 @@
 """Fetch a small public image set and write it as class folders of PNGs, or as images with captions.
 
-    python recipes/fetch_images.py mnist demo/mnist                     # 4,500 + 500 digits, 28x28 grey
-    python recipes/fetch_images.py fashion_mnist data/fashion           # 60,000 + 10,000, 28x28 grey
-    python recipes/fetch_images.py cifar10 data/cifar10 --limit 5000    # at most 5,000 of each split, 32x32 RGB
-    python recipes/fetch_images.py emoji data/emoji                     # about 3,000 + 370, 256x256 RGBA, captions
+    python tools/fetch_images.py mnist demo/mnist                     # 4,500 + 500 digits, 28x28 grey
+    python tools/fetch_images.py fashion_mnist data/fashion           # 60,000 + 10,000, 28x28 grey
+    python tools/fetch_images.py cifar10 data/cifar10 --limit 5000    # at most 5,000 of each split, 32x32 RGB
+    python tools/fetch_images.py emoji data/emoji                     # about 3,000 + 370, 256x256 RGBA, captions
 
 writes OUT/train/<class>/00000.png, OUT/heldout/<class>/00000.png and, last, OUT/source.json; of emoji the files lie in
 OUT/train/ and OUT/heldout/ themselves, NAME.txt with its caption beside each. The sets come out of

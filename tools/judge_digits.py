@@ -1,7 +1,7 @@
 """Are generated digits digits? A small classifier, trained on real MNIST digits alone, says how many it is sure of.
 
-    python recipes/fetch_images.py mnist demo/mnist
-    python benchmarks/judge_digits.py --generated demo/samples
+    python tools/fetch_images.py mnist demo/mnist
+    python tools/judge_digits.py --generated demo/samples
 
 The judge is a convolutional network of ten digits and an eleventh class, "not a digit", that it learns from noise,
 shuffled, halved and overlaid digits and blobs: without it a classifier is sure of anything. It trains in about 40 s
@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from trainkit.evaluation.classifier import FORMAT, fit, jitter, load_network, save_network, seeded_network  # noqa: E402
+from trainkit.evaluation.classifier import FORMAT, fit, jitter, load_network, save_network, seeded_network
 
 # B batch; images are (B, 1, 28, 28) float32 in [0, 1], white on black; class 10 is "not a digit"
 NOT_A_DIGIT = 10
@@ -80,7 +78,7 @@ def load_digits(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 28, 28) and labels (N,) of folder/split/<digit>/*.png."""
     files = [sorted((folder / split / str(digit)).glob("*.png")) for digit in range(10)]
     if not all(files):
-        sys.exit(f"error: --digits {folder} is not complete: python recipes/fetch_images.py mnist {folder}")
+        sys.exit(f"error: --digits {folder} is not complete: python tools/fetch_images.py mnist {folder}")
     labels = torch.arange(10).repeat_interleave(torch.tensor([len(of_class) for of_class in files]))
     return load_images([file for of_class in files for file in of_class]), labels
 

@@ -1,9 +1,9 @@
 """How bold and how slanted is a digit? Two numbers an image, to condition on, and to check samples with.
 
-    python recipes/fetch_images.py mnist digits
-    python recipes/measure_digits.py digits/train                            # NAME.npy beside each image
-    python recipes/measure_digits.py digits/heldout --output_file asked.npy  # one array, for sample.py --vectors_file
-    python recipes/measure_digits.py --samples samples                       # asked against measured
+    python tools/fetch_images.py mnist digits
+    python tools/measure_digits.py digits/train                            # NAME.npy beside each image
+    python tools/measure_digits.py digits/heldout --output_file asked.npy  # one array, for sample.py --vectors_file
+    python tools/measure_digits.py --samples samples                       # asked against measured
 
 Stroke width in pixels is twice the area over the perimeter, slant in degrees (to the right is positive) is that of the
 axis through the centres of the rows: both of the grey levels themselves, with no threshold.
@@ -45,7 +45,7 @@ def main() -> None:
         return
     files = sorted(arguments.images.rglob("*.png"))
     if not files:
-        sys.exit(f"error: {arguments.images} holds no PNG: python recipes/fetch_images.py mnist digits")
+        sys.exit(f"error: {arguments.images} holds no PNG: python tools/fetch_images.py mnist digits")
     vectors = np.stack([measure(read(file)) for file in files])
     if arguments.output_file is not None:
         np.save(arguments.output_file, vectors)

@@ -1,8 +1,8 @@
 """What does each mistake of docs/troubleshooting.md look like, and the same run with the setting mended?
 
-    python recipes/fetch_images.py mnist data/mnist
-    python recipes/fetch_images.py cifar10 data/cifar10
-    python benchmarks/symptoms.py --digits data/mnist --photos data/cifar10
+    python tools/fetch_images.py mnist data/mnist
+    python tools/fetch_images.py cifar10 data/cifar10
+    python tools/symptoms.py --digits data/mnist --photos data/cifar10
 
 Trains tiny UNets at 16 px with the training scripts, at most 300 steps each, and writes docs/images/symptom_*.png:
 the symptom on the left, the mended run on the right, none picked. A run that is in --output_dir already is not done
@@ -19,11 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from trainkit.errors import run_script
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from trainkit.errors import run_script  # noqa: E402
-
 GAP, SIDE = 12, 400  # pixels of a picture: between its halves, width of a curve
 UNET = {
     "_class_name": "UNet2DModel", "layers_per_block": 1, "block_out_channels": [16, 32], "norm_num_groups": 8,
