@@ -19,42 +19,11 @@
 All flags of train_unconditional.py work here with the same meaning. Steps are optimizer steps.
 """
 
-from dataclasses import dataclass
-
 from trainkit.errors import run_script
-from trainkit.options.fields import option
-from trainkit.options.model import LatentOptions, TextOptions
-from trainkit.options.script import TrainingOptions, parse_training_options
+from trainkit.options.script import ConditionalTrainingOptions, parse_training_options
 
 
-@dataclass
-class ConditioningOptions:
-    """conditioning: what the model is conditioned on"""
-
-    condition: str = option(
-        "class", "class: the class of an image; vector: its stored numbers; text: its captions",
-        choices=("class", "vector", "text"),
-    )  # fmt: skip
-    conditioning_dropout: float = option(
-        0.1,
-        "probability that an image is trained without its condition, for guidance (Ho & Salimans 2022)",
-        within="[0, 1]",
-    )
-    class_balance: str = option(
-        "none", "frequency of each class: proportional to its images, to the square root of that, or equal",
-        choices=("none", "sqrt", "inverse"),
-    )  # fmt: skip
-    preview_guidance_scale: float = option(
-        2.0, "guidance scale of the sample grids during training; 1: no guidance", within="[1, inf)"
-    )
-
-
-@dataclass
-class Options(TrainingOptions, ConditioningOptions, TextOptions, LatentOptions):
-    """The options of train_conditional.py."""
-
-
-def train(options: Options) -> None:
+def train(options: ConditionalTrainingOptions) -> None:
     # Imported late, so that --help answers at once.
     from trainkit.data.cache import open_or_prepare
     from trainkit.data.loading.class_order import balanced_order
@@ -116,7 +85,7 @@ def train(options: Options) -> None:
 
 
 def main() -> None:
-    train(parse_training_options(Options, __doc__))
+    train(parse_training_options(ConditionalTrainingOptions, __doc__))
 
 
 if __name__ == "__main__":

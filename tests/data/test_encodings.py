@@ -55,7 +55,7 @@ def test_each_caption_is_encoded_once_and_read_back(images, tmp_path, capsys):
     encodings = text.encode_captions(images, encoder, tmp_path, "--train_data_dir raw")
     index = encodings.index
     assert sorted(encoder.encoded) == sorted(["", "a thing", *(f"no {'x' * (n % 4)}{n}" for n in range(1, 12))])
-    assert index.texts([0])[0] == "" and "12 different ones" in capsys.readouterr().out
+    assert index.texts([0])[0] == "" and "12 distinct ones" in capsys.readouterr().out
 
     rows = np.arange(12)
     firsts = index.first_of(rows)
@@ -110,7 +110,7 @@ def test_lists_of_captions_come_from_metadata(tmp_path):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "CAPTIONS_A_UNIT", 4)
+    monkeypatch.setattr(text, "CAPTIONS_PER_UNIT", 4)
     first = Encoder()
 
     def killed(captions):

@@ -21,6 +21,7 @@ from trainkit.diffusion.conditioning import (
 from trainkit.diffusion.pretrained import load_pretrained
 from trainkit.diffusion.unet import build_unet
 from trainkit.errors import UserError
+from trainkit.options.script import ConditionalTrainingOptions
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
 COUNTS, UNKNOWN = (60, 25, 9, 0), 6
@@ -57,8 +58,8 @@ def test_classes_as_inputs():
     indices = np.array([np.flatnonzero(LABELS == label)[0] for label in (0, 1, 2, -1)])
     assert condition.inputs(indices)["class_labels"].tolist() == [0, 1, 2, 4]  # an unknown one is null
     assert condition.inputs(indices, np.array([0.29, 0.31, 0.0, 0.9]))["class_labels"].tolist() == [4, 1, 4, 4]
-    assert condition.of_images(indices) == [0, 1, 2, None]
-    assert condition.to_preview(8, seed=0) == ([0, 0, 1, 1, 2, 2, 3, 3], 2)
+    assert condition.pipeline_conditions(indices) == [0, 1, 2, None]
+    assert condition.preview_conditions(8, seed=0) == ([0, 0, 1, 1, 2, 2, 3, 3], 2)
 
 
 def test_held_out_images_may_number_their_classes_otherwise():
@@ -83,8 +84,8 @@ def test_vectors_as_inputs():
     ("what", "options", "message"),
     [
         ({"label_names": None}, {}, "--condition class: photos has no classes"),
-        ({"label_names": ["cat"]}, {}, r"has one class alone \(cat\)"),
-        ({"column": lambda name: iter([np.full(9, -1)])}, {}, "tells the class of none of its images"),
+        ({"label_names": ["cat"]}, {}, r"has only one class \(cat\)"),
+        ({"column": lambda name: iter([np.full(9, -1)])}, {}, "gives no image a class"),
         ({"vector_length": None}, {"condition": "vector"}, "--condition vector: photos has no vectors"),
     ],
 )
@@ -92,9 +93,8 @@ def test_images_without_the_condition_are_refused(what, options, message):
     images = Labelled()
     for name, value in what.items():
         setattr(images, name, value)
-    given = {"condition": "class", "conditioning_dropout": 0.1, "train_data_dir": "photos", "dataset_name": None}
     with pytest.raises(UserError, match=message):
-        open_condition(SimpleNamespace(**given | options), images)
+        open_condition(ConditionalTrainingOptions(train_data_dir="photos", **options), images)
 
 
 def test_dropout_is_a_draw_of_each_row_of_the_global_batch():
@@ -217,13 +217,13 @@ def test_classes_are_found_by_name_and_new_ones_start_as_null(tmp_path):
     save_pipeline(tmp_path, conditional_pipeline(old, DDPMScheduler(), id2label={0: "a", 1: "b", 2: "c"}), "")
     new = make_unet(num_class_embeds=5)
     told = load_pretrained(new, str(tmp_path), ["c", "d", "a", "e"])
-    assert "2 of 4 classes as they were" in told and "not loaded" not in told
+    assert "2 of 4 classes unchanged" in told and "not loaded" not in told
     expected = predict(old, class_labels=torch.tensor([2, 3, 0, 3]))
     assert torch.equal(predict(new, class_labels=CLASSES), expected)
     plain, vectors = make_unet(), make_unet(class_embed_type="identity")
     null = predict(old, class_labels=torch.full((4,), 3))
     for other, inputs in ((plain, {}), (vectors, {"class_labels": VECTORS})):
-        assert "null one is kept" in load_pretrained(other, str(tmp_path))
+        assert "null condition is kept" in load_pretrained(other, str(tmp_path))
         torch.testing.assert_close(predict(other, **inputs), null, atol=1e-5, rtol=1e-5)
 
 
@@ -301,7 +301,7 @@ def test_a_model_of_captions_goes_on_with_the_same_or_another_encoder(tmp_path):
     inputs = {"encoder_hidden_states": states[..., :12]}
     assert torch.equal(predict(same, **inputs), predict(old, **inputs))
     told = load_pretrained(other, str(tmp_path / "text"))
-    assert "text 12 -> 20 numbers a token" in told and "not loaded" not in told
+    assert "text 12 -> 20 numbers per token" in told and "not loaded" not in told
     assert torch.equal(predict(other, encoder_hidden_states=states), predict(other, encoder_hidden_states=-states))
 
 

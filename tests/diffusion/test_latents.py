@@ -169,11 +169,11 @@ def test_two_processes_go_on_as_one_would(whole, image_folder, latent_unet, vae,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"vae_name_or_path": "/nowhere"}, "--vae_name_or_path /nowhere: the folder is not there"),
+        ({"vae_name_or_path": "/nowhere"}, "--vae_name_or_path /nowhere: the folder does not exist"),
         ({"center_crop": None}, "--vae_name_or_path encodes each image once: add --center_crop"),
-        ({"random_rotation": 5}, "it goes with --random_flip alone"),
+        ({"random_rotation": 5}, "--random_flip is the only augmentation"),
         ({"resolution": 18}, "--resolution 18x18 must be divisible by 4: the VAE halves it 1 times"),
-        ({"image_mode": "L"}, "takes 3 channels, but --image_mode L gives 1"),
+        ({"image_mode": "L"}, "expects 3 channels, but --image_mode L gives 1"),
     ],
 )
 def test_one_line_error(flags, message, image_folder, latent_unet, cache_dir, vae, tmp_path, monkeypatch):

@@ -169,7 +169,7 @@ def test_no_uniform_number_is_out_of_range():
     "flags, told",
     [
         ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "needs --prediction_type v_prediction or"),
-        ({"prediction_type": "sample", "rescale_betas_zero_snr": True}, "take --loss_weighting edm"),
+        ({"prediction_type": "sample", "rescale_betas_zero_snr": True}, "use --loss_weighting edm"),
         (
             {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_gamma": 5.0},
             "min_snr has no weight where the SNR is 0",

@@ -177,7 +177,7 @@ def test_captions_that_training_cuts_are_cut_for_previews_too(bert):
     index = SimpleNamespace(first_of=lambda indices: indices, texts=lambda numbers: ["a blue square"] * len(numbers))
     condition.encoder, condition.encodings = encoder, SimpleNamespace(index=index)
     encoder.max_tokens = 4
-    assert condition.of_images(np.arange(2)) == ["a blue"] * 2 and condition.example() == "'a blue'"
+    assert condition.pipeline_conditions(np.arange(2)) == ["a blue"] * 2 and condition.example() == "'a blue'"
 
 
 def test_it_is_trained_validated_and_checkpointed(whole):
@@ -206,7 +206,7 @@ def test_two_sharded_processes_encode_for_themselves_and_go_on_as_one_would(
     ("flags", "message"),
     [
         ({"text_encoder_name_or_path": None}, "--condition text needs --text_encoder_name_or_path"),
-        ({"text_encoder_name_or_path": "/nowhere"}, "--text_encoder_name_or_path /nowhere: the folder is not there"),
+        ({"text_encoder_name_or_path": "/nowhere"}, "--text_encoder_name_or_path /nowhere: the folder does not exist"),
         ({"caption_dropout": 1.5}, "--caption_dropout 1.5 must be 0 to 1"),
         ({"max_caption_tokens": 50}, "--max_caption_tokens 50 is more than the 16 that"),
         ({"condition": "class"}, "--text_encoder_name_or_path .* needs --condition text"),
@@ -221,13 +221,13 @@ def test_one_line_error(flags, message, captioned, text_unet, cache_dir, bert, t
 def test_a_unet_that_does_not_fit_is_refused(captioned, cache_dir, bert, tiny_unet, text_unet, tmp_path, monkeypatch):
     (tmp_path / "wide").mkdir()
     (tmp_path / "wide" / "config.json").write_text(json.dumps(TINY_TEXT_UNET | {"cross_attention_dim": 32}))
-    message = "wide has cross_attention_dim 32, but --text_encoder_name_or_path gives 12 numbers a token"
+    message = "wide has cross_attention_dim 32, but --text_encoder_name_or_path gives 12 numbers per token"
     with pytest.raises(UserError, match=message):
         run_here(monkeypatch, text_run(captioned, tmp_path / "wide", cache_dir, tmp_path / "out", bert))
-    with pytest.raises(UserError, match="describes a UNet2DModel; --condition text takes a UNet2DConditionModel"):
+    with pytest.raises(UserError, match="describes a UNet2DModel; --condition text needs a UNet2DConditionModel"):
         run_here(monkeypatch, text_run(captioned, tiny_unet, cache_dir, tmp_path / "out", bert))
     flags = {"condition": "class", "text_encoder_name_or_path": None}
-    with pytest.raises(UserError, match="describes a UNet2DConditionModel; without --condition text it takes"):
+    with pytest.raises(UserError, match="describes a UNet2DConditionModel; without --condition text it must be"):
         run_here(monkeypatch, text_run(captioned, text_unet, cache_dir, tmp_path / "out", bert, **flags))
 
 

@@ -1,12 +1,13 @@
-"""Tell a UNet what was done to the images it trains on, so that it learns of images as they are: non-leaking
-augmentation (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", appendix F.2).
+"""Non-leaking augmentation: the UNet is given the augmentation of each training image, so samples do not show it.
+
+Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", appendix F.2.
 
     add_augmentation_input(unet, LABELS)                    # before the optimizer is made
     unet(noisy_images, timesteps, augmentation=labels)      # training
     with without_augmentation_input(unet):                  # validation, sampling, saving: a stock UNet2DModel
         ...
 
-The layer has no bias, so at labels of zero, an image as it was, the network is the same with it and without it.
+The layer has no bias: for an unchanged image, whose labels are zero, the network computes the same without the layer.
 """
 
 from collections.abc import Iterator
@@ -16,13 +17,13 @@ import torch
 
 
 def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
-    """Give `unet` a linear layer from labels (B, num_labels) to what its time embedding starts from, in place.
+    """Add to `unet`, in place, a linear layer from labels (B, num_labels) to the input of its time embedding.
 
-    `unet(..., augmentation=labels)` then tells it of them; without that they are zero. They are an argument, as a
-    compiled module takes tensors among its attributes for ones that never move, and would record CUDA graphs anew.
+    `unet(..., augmentation=labels)` passes the labels; by default they are zero. They are an argument because a
+    compiled module treats tensor attributes as constant and would record its CUDA graphs again.
 
-    It lies where diffusers' own TimestepEmbedding looks for the condition of its `forward`, which UNet2DModel never
-    gives; so it is trained, averaged and checkpointed as every other weight is.
+    The layer is stored where diffusers' own TimestepEmbedding expects the projection of its `condition`, an input that
+    UNet2DModel never uses. It is therefore trained, averaged and checkpointed like every other weight.
     """
     embedding = unet.time_embedding
     layer = torch.nn.Linear(num_labels, embedding.linear_1.in_features, bias=False)
@@ -32,7 +33,7 @@ def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
     embedding.register_forward_pre_hook(_pass_condition, with_kwargs=True)
     stock_forward = unet.forward
 
-    def forward(*args, augmentation: torch.Tensor | None = None, **kwargs):  # no hook: those stay outside the graph
+    def forward(*args, augmentation: torch.Tensor | None = None, **kwargs):  # hooks are not compiled
         embedding.augmentation = augmentation
         return stock_forward(*args, **kwargs)
 
@@ -41,7 +42,7 @@ def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
 
 @contextmanager
 def without_augmentation_input(unet: torch.nn.Module) -> Iterator[None]:
-    """`unet` as if it had never got the layer, weights and state dict included. Do not train inside."""
+    """Remove the layer from `unet` inside the block, also from its state dict. Do not train inside."""
     layer, unet.time_embedding.cond_proj = unet.time_embedding.cond_proj, None
     unet.time_embedding.augmentation = None  # of the last training batch
     try:
@@ -52,5 +53,5 @@ def without_augmentation_input(unet: torch.nn.Module) -> Iterator[None]:
 
 def _pass_condition(embedding: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if embedding.augmentation is not None:
-        args, kwargs = args[:1], kwargs | {"condition": embedding.augmentation}  # UNet2DConditionModel gives a None
+        args, kwargs = args[:1], kwargs | {"condition": embedding.augmentation}  # UNet2DConditionModel passes None
     return args, kwargs

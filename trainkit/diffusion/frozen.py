@@ -1,4 +1,4 @@
-"""What frozen networks have in common whose outputs are computed once: text encoders and image autoencoders."""
+"""Helpers for frozen networks whose outputs are computed once: text encoders and image autoencoders."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ import torch
 
 
 def state_digest(module: torch.nn.Module, *parts: str) -> str:
-    """A name (16 hex digits) for the weights of `module`, whatever file they came from, and `parts`."""
+    """A digest (16 hex digits) of the weights of `module` and of `parts`, whatever file they were loaded from."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -18,7 +18,7 @@ def state_digest(module: torch.nn.Module, *parts: str) -> str:
 
 
 def local_device() -> torch.device:
-    """Where this process of the launch is going to train; known before Accelerate starts."""
+    """The device that this process will train on, before Accelerate starts."""
     if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1", "yes"):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")

@@ -1,8 +1,8 @@
-"""Images through a frozen autoencoder, once: training reads latents in the place of pixels.
+"""Images are encoded once by a frozen autoencoder; training reads latents instead of pixels.
 
-Mean and standard deviation of each latent are kept, so that training samples it anew at every visit, as a function of
-the seed, the step and the row. The latents of a mirrored image are not mirrored latents: with `--random_flip` both are
-kept (Rombach et al. 2022 for the model, section 3.3).
+Mean and standard deviation of each latent are kept, so training draws a new sample on every visit as a function of
+seed, step and row. The latents of a mirrored image are not mirrored latents: with `--random_flip` both are kept
+(Rombach et al. 2022, section 3.3, for the model).
 
 B batch, C channels and h/w size of the latents, H/W pixels.
 """
@@ -25,17 +25,18 @@ from trainkit.data.loading.loader import to_model_range
 from trainkit.data.settings import parse_resolution, resize_mode_from_options
 from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
-from trainkit.errors import UserError
+from trainkit.errors import UserError, one_line
+from trainkit.options.script import ConditionalTrainingOptions
 
 FLAG = "--vae_name_or_path"
-FORMAT = "1"  # raise it when the same image and VAE would give other numbers
-IMAGES_A_UNIT, IMAGES_A_BATCH, IMAGES_AT_ONCE = 1024, 64, 8
+FORMAT = "1"  # increase it when the same image and VAE would give other numbers
+IMAGES_PER_UNIT, IMAGES_PER_BATCH, IMAGES_PER_FORWARD = 1024, 64, 8
 
 
 class LatentImages:
-    """The latents of `images`, to training what a PreparedImages is; what is not told here is that of `images`.
+    """The latents of `images`, with the interface of PreparedImages; other attributes are those of `images`.
 
-    `rows` holds mean and deviation (2 * C * h * w,) of each image, `mirrored` those of its mirror image or None.
+    `rows` holds mean and standard deviation (2 * C * h * w,) of each image, `mirrored` those of the mirrored images.
     """
 
     holds_latents, fixed_size = True, True
@@ -55,15 +56,15 @@ class LatentImages:
 
     @property
     def components(self) -> dict:
-        """What the saved pipeline has of it: it decodes."""
+        """Components of the saved pipeline: the autoencoder that decodes."""
         return {"vae": self.vae}
 
     def gather(self, indices: np.ndarray, crops: np.ndarray | None = None) -> np.ndarray:
-        """The means (B, h, w, C) float32 of images, scaled as the model takes them."""
+        """The means (B, h, w, C) float32 of images, scaled as the model expects them."""
         return self._scaled(self._rows(indices, None)[:, 0])
 
     def sample(self, indices: np.ndarray, flip: np.ndarray | None, noise: np.ndarray) -> np.ndarray:
-        """Latents (B, h, w, C) float32 of images, mirrored where `flip` (B,) says, drawn by `noise` (B, C, h, w)."""
+        """Latents (B, h, w, C) float32 of images, mirrored where `flip` (B,), drawn with `noise` (B, C, h, w)."""
         rows = self._rows(indices, flip)
         return self._scaled(rows[:, 0] + rows[:, 1] * noise)
 
@@ -83,15 +84,15 @@ def halvings(vae_config: dict) -> int:
     return len(vae_config["block_out_channels"]) - 1
 
 
-def check_latent_options(options) -> None:
-    """Raise `UserError` for what cannot go with `--vae_name_or_path`, before anything is prepared."""
+def check_latent_options(options: ConditionalTrainingOptions) -> None:
+    """Raise `UserError` for options that do not go with `--vae_name_or_path`, before anything is prepared."""
     name = options.vae_name_or_path
     if name is None:
         return
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UserError(f"{FLAG} {name}: the folder is not there")
+        raise UserError(f"{FLAG} {name}: the folder does not exist")
     if build_augmentation(options, 3) is not None:
-        raise UserError(f"{FLAG} encodes images as they are: of the augmentations it goes with --random_flip alone")
+        raise UserError(f"{FLAG} encodes images once: --random_flip is the only augmentation it supports")
     given = options.train_data_dir if options.dataset_name is None else None
     prepared = given is not None and Path(given, PREPARATION_NAME).is_file()
     if not prepared and resize_mode_from_options(options) in (None, "random_crop"):
@@ -101,11 +102,11 @@ def check_latent_options(options) -> None:
         _check_size(options, _load(name, AutoencoderKL.load_config), height, width)
 
 
-def open_latents(options, images: PreparedImages, flips: bool) -> LatentImages:
-    """The latents of `images` by `--vae_name_or_path`, computed in the cache if they are not there yet.
+def open_latents(options: ConditionalTrainingOptions, images: PreparedImages, flips: bool) -> LatentImages:
+    """The latents of `images` by `--vae_name_or_path`; those that the cache does not hold yet are computed.
 
-    `flips`: those of the mirror images too. Every process of a run may call this at once: they share the work. Raises
-    `UserError`.
+    With `flips` the mirrored images are encoded too. All processes of a run may call this at the same time and share
+    the work. Raises `UserError`.
     """
     vae = _load(options.vae_name_or_path, lambda *where, **how: AutoencoderKL.from_pretrained(*where, **how))
     vae = vae.eval().requires_grad_(False).float()
@@ -117,19 +118,19 @@ def open_latents(options, images: PreparedImages, flips: bool) -> LatentImages:
     mirrored = _encoded(images, vae, folder / "mirrored", mirror=True) if flips else None
     latents = LatentImages(images, vae, digest, rows, mirrored)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        _tell(latents, folder)
+        _print_statistics(latents, folder)
     return latents
 
 
 def without_clipping(noise_scheduler: NoiseScheduler) -> NoiseScheduler:
-    """The same for latents, which no range holds as it holds pixels, in place."""
-    if not is_flow(noise_scheduler):  # whose solvers never clip
+    """Turn clipping off in place: latents, unlike pixels, have no fixed range."""
+    if not is_flow(noise_scheduler):  # flow solvers never clip
         noise_scheduler.register_to_config(clip_sample=False)
     return noise_scheduler
 
 
 def _encoded(images: PreparedImages, vae: AutoencoderKL, folder: Path, mirror: bool) -> Rows:
-    rows = Rows(folder, len(images), IMAGES_A_UNIT)
+    rows = Rows(folder, len(images), IMAGES_PER_UNIT)
     if read_complete(folder) is not None:
         return rows
     vae.to(local_device())
@@ -137,13 +138,13 @@ def _encoded(images: PreparedImages, vae: AutoencoderKL, folder: Path, mirror: b
 
     def make(number: int) -> None:
         unit = rows.unit_rows(number)
-        batches = (unit[start : start + IMAGES_A_BATCH] for start in range(0, len(unit), IMAGES_A_BATCH))
+        batches = (unit[start : start + IMAGES_PER_BATCH] for start in range(0, len(unit), IMAGES_PER_BATCH))
         try:
             write_rows(folder / unit_name(number), (_encode(images, vae, batch, mirror) for batch in batches))
         except ValueError as error:
-            raise UserError(f"{FLAG}: the VAE gave {error}; the cache holds float16: take another one") from None
+            raise UserError(f"{FLAG}: the VAE gave {error}; the cache holds float16: use another VAE") from None
 
-    with tqdm(total=units, unit=f" x {IMAGES_A_UNIT} latents", disable=None if rank == 0 else True) as bar:
+    with tqdm(total=units, unit=f" x {IMAGES_PER_UNIT} latents", disable=None if rank == 0 else True) as bar:
         make_units(folder, rows.unit_names, make, rank * units // max(1, world), bar.update)
     vae.to("cpu")
     write_complete(folder, {"images": len(images)})
@@ -152,10 +153,10 @@ def _encoded(images: PreparedImages, vae: AutoencoderKL, folder: Path, mirror: b
 
 @torch.no_grad()
 def _encode(images: PreparedImages, vae: AutoencoderKL, batch: range, mirror: bool) -> list[np.ndarray]:
-    """Mean and deviation (2, C, h, w) of each image of `batch`."""
+    """Mean and standard deviation (2, C, h, w) of each image of `batch`."""
     encoded = []
-    for start in range(0, len(batch), IMAGES_AT_ONCE):
-        pixels = images.gather(np.array(batch[start : start + IMAGES_AT_ONCE]), None)
+    for start in range(0, len(batch), IMAGES_PER_FORWARD):
+        pixels = images.gather(np.array(batch[start : start + IMAGES_PER_FORWARD]), None)
         pixels = pixels.astype(np.int32) if pixels.dtype == np.uint16 else pixels
         inputs = to_model_range(torch.from_numpy(pixels).to(vae.device), images.bit_depth)
         latents = vae.encode(inputs.flip(-1) if mirror else inputs).latent_dist
@@ -164,16 +165,18 @@ def _encode(images: PreparedImages, vae: AutoencoderKL, batch: range, mirror: bo
 
 
 def _load(name: str, load):
-    """What `load` gives of an AutoencoderKL in a folder or Hub repository, or in the `vae` of a pipeline there."""
+    """Call `load` on the AutoencoderKL of a folder or Hub repository, or of the `vae` of a pipeline there."""
     for subfolder in ("vae", None):
         try:
             return load(name, subfolder=subfolder)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split()).partition(". ")[0][:300]
-    raise UserError(f"{FLAG} {name} is no AutoencoderKL ({reason}); give its folder or Hub id, or that of a pipeline")
+            reason = one_line(error).partition(". ")[0]
+    raise UserError(
+        f"{FLAG} {name} is not an AutoencoderKL ({reason}); give its folder or Hub id, or that of a pipeline"
+    )
 
 
-def _check_size(options, vae_config: dict, height: int, width: int) -> None:
+def _check_size(options: ConditionalTrainingOptions, vae_config: dict, height: int, width: int) -> None:
     from trainkit.diffusion.unet import unet_halvings
 
     by_vae, by_unet = halvings(vae_config), unet_halvings(options)
@@ -185,21 +188,21 @@ def _check_size(options, vae_config: dict, height: int, width: int) -> None:
         )
 
 
-def _check_images(options, vae: AutoencoderKL, images: PreparedImages) -> None:
+def _check_images(options: ConditionalTrainingOptions, vae: AutoencoderKL, images: PreparedImages) -> None:
     _check_size(options, vae.config, images.height, images.width)
     if vae.config.in_channels != images.channels:
         raise UserError(
-            f"{FLAG} {options.vae_name_or_path} takes {vae.config.in_channels} channels, but --image_mode "
+            f"{FLAG} {options.vae_name_or_path} expects {vae.config.in_channels} channels, but --image_mode "
             f"{images.image_mode} gives {images.channels}: change one of the two"
         )
     if not images.fixed_size or (images.stored_height, images.stored_width) != (images.height, images.width):
         raise UserError(
-            f"{FLAG} encodes each image once, and these are cropped anew at each visit: prepare them at the training "
-            "size, with --center_crop or --resize_mode pad or stretch"
+            f"{FLAG} encodes each image once, and these are cropped randomly on each visit: prepare them at the "
+            "training size, with --center_crop or --resize_mode pad or stretch"
         )
 
 
-def _tell(latents: LatentImages, folder: Path) -> None:
+def _print_statistics(latents: LatentImages, folder: Path) -> None:
     first = latents.gather(np.arange(min(len(latents), 256)))
     mean, std = float(first.mean()), float(first.std())
     print(

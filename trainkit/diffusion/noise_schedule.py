@@ -8,13 +8,15 @@ at integer timesteps. Flow matching (FlowMatchEulerDiscreteScheduler): alpha = 1
 # B batch, T training timesteps, SNR = alpha^2 / sigma^2, alpha_bar_t product of (1 - beta)
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+
+from trainkit.options.script import TrainingOptions
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 DEFAULT_PREDICTION_TYPE = "sample"
 DEFAULT_BETA_SCHEDULE = "squaredcos_cap_v2"
 PRETRAINED_SCHEDULE = "pretrained"  # the betas that a saved pipeline was trained over
-# Where a saved pipeline tells them. `scheduler/` of our own is a solver, whose last betas are others.
+# Where a saved pipeline may store them. Our own `scheduler/` is a solver, whose last betas differ.
 TRAINING_SCHEDULERS = ("schedulers/ddpm", "schedulers/flow_euler", "scheduler", None)
 DDPM_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
@@ -23,12 +25,12 @@ DDPM_SETTINGS = (
 NoiseScheduler = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 
-def build_noise_scheduler(options) -> NoiseScheduler:
-    """The scheduler that `ObjectiveOptions` describe: noise schedule, number of steps, what is predicted.
+def build_noise_scheduler(options: TrainingOptions) -> NoiseScheduler:
+    """The scheduler that the options describe: noise schedule, number of timesteps, prediction type.
 
     Beta schedules: linear (Ho et al. 2020, section 4), scaled_linear (Rombach et al. 2022), squaredcos_cap_v2
     (Nichol & Dhariwal 2021, Eq. 17), sigmoid, or pretrained: that of --pretrained_model_name_or_path. `--noise_shift`
-    and `--rescale_betas_zero_snr` change their betas, in this order; flow matching has a shift alone.
+    and `--rescale_betas_zero_snr` then change the betas, in this order. Flow matching has only a shift.
     """
     if options.prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(
@@ -55,7 +57,7 @@ def build_noise_scheduler(options) -> NoiseScheduler:
 
 
 def saved_noise_scheduler(name: str) -> NoiseScheduler | None:
-    """What the saved pipeline `name`, a folder or Hub id, was trained over; None where it does not tell."""
+    """The noise schedule of training of the saved pipeline `name` (a folder or Hub id); None if it is not stored."""
     for subfolder in TRAINING_SCHEDULERS:
         try:
             config = DDPMScheduler.load_config(name, subfolder=subfolder)
@@ -69,13 +71,13 @@ def saved_noise_scheduler(name: str) -> NoiseScheduler | None:
         if "beta_schedule" in config:
             try:
                 return DDPMScheduler(**{key: config[key] for key in DDPM_SETTINGS if key in config})
-            except NotImplementedError:  # a schedule that this diffusers does not know
+            except NotImplementedError:  # a schedule unknown to the installed diffusers
                 return None
     return None
 
 
 def shifted(alphas_cumprod: torch.Tensor, shift: float) -> torch.Tensor:
-    """alpha_bar (T,) of the schedule whose noise is `shift` times as strong beside the image: SNR / shift^2.
+    """alpha_bar (T,) of the schedule with `shift` times as much noise relative to the image: SNR / shift^2.
 
     log SNR' = log SNR + 2 log(64 / side) for shift = side / 64 (Hoogeboom et al. 2023, section 3.1).
     """
@@ -83,7 +85,7 @@ def shifted(alphas_cumprod: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """alpha_bar (T,) with 0 at the end and the first one kept (Lin et al. 2023, algorithm 1)."""
+    """alpha_bar (T,) rescaled to end at 0, with the first one unchanged (Lin et al. 2023, algorithm 1)."""
     roots = alphas_cumprod.sqrt()
     first, last = roots[0].clone(), roots[-1].clone()
     return ((roots - last) * first / (first - last)).square()
@@ -95,18 +97,18 @@ def betas_of(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return 1 - alphas_cumprod / before
 
 
-def is_flow(scheduler) -> bool:
-    """Whether `scheduler` is one of flow matching, whose timesteps are continuous."""
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether `scheduler` is for flow matching, whose timesteps are continuous."""
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
 
 
 def prediction_type_of(scheduler: NoiseScheduler) -> str:
-    """What a network trained with `scheduler` predicts, by the name diffusers has for it."""
+    """What a network trained with `scheduler` predicts, by its name in diffusers."""
     return "flow_prediction" if is_flow(scheduler) else scheduler.config.prediction_type
 
 
 def alpha_sigma(scheduler: NoiseScheduler, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Strengths of image and noise at `timesteps` (B,), two float32 (B,)."""
+    """alpha and sigma, the factors of image and noise, at `timesteps` (B,): two float32 (B,)."""
     if is_flow(scheduler):
         sigma = timesteps.float() / scheduler.config.num_train_timesteps
         return 1 - sigma, sigma
@@ -117,13 +119,13 @@ def alpha_sigma(scheduler: NoiseScheduler, timesteps: torch.Tensor) -> tuple[tor
 def add_noise(
     scheduler: NoiseScheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """`images` (B, C, H, W) with `noise` at `timesteps` (B,): float32, as the scheduler mixes them.
+    """Noisy images (B, C, H, W) float32 at `timesteps` (B,).
 
     Flow matching mixes (1 - t) image + t noise (Liu et al. 2023, Eq. 1; Lipman et al. 2023).
     """
     if not is_flow(scheduler):
         return scheduler.add_noise(images, noise, timesteps)
-    alpha, sigma = (strength[:, None, None, None] for strength in alpha_sigma(scheduler, timesteps))
+    alpha, sigma = (factor[:, None, None, None] for factor in alpha_sigma(scheduler, timesteps))
     return alpha * images + sigma * noise
 
 

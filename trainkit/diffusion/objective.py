@@ -1,4 +1,4 @@
-"""What the network is asked to predict, and how its error is weighed.
+"""What the network predicts, and how its error is weighted.
 
 B batch, C channels, H/W pixels; images in [-1, 1]; x_t = alpha image + sigma noise, SNR = alpha^2 / sigma^2.
 """
@@ -7,14 +7,15 @@ import torch
 
 from trainkit.diffusion.noise_schedule import NoiseScheduler, alpha_sigma, build_noise_scheduler, prediction_type_of
 from trainkit.errors import UserError
+from trainkit.options.script import TrainingOptions
 
 DEFAULT_GAMMA = 5.0  # Hang et al. 2023, section 4
-SIGMA_DATA = 0.5  # deviation of images in [-1, 1] (Karras et al. 2022, table 1)
-MOST_IMAGE_AT_END = 0.15  # scaled_linear ends at 0.07
+SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1] (Karras et al. 2022, table 1)
+MAX_IMAGE_AT_END = 0.15  # scaled_linear ends at 0.07
 
 
-def check_objective(options) -> None:
-    """Raise `UserError` for settings of `ObjectiveOptions` that cannot be trained or sampled."""
+def check_objective(options: TrainingOptions) -> None:
+    """Raise `UserError` for objectives that cannot be trained or sampled."""
     flow, gamma = options.prediction_type == "flow_prediction", options.snr_gamma
     weighting = _weighting(options.loss_weighting, gamma)
     for name in ("noise_shift", "logit_std", "edm_p_std"):
@@ -41,29 +42,29 @@ def check_objective(options) -> None:
         )
     if options.prediction_type == "epsilon":
         raise UserError(
-            "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: of pure noise, epsilon says "
-            "nothing about the image"
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: predicting epsilon from pure "
+            "noise says nothing about the image"
         )
     if weighting in ("min_snr", "soft_min_snr") or (weighting == "none" and options.prediction_type == "sample"):
         raise UserError(
             f"--rescale_betas_zero_snr: {options.prediction_type} with --loss_weighting {weighting} has no weight "
-            "where the SNR is 0, so the first step of sampling would go untrained; take --loss_weighting edm, or "
+            "where the SNR is 0, so the first step of sampling would not be trained; use --loss_weighting edm, or "
             "v_prediction with none"
         )
     if options.timestep_sampling == "edm_lognormal":
         raise UserError(
             "--rescale_betas_zero_snr: --timestep_sampling edm_lognormal never draws the last timestep, whose noise "
-            "level is infinite; take uniform or logit_normal"
+            "level is infinite; use uniform or logit_normal"
         )
 
 
 def prediction_target(
     scheduler: NoiseScheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """What the scheduler's prediction type stands for, (B, C, H, W): noise, image, or velocity.
+    """The training target (B, C, H, W) of the scheduler's prediction type: noise, image, or velocity.
 
-    The velocity is sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) image (Salimans & Ho 2022, appendix D); that of flow
-    matching is noise - image (Liu et al. 2023, Eq. 1, whose time runs the other way).
+    The velocity is sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) image (Salimans & Ho 2022, appendix D). The
+    velocity of flow matching is noise - image (Liu et al. 2023, Eq. 1, whose time runs the other way).
     """
     prediction_type = prediction_type_of(scheduler)
     if prediction_type == "epsilon":
@@ -86,7 +87,7 @@ def denoising_errors(
     snr_gamma: float | None = None,
     loss_weighting: str | None = None,
 ) -> torch.Tensor:
-    """Squared error of each `prediction` (B, C, H, W) against its target, mean over pixels, weighed: (B,) float32."""
+    """Squared error of each `prediction` (B, C, H, W) against its target, mean over pixels, weighted: (B,) float32."""
     target = prediction_target(scheduler, images, noise, timesteps)
     errors = (prediction.float() - target).square().flatten(1).mean(1)
     return loss_weights(scheduler, timesteps, snr_gamma, loss_weighting) * errors
@@ -100,8 +101,9 @@ def loss_weights(
 ) -> torch.Tensor:
     """Weights (B,) float32 of the squared error at `timesteps`.
 
-    none: the error of the noise (Ho et al. 2020, Eq. 14) for epsilon, and its equal for sample, which is the SNR as in
-    diffusers' example; velocities are weighed evenly. The others weigh the error of the image, whatever is predicted:
+    none: 1 for epsilon (Ho et al. 2020, Eq. 14) and for velocities. For sample it is the SNR, as in diffusers'
+    example, which makes the loss equal to that of epsilon. The others weight the error of the image, for any
+    prediction type:
 
     min_snr       min(SNR, gamma) (Hang et al. 2023, section 3.4)
     soft_min_snr  SNR gamma / (SNR + gamma) (Crowson et al. 2024, section 3.4), which is the sigmoid weight of Kingma &
@@ -112,35 +114,36 @@ def loss_weights(
     prediction_type, weighting = prediction_type_of(scheduler), _weighting(loss_weighting, snr_gamma)
     if weighting == "none" and prediction_type != "sample":
         return torch.ones_like(timesteps, dtype=torch.float32)
-    alpha2, sigma2 = (strength.square() for strength in alpha_sigma(scheduler, timesteps))
+    alpha2, sigma2 = (factor.square() for factor in alpha_sigma(scheduler, timesteps))
     gamma = DEFAULT_GAMMA if snr_gamma is None else snr_gamma
     # sigma^2 times the weight of the image's error: finite without noise (SNR infinite) and without image (SNR 0)
     if weighting == "none":
-        of_image = alpha2
+        image_weight = alpha2
     elif weighting == "min_snr":
-        of_image = torch.minimum(alpha2, gamma * sigma2)
+        image_weight = torch.minimum(alpha2, gamma * sigma2)
     elif weighting == "soft_min_snr":
-        of_image = gamma * alpha2 * sigma2 / (alpha2 + gamma * sigma2)
+        image_weight = gamma * alpha2 * sigma2 / (alpha2 + gamma * sigma2)
     elif weighting == "edm":
-        of_image = alpha2 + sigma2 / SIGMA_DATA**2
+        image_weight = alpha2 + sigma2 / SIGMA_DATA**2
     else:
         raise ValueError(f"unknown loss_weighting {weighting}")
     # image - image' = (sigma / alpha) (eps' - eps) = sigma (velocity' - velocity), of both kinds of velocity
-    return of_image / {"sample": sigma2, "epsilon": alpha2}.get(prediction_type, 1)
+    return image_weight / {"sample": sigma2, "epsilon": alpha2}.get(prediction_type, 1)
 
 
-def _check_end(options) -> None:
-    """Refuse a schedule that a shift below 1 makes end in an image still seen, where sampling starts from noise."""
+def _check_end(options: TrainingOptions) -> None:
+    """Refuse a shift below 1 that leaves the image visible at the last timestep: sampling starts from pure noise."""
     scheduler = build_noise_scheduler(options)
-    left = scheduler.alphas_cumprod[-1].sqrt().item()
-    if left > MOST_IMAGE_AT_END:
+    remaining = scheduler.alphas_cumprod[-1].sqrt().item()
+    if remaining > MAX_IMAGE_AT_END:
         schedule = scheduler.config.beta_schedule
         raise UserError(
             f"--noise_shift {options.noise_shift}: the last timestep of {schedule} would still hold "
-            f"{left:.0%} of the image, and sampling starts from pure noise; take a larger one, or squaredcos_cap_v2"
+            f"{remaining:.0%} of the image, and sampling starts from pure noise; use a larger shift, or "
+            "--ddpm_beta_schedule squaredcos_cap_v2"
         )
 
 
 def _weighting(loss_weighting: str | None, snr_gamma: float | None) -> str:
-    """The weighting that the two flags mean: `--snr_gamma` alone is min_snr, as in diffusers' example."""
+    """The weighting that the two flags select: `--snr_gamma` alone is min_snr, as in diffusers' example."""
     return loss_weighting or ("none" if snr_gamma is None else "min_snr")

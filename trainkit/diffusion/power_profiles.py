@@ -1,21 +1,21 @@
 """Power-function averages of the weights, and any other length from snapshots of a few (Karras et al. 2024).
 
 "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3 and appendix C. At step t the average of
-exponent gamma weighs the weights of each earlier time tau in proportion to tau ** gamma: its length grows with the
-training, so that it needs no warm-up and forgets the start. `sigma_rel` is the standard deviation of that weight as a
-part of t.
+exponent gamma weights the model of each earlier time tau in proportion to tau ** gamma: its length grows with the
+training, so it needs no warm-up and forgets the start. `sigma_rel` is the standard deviation of this weighting over
+tau, as a fraction of t.
 
-An average is linear in the weights that it is made of. So is a sum of averages, and the sum whose profile (the weight
-it gives to every tau) is nearest to that of another average is nearly that average.
+An average is linear in the model's weights, and so is a sum of averages. A sum whose profile (its weighting over tau)
+is close to the profile of another average therefore approximates that average.
 
-K snapshots, each of a time t in optimizer steps and an exponent gamma
+K snapshots, each with a time t in optimizer steps and an exponent gamma
 """
 
 import math
 
 import numpy as np
 
-# At gamma 0 all weights since the start count alike; a negative one would count the first of them most.
+# At gamma 0 all steps since the start count equally; a negative gamma would count the first of them most.
 LONGEST = math.sqrt(1 / 12)
 
 
@@ -23,10 +23,10 @@ def gamma_of(sigma_rel: float) -> float:
     """The exponent of the average of relative length `sigma_rel`, more than 0 and at most `LONGEST`.
 
     tau / t is distributed as Beta(gamma + 1, 1), of variance (gamma + 1) / ((gamma + 2) ** 2 (gamma + 3)): the largest
-    root of the cubic that this is. Raises `ValueError` outside of the range.
+    root of the resulting cubic. Raises `ValueError` outside the range.
     """
     if not 0 < sigma_rel <= LONGEST:
-        raise ValueError(f"{sigma_rel} must be more than 0 and at most {LONGEST:.3f}, which weighs all steps alike")
+        raise ValueError(f"{sigma_rel} must be more than 0 and at most {LONGEST:.3f}, which weights all steps equally")
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
@@ -44,8 +44,8 @@ def decay_at(step: int, gamma: float) -> float:
 def inner_products(steps: np.ndarray, gammas: np.ndarray, other_steps: np.ndarray, other_gammas: np.ndarray):
     """The integral over tau of the product of the profiles (K,) of one set and (L,) of another: (K, L) float64.
 
-    A profile is (gamma + 1) tau ** gamma / t ** (gamma + 1) up to its t, and 0 after. Powers are taken of the ratio of
-    the two times alone, which is at most 1: those of the times would overflow.
+    A profile is (gamma + 1) tau ** gamma / t ** (gamma + 1) up to its t, and 0 after. Powers are
+    taken only of the ratio of the two times, which is at most 1: powers of the times would overflow.
     """
     t_i, gamma_i = (np.asarray(values, dtype=np.float64)[:, None] for values in (steps, gammas))
     t_j, gamma_j = (np.asarray(values, dtype=np.float64)[None] for values in (other_steps, other_gammas))
@@ -55,11 +55,10 @@ def inner_products(steps: np.ndarray, gammas: np.ndarray, other_steps: np.ndarra
 
 
 def combination(steps: np.ndarray, gammas: np.ndarray, step: float, gamma: float) -> tuple[np.ndarray, float]:
-    """The coefficients (K,) of the sum of snapshots nearest to the average (`step`, `gamma`), and what is missing.
+    """The coefficients (K,) of the sum of snapshots nearest to the average (`step`, `gamma`), and its error.
 
-    Least squares under the condition that they sum to 1, so that weights that never change stay as they are. The
-    second value is the norm of what the profiles' difference is, as a part of the wanted profile's norm: 0 for an
-    exact sum.
+    Least squares under the condition that they sum to 1, so that constant weights are reproduced. The second
+    value is the norm of the difference between the profiles, relative to the norm of the wanted one: 0 if exact.
     """
     gram = inner_products(steps, gammas, steps, gammas)
     wanted = inner_products(steps, gammas, [step], [gamma])[:, 0]
@@ -70,5 +69,5 @@ def combination(steps: np.ndarray, gammas: np.ndarray, step: float, gamma: float
     system[:count, :count], system[count, count] = gram * np.outer(scale, scale), 0
     system[count, :count] = system[:count, count] = scale
     found = np.linalg.lstsq(system, np.append(wanted * scale, 1), rcond=1e-13)[0][:count] * scale
-    missing = found @ gram @ found - 2 * found @ wanted + norm
-    return found, math.sqrt(max(missing, 0) / norm)
+    squared_error = found @ gram @ found - 2 * found @ wanted + norm
+    return found, math.sqrt(max(squared_error, 0) / norm)

@@ -1,9 +1,9 @@
-"""Start from the weights of a saved pipeline, whose conditions and image channels may be others.
+"""Start from the weights of a saved pipeline, which may have other conditions and image channels.
 
-What is added starts so that the first prediction is the old model's: new channels at zero, new classes as its null
-one, a projection of vectors and cross-attention at zero.
+Added weights are initialized so that the first prediction equals that of the old model: new channels at zero, new
+classes as its null class, the projection of vectors and cross-attention at zero.
 
-K classes, D numbers of the time embedding.
+K classes, D width of the time embedding.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from trainkit.diffusion.text_unet import adapt_cross_attention
 from trainkit.diffusion.unet import find_unet, load_any_variant
-from trainkit.errors import UserError
+from trainkit.errors import UserError, one_line
 
 UNET_CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 FLAG = "--pretrained_model_name_or_path"
@@ -26,10 +26,10 @@ EMBEDDING, WEIGHTS = "vector_embedding", "diffusion_pytorch_model.safetensors"
 
 
 def load_pretrained(unet: torch.nn.Module, name: str, class_names: list[str] | None = None) -> str:
-    """Load into `unet` what fits of the pipeline `name`, a folder or Hub id; says in one line what did and what not.
+    """Load the weights of the pipeline `name` (a folder or Hub id) that fit into `unet`; return a one-line summary.
 
-    `class_names` (K,) are those that `unet` has, its null class aside. Raises `UserError` where nothing fits, or its
-    vectors are of another length.
+    `class_names` (K,) are the classes of `unet` without the null class. Raises `UserError` if nothing fits, or if the
+    vectors have another length.
     """
     config, subfolder = find_unet(name, FLAG)
     try:
@@ -38,35 +38,35 @@ def load_pretrained(unet: torch.nn.Module, name: str, class_names: list[str] | N
         if config.get("class_embed_type") == "identity":
             old |= {f"class_embedding.{key}": value for key, value in _embedding_weights(name).items()}
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{FLAG} {name}: its UNet cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{FLAG} {name}: its UNet cannot be loaded: {one_line(error)}") from None
     new = unet.state_dict()
     _check_vectors(old, new, name)
-    fitting, notes = _as_they_are(old, new), []
-    if SHIFT not in fitting:  # the width that everything else follows
+    fitting, notes = _unchanged(old, new), []
+    if SHIFT not in fitting:  # its width decides about all others
         raise UserError(
-            f"{FLAG} {name}: its weights do not fit this UNet; leave --model_config_name_or_path out, to take its own"
+            f"{FLAG} {name}: its weights do not fit this UNet; leave --model_config_name_or_path out to use its own"
         )
     state = new | fitting
     notes += _adapt_channels(old, state)
     notes += _adapt_condition(old, state, _class_names(name), class_names)
-    told, adapted = adapt_cross_attention(old, state)
-    notes += told
+    cross_attention_notes, adapted = adapt_cross_attention(old, state)
+    notes += cross_attention_notes
     done = {*fitting, *adapted, *(key for key in CHANNELS if key in old), TABLE}
     left = sorted(key for key in old.keys() | new.keys() if key not in done and not key.startswith("class_embedding."))
     if left:
         notes.append(f"not loaded: {', '.join(left[:8])}{f' and {len(left) - 8} more' if len(left) > 8 else ''}")
     unet.load_state_dict(state)
-    return "; ".join([f"started from {name}: {len(fitting)} of {len(new)} tensors as they are", *notes])
+    return "; ".join([f"started from {name}: {len(fitting)} of {len(new)} tensors unchanged", *notes])
 
 
-def _as_they_are(old: dict, new: dict) -> dict:
+def _unchanged(old: dict, new: dict) -> dict:
     return {key: old[key] for key in new if key != TABLE and key in old and old[key].shape == new[key].shape}
 
 
 def _adapt_channels(old: dict, state: dict) -> list[str]:
-    """The channels that both have, and zeros in the others."""
+    """Copy the channels that both have; set the others to zero."""
     changed = [key for key in CHANNELS if key in old and old[key].shape != state[key].shape]
-    width = "conv_norm_out.weight"  # the UNet's own, at both of its ends
+    width = "conv_norm_out.weight"  # the UNet's width at both ends
     if not changed or old[width].shape != state[width].shape:
         return []
     for key in changed:
@@ -78,14 +78,14 @@ def _adapt_channels(old: dict, state: dict) -> list[str]:
 
 
 def _adapt_condition(old: dict, state: dict, old_names: list[str] | None, names: list[str] | None) -> list[str]:
-    """Where the conditions differ, the null one of the old model is what the new one starts from."""
+    """Where the conditions differ, the new model starts from the null condition of the old one."""
     had_table, has_table, null_vector = old.get(TABLE), state.get(TABLE), old.get(NULL_VECTOR)
     has_vectors = NULL_VECTOR in state
     notes = []
     if has_table is not None and had_table is not None:
         rows, known = _rows(had_table, len(has_table), old_names, names)
         state[TABLE] = had_table[rows]
-        notes.append(f"{known} of {len(has_table) - 1} classes as they were, the others as its null one")
+        notes.append(f"{known} of {len(has_table) - 1} classes unchanged, the others start as its null class")
     elif has_table is not None:
         state[TABLE] = torch.zeros_like(has_table)
         notes.append(f"{len(has_table) - 1} classes added at zero")
@@ -96,12 +96,12 @@ def _adapt_condition(old: dict, state: dict, old_names: list[str] | None, names:
         dropped = null_vector
     if dropped is not None:
         state[SHIFT] = state[SHIFT] + dropped
-        notes.append("of its own condition the null one is kept, in the time embedding")
+        notes.append("its null condition is kept in the time embedding")
     return notes
 
 
 def _rows(table: torch.Tensor, wanted: int, old_names: list[str] | None, names: list[str] | None) -> tuple[list, int]:
-    """For each of `wanted` rows the row of the old `table` (K + 1, D) to take, and how many are not the null one."""
+    """The row of the old `table` (K + 1, D) for each of `wanted` rows, and how many are not the null row."""
     null = len(table) - 1
     if old_names is None or names is None:
         same = wanted == len(table)
@@ -116,19 +116,19 @@ def _check_vectors(old: dict, new: dict, name: str) -> None:
     if len(set(lengths)) > 1:
         raise UserError(
             f"{FLAG} {name} was trained with vectors of {lengths[0]} numbers, the training data has {lengths[1]}: "
-            "give the images vectors of that length, or another pipeline"
+            "give the images vectors of that length, or use another pipeline"
         )
 
 
 def _embedding_weights(name: str) -> dict[str, torch.Tensor]:
-    """The weights of the component that embeds vectors; nothing of its code is run."""
+    """The weights of the component that embeds vectors; none of its code is run."""
     if Path(name).is_dir():
         return load_file(Path(name) / EMBEDDING / WEIGHTS)
     return load_file(hf_hub_download(name, f"{EMBEDDING}/{WEIGHTS}"))
 
 
 def _class_names(name: str) -> list[str] | None:
-    """The names of a pipeline's classes by number, where it tells them."""
+    """The class names of a pipeline in order of their numbers; None if it has none."""
     try:
         id2label = DiffusionPipeline.load_config(name).get("id2label")
     except (OSError, ValueError):

@@ -1,24 +1,25 @@
-"""Which noise levels are trained on: each image's timestep, from its uniform number by an inverse CDF.
+"""Which noise levels are trained on: each image's timestep comes from its uniform number through an inverse CDF.
 
-So draws keep what the uniforms have: they are a function of (seed, step, row), and evenly spread uniforms give evenly
+The uniforms are a pure function of (seed, step, row), and so are the timesteps. Evenly spread uniforms give evenly
 spread quantiles.
 """
 
 import torch
 
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow, uniform_timesteps
+from trainkit.options.model import ObjectiveOptions
 
 
-def draw_timesteps(options, scheduler: NoiseScheduler, uniforms: torch.Tensor) -> torch.Tensor:
+def draw_timesteps(options: ObjectiveOptions, scheduler: NoiseScheduler, uniforms: torch.Tensor) -> torch.Tensor:
     """Timesteps (B,) to train on from `uniforms` (B,) float64 in [0, 1), distributed as `--timestep_sampling` says.
 
     int64 in [0, T) for DDPMScheduler, float32 in [0, T) for flow matching, where `--noise_shift` s maps t to
     s t / (1 + (s - 1) t) (Esser et al. 2024, Eq. 23).
 
-    uniform        every timestep alike
+    uniform        all timesteps equally often
     logit_normal   t / T = sigmoid(mean + std z), z standard normal (Esser et al. 2024, Eq. 19)
-    edm_lognormal  ln(sigma / alpha) = P_mean + P_std z (Karras et al. 2022, table 1), whatever the schedule or shift:
-                   cut off at the ends of a DDPMScheduler's noise levels, and rounded to the nearest of them
+    edm_lognormal  ln(sigma / alpha) = P_mean + P_std z (Karras et al. 2022, table 1), for any schedule or shift,
+                   truncated to the noise levels of a DDPMScheduler and rounded to the nearest of them
     """
     num_train_timesteps, flow = scheduler.config.num_train_timesteps, is_flow(scheduler)
     if options.timestep_sampling == "edm_lognormal":
@@ -35,7 +36,7 @@ def draw_timesteps(options, scheduler: NoiseScheduler, uniforms: torch.Tensor) -
 
 
 def _below(times: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
-    """`times` in [0, 1] as float32 timesteps below T: rounding must not put one into the next bin of validation."""
+    """`times` in [0, 1] as float32 timesteps below T: rounding must not move one into validation's next bin."""
     end = torch.nextafter(torch.tensor(float(num_train_timesteps)), torch.tensor(0.0)).item()
     return (times * num_train_timesteps).float().clamp(max=end)
 
@@ -43,7 +44,7 @@ def _below(times: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
 def _nearest_log_sigma(scheduler: NoiseScheduler, uniforms: torch.Tensor, mean: float, std: float) -> torch.Tensor:
     alphas_cumprod = scheduler.alphas_cumprod.double()
     levels = ((1 - alphas_cumprod) / alphas_cumprod).log() / 2  # (T,), rising
-    # in numbers of standard deviations: a cut-off normal distribution is one over a part of the uniforms
+    # quantiles of the ends: a truncated normal distribution uses only the uniforms between them
     ends = torch.special.ndtr((levels[[0, -1]] - mean) / std).tolist()
     log_sigma = mean + std * torch.special.ndtri(ends[0] + uniforms * (ends[1] - ends[0]))
     between = ((levels[1:] + levels[:-1]) / 2).to(uniforms.device)

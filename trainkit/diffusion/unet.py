@@ -15,6 +15,7 @@ from trainkit.diffusion.text_unet import (
     with_cross_attention,
 )
 from trainkit.errors import UserError, one_line
+from trainkit.options.script import TrainingOptions
 
 # The UNet of diffusers' train_unconditional.py: 113.7 M parameters at 3 channels.
 EXAMPLE_UNET = {
@@ -27,11 +28,13 @@ EXAMPLE_UNET = {
 }  # fmt: skip
 
 
-def build_unet(options, height: int, width: int, channels: int, **condition) -> UNet2DModel | UNet2DConditionModel:
+def build_unet(
+    options: TrainingOptions, height: int, width: int, channels: int, **condition
+) -> UNet2DModel | UNet2DConditionModel:
     """A freshly initialised UNet for images of this size, from `--model_config_name_or_path` or the example's.
 
-    `condition` is what its config says of a condition; without it there is none. A pipeline to start from gives its
-    config, and its channels may be others. Raises `UserError` where the config cannot be read or does not fit the
+    `condition` are the config's entries for a condition; by default the UNet has none. A pretrained pipeline gives its
+    config; its number of channels may differ. Raises `UserError` if the config cannot be read or does not fit the
     images.
     """
     model_class, config = _final_config(options, height, width, channels, condition)
@@ -44,7 +47,9 @@ def build_unet(options, height: int, width: int, channels: int, **condition) -> 
     return unet
 
 
-def _final_config(options, height: int, width: int, channels: int, condition: dict) -> tuple[type, dict]:
+def _final_config(
+    options: TrainingOptions, height: int, width: int, channels: int, condition: dict
+) -> tuple[type, dict]:
     """The class of the UNet and its config for images of this size. Raises `UserError` if it does not fit them."""
     name, config = options.model_config_name_or_path, _config(options)
     for key in ("in_channels", "out_channels"):
@@ -59,14 +64,14 @@ def _final_config(options, height: int, width: int, channels: int, condition: di
     config |= {"in_channels": channels, "out_channels": channels}
     config |= {"class_embed_type": None, "num_class_embeds": None}
     if takes_text(options):
-        # a model to start from may have read another encoder
+        # a pretrained model may have been trained with another encoder
         given = config if name is not None else {**config, "cross_attention_dim": condition["cross_attention_dim"]}
         check_text_config(given, _where(options), condition["cross_attention_dim"])
     check_resolution(height, width, len(config["block_out_channels"]) - 1)
     return UNet2DConditionModel if takes_text(options) else UNet2DModel, config | condition
 
 
-def _from_config(model_class: type, config: dict, options) -> UNet2DModel | UNet2DConditionModel:
+def _from_config(model_class: type, config: dict, options: TrainingOptions) -> UNet2DModel | UNet2DConditionModel:
     try:
         return model_class.from_config(config)
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
@@ -75,7 +80,7 @@ def _from_config(model_class: type, config: dict, options) -> UNet2DModel | UNet
         ) from None
 
 
-def check_unet_options(options) -> None:
+def check_unet_options(options: TrainingOptions) -> None:
     """Refuse a config that cannot be read or built, or a `--resolution` that does not fit it, before preparation."""
     times = unet_halvings(options)
     if options.resolution is not None and not _takes_latents(options):
@@ -89,16 +94,16 @@ def check_unet_options(options) -> None:
         _from_config(UNet2DModel, config, options)
 
 
-def unet_halvings(options) -> int:
-    """How often the UNet that the options describe halves its input. Raises `UserError` where it cannot be read."""
+def unet_halvings(options: TrainingOptions) -> int:
+    """How often the UNet of the options halves its input. Raises `UserError` if its config cannot be read."""
     return len(_config(options)["block_out_channels"]) - 1
 
 
-def _takes_latents(options) -> bool:
+def _takes_latents(options: TrainingOptions) -> bool:
     return getattr(options, "vae_name_or_path", None) is not None
 
 
-def _config(options) -> dict:
+def _config(options: TrainingOptions) -> dict:
     if options.model_config_name_or_path is not None:
         config = load_unet_config(options.model_config_name_or_path)
     elif options.pretrained_model_name_or_path is not None:
@@ -111,8 +116,8 @@ def _config(options) -> dict:
     return config
 
 
-def _where(options) -> str:
-    """The flag that the UNet's config comes from, and what it names."""
+def _where(options: TrainingOptions) -> str:
+    """The flag that gives the UNet's config, with its value."""
     if options.model_config_name_or_path is not None:
         return f"--model_config_name_or_path {options.model_config_name_or_path}"
     return f"--pretrained_model_name_or_path {options.pretrained_model_name_or_path}"
@@ -124,13 +129,13 @@ def load_unet_config(name_or_path: str, flag: str = "--model_config_name_or_path
 
 
 def find_unet(name_or_path: str, flag: str) -> tuple[dict, str | None]:
-    """The config of a UNet in a folder or Hub repository, and the subfolder that it lies in, None for the top.
+    """The config of a UNet in a folder or Hub repository, and its subfolder (None: the top of the folder).
 
     Raises `UserError` that names `flag`.
     """
     is_folder = Path(name_or_path).is_dir()
-    if name_or_path.startswith((".", "/", "~")) and not is_folder:  # no name that a Hub could have
-        raise UserError(f"{flag} {name_or_path}: no config.json to read: the folder is not there")
+    if name_or_path.startswith((".", "/", "~")) and not is_folder:  # not a Hub id
+        raise UserError(f"{flag} {name_or_path}: no config.json to read: the folder does not exist")
     if is_folder:
         subfolders = ["unet" if (Path(name_or_path) / "unet" / "config.json").is_file() else None]
     else:
@@ -166,7 +171,7 @@ def load_any_variant(model_class: type, *where, **how):
 
 
 def check_resolution(height: int, width: int, halvings: int) -> None:
-    """Refuse an image size that the UNet cannot halve `halvings` times."""
+    """Raise `UserError` for an image size that the UNet cannot halve `halvings` times."""
     factor = 2**halvings
     if height % factor or width % factor:
         size = str(height) if height == width else f"{height}x{width}"

@@ -72,6 +72,28 @@ class ObjectiveOptions:
 
 
 @dataclass
+class ConditioningOptions:
+    """conditioning: what the model is conditioned on"""
+
+    condition: str = option(
+        "class", "class: the class of an image; vector: its stored numbers; text: its captions",
+        choices=("class", "vector", "text"),
+    )  # fmt: skip
+    conditioning_dropout: float = option(
+        0.1,
+        "probability that an image is trained without its condition, for guidance (Ho & Salimans 2022)",
+        within="[0, 1]",
+    )
+    class_balance: str = option(
+        "none", "frequency of each class: proportional to its images, to the square root of that, or equal",
+        choices=("none", "sqrt", "inverse"),
+    )  # fmt: skip
+    preview_guidance_scale: float = option(
+        2.0, "guidance scale of the sample grids during training; 1: no guidance", within="[1, inf)"
+    )
+
+
+@dataclass
 class TextOptions:
     """captions: for --condition text"""
 

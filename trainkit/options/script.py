@@ -6,7 +6,13 @@ from typing import TypeVar
 
 from trainkit.config import parse_options
 from trainkit.options.data import AugmentationOptions, ImageOptions, LoadingOptions, SourceOptions
-from trainkit.options.model import ModelOptions, ObjectiveOptions
+from trainkit.options.model import (
+    ConditioningOptions,
+    LatentOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    TextOptions,
+)
 from trainkit.options.training import (
     CheckpointOptions,
     EmaOptions,
@@ -37,6 +43,11 @@ class TrainingOptions(
     HubOptions,
 ):
     """The options of every training script."""
+
+
+@dataclass
+class ConditionalTrainingOptions(TrainingOptions, ConditioningOptions, TextOptions, LatentOptions):
+    """The options of train_conditional.py."""
 
 
 def parse_training_options(options_class: type[T], description: str) -> T:

@@ -70,7 +70,7 @@ class Outputs:
         run, count = self.run, self.run.options.eval_batch_size
         conditions, columns, guidance = None, None, {}
         if run.condition is not None:
-            conditions, columns = run.condition.to_preview(count, run.options.seed)
+            conditions, columns = run.condition.preview_conditions(count, run.options.seed)
             guidance = {"guidance_scale": run.options.preview_guidance_scale}
         samples = self._generate(count if conditions is None else len(conditions), conditions, **guidance)
         if not run.accelerator.is_main_process:
@@ -101,7 +101,7 @@ class Outputs:
         if run.condition is None:
             return self._generate(count)
         indices = sample_indices(np.arange(count) % len(run.images), len(run.images), run.options.seed)
-        return self._generate(count, run.condition.of_images(indices), guidance_scale=1.0)
+        return self._generate(count, run.condition.pipeline_conditions(indices), guidance_scale=1.0)
 
     def _generate(self, count: int, conditions: list | np.ndarray | None = None, **guidance) -> np.ndarray:
         """Images (count, H, W, C) uint8 of the averaged weights on every rank, from --seed, --seed + 1, ..."""
