@@ -105,7 +105,7 @@ def test_processes_that_would_not_train_together_are_refused(launcher, image_fol
         env=environment, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "error: 2 processes were asked for" in done.stderr and "ACCELERATE_USE_CPU=true" in done.stderr
+    assert "error: 2 processes were requested" in done.stderr and "ACCELERATE_USE_CPU=true" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -119,7 +119,7 @@ def test_config_file_with_cpu_processes_is_refused(image_folder, tiny_unet, cach
         [*launcher, "--config_file", config, ROOT / "train_unconditional.py", *arguments],
         env=launch_environment(), capture_output=True, text=True, timeout=100,
     )  # fmt: skip
-    assert "error: 2 processes were asked for" in done.stderr, done.stderr[-2000:]
+    assert "error: 2 processes were requested" in done.stderr, done.stderr[-2000:]
 
 
 def test_the_command_that_the_refusal_names_works(image_folder, tiny_unet, cache_dir, tmp_path):

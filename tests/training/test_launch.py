@@ -58,7 +58,7 @@ def test_the_deepspeed_config_asks_for_zero_2(launched):
         ),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
-            "deepspeed_config_file is not read: give zero_stage",
+            "deepspeed_config_file is not supported: set zero_stage",
         ),
     ],
 )

@@ -186,7 +186,7 @@ class Options(OptimizationOptions, HardwareOptions):
     "flags, told",
     [
         ({"optimizer": "schedule_free_adamw"}, "add --no_use_ema"),
-        ({"optimizer": "prodigy"}, "take 1"),
+        ({"optimizer": "prodigy"}, "use 1"),
         ({"lr_num_cycles": 0}, "--lr_num_cycles 0 must be at least 1"),
         ({"lr_power": 0.0}, "--lr_power 0.0 must be more than 0"),
         ({"lr_decay_steps": 0}, "--lr_decay_steps 0 must be at least 1"),
@@ -203,7 +203,7 @@ def test_what_cannot_be_kept_is_refused_in_one_line(flags, told):
 def test_what_needs_more_than_is_here_is_refused(monkeypatch):
     options = Options(optimizer="lion", learning_rate=1e-4)
     options.shard_weights = True
-    with pytest.raises(UserError, match="--shard_weights divides the state of adam, adamw, muon, not of"):
+    with pytest.raises(UserError, match="--shard_weights supports adam, adamw, muon, not --optimizer"):
         check_optimization(options)
     options = Options(optimizer="schedule_free_adamw", lr_scheduler="cosine")
     options.use_ema = options.shard_weights = False

@@ -1,4 +1,4 @@
-"""How the global batch of an optimizer step is divided among processes and micro-steps."""
+"""Split the global batch of an optimizer step into processes and micro-steps."""
 
 import math
 from collections.abc import Callable
@@ -10,23 +10,24 @@ from accelerate import Accelerator
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import BatchShape
 from trainkit.errors import UserError
+from trainkit.options.script import TrainingOptions
 from trainkit.training.checkpoints.state import read_training_state
 from trainkit.training.device import largest_micro_batch, memory_trial
 
 
 def split_global_batch(
-    options,
+    options: TrainingOptions,
     accelerator: Accelerator,
     unet: torch.nn.Module,
     images: PreparedImages,
     inputs_of: Callable[[int], dict[str, torch.Tensor]],
     candidates: list[Path],
 ) -> BatchShape:
-    """The division that the flags give; on resume the global batch of the first of `candidates` stays, and the
-    micro-steps follow.
+    """The split that the flags give. On resume the global batch size of the first of `candidates` is kept, and the
+    number of micro-steps follows.
 
-    `inputs_of(n)` are the further keyword arguments of `unet` for n images, for `--find_batch_size`. A collective.
-    Raises `UserError` where the batch of a checkpoint cannot be made up.
+    `inputs_of(n)` returns further keyword arguments of `unet` for n images, for `--find_batch_size`. A collective.
+    Raises `UserError` if the global batch size of the checkpoint cannot be reached.
     """
     micro_steps, per_device = options.gradient_accumulation_steps, options.train_batch_size
     kept = read_training_state(candidates[0])["global_batch_size"] if candidates else None

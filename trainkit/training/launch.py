@@ -1,4 +1,4 @@
-"""Start Accelerate, and refuse the launches that silently start something else than was asked for."""
+"""Start Accelerate, and refuse launches that would silently start something else than requested."""
 
 import os
 import sys
@@ -19,20 +19,20 @@ TWO_CPU_PROCESSES = (
 
 
 def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, **kwargs) -> Accelerator:
-    """The process's Accelerator, with the threads set that a CPU process computes with.
+    """The Accelerator of this process, with its number of CPU threads set.
 
-    Raises `UserError` when the launcher was asked for more processes than know of each other, and for a precision
-    that the device lacks.
+    Raises `UserError` if the launcher was asked for more processes than have found each other, and for a precision
+    that the device does not support.
     """
     asked = max(int(os.environ.get("WORLD_SIZE", 1)), _processes_asked_of_launcher())
     if not torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        _check_processes(asked, 1, "cpu")  # before Accelerate looks for the others, which may take it half an hour
+        _check_processes(asked, 1, "cpu")  # before Accelerate waits for the others for half an hour
     store = _fresh_store()
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[ddp_kwargs()], **kwargs)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision}: {error}") from None
-    del store  # the process group holds it now
+    del store  # the process group keeps it
     _check_processes(asked, accelerator.num_processes, accelerator.device.type)
     if accelerator.device.type == "cpu":
         set_cpu_threads(cpu_threads)
@@ -63,7 +63,7 @@ def shard_as_launched(options: TrainingOptions) -> TrainingOptions:
         offload = any(value in ("cpu", "nvme") for name, value in environment.items() if _is_deepspeed_offload(name))
         if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
             raise UserError(
-                "deepspeed_config_file is not read: give zero_stage in the Accelerate config, as "
+                "deepspeed_config_file is not supported: set zero_stage in the Accelerate config, as "
                 "accelerate_configs/deepspeed.yaml does"
             )
         stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
@@ -72,8 +72,8 @@ def shard_as_launched(options: TrainingOptions) -> TrainingOptions:
         return options
     if offload:
         raise UserError(
-            "weights and optimizer state are not moved to main memory or disk here: switch the offload off in the "
-            "Accelerate config; --gradient_checkpointing and --find_batch_size save memory too"
+            "offloading weights and optimizer state to main memory or disk is not supported: switch it off in the "
+            "Accelerate config; --gradient_checkpointing and --find_batch_size also save memory"
         )
     return replace(options, shard_weights=options.shard_weights or stage > 0, reshard_after_forward=stage == 3)
 
@@ -83,24 +83,24 @@ def _is_deepspeed_offload(name: str) -> bool:
 
 
 def ddp_kwargs() -> DistributedDataParallelKwargs:
-    """How the model is wrapped for several processes: gradients live in the buckets that are summed, without a copy.
+    """Settings of DistributedDataParallel: gradients are views of the buckets that are reduced, without a copy.
 
-    A static graph is not asked for. DDP raises on it where the first micro-step is not summed (`no_sync`), which is
-    what accumulation does, and a resume on fewer processes may begin to accumulate. It has nothing to give either:
-    every parameter takes part in every step, and diffusers checkpoints activations in the way that does without it.
+    `static_graph` stays off. DDP raises with it if the first micro-step is not reduced (`no_sync`), which accumulation
+    does, and a resume on fewer processes may start to accumulate. It would bring nothing: every parameter is used in
+    every step, and the gradient checkpointing of diffusers works without it.
     """
     return DistributedDataParallelKwargs(gradient_as_bucket_view=True)
 
 
 def _fresh_store() -> dist.TCPStore | None:
-    """After a restart by the launcher (`--max_restarts`), have the processes meet at a new place.
+    """After a restart by the launcher (`--max_restarts`), let the processes meet in a new store.
 
-    They find each other through a store that the launcher keeps, where the addresses of the killed
-    processes still stand: whoever reads those before they are overwritten fails or waits for ever. So rank 0 opens a
-    store of its own, and tells the others where under a name that no earlier start has used.
+    Processes find each other through the launcher's store, which still holds the addresses of the killed processes. A
+    rank that reads them before they are overwritten fails or waits indefinitely. So rank 0 opens its own store and
+    publishes its port under a key that no earlier start has used.
 
-    Returns what must live until the process group exists. Raises `UserError` for restarts over several machines whose
-    launchers keep their store: they count restarts each for itself, so that there is no such name.
+    Returns a store that must be kept until the process group exists. Raises `UserError` for restarts over several
+    machines whose launchers keep their stores: each launcher counts its own restarts, so there is no common key.
     """
     environment = os.environ
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -127,9 +127,9 @@ def _fresh_store() -> dist.TCPStore | None:
 
 
 def _default_threads(local_processes: int) -> int:
-    """The cores shared by this machine's processes, unless OMP_NUM_THREADS asks for another number.
+    """This process's share of the cores, unless OMP_NUM_THREADS sets another number.
 
-    `accelerate launch` sets it to 1 where it is told nothing, which would leave all cores but one idle.
+    `accelerate launch` sets it to 1 by default, which would leave the other cores idle.
     """
     asked = int(os.environ.get("OMP_NUM_THREADS", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -143,15 +143,15 @@ def _check_processes(asked: int, num_processes: int, device_type: str) -> None:
     if device_type != "cpu":
         command = f"accelerate launch --multi_gpu --num_processes {asked} {os.path.basename(sys.argv[0])} ..."
     raise UserError(
-        f"{asked} processes were asked for, but this one runs with {num_processes}: they would not work "
-        f"together. Start them with: {command}"
+        f"{asked} processes were requested, but this one runs with {num_processes}: they would not work together. "
+        f"Start them with: {command}"
     )
 
 
 def _processes_asked_of_launcher() -> int:
-    """`--num_processes` of the `accelerate launch` that started this process, 1 where none did.
+    """`--num_processes` of the `accelerate launch` that started this process, 1 if there is none.
 
-    On a CPU it starts one process whatever the number, and leaves no trace of it but its own command line.
+    On a CPU the launcher starts one process whatever the number, and only its command line shows the number.
     """
     import psutil  # comes with accelerate
 
@@ -176,9 +176,9 @@ def _processes_asked_of_launcher() -> int:
 
 
 def make_deterministic() -> None:
-    """Refuse algorithms that add up in an order of chance (`--deterministic`); before the first CUDA call.
+    """Use deterministic algorithms only (`--deterministic`); call it before the first CUDA operation.
 
-    An operation that has no other way then raises, with its name.
+    An operation without a deterministic algorithm raises with its name.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.backends.cudnn.benchmark = False

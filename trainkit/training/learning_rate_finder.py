@@ -1,8 +1,8 @@
-"""Which learning rate suits these images, this network and this batch? A short run whose rate rises until it fails.
+"""Find a learning rate for these images, this network and this batch: a short run whose rate rises until it fails.
 
-The loss is not that of the batches trained on, which jumps with the timesteps they draw, but that of always the same
-images, noise and evenly spread timesteps after each step: so a hundred steps give a curve that can be read (the range
-test of Smith 2017, with this probe). Nothing of it is kept: the run that follows is the one there would be without.
+The loss is not that of the training batches, which varies with their timesteps, but that of a fixed probe of images,
+noise and evenly spread timesteps after each step. So a hundred steps give a readable curve (the range test of Smith
+2017 with this probe). Nothing is kept: a later run is the same as without the search.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from trainkit.errors import UserError
 from trainkit.options.training import OptimizationOptions
 from trainkit.training.run import Run
 
-LEAST_RATE, MOST_RATE, STEPS = 1e-6, 1.0, 120  # 20 steps to a factor of ten
-FAILED = 1.5  # times the least loss so far, from which on nothing is to be learned from higher rates
-BEFORE_LOWEST = 3.0  # a whole run keeps its rate far longer than the sweep does
+LEAST_RATE, MOST_RATE, STEPS = 1e-6, 1.0, 120  # 20 steps per factor of ten
+FAILED = 1.5  # stop when the loss exceeds this times the lowest loss so far
+BEFORE_LOWEST = 3.0  # a full run keeps its rate far longer than the sweep does
 FILE = "learning_rate.json"
 
 
 def check_learning_rate_search(options: OptimizationOptions) -> None:
-    """Raise `UserError` where `--find_learning_rate` has nothing to find."""
+    """Raise `UserError` if `--find_learning_rate` has nothing to find."""
     if options.find_learning_rate and options.optimizer == "prodigy":
         raise UserError("--find_learning_rate: --optimizer prodigy finds the rate itself; leave the flag out")
 
 
 def find_learning_rate(run: Run, loss_of: Callable[[torch.nn.Module, Batch], torch.Tensor]) -> float:
-    """Sweep the rate of `run`, which must not be trained afterwards; print, plot and return the suggested one.
+    """Sweep the learning rate of `run`; print, plot and return the suggested one. Do not train `run` afterwards.
 
     `loss_of(model, batch)` is the scalar loss of training. Writes learning_rate.json (rates, losses, the suggestion)
     and learning_rate.png into --output_dir, and no checkpoint. A collective.
@@ -54,8 +54,8 @@ def find_learning_rate(run: Run, loss_of: Callable[[torch.nn.Module, Batch], tor
         with run.writing(FILE):
             _write(run, rates, losses, suggestion)
     run.accelerator.print(
-        f"\n--learning_rate {suggestion:.2g} is a good start for --optimizer {run.options.optimizer}; the curve is in "
-        f"{run.output_dir / 'learning_rate.png'}. Nothing was trained: run again without --find_learning_rate",
+        f"\n--learning_rate {suggestion:.2g} is a good start for --optimizer {run.options.optimizer}; the curve is "
+        f"in {run.output_dir / 'learning_rate.png'}. Nothing was trained: run again without --find_learning_rate",
         flush=True,
     )
     run.accelerator.end_training()
@@ -63,9 +63,9 @@ def find_learning_rate(run: Run, loss_of: Callable[[torch.nn.Module, Batch], tor
 
 
 def suggested_rate(rates: list[float], losses: list[float]) -> float:
-    """A rate from a sweep: a third of the one at which the smoothed loss is the lowest, to one digit.
+    """The rate suggested by a sweep: a third of the rate with the lowest smoothed loss, rounded to one digit.
 
-    Raises `UserError` where the loss never fell.
+    Raises `UserError` if the loss never fell.
     """
     smooth = _smoothed([loss if math.isfinite(loss) else float("inf") for loss in losses])
     lowest = int(np.argmin(smooth))
@@ -78,7 +78,7 @@ def suggested_rate(rates: list[float], losses: list[float]) -> float:
 
 
 def _smoothed(losses: list[float]) -> np.ndarray:
-    """The median of each five neighbours: one lucky step is no minimum."""
+    """The median of five neighbours: one lucky step is not a minimum."""
     padded = np.pad(np.asarray(losses), 2, mode="edge")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
 

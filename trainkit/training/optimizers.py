@@ -11,26 +11,26 @@ from torch.optim.lr_scheduler import LambdaLR
 from trainkit.errors import UserError
 from trainkit.packages import load_package
 
-# Ends of the network and the embeddings of the timestep: Muon is for the matrices between them (Jordan et al. 2024).
+# The ends of the network and the timestep embeddings: Muon is for the matrices between them (Jordan et al. 2024).
 NOT_FOR_MUON = ("conv_in.", "conv_out.", "time_embedding.", "time_emb_proj.", "class_embedding.")
 WITH_PYTORCH_OPTIMIZER = ("muon", "lion", "lamb", "prodigy", "schedule_free_adamw")
-DIVIDED = ("adam", "adamw", "muon")  # what `--shard_weights` was seen to be exact with
-LEAST_PRODIGY_RATE = 0.05  # it multiplies the rate that Prodigy finds, which is meant to be 1
+SHARDED = ("adam", "adamw", "muon")  # tested to be exact with `--shard_weights`
+LEAST_PRODIGY_RATE = 0.05  # the rate multiplies the one that Prodigy finds, so it should be 1
 
 
 def check_optimization(options) -> None:
-    """Raise `UserError` for settings of `OptimizationOptions` that cannot be kept, before the long part starts."""
+    """Raise `UserError` for settings of `OptimizationOptions` that cannot work together."""
     name = options.optimizer
     if name in WITH_PYTORCH_OPTIMIZER:
         _pytorch_optimizer(name)
     if name == "adamw_8bit":
         _bitsandbytes()
-    if options.shard_weights and name not in DIVIDED:
-        raise UserError(f"--shard_weights divides the state of {', '.join(DIVIDED)}, not of --optimizer {name}")
+    if options.shard_weights and name not in SHARDED:
+        raise UserError(f"--shard_weights supports {', '.join(SHARDED)}, not --optimizer {name}")
     if name == "prodigy" and options.learning_rate < LEAST_PRODIGY_RATE:
         raise UserError(
             f"--learning_rate {options.learning_rate}: --optimizer prodigy finds the rate and multiplies it by this; "
-            "take 1"
+            "use 1"
         )
     if name == "schedule_free_adamw":
         if options.use_ema:
@@ -49,18 +49,17 @@ def check_optimization(options) -> None:
 
 
 def build_optimizer(options, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `OptimizationOptions` name, in its fused form where it has one and no part of `model` is a
-    `DTensor`. Norms and biases get no weight decay.
+    """The optimizer that `OptimizationOptions` name, fused if it can be. Norms and biases get no weight decay.
 
     adamw       Loshchilov & Hutter 2019
     adam        Kingma & Ba 2015
     muon        Jordan et al. 2024, with the update scaled to AdamW's size (Liu et al. 2025, section 2.2), so that one
-                learning rate serves its weight matrices and, by AdamW, all else
-    lion        Chen et al. 2023: rates 3 to 10 times smaller than AdamW's, weight decay as many times larger
+                learning rate works for its weight matrices and, through AdamW, for all other parameters
+    lion        Chen et al. 2023: learning rates 3 to 10 times smaller than AdamW's, weight decay 3 to 10 times larger
     lamb        You et al. 2020, for global batches of thousands
     adafactor   Shazeer & Stern 2018, without momentum: the rate is relative to the size of each weight tensor
-    prodigy     Mishchenko & Defazio 2023, which finds the rate: `--learning_rate 1`
-    schedule_free_adamw  Defazio et al. 2024: no schedule, and the average of the weights is part of it
+    prodigy     Mishchenko & Defazio 2023, which finds the learning rate itself: `--learning_rate 1`
+    schedule_free_adamw  Defazio et al. 2024: without a schedule, and with its own average of the weights
     adamw_8bit  Dettmers et al. 2022: the moments of large tensors in 8 bits, on CUDA
     """
     matrices = {name: value for name, value in model.named_parameters() if value.ndim >= 2}
@@ -107,10 +106,10 @@ def build_optimizer(options, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 @contextmanager
 def averaged_by_optimizer(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside the block, the weights that the optimizer means to be used: for schedule-free ones, their average.
+    """Inside the block, the weights to use for inference: for schedule-free optimizers, their average.
 
-    The optimizer's own `eval` and `train` would compute the weights of training back from the average, not bit for
-    bit; here they are kept aside. Do not train inside.
+    The optimizer's own `eval` and `train` would recompute the training weights from the average, which is not exact to
+    the bit; here they are kept. Do not train inside the block.
     """
     kept = []
     with torch.no_grad():
@@ -142,14 +141,14 @@ def _pytorch_optimizer(name: str):
 
 def _bitsandbytes():
     if not torch.cuda.is_available():
-        raise UserError("--optimizer adamw_8bit needs a CUDA GPU: take adamw, or adafactor, whose state is smaller")
+        raise UserError("--optimizer adamw_8bit needs a CUDA GPU: use adamw, or adafactor, whose state is smaller")
     return load_package("bitsandbytes", "--optimizer adamw_8bit").optim
 
 
 def build_lr_scheduler(options, optimizer: torch.optim.Optimizer, max_train_steps: int) -> LambdaLR:
     """The schedule over `max_train_steps` optimizer steps, warm-up included.
 
-    Not to be prepared by Accelerate, which would step it once a process instead of once an update.
+    Do not prepare it with Accelerate, which would step it once per process instead of once per update.
     """
     if options.lr_scheduler == "step":
         if options.lr_step_size < 1:
@@ -168,7 +167,7 @@ def build_lr_scheduler(options, optimizer: torch.optim.Optimizer, max_train_step
 
 
 def _warmup_stable_decay(options, optimizer: torch.optim.Optimizer, max_train_steps: int) -> LambdaLR:
-    """Constant after warm-up, then 1 - sqrt(part of the decay done), to 0 at the end (Haegele et al. 2024)."""
+    """Constant after warm-up, then 1 - sqrt(fraction of the decay), down to 0 at the end (Haegele et al. 2024)."""
     try:
         from transformers.optimization import get_wsd_schedule
     except ImportError:

@@ -1,6 +1,5 @@
-"""How well the hardware is used: FLOPs of the model, the device's peak, memory."""
+"""How well the hardware is used: FLOPs of the model, peak FLOP/s of the device, memory."""
 
-import resource
 import sys
 
 import torch
@@ -8,14 +7,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense peaks in TFLOP/s by a part of torch's device name: bfloat16/float16, and TF32 for float32 runs, from NVIDIA's
-# data sheets (those with sparsity halved). The more special name stands first.
+# Dense peaks in TFLOP/s for bfloat16/float16 and for TF32, by a part of torch's device name, from NVIDIA's data sheets
+# (values with sparsity halved). More specific names come first.
 PEAKS = {
     "H200": (989, 495),
     "H100 PCIe": (756, 378),
+    "H100 NVL": (835, 418),
     "H100": (989, 495),
     "A100": (312, 156),
     "L40S": (362, 183),
+    "L40": (181, 90.5),
     "L4": (121, 60),
     "RTX 4090": (165, 83),
     "RTX 3090": (71, 36),
@@ -25,17 +26,17 @@ PEAKS = {
 
 
 def flops_of_image(unet: nn.Module, shape: tuple[int, int, int], inputs: dict[str, torch.Tensor] | None = None) -> int:
-    """FLOPs of training on one image (C, H, W) `shape`: three times the forward pass, since the backward pass is two.
+    """FLOPs of training on one image of `shape` (C, H, W): three times those of the forward pass.
 
-    A multiplication and an addition are two FLOPs; recomputation (`--gradient_checkpointing`) is not counted, as is
-    usual for model FLOP utilisation (Chowdhery et al. 2022, appendix B). `inputs` are the model's further keyword
-    arguments for one image.
+    A multiplication and an addition are two FLOPs. Recomputation (`--gradient_checkpointing`) is not counted, as usual
+    for model FLOP utilization (Chowdhery et al. 2022, appendix B). `inputs` are further keyword arguments of the model
+    for one image.
     """
     device, training = next(unet.parameters()).device, unet.training
     image, timestep = torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
     inputs = {name: value.to(device) for name, value in (inputs or {}).items()}
     unet.eval()
-    # the plain attention is made of products that the counter knows on every device
+    # plain attention consists of products that the counter knows on every device
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         unet(image, timestep, **inputs)
     unet.train(training)
@@ -43,7 +44,7 @@ def flops_of_image(unet: nn.Module, shape: tuple[int, int, int], inputs: dict[st
 
 
 def peak_tflops(device_name: str, mixed_precision: str) -> float | None:
-    """The dense peak of a device by its name, in TFLOP/s; None where it is not in the table (a CPU, for one)."""
+    """The dense peak of a device in TFLOP/s by its name; None if it is not in the table, such as a CPU."""
     for name, (half, single) in PEAKS.items():
         if name in device_name:
             return half if mixed_precision in ("bf16", "fp16") else single
@@ -51,15 +52,21 @@ def peak_tflops(device_name: str, mixed_precision: str) -> float | None:
 
 
 def memory_peak_mib(device: torch.device) -> float:
-    """The most memory that was in use so far in MiB: on CUDA by tensors, else by this process as a whole."""
+    """The peak memory use so far in MiB: of tensors on CUDA, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 class Throughput:
-    """Turns images/s into what a log line says of the hardware."""
+    """Turns images/s into the hardware values of a log line."""
 
     def __init__(self, image_flops: int, device: torch.device, mixed_precision: str, num_processes: int):
         self.image_flops, self.device, self.num_processes = image_flops, device, num_processes
@@ -67,11 +74,11 @@ class Throughput:
         self.peak_tflops = peak_tflops(self.device_name, mixed_precision)
 
     def __str__(self) -> str:
-        peak = f"peak {self.peak_tflops:g} TFLOP/s" if self.peak_tflops else "no peak known"
-        return f"{self.image_flops / 1e9:.2f} GFLOP an image, {self.device_name} with {peak}"
+        peak = f" with a peak of {self.peak_tflops:g} TFLOP/s" if self.peak_tflops else ""
+        return f"{self.image_flops / 1e9:.2f} GFLOP per image, {self.device_name}{peak}"
 
     def values(self, images_per_s: float) -> dict[str, float]:
-        """`images_per_s` is over all processes; the rest is a device's. `mfu`: the share of the peak, where known."""
+        """`images_per_s` is over all processes, the rest per device. `mfu` is the fraction of the peak, if known."""
         of_device = images_per_s / self.num_processes
         tflops = of_device * self.image_flops / 1e12
         values = {

@@ -1,8 +1,8 @@
-"""The loss on images that are not trained on: always the same ones, with the same noise, at the same timesteps.
+"""The loss on held-out images: always the same images, with the same noise, at the same timesteps.
 
-The measured number is a function of the weights and the seed alone, so that two steps, two runs of one seed, or the
-same run on other processes differ by what was learned and not by what was drawn. Image i has a timestep from its own
-of N equal strata of the schedule: every noise level counts as evenly as in training, with far less variance.
+The value is a function of the weights and the seed alone. So two steps, two runs of one seed, or the same run on other
+processes differ by what was learned, not by what was drawn. Each image has a timestep from its own one of N equal
+strata of the schedule: every noise level counts as in training, with far less variance.
 
 N validation images, B batch, C channels, H/W pixels, T timesteps of the noise schedule.
 """
@@ -120,9 +120,9 @@ def stratified_uniforms(seed: int, count: int) -> np.ndarray:
 
 
 def loss_by_noise(losses: np.ndarray, timesteps: np.ndarray, num_train_timesteps: int) -> dict[str, float]:
-    """The mean of `losses` (N,) as `validation_loss`, and that of each quarter of the timesteps that has any.
+    """The mean of `losses` (N,) as `validation_loss`, and the mean for each quarter of the timesteps that has any.
 
-    `validation_loss_t0_250` is over timesteps 0 to 249 of 1000: the least noise.
+    `validation_loss_t0_250` is over timesteps 0 to 249 of 1000, which have the least noise.
     """
     values = {"validation_loss": float(np.mean(losses, dtype=np.float64))}
     edges = [num_train_timesteps * number // NUM_BINS for number in range(NUM_BINS + 1)]
@@ -136,8 +136,8 @@ def loss_by_noise(losses: np.ndarray, timesteps: np.ndarray, num_train_timesteps
 class HeldOutLoss:
     """Measures the loss of the averaged weights on the first `--validation_images` of `images` in a fixed order.
 
-    `loss_per_image(unet, batch, timesteps)` is the loss of training as (B,), its noise in `batch.noise`; what
-    `condition` tells of `images` is in `batch.condition`, with none dropped. Make it, and call it, on every rank.
+    `loss_per_image(unet, batch, timesteps)` returns the training loss (B,) with the noise in `batch.noise`.
+    `condition` gives the conditions of `images`, none of which is dropped. Create it, and call it, on every rank.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class HeldOutLoss:
         self._measured_step = run.log.last_step("validation_loss")
 
     def measure(self) -> None:
-        """Measure, write down and print the loss of the current step, unless that was done already."""
+        """Measure, log and print the loss of the current step, unless that was done already."""
         run = self.run
         if self._measured_step == run.step:
             return
@@ -204,7 +204,7 @@ class HeldOutLoss:
 
 
 def _refuse_training_images(options: TrainingOptions) -> None:
-    """Images that are trained on say nothing about ones that are not."""
+    """The loss on training images says nothing about other images."""
     if options.train_data_dir is None or options.dataset_name is not None:
         return
     folders = [
