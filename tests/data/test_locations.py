@@ -82,7 +82,7 @@ def test_mistakes_with_urls_are_one_line_and_tell_no_secret(store, tmp_path, mon
         "s3://bucket/nothing": "does not exist",
         "s3://no-such-bucket/x": "does not exist",
         "nope://bucket/x": "--train_data_dir nope://bucket/x cannot be opened .*check the address",
-        "memory://bucket/x": "memory://bucket/x is seen by this process alone: give --num_proc 1",
+        "memory://bucket/x": "memory://bucket/x is visible to this process only: give --num_proc 1",
     }
     for given, message in cases.items():
         with pytest.raises(UserError, match=message) as raised:

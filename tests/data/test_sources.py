@@ -253,7 +253,7 @@ def test_dataset_errors_name_the_flag(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--dataset_name no/such-thing cannot be loaded"):
         HubDataset("no/such-thing", cache_dir=str(tmp_path / "cache"))
     datasets.Dataset.from_dict({"number": [1]}).save_to_disk(tmp_path / "numbers")
-    with pytest.raises(UserError, match="has no image column; its columns: number"):
+    with pytest.raises(UserError, match="has no image column .*; it has number"):
         HubDataset(str(tmp_path / "numbers"))
     with pytest.raises(UserError, match="--train_data_dir .* has no image column"):
         open_source(SourceOptions(train_data_dir=str(tmp_path / "numbers")))

@@ -1,6 +1,7 @@
 """Splits are read by the rules of `datasets`: folders, file names, shards, a README; what is left out is counted."""
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -120,3 +121,54 @@ def test_keywords_stand_alone():
     assert split_by_file("a/dev-1.png") == "validation" and split_by_file("a/developer.png") is None
     assert split_by_shard("data/train-00000-of-00002.parquet") == "train"
     assert find_splits(["a/1.png", "b/2.png"]) == (None, {})
+
+
+def test_a_readme_above_the_folder_of_all_files(tmp_path):
+    parquet(tmp_path / "data/first-half.parquet", 2)
+    parquet(tmp_path / "data/second-half.parquet", 3)
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/second*\n"
+        "  - split: test\n    path: data/first*\n---\n"
+    )
+    assert len(open_given(tmp_path)) == 3 and len(open_given(tmp_path, dataset_split="test")) == 2
+
+
+def test_data_without_splits_is_the_split_train(tmp_path):
+    parquet(tmp_path / "x/a.parquet", 2)
+    write(tmp_path / "photos", "a/1.png", "b/2.png")
+    for given in (tmp_path / "x", tmp_path / "photos"):
+        with pytest.raises(UserError, match="--dataset_split test is not in .*, which has no splits"):
+            open_given(given, dataset_split="test")
+
+
+def test_a_file_of_another_split_that_is_given_is_meant(tmp_path):
+    parquet(tmp_path / "test-00000-of-00001.parquet", 2)
+    assert len(open_given(tmp_path / "test-00000-of-00001.parquet")) == 2
+    with pytest.raises(UserError, match="--dataset_split train is not in"):
+        open_given(tmp_path)
+
+
+def test_the_names_of_archives_decide_before_what_is_inside(tmp_path):
+    write_zip(tmp_path / "train.zip", [("test/1.png", png()), ("b/2.png", png())])
+    write_zip(tmp_path / "val.zip", [("3.png", png())])
+    source = open_given(tmp_path)
+    assert len(source) == 2 and source.account.examples[Kind.OTHER_SPLIT] == ["val.zip"]
+
+
+def test_urls_follow_the_same_rules(tmp_path):
+    store = fsspec.filesystem("memory")
+    parquet(tmp_path / "x.parquet", 2)
+    for name in ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"):
+        store.pipe(f"/snapshot/{name}", (tmp_path / "x.parquet").read_bytes())
+    store.pipe("/snapshot/assets/preview.png", png())
+    source = open_given("memory://snapshot")
+    assert len(source) == 2 and source.account.examples[Kind.OTHER_FORMAT] == ["assets/preview.png"]
+    assert source.account.counts[Kind.OTHER_SPLIT] == 1
+    store.pipe("/snapshot/README.md", b"---\nconfigs:\n- data_files: data/test*\n  config_name: x\n---\n")
+    assert [file.name for file in open_given("memory://snapshot").files] == ["test-00000-of-00001.parquet"]
+    store.pipe("/snapshot/data/train-00000-of-00001.parquet", b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="git-lfs pointer"):
+        open_given("memory://snapshot")
+    for name in ("train/a/1.png", "test/a/2.png"):
+        store.pipe(f"/pictures/{name}", png())
+    assert len(open_given("memory://pictures")) == 1

@@ -87,7 +87,7 @@ def test_another_column_of_vectors(tmp_path):
     assert prepared(tmp_path / "t.parquet", tmp_path / "out").vectors.shape == (3, 0)
     found = prepared(tmp_path / "t.parquet", tmp_path / "out", vector_column="embedding")
     assert found.vectors.tolist() == [[1, 2]] * 3
-    with pytest.raises(UserError, match="--vector_column embeding is no column of lists of numbers"):
+    with pytest.raises(UserError, match="--vector_column embeding is not a column of lists of numbers"):
         open_given(tmp_path / "t.parquet", vector_column="embeding")
 
 
@@ -109,10 +109,10 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path):
 
 def test_user_errors(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not much")
-    with pytest.raises(UserError, match="bad.parquet is no whole Parquet file"):
+    with pytest.raises(UserError, match="bad.parquet is not a whole Parquet file"):
         open_given(tmp_path / "bad.parquet")
     pq.write_table(pa.table({"number": [1], "word": ["x"]}), tmp_path / "numbers.parquet")
-    with pytest.raises(UserError, match="has no column of images .bytes.; it has number, word"):
+    with pytest.raises(UserError, match="has no image column .bytes, or paths .*; it has number, word"):
         open_given(tmp_path / "numbers.parquet")
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="hold no row"):

@@ -31,6 +31,10 @@ class SourceOptions:
     vector_column: str = option(
         "vector", "column or key of vectors in metadata files, Parquet, HDF5, WebDataset .json and Hub datasets"
     )
+    image_column: str | None = option(
+        None, "column of images, or of the names of their files, in tables and metadata files; default: image, "
+        "file_name or another usual name",
+    )  # fmt: skip
     caption_column: str | None = option(
         None,
         "column of captions in metadata files, tables and Hub datasets; default: text, caption, or the "

@@ -51,9 +51,7 @@ class Archives:
     ):
         self.name, self.account = name, Account()
         given = root or (files[0].location.path if len(files) == 1 else name)
-        names = [file.name for file in files]
-        rule = choose_split(lambda: names, options.split, given, self.account, are_images=root is not None)
-        self.files = [file for file in files if rule is None or rule(file.name) == options.split]
+        self.files = files
         if root is not None:
             self.members = collect(_remote_files(self.files), 0, root, options, self.account)
         else:

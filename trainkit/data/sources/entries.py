@@ -106,7 +106,7 @@ class ReadOptions:
 
     @classmethod
     def of(cls, options: SourceOptions) -> "ReadOptions":
-        columns = ColumnOptions(options.vector_column, options.caption_column)
+        columns = ColumnOptions(options.vector_column, options.caption_column, options.image_column)
         return cls(columns, options.dataset_split, options.dataset_config_name, options.label_from)
 
 

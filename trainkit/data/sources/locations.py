@@ -1,6 +1,6 @@
-"""Files by path or by URL (s3://, gs://, hf://, memory://, ...): found, opened, read by a range of bytes.
+"""Find, open and read files by path or by URL (s3://, gs://, hf://, memory://, ...).
 
-A location is small, hashable and picklable; whatever is open belongs to one thread of one process.
+A `Location` is small, hashable and picklable. An open file belongs to one thread of one process.
 """
 
 import errno
@@ -10,14 +10,16 @@ import json
 import os
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from trainkit.data.account import Account
 from trainkit.data.files import location
 from trainkit.data.sources.entries import IMAGE_EXTENSIONS, ReadOptions
 from trainkit.data.sources.metadata import METADATA_NAMES
-from trainkit.data.sources.splits import readme_data_files
-from trainkit.errors import UserError
+from trainkit.data.sources.splits import choose_split, data_files_of
+from trainkit.errors import UserError, one_line
 from trainkit.packages import load_package
 
 KINDS = {
@@ -29,19 +31,19 @@ KINDS = {
     ".h5": "hdf5",
     ".hdf5": "hdf5",
 }
-READ_AHEAD_BYTES = 4 * 2**20  # fetched at once from a remote file: members of an archive lie side by side
-LFS_POINTER = b"version https://git-lfs"
-MOST_STRAY_IMAGES = 20  # previews and assets next to tables
-MOST_BESIDE_ARCHIVES = 3
+READ_AHEAD_BYTES = 4 * 2**20  # fetched at once from a remote file: members of an archive are stored in sequence
+LFS_POINTER, MAX_POINTER_BYTES = b"version https://git-lfs", 1024
+MAX_STRAY_IMAGES = 20  # previews and assets next to tables
+MAX_NEXT_TO_ARCHIVES = 3
 ENOUGH_IMAGES = 1000  # without a table or archive among them, it is a folder of images
 OPEN_FILES = 16  # kept open by a thread
 MAX_BRACE_NAMES = 1_000_000
-# What stores call the mark of a file's version; the first one that a store has is taken.
+# What stores call the version of a file; the first one that a store has is used.
 VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "content_md5", "crc32c", "mtime", "LastModified", "updated")
 
 
 class Location(NamedTuple):
-    """A file: local path or URL, `--storage_options` as JSON (parsed anew at every use: libraries change theirs)."""
+    """A file: local path or URL, and `--storage_options` as JSON text (libraries would change a shared dict)."""
 
     path: str
     storage_options: str = "{}"
@@ -79,16 +81,36 @@ def read_storage_options(text: str | None) -> str:
 
 
 class FoundFiles(NamedTuple):
-    """Data files, and what lies beside them in their folder: metadata files and stray images."""
+    """Data files, and what is next to them in their folder.
+
+    `prefix`: path from the folder to what the names of all files start from; None for files given one by one.
+    `readme`: the text of the folder's README.md.
+    """
 
     files: list[DataFile]
-    folder: Path | None = None
+    prefix: str | None = None
+    readme: str | None = None
     metadata: tuple[Path, ...] = ()
     images: tuple[str, ...] = ()
 
-    def patterns(self, options: ReadOptions) -> dict[str, list[str]] | None:
-        """The files of each split by the README of the folder, if it says so."""
-        return None if self.folder is None else readme_data_files(self.folder, options.config)
+    def of_split(
+        self, options: ReadOptions, given: str, account: Account, are_images: bool
+    ) -> tuple[list[DataFile], bool]:
+        """The files of `--dataset_split`, and whether their names say so; else all files. Raises `UserError`."""
+        patterns = (
+            None
+            if self.readme is None
+            else data_files_of(self.readme, options.config, f"{given.rstrip('/')}/README.md")
+        )
+        prefix = self.prefix or ""
+        rule = choose_split(
+            lambda: (prefix + file.name for file in self.files), options.split, given, account,
+            patterns=patterns, are_images=are_images, are_given=self.prefix is None,
+            may_be_unsplit=self.files[0].kind not in (None, "parquet"),  # archives and HDF5 files have splits inside
+        )  # fmt: skip
+        if rule is None:
+            return self.files, False
+        return [file for file in self.files if rule(prefix + file.name) == options.split], True
 
 
 def find_files(given: str, storage_options: str, flag: str) -> FoundFiles | None:
@@ -101,7 +123,7 @@ def find_files(given: str, storage_options: str, flag: str) -> FoundFiles | None
     names = [given] if not is_url(given) and os.path.exists(given) else expand_braces(given)
     try:
         if is_url(given):
-            found = FoundFiles(_find_remote(names, storage_options, flag))
+            found = _find_remote(names, storage_options, flag)
         elif len(names) == 1 and os.path.isdir(given):
             found = _find_local(Path(given), storage_options, flag)
         elif len(names) > 1 or any(sign in given for sign in "*?[") or kind_of(given):
@@ -163,8 +185,7 @@ def _glob(folder: Path, pattern: str) -> list[Path]:
 def _find_local(folder: Path, storage_options: str, flag: str) -> FoundFiles | None:
     """The archives or tables of a folder; None if it holds images instead.
 
-    A few pictures beside tables or archives (previews, assets) are not the dataset. Raises `UserError` for many of
-    both, since either reading would lose the other.
+    A few images next to tables or archives (previews, assets) are not the dataset. Raises `UserError` for many.
     """
     found, images = [], []
     for above, folders, names in os.walk(folder):
@@ -172,28 +193,39 @@ def _find_local(folder: Path, storage_options: str, flag: str) -> FoundFiles | N
         names = [name for name in sorted(names) if name[0] != "."]
         images += [Path(above, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
         found += [Path(above, name) for name in names if kind_of(name) and name not in METADATA_NAMES]
-        if len(images) > MOST_STRAY_IMAGES and (found or len(images) > ENOUGH_IMAGES):
+        if len(images) > MAX_STRAY_IMAGES and (found or len(images) > ENOUGH_IMAGES):
             break
     if not found:
         return None
-    are_tables = kind_of(found[0].name) in ("parquet", "hdf5")
-    if len(images) > (MOST_STRAY_IMAGES if are_tables else max(MOST_BESIDE_ARCHIVES, len(found))):
-        raise UserError(
-            f"{flag} {folder} holds many image files and {found[0].relative_to(folder)} too: give the image folder or "
-            "these files alone, and move the others away"
-        )
+    stray = tuple(path.relative_to(folder).as_posix() for path in images)
+    _refuse_mixture([path.relative_to(folder).as_posix() for path in found], stray, f"{flag} {folder}")
     _refuse_pointers(found, flag)
     described = [(path.absolute().as_posix(), *_local_stamp(path)) for path in sorted(found)]
-    files = _named(described, storage_options)
-    start = Path(described[0][0].removesuffix(files[0].name))
-    stray = tuple(path.relative_to(folder).as_posix() for path in images)
-    return FoundFiles(files, start, _metadata_in(sorted({folder, *(path.parent for path in found)})), stray)
+    files, readme = _named(described, storage_options), folder / "README.md"
+    return FoundFiles(
+        files,
+        sorted(found)[0].relative_to(folder).as_posix().removesuffix(files[0].name),
+        readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None,
+        _metadata_in(sorted({folder, *(path.parent for path in found)})),
+        stray,
+    )
+
+
+def _refuse_mixture(found: list[str], images: Sequence[str], what: str) -> None:
+    """Raises `UserError` for many images next to tables or archives: either reading would lose the other."""
+    are_tables = kind_of(found[0]) in ("parquet", "hdf5")
+    if len(images) > (MAX_STRAY_IMAGES if are_tables else max(MAX_NEXT_TO_ARCHIVES, len(found))):
+        hint = "; a table that lists the images is read as metadata.parquet" if are_tables else ""
+        raise UserError(
+            f"{what} holds many image files and {found[0]} too: give the image folder or these files alone, and move "
+            f"the others away{hint}"
+        )
 
 
 def _refuse_pointers(paths: list[Path], flag: str) -> None:
     """A clone without git-lfs holds small text files under the names of the data."""
     for path in paths:
-        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+        if path.is_file() and path.stat().st_size < MAX_POINTER_BYTES and path.read_bytes().startswith(LFS_POINTER):
             raise UserError(f"{flag} {path} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
 
 
@@ -208,16 +240,18 @@ def _local_stamp(path: Path) -> tuple[int, str]:
     return stat.st_size, str(stat.st_mtime_ns)
 
 
-def _find_remote(names: list[str], storage_options: str, flag: str) -> list[DataFile]:
+def _find_remote(names: list[str], storage_options: str, flag: str) -> FoundFiles:
+    """What URLs name. Raises `UserError`."""
     filesystem, _ = _filesystem(names[0], storage_options, flag)
     filesystem.invalidate_cache()  # fsspec keeps listings for the life of the process
-    found = {}
+    found, folder = {}, None
     try:
         for name in names:
             path = filesystem._strip_protocol(name)
             if any(sign in path for sign in "*?["):
                 matches = filesystem.glob(path, detail=True)
             elif filesystem.isdir(path) and not kind_of(path):
+                folder = path if len(names) == 1 else None
                 matches = filesystem.find(path, detail=True)
             else:
                 matches = {path: filesystem.info(path)}
@@ -227,19 +261,41 @@ def _find_remote(names: list[str], storage_options: str, flag: str) -> list[Data
     except FileNotFoundError:
         raise UserError(f"{flag} {name} does not exist; check the address and --storage_options") from None
     except Exception as error:  # each store raises its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{flag} {name} cannot be read ({reason}); check --storage_options and the network") from None
     described = [
         (filesystem.unstrip_protocol(path), info.get("size") or 0, version_of(info)) for path, info in found.items()
     ]
-    files = _named(sorted(described), storage_options)
-    if any(_is_image(file.name) for file in files):
-        return files
-    return [file for file in files if file.kind and not _is_hidden(file.name) and not _is_metadata(file.name)]
+    address = None if folder is None else filesystem.unstrip_protocol(folder)
+    return _sort_remote(sorted(described), storage_options, address, f"{flag} {names[0]}")
+
+
+def _sort_remote(
+    described: list[tuple[str, int, str]], storage_options: str, folder: str | None, what: str
+) -> FoundFiles:
+    """The images, archives or tables among the files of a store, as `_find_local` sorts those of a folder."""
+    every = _named(described, storage_options)
+    readme = next((read_whole(file.location) for file in every if file.name == "README.md"), None)
+    found = [file for file in every if file.kind and not _is_hidden(file.name) and not _is_metadata(file.name)]
+    images = tuple(file.name for file in every if _is_image(file.name))
+    if not found or folder is None and images:
+        return FoundFiles(every if images else [], "", _text(readme))
+    _refuse_mixture([file.name for file in found], images, what)
+    addresses = {file.location.path for file in found}
+    files = _named([entry for entry in described if entry[0] in addresses], storage_options)
+    for file in files:
+        if file.size < MAX_POINTER_BYTES and read_whole(file.location).startswith(LFS_POINTER):
+            raise UserError(f"{what}: {file.name} is a git-lfs pointer, not the file itself: upload the data")
+    prefix = None if folder is None else found[0].name.removesuffix(files[0].name)
+    return FoundFiles(files, prefix, _text(readme), (), images)
+
+
+def _text(content: bytes | None) -> str | None:
+    return None if content is None else content.decode("utf-8", "replace")
 
 
 def version_of(info: dict) -> str:
-    """The mark by which a store tells versions of a file apart."""
+    """What a store calls the version of a file; empty if it has none."""
     return next((f"{info[key]}".strip('"') for key in VERSION_KEYS if info.get(key)), "")
 
 
@@ -272,7 +328,7 @@ def _filesystem(url: str, storage_options: str, flag: str) -> tuple[Any, str]:
     except ImportError as error:
         raise UserError(f"{flag} {url}: {error}") from None
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{flag} {url} cannot be opened ({reason}); check the address and --storage_options") from None
 
 

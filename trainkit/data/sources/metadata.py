@@ -33,10 +33,11 @@ READ_BYTES = 2**20
 
 @dataclass(frozen=True)
 class ColumnOptions:
-    """Which columns of a table hold vectors and captions (`SourceOptions`); None: found by their names."""
+    """Which columns of a table hold vectors, captions and images (`SourceOptions`); None: found by their names."""
 
     vector: str = "vector"
     caption: str | None = None
+    image: str | None = None
 
 
 class MetadataRow(NamedTuple):
@@ -68,13 +69,15 @@ def normal_name(column: str) -> str:
 def find_columns(names: Iterable[str], options: ColumnOptions, account: Account, where: str) -> TableColumns:
     """What the columns of a table hold. What is not used, or read under another name, is added to `account`.
 
-    Raises `UserError` for a `--caption_column` that is not there.
+    Raises `UserError` for an `--image_column` or `--caption_column` that is not there.
     """
     names = [name for name in names if isinstance(name, str)]
     by_name = {}
     for name in names:
         by_name.setdefault(normal_name(name), name)
-    file_name = next((by_name[name] for name in FILE_COLUMNS if name in by_name), None)
+    if options.image is not None and options.image not in names:
+        raise UserError(f"--image_column {options.image} is not in {where}; it has {', '.join(names)}")
+    file_name = options.image or next((by_name[name] for name in FILE_COLUMNS if name in by_name), None)
     label = next((by_name[name] for name in LABEL_COLUMNS if name in by_name), None)
     vector = next((name for name in (options.vector, by_name.get(normal_name(options.vector))) if name in names), None)
     captions = [by_name[name] for name in CAPTION_COLUMNS if name in by_name]
@@ -91,7 +94,7 @@ def find_columns(names: Iterable[str], options: ColumnOptions, account: Account,
     unused = tuple(name for name in names if name not in read)
     for name in unused:
         account.add(Kind.COLUMN_NOT_USED, f"{name} of {where}{hint}", count=0 if not name.strip() else 1)
-    standard = {"file_name", "label", options.vector, options.caption, *CAPTION_COLUMNS}
+    standard = {"file_name", "label", options.vector, options.caption, options.image, *CAPTION_COLUMNS}
     for name in sorted(read - standard - {None}):
         meaning = {file_name: "file_name", label: "label"}.get(name, "captions")
         account.add(Kind.COLUMN_ALIAS, f"{name.strip()} as {meaning} in {where}")

@@ -1,15 +1,19 @@
-"""Which kind of source it is that `--dataset_name` or `--train_data_dir` names."""
+"""Open the source that `--dataset_name` or `--train_data_dir` names."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from trainkit.data.account import Kind
+from trainkit.data.account import Account, Kind
 from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.data.sources.hub import HubDataset
 from trainkit.data.sources.locations import find_files, is_url, read_storage_options
 from trainkit.data.sources.records import Source
+from trainkit.data.sources.splits import ALL
 from trainkit.errors import UserError
 from trainkit.options.data import SourceOptions
+
+ARCHIVES = {"zip", "tar", "tar.gz"}
 
 
 def open_source(options: SourceOptions) -> Source:
@@ -35,16 +39,19 @@ def _open_files(options: SourceOptions, read: ReadOptions) -> Source | None:
     """
     given, storage_options = options.train_data_dir, read_storage_options(options.storage_options)
     if given.startswith("memory://") and options.num_proc != 1:
-        raise UserError(f"--train_data_dir {given} is seen by this process alone: give --num_proc 1")
+        raise UserError(f"--train_data_dir {given} is visible to this process only: give --num_proc 1")
     found = find_files(given, storage_options, "--train_data_dir")
     if found is None:
         return None
-    files, name = found.files, _name(given)
-    kinds = {file.kind for file in files}
+    name, account, kinds = _name(given), Account(), {file.kind for file in found.files}
+    is_image_folder = is_url(given) and not (found.files and kinds <= ARCHIVES | {"parquet", "hdf5"})
+    files, is_split = found.files, False
+    if files:
+        files, is_split = found.of_split(read, given, account, is_image_folder)
     if kinds == {"parquet"}:
         from trainkit.data.sources.tables import ParquetFiles
 
-        source = ParquetFiles(files, name, read, found.patterns(read))
+        source = ParquetFiles(files, name, read)
     elif kinds == {"hdf5"}:
         from trainkit.data.sources.hdf5 import Hdf5File
 
@@ -54,10 +61,13 @@ def _open_files(options: SourceOptions, read: ReadOptions) -> Source | None:
     else:
         from trainkit.data.sources.archives import Archives
 
-        is_folder = is_url(given) and not (files and kinds <= {"zip", "tar", "tar.gz"})
-        source = Archives(files, name, read, root=given if is_folder else None, metadata=found.metadata)
-    for image in found.images:
-        source.account.add(Kind.OTHER_FORMAT, image)
+        if is_split or is_image_folder:  # what is left belongs to the split
+            read = replace(read, split=ALL)
+        source = Archives(files, name, read, root=given if is_image_folder else None, metadata=found.metadata)
+    source.account.merge(account)
+    if not getattr(source, "has_paths", False):
+        for image in found.images:
+            source.account.add(Kind.OTHER_FORMAT, image)
     return source
 
 

@@ -19,7 +19,7 @@ KEYWORDS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-ALL = "all"
+ALL, DEFAULT = "all", "train"
 SHARD = re.compile(r"(?:.*/)?data/([\w]+)-\d{5}-of-\d{5}[^/]*\.[^/]*|(?:[^/]*/)?([\w]+)-\d{5}-of-\d{5}[^/]*\.parquet")
 _SEPARATOR = r"[-._ 0-9]"
 _SPLIT_OF = {word: split for split, words in KEYWORDS.items() for word in words}
@@ -79,11 +79,15 @@ def choose_split(
     rules: tuple[SplitOf, ...] = RULES,
     patterns: dict[str, list[str]] | None = None,
     are_images: bool = False,
+    are_given: bool = False,
+    may_be_unsplit: bool = False,
 ) -> SplitOf | None:
-    """A function that tells which of `paths()` to keep (it returns `wanted`); None to keep all.
+    """A function that returns `wanted` for each of `paths()` to keep; None to keep all.
 
     `patterns` are those of a README, which count if one of them matches. What is left out is added to `account`. Names
-    of images (`are_images`) count only if all of them name a split: test.png among photos is a photo.
+    of images (`are_images`) count only if all of them name a split: test.png among photos is a photo. Of files that
+    the user gave one by one (`are_given`), a single split is what is meant. Data without splits is the split train,
+    unless `may_be_unsplit`.
 
     Raises:
         UserError: there are splits but not the wanted one, or files outside of them, which `datasets` drops silently.
@@ -101,6 +105,13 @@ def choose_split(
         outside = counts.pop(None, 0)
     if rule is None:
         _refuse_capitals(paths(), given, flag)
+        if wanted != DEFAULT and not may_be_unsplit:
+            raise UserError(
+                f"--dataset_split {wanted} is not in {flag} {given}, which has no splits: give the folder or files of "
+                f"{wanted} alone, or leave --dataset_split out"
+            )
+        return None
+    if are_given and wanted == DEFAULT and len(counts) == 1 and not outside:
         return None
     if outside and are_images and rule is split_by_file:
         for path in paths():
@@ -137,11 +148,18 @@ def _refuse_capitals(paths: Iterable[str], given: str, flag: str) -> None:
 
 
 def readme_data_files(folder: Path, config: str | None) -> dict[str, list[str]] | None:
-    """split -> patterns, from the `configs` in the YAML header of a dataset's README.md; None if it has none."""
+    """`data_files_of` the README.md of a folder; None without one."""
     readme = folder / "README.md"
     if not readme.is_file():
         return None
-    text = readme.read_text(encoding="utf-8", errors="replace")
+    return data_files_of(readme.read_text(encoding="utf-8", errors="replace"), config, str(readme))
+
+
+def data_files_of(text: str, config: str | None, where: str) -> dict[str, list[str]] | None:
+    """split -> patterns, from the `configs` in the YAML header of a README; None if it has none.
+
+    `where` names the README. Raises `UserError` if it has no `config` of that name.
+    """
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
         configs = (yaml.safe_load(header[1]) or {}).get("configs") if header else None
@@ -154,7 +172,7 @@ def readme_data_files(folder: Path, config: str | None) -> dict[str, list[str]] 
         chosen = [entry for entry in usable if entry.get("config_name") == config]
         if usable and not chosen:
             names = ", ".join(str(entry.get("config_name")) for entry in usable)
-            raise UserError(f"--dataset_config_name {config} is not in {readme}, which has {names}")
+            raise UserError(f"--dataset_config_name {config} is not in {where}, which has {names}")
         usable = chosen
     else:
         usable = [entry for entry in usable if entry.get("default") or entry.get("config_name") == "default"] or usable

@@ -2,6 +2,7 @@
 
 import math
 import re
+from decimal import Decimal
 from typing import Any
 
 from trainkit.data import faults
@@ -69,12 +70,17 @@ def class_name(value: Any, is_csv: bool = False) -> str | None:
     if value is None or isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise NotAClass(f"{value[:40]!r} is not a class: it is not text") from None
     if isinstance(value, bool):
         return str(value)
-    if isinstance(value, int | float):
-        if value != int(value):
-            raise NotAClass(f"{value:g} is not a class")
+    if isinstance(value, int | float | Decimal):
+        if isinstance(value, Decimal) and value.is_nan():
+            return None
+        if value in (math.inf, -math.inf) or value != int(value):
+            raise NotAClass(f"{value} is not a class")
         return str(int(value))
     if not isinstance(value, str):
         raise NotAClass(f"{str(value)[:40]} is not a class")
