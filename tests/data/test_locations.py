@@ -12,7 +12,8 @@ from source_files import SETTINGS, assert_same, files_of, open_given, prepared, 
 
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.sources import locations
-from trainkit.data.sources.locations import expand_braces, find_files, read_storage_options
+from trainkit.data.sources.finding import expand_braces, find_files
+from trainkit.data.sources.locations import read_storage_options
 from trainkit.errors import UserError
 from trainkit.options.training import SECRET_OPTIONS
 

@@ -197,6 +197,13 @@ def is_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
+def holds_paths(kind: pa.DataType) -> bool:
+    """Whether a column of images holds only their paths: strings, or structs of no bytes and a path."""
+    if pa.types.is_struct(kind) and {"bytes", "path"} <= set(kind.names):
+        return pa.types.is_null(kind.field("bytes").type) and is_string(kind.field("path").type)
+    return is_string(kind)
+
+
 def _rank(name: str, order: list[str] | tuple[str, ...]) -> int:
     return order.index(normal_name(name)) if normal_name(name) in order else len(order)
 
@@ -210,8 +217,7 @@ def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         if kind.get_field_index("bytes") < 0:
             return False
-        content = kind.field("bytes").type
-        return _is_image(content) or (pa.types.is_null(content) and kind.get_field_index("path") >= 0)
+        return _is_image(kind.field("bytes").type) or holds_paths(kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 

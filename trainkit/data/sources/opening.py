@@ -5,9 +5,10 @@ from pathlib import Path
 
 from trainkit.data.account import Account, Kind
 from trainkit.data.sources.entries import ReadOptions
+from trainkit.data.sources.finding import find_files
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.data.sources.hub import HubDataset
-from trainkit.data.sources.locations import find_files, is_url, read_storage_options
+from trainkit.data.sources.locations import is_url, read_storage_options
 from trainkit.data.sources.records import Source
 from trainkit.data.sources.splits import ALL
 from trainkit.errors import UserError

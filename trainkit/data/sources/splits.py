@@ -94,15 +94,7 @@ def choose_split(
     """
     if wanted == ALL:
         return None
-    rule, counts, outside = None, Counter(), 0
-    if patterns is not None:
-        rule = split_by_patterns(patterns)
-        counts = Counter(map(rule, paths()))
-        counts.pop(None, None)
-    if not counts:
-        rule, counts = find_splits(paths(), rules)
-        counts.pop("in the top folder", 0)
-        outside = counts.pop(None, 0)
+    rule, counts, outside = _rule_for(paths, rules, patterns)
     if rule is None:
         _refuse_capitals(paths(), given, flag)
         if wanted != DEFAULT and not may_be_unsplit:
@@ -118,22 +110,42 @@ def choose_split(
             if rule(path) is not None:
                 account.add(Kind.SPLIT_NAME, path)
         return None
-    found = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
-    read_all = f"--dataset_split {ALL} reads everything as one"
-    if outside:
-        example = next(path for path in paths() if rule(path) is None)
-        raise UserError(
-            f"{flag} {given} holds files of splits ({found}) and {outside:,} others, such as {example}: {read_all}; "
-            "to read one split, give its folder, or move the others away"
-        )
-    if wanted not in counts:
-        raise UserError(
-            f"--dataset_split {wanted} is not in {flag} {given}, which has {found}: choose one of these; {read_all}"
-        )
+    others = next((path for path in paths() if rule(path) is None), None) if outside else None
+    _refuse_mixed_splits(wanted, counts, outside, others, f"{flag} {given}")
     for path in paths():
         if (split := rule(path)) != wanted:
             account.add(Kind.OTHER_SPLIT if split else Kind.NO_SPLIT, path)
     return rule
+
+
+def _rule_for(
+    paths: Callable[[], Iterable[str]], rules: tuple[SplitOf, ...], patterns: dict[str, list[str]] | None
+) -> tuple[SplitOf | None, Counter, int]:
+    """The rule of the splits, the number of files of each, and that of files outside of them."""
+    if patterns is not None:
+        rule = split_by_patterns(patterns)
+        counts = Counter(map(rule, paths()))
+        counts.pop(None, None)
+        if counts:
+            return rule, counts, 0
+    rule, counts = find_splits(paths(), rules)
+    counts.pop("in the top folder", 0)
+    return rule, counts, counts.pop(None, 0)
+
+
+def _refuse_mixed_splits(wanted: str, counts: Counter, outside: int, example: str | None, what: str) -> None:
+    """Raises `UserError` for files outside of the splits (`example` is one), or if the wanted split is missing."""
+    found = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
+    read_all = f"--dataset_split {ALL} reads everything as one"
+    if outside:
+        raise UserError(
+            f"{what} holds files of splits ({found}) and {outside:,} others, such as {example}: {read_all}; "
+            "to read one split, give its folder, or move the others away"
+        )
+    if wanted not in counts:
+        raise UserError(
+            f"--dataset_split {wanted} is not in {what}, which has {found}: choose one of these; {read_all}"
+        )
 
 
 def _refuse_capitals(paths: Iterable[str], given: str, flag: str) -> None:

@@ -19,7 +19,7 @@ from trainkit.data.sources.columns import (
     Labels,
     class_labels,
     find_table_columns,
-    is_string,
+    holds_paths,
     read_row,
     table_features,
 )
@@ -82,7 +82,7 @@ class ParquetFiles:
         self.vector_length = None
         if self.columns.vector:
             self.vector_length = first_length(lambda v=value: as_vector(v) for value in self._vectors())
-        self.has_paths = is_string(schema.field(self.columns.image).type)
+        self.has_paths = holds_paths(schema.field(self.columns.image).type)
         if self.has_paths:
             self.files = [_with_stamps(file, self.columns.image) for file in self.files]
         about = [(file.name, file.stamp, rows) for file, rows in zip(self.files, self._group_rows, strict=True)]
@@ -226,6 +226,8 @@ def _with_stamps(file: DataFile, column: str) -> DataFile:
         return file
     folder, version = Path(file.location.path).parent, file.location.version
     for batch in _open(file).iter_batches(2**12, columns=[column]):
-        stats = [path and size_and_time(folder / path) for path in batch.column(0).to_pylist()]
+        values = batch.column(0).to_pylist()
+        paths = (value.get("path") if isinstance(value, dict) else value for value in values)
+        stats = [path and size_and_time(folder / path) for path in paths]
         version = digest(repr((version, stats)).encode())
     return file._replace(location=file.location._replace(version=version))
