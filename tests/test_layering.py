@@ -9,14 +9,27 @@ from source_tree import PACKAGES, ROOT, imports, imports_of, modules, reachable,
 # From the lowest up. What is in none, as a package that is about to be sorted in, is held by the others' rules alone.
 LAYERS = (
     ("pipelines",),
-    ("trainkit.config", "trainkit.errors", "trainkit.atomic", "trainkit.packages", "trainkit.options"),
+    (
+        "trainkit.config",
+        "trainkit.errors",
+        "trainkit.atomic",
+        "trainkit.packages",
+        "trainkit.locking",
+        "trainkit.options",
+    ),
     ("trainkit.data", "trainkit.diffusion"),
     ("trainkit.sampling",),
     ("trainkit.evaluation",),
     ("trainkit.training",),
 )
 DATA_LAYERS = (
-    ("trainkit.data.format", "trainkit.data.files", "trainkit.data.settings", "trainkit.data.account"),
+    (
+        "trainkit.data.format",
+        "trainkit.data.files",
+        "trainkit.data.settings",
+        "trainkit.data.account",
+        "trainkit.data.faults",
+    ),
     ("trainkit.data.images",),
     ("trainkit.data.sources",),
     ("trainkit.data.preparation", "trainkit.data.loading"),

@@ -173,7 +173,7 @@ def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, small_unit
         overwrite=True,
     )
     with monkeypatch.context() as stopped, pytest.raises(InterruptedError):
-        stopped.setattr(finalize_module, "_sweep", lambda *given: interrupted(None, None))
+        stopped.setattr(finalize_module, "_delete_leftovers", lambda *given: interrupted(None, None))
         prepare(ImageFolder(photos), SETTINGS, output, num_proc=1, show_progress=False, overwrite=True)
     assert len(list(output.glob("data-*"))) > len(read_preparation(output)["shards"]) and (output / "work").exists()
     prepare(ImageFolder(photos), SETTINGS, output, num_proc=1, show_progress=False, overwrite=True)

@@ -286,7 +286,7 @@ def test_user_mistakes_are_one_line(photos, tmp_path):
     (tmp_path / "full/thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("")
     cases = [
-        (["--output_dir", tmp_path / "full"], "full holds other files; give a new or empty folder"),
+        (["--output_dir", tmp_path / "full"], r"full holds other files \(thesis.txt\); give a new or empty folder"),
         (["--output_dir", tmp_path / "file"], "--output_dir .*file cannot be written"),
         (["--resolution", "12x"], "--resolution 12x is not a size"),
         (["--resolution", "0"], "--resolution 0 is not a size"),
@@ -310,7 +310,7 @@ def test_a_full_disk_is_a_user_error_and_what_is_finished_stays(photos, tmp_path
 
     done = run(photos, tmp_path / "out", "--num_proc", num_proc, preexec_fn=small_files)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot be written" in done.stderr and "the same command goes on from it" in done.stderr
+    assert "cannot be written" in done.stderr and "the same command continues it" in done.stderr
     assert finished_slices(tmp_path / "out") > 3
     assert run(photos, tmp_path / "out").returncode == 0
     assert read_preparation(tmp_path / "out")["num_images"] == 700

@@ -22,8 +22,19 @@ OTHERS = "others"
 class Kind(str, Enum):
     """What an account counts, in words; "~" stands where the plural has an s."""
 
-    METADATA_ROWS = "metadata row~ used"
+    FILES_FOUND = "file~ found"
+    ROWS_FOUND = "row~ found"
+    EXTRA_ITEMS = "further item~ (a missing file, a damaged part of an archive)"
+    IMAGES = "image~"
+    HELD_OUT = "image~ held out for validation"
+    REJECTED = "rejected"
     CAPTION_FILES = "caption file~ used"
+    VECTOR_FILES = "vector file~ used"
+    LABEL_FILES = "label file~ used"
+    METADATA_FILES = "metadata file~ used"
+    SIDECAR_NOT_USED = "caption, vector or label file~ of an image, not used"
+    HIDDEN = "hidden file~, not read"
+    METADATA_ROWS = "metadata row~ used"
     ROW_WITHOUT_IMAGE = "metadata row~ without an image"
     IMAGE_WITHOUT_ROW = "image~ without a metadata row, not used"
     DUPLICATE_ROW = "metadata row~ repeating another one"
@@ -45,6 +56,15 @@ class Kind(str, Enum):
 
     def words(self, count: int = 1) -> str:
         return self.value.replace("~", "" if count == 1 else "s")
+
+
+FOUND = (Kind.FILES_FOUND, Kind.ROWS_FOUND, Kind.EXTRA_ITEMS)
+# What becomes of each file or row that was found. Further kinds, and `ignored`, complete the sum; others are notes.
+RESULTS = (Kind.IMAGES, Kind.HELD_OUT, Kind.REJECTED)
+USES = (
+    Kind.CAPTION_FILES, Kind.VECTOR_FILES, Kind.LABEL_FILES, Kind.METADATA_FILES, Kind.SIDECAR_NOT_USED,
+    Kind.IMAGE_WITHOUT_ROW, Kind.OTHER_SPLIT, Kind.NO_SPLIT, Kind.OTHER_FORMAT, Kind.HIDDEN,
+)  # fmt: skip
 
 
 class Account:
@@ -89,19 +109,46 @@ class Account:
         for extension, count in other.ignored.items():
             self.ignored[extension] = self.ignored.get(extension, 0) + count
 
+    def move(self, kind: Kind, other: Kind, count: int) -> None:
+        """Count `count` of `kind` as `other` instead."""
+        self.counts[kind] = self.counts.get(kind, 0) - count
+        self.add(other, count=count)
+
+    @property
+    def difference(self) -> int:
+        """What was found minus what became of it: 0 in an account that adds up."""
+        found, used = (sum(self.counts.get(kind, 0) for kind in kinds) for kinds in (FOUND, (*RESULTS, *USES)))
+        return found - used - sum(self.ignored.values())
+
+    def sum_line(self) -> str | None:
+        """'12 files found = 10 images + 1 rejected + 1 ignored'; None if it was not counted what was found."""
+        if not any(kind in self.counts for kind in (Kind.FILES_FOUND, Kind.ROWS_FOUND)):
+            return None
+        found, used = (
+            [f"{self.counts[kind]:,} {kind.words(self.counts[kind])}" for kind in kinds if self.counts.get(kind)]
+            for kinds in (FOUND, (*RESULTS, *USES))
+        )
+        if ignored := sum(self.ignored.values()):
+            used.append(f"{ignored:,} ignored")
+        if self.difference:
+            used.append(f"{self.difference:,} not accounted for")
+        return f"{' + '.join(found)} = {' + '.join(used)}"
+
     def lines(self) -> list[str]:
-        """One line per kind, in the order of `Kind`: count, what, examples."""
-        ordered = [kind for kind in Kind if kind in self.counts]
-        lines = [_line(kind, self.counts[kind], self.examples[kind]) for kind in ordered]
+        """The sum, then one line per kind in the order of `Kind`: count, what, examples."""
+        ordered = [kind for kind in Kind if self.counts.get(kind) and kind not in (*FOUND, *RESULTS)]
+        summed = self.sum_line()
+        lines = [summed] if summed else []
+        lines += [_line(kind, self.counts[kind], self.examples.get(kind, [])) for kind in ordered]
         ignored = format_ignored(self.ignored)
         return [*lines, f"ignored {ignored}"] if ignored else lines
 
     def to_json(self) -> dict[str, Any]:
         """{"metadata row without an image": {"count": 1, "examples": [...]}, ...}; ignored files are kept apart."""
         return {
-            kind.words(): {"count": self.counts[kind], "examples": self.examples[kind]}
+            kind.words(): {"count": self.counts[kind], "examples": self.examples.get(kind, [])}
             for kind in Kind
-            if kind in self.counts
+            if self.counts.get(kind)
         }
 
     @classmethod

@@ -8,9 +8,8 @@ import contextlib
 import errno
 import json
 import os
-import shutil
+import re
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from trainkit.errors import UserError
+from trainkit.atomic import TEMPORARY_PREFIX, replacing
+from trainkit.errors import UserError, one_line
 from trainkit.packages import load_package
 
 CONNECTIONS = 32  # to an object store at once: each request waits for tens of milliseconds
@@ -57,7 +57,7 @@ class RemotePath:
         try:
             return fsspec.core.url_to_fs(self.url, **json.loads(self.storage_options))
         except ImportError as error:
-            raise UserError(f"{self.url}: {' '.join(str(error).split())} (pip install it)") from None
+            raise UserError(f"{self.url}: {one_line(error)} (pip install it)") from None
         except ValueError as error:
             raise UserError(f"{self.url} is no URL that fsspec knows ({error}); give s3://, gs://, ...") from None
 
@@ -162,12 +162,8 @@ def for_each(function: Callable, paths: Sequence[Path | RemotePath]) -> Iterator
 def written(path: Path | RemotePath) -> Iterator[Path]:
     """A local file to write, which appears at `path` when it is whole."""
     if isinstance(path, Path):
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-        try:
+        with replacing(path) as temporary:
             yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder, path.name)
@@ -180,6 +176,11 @@ def fetch(path: RemotePath, copy: Path) -> None:
     """Copy an object to a local file."""
     with written(copy) as temporary, _remote(path) as (fs, key):
         fs.get_file(key, str(temporary))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name was being written by `written`; after a kill it is left over."""
+    return re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{12}}-.+", name) is not None
 
 
 def write_text(path: Path | RemotePath, content: str) -> None:
@@ -206,13 +207,14 @@ def delete(path: Path | RemotePath) -> None:
         fs.rm_file(key)
 
 
-def delete_folder(folder: Path | RemotePath) -> None:
-    """With all that is in it, if it is there."""
+def remove_empty_folder(folder: Path | RemotePath) -> None:
+    """Remove a folder if it exists and is empty."""
     if isinstance(folder, Path):
-        shutil.rmtree(folder, ignore_errors=not folder.exists())
-        return
-    with contextlib.suppress(FileNotFoundError), _remote(folder) as (fs, key):
-        fs.rm(key, recursive=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    elif not sizes(folder):
+        with contextlib.suppress(FileNotFoundError), _remote(folder) as (fs, key):
+            fs.rm(key, recursive=True)
 
 
 @contextlib.contextmanager
@@ -223,9 +225,9 @@ def _remote(path: RemotePath) -> Iterator[tuple[Any, str]]:
     try:
         yield fs, key
     except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, " ".join(str(error).split()), str(path)) from None
+        raise FileNotFoundError(errno.ENOENT, one_line(error), str(path)) from None
     except pa.ArrowException:
         raise
     except Exception as error:  # of botocore, aiohttp, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise OSError(errno.EIO, reason, str(path)) from None

@@ -7,7 +7,7 @@
     FOLDER/rejected.jsonl         one line per rejected file
     FOLDER/validation/            the held-out images, a dataset of the same form (--validation_fraction)
     FOLDER/.units/                what deduplication keeps of each work unit (--deduplicate)
-    FOLDER/.lock, FOLDER/work       a preparation in progress
+    FOLDER/.lock, FOLDER/work     a preparation in progress
 
 Writers (`data/preparation`) and readers (`data/loading`, `data/cache`) both stand on this module.
 """
@@ -21,6 +21,7 @@ FORMAT = 3  # raise it when the same file and settings would give other pixels o
 PREPARATION_NAME, STATE_NAME, INFO_NAME = "preparation.json", "state.json", "dataset_info.json"
 REJECTED_NAME, LOCK_NAME = "rejected.jsonl", ".lock"
 WORK_FOLDER, VALIDATION_FOLDER, UNITS_FOLDER = "work", "validation", ".units"
+SUMMARY_KEY = b"preparation"  # of a shard's schema metadata: rows, classes, rejected files of its unit
 NO_LABEL = -1  # the label of an image without a class
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from trainkit.data.files import open_stream, read_schema, read_text, sizes, write_json, written
+from trainkit.data.files import is_temporary, open_stream, read_schema, read_text, sizes, write_json, written
 from trainkit.errors import UserError
 
 COMPLETE_NAME, LOCKS_FOLDER = "encodings.json", "locks"
@@ -56,7 +56,7 @@ def make_units(
         shutil.rmtree(locks, ignore_errors=True)
         for name in sizes(folder):
             # of a process that was killed; one that is a step ahead may be at the mark of completeness
-            if name.endswith(".tmp") and not name.startswith(COMPLETE_NAME):
+            if is_temporary(name) and not name.endswith(COMPLETE_NAME):
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(

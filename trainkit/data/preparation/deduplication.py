@@ -1,8 +1,9 @@
-"""Deduplication of units that are done: what is dropped leaves the shards, and is kept aside.
+"""Deduplication of finished units: duplicates leave the shards and are kept separately.
 
-A unit's rows on one side of the split are one shard or, where some are dropped, two: one of the rows that stay, and a
-hidden one of those that do not. So no image is stored twice, and one that is dropped no longer comes back without
-being decoded. Names tell what is inside: a decision that stays costs nothing the next time.
+The rows of one split of a unit are stored in one shard or, if some of them are duplicates, in two: one with the rows
+that are kept and one, in `.units`, with those that are dropped. So no image is stored twice, and an image that is no
+longer a duplicate returns without being decoded. The names contain a hash of the decision:
+if it does not change, the next run writes nothing.
 """
 
 # N images in the source's order, over all units
@@ -26,176 +27,174 @@ from trainkit.data.preparation.filtering import (
     TRAIN,
     VALIDATION,
     FilterSettings,
+    duplicates_by_look,
     exact_duplicates,
-    near_duplicates,
 )
 from trainkit.data.preparation.image_stats import ImageStats
 from trainkit.data.preparation.plan import is_transient
 from trainkit.data.preparation.rows import Rows
 from trainkit.data.preparation.shards import ShardWriter, read_shard, read_summary, split_path, stats_path
 
-OPEN_UNITS = 256  # whose facts stay open while duplicates are told
+OPEN_UNITS = 256  # units whose statistics stay open while the lines about duplicates are written
 
 
 class Part(NamedTuple):
-    """Rows of one side of a unit: all, those that stay, or those that are dropped (`hidden`)."""
+    """Rows of one split of a unit: the shard of those that are kept (`path`) and of those that are `dropped`."""
 
     path: Path | RemotePath
-    hidden: Path | RemotePath | None
+    dropped: Path | RemotePath | None
 
 
-class Facts(NamedTuple):
+class UnitStats(NamedTuple):
     digest: str
     table: pa.RecordBatch
 
 
-class Pieces:
-    """The shards of an output folder by unit, from one listing of it."""
+class UnitFiles:
+    """The shards in an output folder by unit, from one listing of it."""
 
     def __init__(self, output_dir: Path | RemotePath):
-        self._marks = defaultdict(set)  # side, data-<unit> -> marks of the pairs that may be there
-        for side, folder in ((TRAIN, output_dir), (VALIDATION, output_dir / VALIDATION_FOLDER)):
+        self._marks = defaultdict(set)  # split, data-<unit> -> marks of the pairs that may exist
+        for split, folder in ((TRAIN, output_dir), (VALIDATION, output_dir / VALIDATION_FOLDER)):
             for name in sizes(folder):
                 stem, _, mark = name.removesuffix(".arrow").rpartition("-")
-                self._marks[side, stem].add(mark)
+                self._marks[split, stem].add(mark)
 
-    def is_whole(self, shard: Path | RemotePath, sides: tuple[int, ...]) -> bool:
-        """Whether every row of the unit is somewhere."""
-        facts = read_stats(shard)
-        return facts is not None and all(self.rows(shard, side, facts.digest) is not None for side in sides)
+    def is_whole(self, shard: Path | RemotePath, splits: tuple[int, ...]) -> bool:
+        """Return whether every row of the unit exists in some file."""
+        stats = read_stats(shard)
+        return stats is not None and all(self.rows(shard, split, stats.digest) is not None for split in splits)
 
-    def parts(self, shard: Path | RemotePath, side: int) -> list[Part]:
-        """What may hold a side of the unit: all of it in one shard, or pairs."""
-        marks = sorted(self._marks[side, shard.stem])
-        return [Part(split_path(shard, side), None), *(pair_of(shard, side, mark) for mark in marks)]
+    def parts(self, shard: Path | RemotePath, split: int) -> list[Part]:
+        """Return what may hold one split of the unit: one shard with all rows, or pairs."""
+        marks = sorted(self._marks[split, shard.stem])
+        return [Part(split_path(shard, split), None), *(pair_of(shard, split, mark) for mark in marks)]
 
     def summary(self, shard: Path | RemotePath) -> dict:
-        """What a complete unit says about itself: its rejected files, its account."""
+        """Return the summary of a complete unit: its rejected files, its account."""
         digest = read_stats(shard).digest
         found = (_read(part.path, digest) for part in self.parts(shard, TRAIN))
         return next(read[0] for read in found if read)
 
-    def rows(self, shard: Path | RemotePath, side: int, digest: str) -> Rows | None:
-        """All rows on one side of a unit, in the source's order, from what holds them; None where some are lost."""
-        for part in self.parts(shard, side):
+    def rows(self, shard: Path | RemotePath, split: int, digest: str) -> Rows | None:
+        """Return all rows of one split of a unit in the source's order; None if some are lost."""
+        for part in self.parts(shard, split):
             read = [_read(path, digest) for path in part if path is not None]
             if all(read):
                 positions = [summary["positions"] for summary, _ in read]
                 batches = [batch for _, batches in read for batch in batches]
-                return Rows(batches, None if part.hidden is None else np.concatenate(positions))
+                return Rows(batches, None if part.dropped is None else np.concatenate(positions))
         return None
 
 
 def done_units(
     output_dir: Path | RemotePath, shards: list[Path | RemotePath], filters: FilterSettings
 ) -> dict[str, list[dict]]:
-    """The names of units whose images a former run left, whole, with their rejected files."""
-    pieces, done = Pieces(output_dir), {}
+    """Return the names of the units that an earlier run completed, with their rejected files."""
+    files, done = UnitFiles(output_dir), {}
     for shard in shards:
-        rejected = pieces.summary(shard)["rejected"] if pieces.is_whole(shard, filters.sides) else None
+        rejected = files.summary(shard)["rejected"] if files.is_whole(shard, filters.splits) else None
         if rejected is not None and not is_transient(rejected):
             done[shard.name] = rejected
     return done
 
 
-def pair_of(shard: Path | RemotePath, side: int, mark: str) -> Part:
-    whole = split_path(shard, side)
-    hidden = shard.parent / UNITS_FOLDER / f"{shard.stem}-{side}-{mark}.arrow"
-    return Part(whole.parent / f"{whole.stem}-{mark}.arrow", hidden)
+def pair_of(shard: Path | RemotePath, split: int, mark: str) -> Part:
+    """Return the paths of the two shards of one split of a unit for the decision named `mark`."""
+    whole = split_path(shard, split)
+    dropped = shard.parent / UNITS_FOLDER / f"{shard.stem}-{split}-{mark}.arrow"
+    return Part(whole.parent / f"{whole.stem}-{mark}.arrow", dropped)
 
 
 def _read(path: Path | RemotePath, digest: str) -> tuple[dict, list[pa.RecordBatch]] | None:
-    """Summary and rows of a shard, where it is whole and of this version of its unit."""
+    """Summary and rows of a shard, if it is whole and of this version of its unit."""
     read = read_shard(path)
     return read if read and read[0].get("facts_digest") == digest else None
 
 
-def read_stats(shard: Path | RemotePath) -> Facts | None:
-    """What is kept of a unit's images besides their pixels; None where there is nothing whole."""
+def read_stats(shard: Path | RemotePath) -> UnitStats | None:
+    """Return what is kept about a unit's images besides their pixels; None if there is no complete file."""
     try:
         with open_stream(stats_path(shard)) as stream:
             digest, batches = read_summary(stream.schema)["facts_digest"], list(stream)
     except (OSError, pa.ArrowException, KeyError):
         return None
-    return Facts(digest, batches[0]) if batches else None
+    return UnitStats(digest, batches[0]) if batches else None
 
 
 def drop_duplicates(
     writer: ShardWriter, output_dir: Path | RemotePath, shards: list[Path | RemotePath], sweep_at_once: bool
 ) -> tuple[dict[int, list[Part]], dict[Path | RemotePath, list[dict]]]:
-    """Take what repeats an earlier image out of the shards of finished units.
+    """Remove images that repeat an earlier image from the shards of finished units.
 
-    Returns for each side of the split its parts in the source's order, and for each unit the lines that tell what
-    was dropped. `sweep_at_once` deletes what a new part replaces: where no finished dataset needs it.
+    Returns the parts of each split in the source's order, and for each unit the lines of rejected.jsonl about what was
+    dropped. `sweep_at_once` deletes the shard that a new part replaces: for a folder without a finished dataset.
     """
     repeated = _repeated(writer, shards)
-    pieces, parts, told = Pieces(output_dir), {side: [] for side in writer.filters.sides}, {}
+    files, parts = UnitFiles(output_dir), {split: [] for split in writer.filters.splits}
     starts = np.cumsum([0] + [read_stats(shard).table.num_rows for shard in shards])
     for shard, start, end in zip(shards, starts[:-1], starts[1:], strict=True):
-        facts = read_stats(shard)
-        dropped = repeated[start:end] != KEPT
-        rows_by_side = facts.table.column("side").to_numpy()
-        for side in writer.filters.sides:
-            of_side = np.flatnonzero(rows_by_side == side)
-            parts[side].append(_divided(writer, pieces, shard, side, facts, of_side, dropped, sweep_at_once))
-    lines = _told(writer, shards, starts, repeated)
-    for unit, line in lines:
-        told.setdefault(shards[unit], []).append(line)
-    return parts, told
+        is_dropped = repeated[start:end] != KEPT
+        for split in writer.filters.splits:
+            part, is_new = _split_part(writer, files, shard, split, is_dropped)
+            if is_new and part.dropped is not None and sweep_at_once:
+                delete(split_path(shard, split))
+            parts[split].append(part)
+    lines: dict[Path | RemotePath, list[dict]] = {}
+    for unit, line in _duplicate_lines(writer, shards, starts, repeated):
+        lines.setdefault(shards[unit], []).append(line)
+    return parts, lines
 
 
 def _repeated(writer: ShardWriter, shards: list[Path | RemotePath]) -> np.ndarray:
-    """For each image (N,) the one that it repeats, or `KEPT`. In memory: at most 90 bytes an image."""
+    """For each image (N,) the one that it repeats, or `KEPT`. In memory: at most 100 bytes per image."""
     is_near = writer.filters.deduplicate == "near"
-    column, width = ("perceptual_hash", 1) if is_near else ("content_hash", 2)
-    parts = [np.empty(0, dtype=np.uint64)]
+    content, perceptual = [np.empty((0, 2), dtype=np.uint64)], [np.empty(0, dtype=np.uint64)]
     for shard in shards:
-        values = read_stats(shard).table.column(column)
-        parts.append(np.frombuffer(values.buffers()[1], dtype=np.uint64, count=width * len(values)))
-    hashes = np.concatenate(parts)
-    if is_near:
-        return near_duplicates(hashes, writer.filters.near_distance)
-    return exact_duplicates(hashes.reshape(-1, 2))
+        table = read_stats(shard).table
+        content.append(_hashes(table.column("content_hash"), 2).reshape(-1, 2))
+        if is_near:
+            perceptual.append(_hashes(table.column("perceptual_hash"), 1))
+    content_hashes = np.concatenate(content)
+    if not is_near:
+        return exact_duplicates(content_hashes)
+    hashes = np.concatenate(perceptual)
+    return duplicates_by_look(hashes, content_hashes, writer.filters.near_distance)
 
 
-def _divided(
-    writer: ShardWriter,
-    pieces: Pieces,
-    shard: Path | RemotePath,
-    side: int,
-    facts: Facts,
-    of_side: np.ndarray,
-    dropped: np.ndarray,
-    sweep_at_once: bool,
-) -> Part:
-    """The part of one side of a unit that holds what is not `dropped`; made, unless it is there."""
-    whole, is_dropped = split_path(shard, side), dropped[of_side]
+def _hashes(column: pa.Array, words: int) -> np.ndarray:
+    """The column's values as uint64, `words` per value."""
+    return np.frombuffer(column.buffers()[1], dtype=np.uint64, count=words * len(column))
+
+
+def _split_part(
+    writer: ShardWriter, files: UnitFiles, shard: Path | RemotePath, split: int, is_dropped: np.ndarray
+) -> tuple[Part, bool]:
+    """The part of one split of a unit without the dropped images, and whether it had to be written."""
+    stats = read_stats(shard)
+    of_split = np.flatnonzero(stats.table.column("side").to_numpy() == split)
+    is_dropped = is_dropped[of_split]
     leaving = np.flatnonzero(is_dropped).tolist()
-    mark = hashlib.blake2b(repr((facts.digest, leaving)).encode(), digest_size=8).hexdigest()
-    part = pair_of(shard, side, mark) if leaving else Part(whole, None)
-    if all(_read(path, facts.digest) for path in part if path is not None):
-        return part
-    rows = pieces.rows(shard, side, facts.digest)
-    about = [_as_facts(row) for row in facts.table.take(pa.array(of_side)).to_pylist()]
-    summary = pieces.summary(shard) if side == TRAIN else {}
-    rejected = summary.get("rejected", [])
-    notes = {"account": summary["account"]} if "account" in summary else {}
+    mark = hashlib.blake2b(repr((stats.digest, leaving)).encode(), digest_size=8).hexdigest()
+    part = pair_of(shard, split, mark) if leaving else Part(split_path(shard, split), None)
+    if all(_read(path, stats.digest) for path in part if path is not None):
+        return part, False
+    rows = files.rows(shard, split, stats.digest)
+    image_stats = [_as_stats(row) for row in stats.table.take(pa.array(of_split)).to_pylist()]
+    unit = files.summary(shard) if split == TRAIN else {"rejected": []}
     for path, picked in zip(part, (np.flatnonzero(~is_dropped), np.flatnonzero(is_dropped)), strict=True):
         if path is not None:
-            positions = picked.tolist() if leaving else None
-            writer.write_rows(
-                path, rows, picked, [about[row] for row in picked], rejected, facts.digest, positions, notes
-            )
-    if leaving and sweep_at_once:
-        delete(whole)
-    return part
+            summary = {name: unit[name] for name in ("rejected", "account") if name in unit}
+            summary |= {"facts_digest": stats.digest, "positions": picked.tolist() if leaving else None}
+            writer.write_rows(path, rows, picked, [image_stats[row] for row in picked], summary)
+    return part, True
 
 
-def _as_facts(row: dict) -> ImageStats:
+def _as_stats(row: dict) -> ImageStats:
     return ImageStats(row["content_hash"].hex(), *(row[name] for name in ImageStats._fields[1:]))
 
 
-def _told(
+def _duplicate_lines(
     writer: ShardWriter, shards: list[Path | RemotePath], starts: np.ndarray, repeated: np.ndarray
 ) -> Iterator[tuple[int, dict]]:
     """(number of the unit, line of rejected.jsonl) for each dropped image."""

@@ -12,6 +12,7 @@ from trainkit.errors import UserError
 from trainkit.packages import load_package
 
 HASH_BITS = 64
+NO_HASH = 2**64 - 1  # instead of a perceptual hash that means nothing; at most half of the bits of one are set
 MAX_NEAR_DISTANCE = 16  # of 64 bits: two pictures that have nothing in common differ in about 32
 KEPT = -1
 NEAR_FLAG = "--deduplicate near"
@@ -27,16 +28,25 @@ class FilterSettings:
     validation_fraction: float = 0.0  # of the images, in [0, 1)
 
     @property
+    def identity(self) -> tuple:
+        """What the result depends on."""
+        return (self.deduplicate, self.near_distance, self.validation_fraction), *self._hash_version
+
+    @property
     def unit_key(self) -> tuple:
-        """The part that decides what a unit's files hold; the distance is looked at only when all units are done."""
-        return self.deduplicate, self.validation_fraction
+        """What the files of a unit depend on; the distance matters only once all units are done."""
+        return self.deduplicate, self.validation_fraction, *self._hash_version
+
+    @property
+    def _hash_version(self) -> tuple[str, ...]:
+        return ("flat images by pixels",) if self.deduplicate == "near" else ()
 
     @property
     def needs_content_hash(self) -> bool:
         return self.deduplicate != "none" or self.validation_fraction > 0
 
     @property
-    def sides(self) -> tuple[int, ...]:
+    def splits(self) -> tuple[int, ...]:
         return (TRAIN, VALIDATION) if self.validation_fraction else (TRAIN,)
 
 
@@ -56,7 +66,7 @@ def filters_from_options(options) -> FilterSettings:
 
 
 def is_held_out(content_hash: str, fraction: float) -> bool:
-    """Whether an image belongs to the validation set: a matter of its pixels alone, so that it never changes sides."""
+    """Return whether an image is held out for validation. Its pixels alone decide, so it never changes splits."""
     return int(content_hash[:16], 16) < fraction * 2**64
 
 
@@ -65,6 +75,23 @@ def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
     firsts = _first_equal(hashes)
     firsts[firsts == np.arange(len(firsts))] = KEPT
     return firsts
+
+
+def duplicates_by_look(hashes: np.ndarray, content_hashes: np.ndarray, distance: int) -> np.ndarray:
+    """For each image (N,) the first kept one that looks the same, else `KEPT`.
+
+    `hashes` (N,) uint64 are perceptual hashes, `content_hashes` (N, 2) uint64 those of the pixels. Images whose
+    perceptual hash means nothing (`NO_HASH`: flat ones) are duplicates only if their pixels are equal.
+    """
+    repeated = np.full(len(hashes), KEPT, dtype=np.int64)
+    for chosen, find in (
+        (hashes != NO_HASH, lambda rows: near_duplicates(hashes[rows], distance)),
+        (hashes == NO_HASH, lambda rows: exact_duplicates(content_hashes[rows])),
+    ):
+        rows = np.flatnonzero(chosen)
+        firsts = find(rows)
+        repeated[rows] = np.where(firsts == KEPT, KEPT, rows[firsts]) if len(rows) else KEPT
+    return repeated
 
 
 def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:

@@ -1,26 +1,15 @@
-"""Finished shards -> a dataset: what `datasets` reads, what we say of it, and nothing else left in the folder."""
+"""Finished shards -> a dataset: the files that `datasets` reads, and the preparation's description and account."""
 
 import dataclasses
-import hashlib
 import json
 import platform
-import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from trainkit.data.account import Account
-from trainkit.data.files import (
-    RemotePath,
-    delete,
-    delete_folder,
-    exists,
-    for_each,
-    read_schema,
-    sizes,
-    write_json,
-    write_text,
-)
+from trainkit import __version__
+from trainkit.data.account import Account, Kind
+from trainkit.data.files import RemotePath, delete, exists, for_each, read_schema, sizes, write_json, write_text
 from trainkit.data.format import (
     FORMAT,
     INFO_NAME,
@@ -34,31 +23,35 @@ from trainkit.data.format import (
 from trainkit.data.preparation.deduplication import Part, drop_duplicates
 from trainkit.data.preparation.filtering import TRAIN, VALIDATION
 from trainkit.data.preparation.image_stats import mean_and_std, sum_totals
+from trainkit.data.preparation.output import delete_own_files, held_out_mark, owns_validation
 from trainkit.data.preparation.shards import ShardWriter, read_summary, split_path, stats_path
+from trainkit.data.sources.source import Source
 from trainkit.errors import UserError
 
-OURS = r"data-.*\.arrow|.*\.tmp"
-EARLY_FILES, EXAMPLES = 1000, 3  # files that must be seen before a run is stopped; rejected ones that it tells then
+EARLY_FILES = 1000  # files to read before a run may stop early
+EXAMPLES = 3  # rejected files that the message names
 
 
 def finalize(
-    source,
+    source: Source,
     writer: ShardWriter,
     output_dir: Path | RemotePath,
-    shards: list,
+    shards: list[Path | RemotePath],
     fingerprint: str,
     max_rejected_fraction: float,
 ) -> dict:
-    """Write what makes the shards a dataset, the mark of completeness last; then sweep out what is not part of it."""
+    """Write the files that make the shards a dataset, preparation.json last; then delete what is not part of it.
+
+    Returns the contents of preparation.json.
+
+    Raises:
+        UserError: no image is left, or more than `max_rejected_fraction` of the files are rejected.
+    """
     replaced = {name: _shard_names(output_dir / name if name else output_dir) for name in ("", VALIDATION_FOLDER)}
-    duplicates = {}
-    if writer.filters.deduplicate != "none":
-        is_first = isinstance(output_dir, Path) and not exists(output_dir / PREPARATION_NAME)
-        parts, duplicates = drop_duplicates(writer, output_dir, shards, sweep_at_once=is_first)
-    else:
-        parts = {side: [Part(split_path(shard, side), None) for shard in shards] for side in writer.filters.sides}
-    schemas = {side: for_each(read_schema, [part.path for part in parts[side]]) for side in parts}
-    summaries = {side: [read_summary(schema) for schema in schemas[side]] for side in parts}
+    had_validation = owns_validation(output_dir)
+    parts, duplicates = _parts(writer, output_dir, shards)
+    schemas = {split: for_each(read_schema, [part.path for part in parts[split]]) for split in parts}
+    summaries = {split: [read_summary(schema) for schema in schemas[split]] for split in parts}
     rejections = Rejections(max_rejected_fraction, len(source))
     for summary in summaries[TRAIN]:
         rejections.add(summary["rejected"])
@@ -70,13 +63,48 @@ def finalize(
     write_text(output_dir / REJECTED_NAME, "".join(json.dumps(line) + "\n" for line in rejected))
     _check_images(source, writer, output_dir, summaries, rejections)
     rejections.check(len(source), output_dir / REJECTED_NAME)
+    account = _account(source, summaries, len(rejected))
     if VALIDATION in parts:  # before the rest: where that is complete, this is
-        folder = output_dir / VALIDATION_FOLDER
-        mark = hashlib.blake2b(f"{fingerprint} validation".encode(), digest_size=8).hexdigest()
-        _write_dataset(source, writer, folder, parts[VALIDATION], summaries[VALIDATION], mark, [])
-    _write_dataset(source, writer, output_dir, parts[TRAIN], summaries[TRAIN], fingerprint, rejected)
-    _sweep(writer, output_dir, parts, shards, replaced)
+        held_out = {"held_out_of": fingerprint, "rejected": {}}
+        dataset = output_dir / VALIDATION_FOLDER, parts[VALIDATION], summaries[VALIDATION]
+        _write_dataset(source, writer, *dataset, held_out_mark(fingerprint), held_out)
+    about = {
+        "rejected": dict(sorted(Counter(line["fault"] for line in rejected).items())),
+        "ignored": {extension: count for extension, count in sorted(account.ignored.items()) if count > 0},
+        "account": account.to_json(),
+    }
+    _write_dataset(source, writer, output_dir, parts[TRAIN], summaries[TRAIN], fingerprint, about)
+    if isinstance(output_dir, RemotePath):
+        _delete_replaced(output_dir, parts, shards, replaced)
+    else:
+        _delete_leftovers(writer, output_dir, parts, shards, had_validation)
     return read_preparation(output_dir)
+
+
+def _parts(
+    writer: ShardWriter, output_dir: Path | RemotePath, shards: list[Path | RemotePath]
+) -> tuple[dict[int, list[Part]], dict[Path | RemotePath, list[dict]]]:
+    """The parts of each split in the source's order, and the lines of rejected.jsonl about duplicates, by shard."""
+    if writer.filters.deduplicate != "none":
+        is_first = isinstance(output_dir, Path) and not exists(output_dir / PREPARATION_NAME)
+        return drop_duplicates(writer, output_dir, shards, sweep_at_once=is_first)
+    splits = writer.filters.splits
+    return {split: [Part(split_path(shard, split), None) for shard in shards] for split in splits}, {}
+
+
+def _account(source: Source, summaries: dict[int, list[dict]], num_rejected: int) -> Account:
+    """What became of everything that was found: the source's account, the units' and the totals."""
+    account = Account()
+    account.merge(source.account)
+    for summary in summaries[TRAIN]:
+        account.merge(Account.from_json(summary.get("account", {})))
+    if Kind.FILES_FOUND not in account.counts:
+        account.add(Kind.ROWS_FOUND, count=len(source))
+    kinds = {TRAIN: Kind.IMAGES, VALIDATION: Kind.HELD_OUT}
+    for split in summaries:
+        account.add(kinds[split], count=sum(summary["num_rows"] for summary in summaries[split]))
+    account.add(Kind.REJECTED, count=num_rejected)
+    return account
 
 
 def _shard_names(folder: Path | RemotePath) -> set[str]:
@@ -84,9 +112,9 @@ def _shard_names(folder: Path | RemotePath) -> set[str]:
 
 
 def _check_images(
-    source, writer: ShardWriter, output_dir: Path | RemotePath, summaries: dict, rejections: "Rejections"
+    source: Source, writer: ShardWriter, output_dir: Path | RemotePath, summaries: dict, rejections: "Rejections"
 ) -> None:
-    counts = {side: sum(summary["num_rows"] for summary in summaries[side]) for side in summaries}
+    counts = {split: sum(summary["num_rows"] for summary in summaries[split]) for split in summaries}
     if not any(counts.values()):
         first = rejections.examples[0]
         raise UserError(
@@ -103,14 +131,15 @@ def _check_images(
 
 
 def _write_dataset(
-    source,
+    source: Source,
     writer: ShardWriter,
     folder: Path | RemotePath,
     parts: list[Part],
     summaries: list[dict],
     fingerprint: str,
-    rejected: list[dict],
+    about: dict,
 ) -> None:
+    """Write the JSON files of a dataset; `about` is what its preparation.json says besides."""
     classes, present = Counter(), sizes(folder)
     for summary in summaries:
         classes.update(summary["classes"])
@@ -119,10 +148,6 @@ def _write_dataset(
         for part, summary in zip(parts, summaries, strict=True)
     ]
     total = sum_totals(summary["pixels"] for summary in summaries)
-    account = Account()
-    account.merge(source.account)
-    for summary in summaries:
-        account.merge(Account.from_json(summary.get("account", {})))
     preparation = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -130,14 +155,12 @@ def _write_dataset(
         "filters": dataclasses.asdict(writer.filters),
         "source": {"name": source.name, "fingerprint": source.fingerprint},
         "num_images": sum(shard["num_rows"] for shard in shard_files),
-        "rejected": dict(sorted(Counter(line["fault"] for line in rejected).items())),
-        "ignored": {extension: count for extension, count in sorted(account.ignored.items()) if count > 0},
-        "account": account.to_json(),
+        **about,
         "classes": {name: classes[str(label)] for label, name in enumerate(writer.label_names or [])},
         "pixels": mean_and_std(total, 2**writer.settings.bit_depth - 1) | {"num_pixels": total["num_pixels"]},
         "columns": list(writer.features),
         "shards": shard_files,
-        "versions": {"python": platform.python_version()}
+        "versions": {"python": platform.python_version(), "trainkit": __version__}
         | {package: version(package) for package in ("pillow", "numpy", "pyarrow")},
     }
     state = {
@@ -155,54 +178,55 @@ def _write_dataset(
     write_json(folder / PREPARATION_NAME, preparation)
 
 
-def _sweep(
-    writer: ShardWriter, output_dir: Path | RemotePath, parts: dict[int, list[Part]], shards: list, replaced: dict
+def _delete_leftovers(
+    writer: ShardWriter, output_dir: Path, parts: dict[int, list[Part]], shards: list[Path], had_validation: bool
 ) -> None:
-    """Delete what another run, or other settings, left behind.
+    """Delete the shards that another run or other settings left in a local folder; no other file."""
+    delete_own_files(output_dir, {part.path.name for part in parts[TRAIN]})
+    if VALIDATION in parts:
+        delete_own_files(output_dir / VALIDATION_FOLDER, {part.path.name for part in parts[VALIDATION]})
+    elif had_validation:
+        delete_own_files(output_dir / VALIDATION_FOLDER, everything=True)
+    is_used = writer.filters.deduplicate != "none"
+    dropped = {part.dropped.name for split in parts.values() for part in split if part.dropped is not None}
+    kept = dropped | {stats_path(shard).name for shard in shards} if is_used else set()
+    delete_own_files(output_dir / UNITS_FOLDER, kept, everything=not is_used)
 
-    At a URL, where no lock keeps others away, only what belonged to the dataset that was there before.
-    """
-    wanted = {str(path) for side in parts.values() for part in side for path in part if path is not None}
+
+def _delete_replaced(
+    output_dir: RemotePath, parts: dict[int, list[Part]], shards: list[RemotePath], replaced: dict[str, set[str]]
+) -> None:
+    """Delete at a URL only what belonged to the dataset that was there before: no lock keeps other runs away."""
+    wanted = {str(path) for split in parts.values() for part in split for path in part if path is not None}
     wanted |= {str(stats_path(shard)) for shard in shards}
-    for folder, is_used in (
-        (output_dir, True),
-        (output_dir / VALIDATION_FOLDER, VALIDATION in parts),
-        (output_dir / UNITS_FOLDER, writer.filters.deduplicate != "none"),
-    ):
-        if isinstance(output_dir, RemotePath):
-            side = VALIDATION if folder.name == VALIDATION_FOLDER else TRAIN
-            divided = {part.path.name.rpartition("-")[0] + ".arrow" for part in parts.get(side, ()) if part.hidden}
-            names = divided | replaced["" if side == TRAIN else folder.name]
-            if folder.name == UNITS_FOLDER:
-                names = {name for name in sizes(folder) if _belongs_to(name, replaced)}
-        elif is_used:
-            names = {name for name in sizes(folder) if re.fullmatch(OURS, name)}
-        else:
-            delete_folder(folder)
-            continue
-        for name in names:
-            if str(folder / name) not in wanted:
-                delete(folder / name)
+    for name, split in (("", TRAIN), (VALIDATION_FOLDER, VALIDATION)):
+        folder = output_dir / name if name else output_dir
+        whole = {part.path.name.rpartition("-")[0] + ".arrow" for part in parts.get(split, ()) if part.dropped}
+        for shard in whole | replaced[name]:
+            if str(folder / shard) not in wanted:
+                delete(folder / shard)
+    units = output_dir / UNITS_FOLDER
+    for name in sizes(units):
+        if _belongs_to(name, replaced) and str(units / name) not in wanted:
+            delete(units / name)
 
 
 def _belongs_to(name: str, shards: dict[str, set[str]]) -> bool:
-    """Whether what deduplication keeps of a unit, data-<unit>[-<side>-<mark>].arrow, is of one of these shards."""
-    unit, _, hidden = name.removesuffix(".arrow").removeprefix("data-").partition("-")
-    if hidden:
-        side, _, mark = hidden.partition("-")
-        return f"data-{unit}-{mark}.arrow" in shards["" if side == str(TRAIN) else VALIDATION_FOLDER]
+    """Whether a deduplication file, data-<unit>[-<split>-<mark>].arrow, belongs to one of these shards."""
+    unit, _, dropped = name.removesuffix(".arrow").removeprefix("data-").partition("-")
+    if dropped:
+        split, _, mark = dropped.partition("-")
+        return f"data-{unit}-{mark}.arrow" in shards["" if split == str(TRAIN) else VALIDATION_FOLDER]
     return any(shard.startswith((f"data-{unit}-", f"data-{unit}.")) for shard in shards[""])
 
 
-def sweep_current(output_dir: Path | RemotePath) -> None:
-    """Delete what a run that was killed at its very end left beside a finished local dataset."""
+def delete_after_kill(output_dir: Path | RemotePath) -> None:
+    """Delete what a run that was killed at its very end left next to a finished local dataset."""
     if isinstance(output_dir, RemotePath):
         return
-    for folder in (output_dir, output_dir / VALIDATION_FOLDER):
-        wanted = _shard_names(folder)
-        for name in sizes(folder):
-            if re.fullmatch(OURS, name) and name not in wanted:
-                delete(folder / name)
+    delete_own_files(output_dir, _shard_names(output_dir))
+    if read_preparation(output_dir / VALIDATION_FOLDER) is not None and owns_validation(output_dir):
+        delete_own_files(output_dir / VALIDATION_FOLDER, _shard_names(output_dir / VALIDATION_FOLDER))
 
 
 class Rejections:

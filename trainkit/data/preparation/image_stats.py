@@ -1,4 +1,4 @@
-"""What is kept of an image besides its pixels: a hash of them, one of what it looks like, and their sums."""
+"""What is kept about an image besides its pixels: a hash of them, a perceptual hash, and their sums."""
 
 # N images, C channels, pixels in HWC order
 
@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from trainkit.data.preparation.filtering import NEAR_FLAG, FilterSettings
+from trainkit.data.preparation.filtering import NEAR_FLAG, NO_HASH, FilterSettings
 from trainkit.packages import load_package
 
+HASH_SIDE, FLAT_STD = 32, 2.0  # pixels that pHash looks at; grey levels (0 to 255) below which an image is flat
 EXACT_PIXELS = 2**20  # squares of so many 16-bit samples add up to less than 2**53
 STATS_SCHEMA = pa.schema(
     {
@@ -30,9 +31,9 @@ STATS_SCHEMA = pa.schema(
 
 
 class ImageStats(NamedTuple):
-    """What is kept of an image's pixels besides the pixels; all integers are exact."""
+    """Statistics of the stored pixels of one image; all integers are exact."""
 
-    content_hash: str  # 32 hex digits of the stored pixels and their shape; empty where nobody asks
+    content_hash: str  # 32 hex digits of the stored pixels and their shape; empty if no filter needs it
     perceptual_hash: int
     num_pixels: int
     sums: list[int]  # (C,) of the samples, and of their squares
@@ -40,7 +41,7 @@ class ImageStats(NamedTuple):
 
 
 def image_stats(pixels: np.ndarray, filters: FilterSettings) -> ImageStats:
-    """The facts of an image (H, W, C) uint8 or uint16, as it is stored (before a lossy encoding)."""
+    """Return the statistics of an image (H, W, C) uint8 or uint16 as stored, before a lossy encoding."""
     height, width, channels = pixels.shape
     content_hash = ""
     if filters.needs_content_hash:
@@ -64,7 +65,7 @@ def _exact_sums(samples: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
-    """The 64-bit pHash (imagehash) of the picture in grey, on white where it is transparent, whatever its size."""
+    """Return the 64-bit pHash (imagehash) of the image in grey, on white if transparent; `NO_HASH` for a flat one."""
     from PIL import Image
 
     imagehash = load_package("imagehash", NEAR_FLAG)
@@ -74,16 +75,19 @@ def perceptual_hash(pixels: np.ndarray) -> int:
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    small = np.asarray(image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.LANCZOS), dtype=np.float32)
+    if small.std() < FLAT_STD:  # the hash would be that of the noise, or the same for every flat image
+        return NO_HASH
     bits = imagehash.phash(image).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 def stats_batch(
-    sides: list[int], facts: list[ImageStats], labels: list[int | None], sources: list[str]
+    splits: list[int], facts: list[ImageStats], labels: list[int | None], sources: list[str]
 ) -> pa.RecordBatch:
-    """The facts of a unit's images as a table, with which side each is on and what it is called."""
+    """The facts of a unit's images as a table, with which split each is on and what it is called."""
     facts = [fact._replace(content_hash=bytes.fromhex(fact.content_hash)) for fact in facts]
-    columns = [sides, *(list(zip(*facts, strict=True)) or [[]] * len(ImageStats._fields)), labels, sources]
+    columns = [splits, *(list(zip(*facts, strict=True)) or [[]] * len(ImageStats._fields)), labels, sources]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, STATS_SCHEMA, strict=True)]
     return pa.record_batch(arrays, schema=STATS_SCHEMA)
 

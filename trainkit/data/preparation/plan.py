@@ -56,7 +56,7 @@ class Plan:
         job = None if self._joins else next(self._slices, None)
         return self._joins.popleft() if self._joins and job is None else job
 
-    def finished(self, job: SliceJob | JoinJob) -> None:
+    def mark_done(self, job: SliceJob | JoinJob) -> None:
         if isinstance(job, SliceJob):
             unit = self._unfinished.pop(job.path)
             unit.missing.discard(job.path)
@@ -77,11 +77,11 @@ class Plan:
                     yield SliceJob(path, items[start : start + self._items_a_slice])
 
 
-def done_units(shards: list[Path | RemotePath], sides: tuple[int, ...]) -> dict[str, list[dict]]:
-    """The names of those that a former run left whole, on all sides of the split, with their rejected files."""
+def done_units(shards: list[Path | RemotePath], splits: tuple[int, ...]) -> dict[str, list[dict]]:
+    """The names of those that a former run left whole, on all splits of the split, with their rejected files."""
     present = sizes(shards[0].parent) if shards else {}
     candidates = [shard for shard in shards if shard.name in present]
-    told = zip(candidates, for_each(partial(_told_if_done, sides=sides), candidates), strict=True)
+    told = zip(candidates, for_each(partial(_told_if_done, splits=splits), candidates), strict=True)
     return {shard.name: rejected for shard, rejected in told if rejected is not None and not is_transient(rejected)}
 
 
@@ -89,14 +89,14 @@ def is_transient(rejected: list[dict]) -> bool:
     return bool(faults.TRANSIENT & {line["fault"] for line in rejected})
 
 
-def _told_if_done(shard: Path | RemotePath, sides: tuple[int, ...]) -> list[dict] | None:
+def _told_if_done(shard: Path | RemotePath, splits: tuple[int, ...]) -> list[dict] | None:
     try:
         rejected = read_summary(read_schema(shard))["rejected"]
     except (OSError, pa.ArrowException, KeyError):
         return None
     if isinstance(shard, RemotePath):  # an object that is there is whole, and training's is written last
         return rejected
-    return rejected if all(_is_whole(split_path(shard, side)) for side in sides) else None
+    return rejected if all(_is_whole(split_path(shard, split)) for split in splits) else None
 
 
 def _is_whole(path: Path | RemotePath) -> bool:

@@ -1,17 +1,18 @@
 """The files of a prepared dataset: a slice of a work unit, and the shard that its slices are joined into.
 
-Both are Arrow IPC streams, as `datasets.load_from_disk` memory-maps them, which appear under their names when whole.
-Beside the features, the schema's metadata carries what the unit says of itself: rows, class counts, rejected files.
+Both are Arrow IPC streams, which `datasets.load_from_disk` memory-maps. The schema's metadata carries the features and
+a summary: number of rows, class counts, rejected files. Its keys `facts` and `facts_digest` stand for image
+statistics; they are kept so that the bytes of prepared shards stay the same.
 """
 
 # H/W height and width, C channels, pixels in HWC order
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from trainkit.data import faults
 from trainkit.data.account import Account
 from trainkit.data.faults import RejectedImage
 from trainkit.data.files import RemotePath, delete, exists, open_stream, written
-from trainkit.data.format import UNITS_FOLDER, VALIDATION_FOLDER
+from trainkit.data.format import SUMMARY_KEY, UNITS_FOLDER, VALIDATION_FOLDER
 from trainkit.data.images.decode import decode_image
 from trainkit.data.images.storage import image_columns, image_features, image_types
 from trainkit.data.preparation.filtering import NO_FILTERS, TRAIN, VALIDATION, FilterSettings, is_held_out
@@ -34,11 +35,11 @@ from trainkit.data.preparation.image_stats import (
 )
 from trainkit.data.preparation.rows import Rows, rebatch
 from trainkit.data.settings import PreparationSettings
+from trainkit.data.sources.source import Reader
 from trainkit.data.sources.vectors import check_vector
 
-SLICE_ITEMS = 128  # images decoded at one go by one process
-BATCH_BYTES = 64 * 2**20  # of pixels in a record batch: far from what int32 offsets can hold
-SUMMARY_KEY = b"preparation"
+SLICE_ITEMS = 128  # images that one job decodes
+BATCH_BYTES = 64 * 2**20  # of pixels per record batch, far below the limit of int32 offsets
 
 
 class SliceJob(NamedTuple):
@@ -58,9 +59,9 @@ class JoinJob(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """All that turns a job into its file, the same in every process."""
+    """Turns a job into its file, in the same way in every process."""
 
-    reader: Any
+    reader: Reader
     settings: PreparationSettings
     label_names: list[str] | None
     has_text: bool
@@ -68,23 +69,25 @@ class ShardWriter:
     filters: FilterSettings = NO_FILTERS
 
     def run(self, job: SliceJob | JoinJob) -> None:
+        """Write the file of a job."""
         if isinstance(job, JoinJob):
             self.join(job)
         else:
             self.write_slice(job)
 
     def probe(self, items: Sequence) -> None:
-        """Decode and forget: tells whether the items kill a process."""
+        """Decode the items and discard the result, to find out whether they kill the process."""
         for _ in self._decoded(SliceJob(Path(), items), [], Account()):
             pass
 
     def write_slice(self, job: SliceJob) -> None:
+        """Decode the items of a job and write those that can be used."""
         rejected: list[dict] = []
-        facts: list[ImageStats] = []
+        stats: list[ImageStats] = []
         account = Account()
         batches, rows, size = [], [], 0
         for row in self._decoded(job, rejected, account):
-            facts.append(image_stats(row["image"], self.filters))
+            stats.append(image_stats(row["image"], self.filters))
             rows.append(row)
             size += row["image"].nbytes
             if size >= BATCH_BYTES:
@@ -92,10 +95,11 @@ class ShardWriter:
                 rows, size = [], 0
         if rows:
             batches.append(self._batch(rows))
-        summary = {"num_rows": len(facts), "rejected": rejected, "facts": facts} | _of_account(account)
+        summary = {"num_rows": len(stats), "rejected": rejected, "facts": stats} | _account_part(account)
         write_stream(job.path, self.schema, batches, summary)
 
     def join(self, job: JoinJob) -> None:
+        """Write the shards of a unit, one per split, and with deduplication the statistics of its images."""
         try:
             streams = [open_stream(path) for path in job.slices]
         except FileNotFoundError:
@@ -103,54 +107,45 @@ class ShardWriter:
                 return
             raise
         summaries = [read_summary(stream.schema) for stream in streams]
-        rejected = [line for summary in summaries for line in summary["rejected"]]
-        facts = [ImageStats(*fact) for summary in summaries for fact in summary["facts"]]
+        stats = [ImageStats(*values) for summary in summaries for values in summary["facts"]]
         account = Account()
         for summary in summaries:
             account.merge(Account.from_json(summary.get("account", {})))
+        rejected = [line for summary in summaries for line in summary["rejected"]]
+        unit = {"rejected": rejected} | _account_part(account)
         rows = Rows([batch for stream in streams for batch in stream])
         fraction = self.filters.validation_fraction
-        held_out = [bool(fraction) and is_held_out(fact.content_hash, fraction) for fact in facts]
-        sides = np.where(held_out, VALIDATION, TRAIN)
-        digest = None
-        if self.filters.deduplicate != "none":
-            labels = rows.column("label") if self.label_names is not None else [None] * len(rows)
-            about = stats_batch(sides.tolist(), facts, labels, rows.column("source"))
-            digest = stats_digest(about)
-            write_stream(stats_path(job.path), STATS_SCHEMA, [about], {"facts_digest": digest})
-        for side in reversed(self.filters.sides):  # training's last: where it is, all are
-            picked = np.flatnonzero(sides == side)
-            told, about = rejected if side == TRAIN else [], [facts[row] for row in picked]
-            notes = _of_account(account) if side == TRAIN else {}
-            self.write_rows(split_path(job.path, side), rows, picked, about, told, digest, notes=notes)
+        held_out = [bool(fraction) and is_held_out(image.content_hash, fraction) for image in stats]
+        splits = np.where(held_out, VALIDATION, TRAIN)
+        dedup = self._write_stats(job, rows, splits, stats) if self.filters.deduplicate != "none" else {}
+        for split in reversed(self.filters.splits):  # training last: where its shard exists, all do
+            picked = np.flatnonzero(splits == split)
+            about = (unit if split == TRAIN else {"rejected": []}) | dedup
+            self.write_rows(split_path(job.path, split), rows, picked, [stats[row] for row in picked], about)
         for path in job.slices:
             delete(path)
 
+    def _write_stats(self, job: JoinJob, rows: Rows, splits: np.ndarray, stats: list[ImageStats]) -> dict:
+        """Write what deduplication needs of the unit; returns what its shards say about that."""
+        labels = rows.column("label") if self.label_names is not None else [None] * len(rows)
+        batch = stats_batch(splits.tolist(), stats, labels, rows.column("source"))
+        digest = stats_digest(batch)
+        write_stream(stats_path(job.path), STATS_SCHEMA, [batch], {"facts_digest": digest})
+        return {"facts_digest": digest, "positions": None}
+
     def write_rows(
-        self,
-        path: Path | RemotePath,
-        rows: Rows,
-        picked: np.ndarray,
-        facts: list[ImageStats],
-        rejected: list[dict],
-        digest: str | None = None,
-        positions: list[int] | None = None,
-        notes: dict | None = None,
+        self, path: Path | RemotePath, rows: Rows, picked: np.ndarray, stats: list[ImageStats], about: dict
     ) -> None:
-        """Write the `picked` rows, whose facts these are, as a shard; the rest is told of it in its summary."""
+        """Write the `picked` rows, whose statistics are `stats`, as a shard; `about` goes into its summary as well."""
         batches = rebatch(rows.take(picked), BATCH_BYTES)
         labels = rows.column("label") if self.label_names is not None else None
         classes = Counter(labels[row] for row in picked) if labels is not None else {}
         summary = {
             "num_rows": len(picked),
             "classes": {str(label): classes[label] for label in sorted(classes)},
-            "pixels": sum_stats(facts),
-            "rejected": rejected,
-            **(notes or {}),
+            "pixels": sum_stats(stats),
         }
-        if digest is not None:
-            summary |= {"facts_digest": digest, "positions": positions}
-        write_stream(path, self.schema, batches, summary)
+        write_stream(path, self.schema, batches, summary | about)
 
     def _decoded(self, job: SliceJob, rejected: list[dict], account: Account) -> Iterator[dict]:
         for position, item in enumerate(job.items):
@@ -158,7 +153,7 @@ class ShardWriter:
             try:
                 if position in job.crashing:
                     raise RejectedImage(
-                        faults.CRASHED, "decoding it killed the process, by a fault or for want of memory"
+                        faults.CRASHED, "decoding it killed the process (a crash, or too little memory)"
                     )
                 record = self.reader.read(item)
                 if record.image is None:
@@ -175,7 +170,7 @@ class ShardWriter:
 
     @property
     def features(self) -> dict[str, dict]:
-        """The columns as `datasets` writes features; spelled out here, since importing it takes a second."""
+        """The columns in the form in which `datasets` writes features; importing `datasets` takes a second."""
         features = image_features(self.settings)
         if self.label_names is not None:
             features["label"] = {"names": self.label_names, "_type": "ClassLabel"}
@@ -206,25 +201,26 @@ class ShardWriter:
         return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
 
-def split_path(shard: Path | RemotePath, side: int) -> Path | RemotePath:
-    """Where the rows of a unit go that are on this side of the split."""
-    return shard if side == TRAIN else shard.parent / VALIDATION_FOLDER / shard.name
+def split_path(shard: Path | RemotePath, split: int) -> Path | RemotePath:
+    """Return the path of the shard with the rows of one split of a unit."""
+    return shard if split == TRAIN else shard.parent / VALIDATION_FOLDER / shard.name
 
 
 def stats_path(shard: Path | RemotePath) -> Path | RemotePath:
+    """Return the path of the statistics of a unit's images."""
     return shard.parent / UNITS_FOLDER / shard.name
 
 
 def read_summary(schema: pa.Schema) -> dict:
-    """What a shard says of itself: num_rows, classes (label -> count), pixels (their sums), and of its unit: rejected.
+    """Read a shard's summary: `num_rows`, `classes` (label -> count), `pixels` (sums), and `rejected` of its unit.
 
-    A slice has `facts` instead of what is counted from them.
+    A slice has `facts`, the `ImageStats` of its images, instead of the sums.
     """
     return json.loads((schema.metadata or {})[SUMMARY_KEY])
 
 
 def read_shard(path: Path | RemotePath) -> tuple[dict, list[pa.RecordBatch]] | None:
-    """Summary and rows of a shard; None where it is missing, or not whole."""
+    """Read the summary and rows of a shard; None if it is missing or not whole."""
     try:
         with open_stream(path) as stream:
             summary, batches = read_summary(stream.schema), list(stream)  # one that was cut short raises
@@ -233,7 +229,8 @@ def read_shard(path: Path | RemotePath) -> tuple[dict, list[pa.RecordBatch]] | N
     return (summary, batches) if sum(batch.num_rows for batch in batches) == summary["num_rows"] else None
 
 
-def write_stream(path: Path | RemotePath, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: dict) -> None:
+def write_stream(path: Path | RemotePath, schema: pa.Schema, batches: Iterable[pa.RecordBatch], summary: dict) -> None:
+    """Write an Arrow stream whose schema carries `summary`; it appears once it is complete."""
     schema = schema.with_metadata({**(schema.metadata or {}), SUMMARY_KEY: json.dumps(summary)})
     with written(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
         with pa.ipc.new_stream(file, schema) as stream:
@@ -241,7 +238,7 @@ def write_stream(path: Path | RemotePath, schema: pa.Schema, batches: Iterator[p
                 stream.write_batch(batch)
 
 
-def _of_account(account: Account) -> dict:
+def _account_part(account: Account) -> dict:
     """The part of a summary for an account; nothing for an empty one."""
     return {"account": account.to_json()} if account.counts else {}
 
