@@ -1,0 +1,51 @@
+"""Weights in channels_last memory: a resumed optimizer pairs each weight with its own state."""
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from trainkit.options.script import TrainingOptions
+from trainkit.training.checkpoints.state import restore, take_snapshot, write_snapshot
+from trainkit.training.device import memory_format, move_to_device
+from trainkit.training.optimizers import build_optimizer
+
+
+def model_and_optimizer(tiny_unet, name, seed):
+    options = TrainingOptions(optimizer=name, channels_last="yes", learning_rate=1e-2)
+    torch.manual_seed(seed)
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet))
+    unet = move_to_device(unet, options, torch.device("cpu"))
+    return unet, build_optimizer(options, unet)
+
+
+def step(unet, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in unet.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
+def test_a_resume_is_bit_equal_in_channels_last(tiny_unet, tmp_path, name):
+    unet, optimizer = model_and_optimizer(tiny_unet, name, 0)
+    step(unet, optimizer, 1)
+    write_snapshot(take_snapshot(unet, {}, optimizer, {}), tmp_path)
+    step(unet, optimizer, 2)
+
+    resumed, resumed_optimizer = model_and_optimizer(tiny_unet, name, 5)
+    restore(tmp_path, resumed, {}, resumed_optimizer)
+    for parameter in resumed.parameters():
+        for value in resumed_optimizer.state[parameter].values():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                assert value.stride() == parameter.stride()
+    step(resumed, resumed_optimizer, 2)
+    for ours, theirs in zip(resumed.parameters(), unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_weights_that_are_sharded_stay_contiguous(tiny_unet):
+    options = TrainingOptions(channels_last="yes", shard_weights=True)
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet))
+    assert all(p.is_contiguous() for p in move_to_device(unet, options, torch.device("cpu")).parameters())
+    assert memory_format(options, torch.device("cpu")) is torch.channels_last  # of the images
