@@ -95,7 +95,7 @@ def test_what_is_ambiguous_is_refused_in_one_line(tmp_path, monkeypatch):
     content = (tmp_path / "x.h5").read_bytes()
     for damaged in (b"", b"no hdf5" * 99, content[:-3000]):
         (tmp_path / "x.h5").write_bytes(damaged)
-        with pytest.raises(UserError, match="x.h5 is no whole HDF5 file"):
+        with pytest.raises(UserError, match="x.h5 is not a whole HDF5 file"):
             open_given(tmp_path / "x.h5")
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(UserError, match="needs the package h5py: pip install h5py"):

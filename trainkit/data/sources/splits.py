@@ -22,8 +22,8 @@ KEYWORDS = {
 ALL, DEFAULT = "all", "train"
 SHARD = re.compile(r"(?:.*/)?data/([\w]+)-\d{5}-of-\d{5}[^/]*\.[^/]*|(?:[^/]*/)?([\w]+)-\d{5}-of-\d{5}[^/]*\.parquet")
 _SEPARATOR = r"[-._ 0-9]"
-_SPLIT_OF = {word: split for split, words in KEYWORDS.items() for word in words}
-_WORDS = "|".join(sorted(_SPLIT_OF, key=len, reverse=True))
+SPLIT_OF = {word: split for split, words in KEYWORDS.items() for word in words}
+_WORDS = "|".join(sorted(SPLIT_OF, key=len, reverse=True))
 IN_FOLDER = re.compile(rf"(?:^|.*{_SEPARATOR})({_WORDS})(?:{_SEPARATOR}.*)?", re.DOTALL)
 IN_FILE = re.compile(rf"(?:^|.*{_SEPARATOR})({_WORDS}){_SEPARATOR}.*", re.DOTALL)
 SplitOf = Callable[[str], str | None]
@@ -37,13 +37,13 @@ def split_by_shard(path: str) -> str | None:
 def split_by_folder(path: str) -> str | None:
     for folder in path.split("/")[:-1]:
         if match := IN_FOLDER.fullmatch(folder):
-            return _SPLIT_OF[match[1]]
+            return SPLIT_OF[match[1]]
     return None
 
 
 def split_by_file(path: str) -> str | None:
     match = IN_FILE.fullmatch(path.rpartition("/")[2])
-    return _SPLIT_OF[match[1]] if match else None
+    return SPLIT_OF[match[1]] if match else None
 
 
 RULES = (split_by_shard, split_by_folder, split_by_file)
@@ -152,7 +152,7 @@ def _refuse_capitals(paths: Iterable[str], given: str, flag: str) -> None:
     """Train/ and Test/ are classes to `datasets`, which knows small letters only, and splits to most people."""
     folders = {path.partition("/")[0] for path in paths if "/" in path}
     splits = {match[1] for folder in folders if (match := IN_FOLDER.fullmatch(folder.lower()))}
-    if len({_SPLIT_OF[word] for word in splits}) > 1:
+    if len({SPLIT_OF[word] for word in splits}) > 1:
         raise UserError(
             f"{flag} {given} holds {' and '.join(sorted(folders)[:4])}: write names of splits in small letters, or "
             f"give --dataset_split {ALL} to read them as classes"
