@@ -1,37 +1,54 @@
 #!/usr/bin/env python
-"""KID and FID of generated images against real ones, with everything that a number needs beside it.
+"""Score generated images against real ones: FID, KID, precision/recall, density/coverage, memorization.
 
     python evaluate_samples.py --generated samples --reference path/to/images --output_file scores.json
 
-The reference is a folder of images or a prepared dataset. Beside each score stands the noise floor: what two random
-halves of the reference score against each other. Below 10,000 images read KID; FID is biased there.
+    # the features of published FIDs
+    python tools/fetch_weights.py inception
+    python evaluate_samples.py --generated samples.npz --reference prepared --feature_extractor inception \\
+        --metrics fid fid_infinity kid precision recall density coverage
 
-Samples of a conditional model (with the metadata.jsonl that sample.py writes) get scores a class, and how often they
-show what they were asked for: the class by a classifier trained on real images, the caption by what images look like.
+`--generated` and `--reference` are folders of images, prepared datasets, or .npz files of uint8 (N, H, W, C). Each
+score is printed with the noise floor: the score of two random halves of the reference against each other. Use KID for
+fewer than 10,000 images, because FID is biased there; fid_infinity extrapolates FID to infinitely many samples.
+
+Samples of a conditional model (with the metadata.jsonl of sample.py) get scores per class, and the share of samples
+that show what was requested: the class by a classifier trained on real images, the caption by image features.
 
     python evaluate_samples.py --generated samples --reference photos --classifier_data_dir photos
+
+`--held_out` adds a search for copies: the share of samples that are nearer to a reference image than 99 % of the
+held-out images are.
 """
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainkit.atomic import write_json
 from trainkit.config import parse_options
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
 
+METRICS = ("kid", "fid", "fid_infinity", "precision", "recall", "density", "coverage")
+
 
 @dataclass
 class Options:
-    """evaluation: which images, which metrics, where to"""
+    """evaluation: images, metrics and output"""
 
-    generated: str | None = option(None, "folder of generated images, such as --output_dir of sample.py")
-    reference: str | None = option(None, "folder of real images (searched recursively), or a prepared dataset")
-    metrics: list[str] = option(["kid", "fid"], "metrics to compute", choices=("kid", "fid"), nargs="+")
+    generated: str | None = option(None, "generated images: --output_dir of sample.py, a folder, or an .npz file")
+    reference: str | None = option(
+        None, "real images: a folder (searched recursively), a prepared dataset, or an .npz"
+    )
+    metrics: list[str] = option(["kid", "fid"], "metrics to compute", choices=METRICS, nargs="+")
+    feature_extractor: str = option(
+        "efficientnet_lite0",
+        "network of the features: inception, efficientnet_lite0, a TorchScript file of Inception (.pt), or the folder "
+        "or Hub id of a vision model of transformers (DINOv2, CLIP, ...)",
+    )
     output_file: str | None = option(None, "JSON file for the scores; default: print them only")
     num_images: int | None = option(
-        None, "images of each side at most, drawn at random by --seed; default: all", within="[1, inf)"
+        None, "maximum number of images per side, drawn at random by --seed; default: all", within="[1, inf)"
     )
     batch_size: int = option(
         64, "images per batch of the feature extractor; does not change the scores", within="[1, inf)"
@@ -39,176 +56,220 @@ class Options:
     seed: int = option(
         0, "seed of the draws: --num_images, KID's subsets, the halves of the noise floor", within="[0, inf)"
     )
+    held_out: str | None = option(
+        None, "real images that were not trained on: search for samples that copy a reference image"
+    )
+    closest_pairs_file: str | None = option(
+        None, "picture of the samples nearest to a reference image, above that image"
+    )
     classifier_data_dir: str | None = option(
-        None, "real images with classes, or a prepared dataset: a classifier of them says what the samples show"
+        None, "real images with classes, or a prepared dataset: train a classifier that judges the samples"
     )
     retrieval_captions: int = option(
-        10, "number of captions among which a sample's own is searched; chance is 1 / this", within="[2, inf)"
+        10, "number of captions from which a sample's own is retrieved; chance is 1 / this", within="[2, inf)"
     )
     cache_dir: str | None = option(
-        None, "folder for trained classifiers; default: $TRAINKIT_CACHE, else ~/.cache/trainkit"
+        None, "folder for weights, features and classifiers; default: $TRAINKIT_CACHE, else ~/.cache/trainkit"
     )
 
 
 def evaluate(options: Options) -> dict:
-    import numpy as np
+    """Plan, compute features, score; return everything that the report needs."""
     import torch
-    from tqdm.auto import tqdm
 
-    from trainkit.evaluation.features import INPUT_SIZE, EfficientNetLite0, extract_features
+    from trainkit.evaluation.features import RESIZE, open_extractor
     from trainkit.evaluation.images import open_images, read_sampling_record
-    from trainkit.evaluation.metrics import noise_floor, scores, why_not_comparable
+    from trainkit.evaluation.metrics import noise_floor, scores
+    from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
+    from trainkit.evaluation.report import comparability
 
     record = read_sampling_record(options.generated)
-    sides = {
-        "generated": open_images(options.generated, "--generated"),
-        "reference": open_images(options.reference, "--reference", skip_unreadable=True),
-    }
-    extractor = EfficientNetLite0()
+    generated = open_images(options.generated, "--generated")
+    reference = open_images(options.reference, "--reference", skip_unreadable=True)
+    extractor = open_extractor(options.feature_extractor, options.cache_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    features, scored = {}, {}
-    for side, images in sides.items():
-        count = min(len(images), options.num_images or len(images))
-        _check_count(side, count)
-        scored[side] = np.sort(np.random.default_rng(options.seed).permutation(len(images))[:count])
-    accuracy = None
-    if options.classifier_data_dir is not None:
-        accuracy = judge_classes(options, sides["generated"], scored["generated"])
-    for side, images in sides.items():
-        batches = images.batches(scored[side], options.batch_size, INPUT_SIZE)
-        steps = -(-len(scored[side]) // options.batch_size)
-        features[side] = extract_features(extractor, tqdm(batches, total=steps, desc=f"{side} features"), device)
-        scored[side] = [index for index in scored[side].tolist() if index not in images.unreadable]
-        _check_count(side, len(scored[side]))
+    samples = choose_images(generated, "generated", options.num_images, options.seed)
+    references = choose_images(reference, "reference", options.num_images, options.seed)
+    accuracy = None if options.classifier_data_dir is None else judge_classes(options, generated, samples)
 
-    num_generated, num_reference = len(features["generated"]), len(features["reference"])
-    floor, floor_size = noise_floor(features["reference"], num_generated, options.metrics, options.seed)
+    made = score_images(generated, samples, extractor, options.batch_size, device, "generated")
+    real = reference_features(reference, references, extractor, options.batch_size, device, options.cache_dir)
+    num_generated, num_reference = len(made.features), len(real.features)
+    check_count("reference", num_reference)  # unreadable images were left out
+
+    floor, floor_size = noise_floor(real.features, num_generated, options.metrics, options.seed)
     return {
-        "scores": scores(features["reference"], features["generated"], options.metrics, options.seed),
+        "scores": scores(real.features, made.features, options.metrics, options.seed),
         "noise_floor": floor,
         "num_generated": num_generated,
         "num_reference": num_reference,
         "num_noise_floor": floor_size,
-        "note": why_not_comparable(min(num_generated, num_reference)),
+        "note": comparability(extractor.weights_sha256, num_generated, num_reference),
         "feature_extractor": extractor.name,
+        "weights_sha256": extractor.weights_sha256,
+        "resize": RESIZE,
         "generated": options.generated,
         "reference": options.reference,
+        "same_images": generated.fingerprint == reference.fingerprint,
         "sampling": record or None,
         "seed": options.seed,
-        "unreadable_reference": {
-            str(sides["reference"].files[index]): why for index, why in sides["reference"].unreadable.items()
-        },
+        "unreadable_reference": {str(reference.files[index]): why for index, why in reference.unreadable.items()},
         "accuracy": accuracy,
-        **compare_conditions(options, sides, scored, features),
+        "memorization": search_copies(options, extractor, device, (generated, made), (reference, real)),
+        **compare_conditions(options, extractor.weights_sha256, (generated, made), (reference, real)),
     }
 
 
-def _check_count(side: str, count: int) -> None:
-    least = 2 if side == "generated" else 4
-    if count < least:
-        raise UserError(f"--{side}: {count} images are too few for a score; give at least {least} that can be read")
+def search_copies(options: Options, extractor, device, generated: tuple, reference: tuple) -> dict | None:
+    """Nearest reference images of the samples, in feature and in pixel space; None unless it is asked for.
+
+    `generated` and `reference` are pairs of the images and their `ScoredImages`.
+    """
+    if options.held_out is None and options.closest_pairs_file is None:
+        return None
+    import numpy as np
+
+    from trainkit.evaluation.images import open_images
+    from trainkit.evaluation.memorization import memorization, save_closest_pairs, thumbnails
+    from trainkit.evaluation.reference import score_images
+
+    (samples, made), (training, real) = generated, reference
+    held_out, held_out_pixels = None, None
+    if options.held_out is not None:
+        images = open_images(options.held_out, "--held_out", skip_unreadable=True)
+        indices = np.arange(min(len(images), options.num_images or len(images)))
+        scored = score_images(images, indices, extractor, options.batch_size, device, "held-out")
+        held_out, held_out_pixels = scored.features, thumbnails(images, scored.indices)
+    found = {
+        "features": memorization(real.features, made.features, held_out),
+        "pixels": memorization(thumbnails(training, real.indices), thumbnails(samples, made.indices), held_out_pixels),
+        "held_out": options.held_out,
+    }
+    nearest = found["features"].pop("nearest")
+    found["pixels"].pop("nearest")
+    order = sorted(range(len(nearest)), key=lambda row: nearest[row]["distance"])
+    pairs = [(int(made.indices[row]), int(real.indices[nearest[row]["row"]])) for row in order[:16]]
+    found["closest_pairs"] = [
+        {"generated": sample, "reference": image, "distance": nearest[row]["distance"]}
+        for row, (sample, image) in zip(order, pairs, strict=False)
+    ]
+    if options.closest_pairs_file is not None:
+        save_closest_pairs(Path(options.closest_pairs_file), samples, training, pairs)
+    return found
 
 
 def judge_classes(options: Options, images, indices) -> dict:
-    """How many of the samples `indices` show the class asked for, by a classifier of `--classifier_data_dir`."""
+    """The share of the samples `indices` that show the requested class, by a classifier of `--classifier_data_dir`."""
     from trainkit.data.files import cache_root
-    from trainkit.evaluation.classifier import classifier_of
-    from trainkit.evaluation.conditioning import check_asked_labels, label_accuracy
-    from trainkit.evaluation.conditions import read_shown
+    from trainkit.evaluation.classifier import open_classifier
+    from trainkit.evaluation.conditioning import check_requested_labels, label_accuracy
+    from trainkit.evaluation.conditions import read_annotations
     from trainkit.evaluation.images import open_images
 
     flag = "--classifier_data_dir"
     real = open_images(options.classifier_data_dir, flag, skip_unreadable=True)
-    asked, shown = read_shown(images, "--generated"), read_shown(real, flag)
-    labels = [asked.labels[index] for index in indices]
+    requested, annotations = read_annotations(images, "--generated"), read_annotations(real, flag)
+    labels = [requested.labels[index] for index in indices]
     flag = f"{flag} {options.classifier_data_dir}"
-    check_asked_labels(labels, shown.label_names, options.generated, flag)
-    classifier = classifier_of(real, shown, flag, cache_root(options.cache_dir), options.seed)
+    check_requested_labels(labels, annotations.label_names, options.generated, flag)
+    classifier = open_classifier(real, annotations, flag, cache_root(options.cache_dir), options.seed)
     found = label_accuracy(labels, classifier.predict(images, indices), classifier)
     return found | {"trained_on": options.classifier_data_dir, "num_unreadable": len(real.unreadable)}
 
 
-def compare_conditions(options: Options, sides: dict, scored: dict, features: dict) -> dict:
-    """Scores a class, and captions found again, where both sides have classes or captions.
+def compare_conditions(options: Options, weights_sha256: str, generated: tuple, reference: tuple) -> dict:
+    """Scores per class and caption retrieval, if both sides have classes or captions.
 
-    `sides`, `scored` and `features` hold for generated and reference the images, the numbers of those that have
-    features, and these.
+    `generated` and `reference` are pairs of the images and their `ScoredImages`.
     """
     from trainkit.evaluation.conditioning import caption_retrieval, scores_per_class
-    from trainkit.evaluation.conditions import read_shown
+    from trainkit.evaluation.conditions import read_annotations
 
-    asked, found = read_shown(sides["generated"], "--generated"), {}
-    if not (asked.has_labels or asked.has_texts):
+    (samples, made), (training, real) = generated, reference
+    requested, found = read_annotations(samples, "--generated"), {}
+    if not (requested.has_labels or requested.has_texts):
         return found
-    shown = read_shown(sides["reference"], "--reference")
+    annotations = read_annotations(training, "--reference")
 
     def of_both(name: str) -> tuple:
-        real, made = ([getattr(side, name)[index] for index in scored[key]] for key, side in both)
-        return features["reference"], real, features["generated"], made
+        values = [
+            [getattr(side, name)[index] for index in scored.indices]
+            for side, scored in ((annotations, real), (requested, made))
+        ]
+        return real.features, values[0], made.features, values[1]
 
-    both = (("reference", shown), ("generated", asked))
-    if asked.has_labels and shown.has_labels:
-        found["per_class"] = scores_per_class(*of_both("labels"), options.metrics, options.seed)
-    if asked.has_texts and shown.has_texts:
+    if requested.has_labels and annotations.has_labels:
+        found["per_class"] = scores_per_class(*of_both("labels"), options.metrics, options.seed, weights_sha256)
+    if requested.has_texts and annotations.has_texts:
         found["retrieval"] = caption_retrieval(*of_both("texts"), options.retrieval_captions, options.seed)
     return found
 
 
 def print_scores(result: dict, metrics: list[str]) -> None:
-    """A line for each score, with all that it depends on."""
-    record = result["sampling"]
-    sampler = "unknown sampler (no sampling.json)"
-    if record is not None:
-        sampler = f"{record['scheduler_name']} ({record['scheduler']['class']}), {record['num_inference_steps']} steps"
+    """One line per score, with everything that it depends on."""
+    from trainkit.evaluation.report import describe_sampling, format_score
+
     for name in metrics:
         print(
-            f"{name.upper()} {with_deviation(result['scores'], name)} | "
-            f"noise floor {with_deviation(result['noise_floor'], name)} "
+            f"{name.upper()} {format_score(result['scores'], name)} | "
+            f"noise floor {format_score(result['noise_floor'], name)} "
             f"({result['num_noise_floor']} real against {result['num_noise_floor']} real) | "
-            f"{result['num_generated']} generated, {result['num_reference']} reference | {sampler} | "
-            f"{result['feature_extractor']} | {result['note']}"
+            f"{result['num_generated']} generated, {result['num_reference']} reference | "
+            f"{describe_sampling(result['sampling'])} | {result['feature_extractor']}, weights "
+            f"{result['weights_sha256'][:12]} | resize {result['resize']} | {result['note']}"
         )
+    if result["same_images"]:
+        print("WARNING: --generated and --reference hold the same images")
     for name, why in list(result["unreadable_reference"].items())[:10]:
         print(f"--reference: {name} cannot be read ({why})")
     if result["unreadable_reference"]:
         print(f"--reference: left out {len(result['unreadable_reference'])} images that cannot be read")
 
 
+def print_memorization(result: dict) -> None:
+    """One line per space in which copies were searched."""
+    found = result["memorization"]
+    for space in ("features", "pixels") if found else ():
+        values = found[space]
+        line = (
+            f"MEMORIZATION in {space}: {values['num_copies']} of {result['num_generated']} samples equal a reference "
+            "image"
+        )
+        if "share_too_near" in values:
+            line += (
+                f"; {values['share_too_near']:.1%} are nearer to one than 99 % of {values['num_held_out']} held-out "
+                "images (about 1 % is expected)"
+            )
+        print(line)
+
+
 def print_conditioning(result: dict, metrics: list[str]) -> None:
-    """A line for each class and for each kind of condition, with the chance level and what the judge is worth."""
+    """One line per class and per kind of condition, with the chance level and the accuracy of the classifier."""
+    from trainkit.evaluation.report import format_score, format_share
+
     for label, of_class in list((result.get("per_class") or {}).items())[:20]:
-        told = ", ".join(
-            f"{name.upper()} {with_deviation(of_class['scores'], name)} "
-            f"(noise floor {with_deviation(of_class['noise_floor'], name)})"
+        values = ", ".join(
+            f"{name.upper()} {format_score(of_class['scores'], name)} "
+            f"(noise floor {format_score(of_class['noise_floor'], name)})"
             for name in metrics
         )
         print(
-            f"class {label}: {told} | {of_class['num_generated']} generated, {of_class['num_reference']} reference | "
-            f"{of_class['note']}"
+            f"class {label}: {values} | {of_class['num_generated']} generated, {of_class['num_reference']} reference "
+            f"| {of_class['note']}"
         )
     if accuracy := result.get("accuracy"):
         print(
-            f"ACCURACY {with_interval(accuracy)} of {accuracy['n']} samples show the class asked for | chance "
-            f"{accuracy['chance']:.1%} | the classifier is right on {with_interval(accuracy['classifier'])} of "
+            f"ACCURACY {format_share(accuracy)} of {accuracy['n']} samples show the requested class | chance "
+            f"{accuracy['chance']:.1%} | the classifier is right on {format_share(accuracy['classifier'])} of "
             f"{accuracy['classifier']['n']} real images of {accuracy['trained_on']} that it was not trained on | "
-            f"{accuracy['num_not_asked']} samples of no class left out"
+            f"{accuracy['num_without_label']} samples without a class left out"
         )
     if retrieval := result.get("retrieval"):
         print(
-            f"RETRIEVAL {with_interval(retrieval)} of {retrieval['n']} samples are nearest to the real images of "
+            f"RETRIEVAL {format_share(retrieval)} of {retrieval['n']} samples are nearest to the real images of "
             f"their caption, among {retrieval['num_captions']} captions | chance {retrieval['chance']:.1%} | "
             f"{retrieval['num_not_judged']} samples whose caption no real image has left out"
         )
-
-
-def with_interval(found: dict) -> str:
-    low, high = found["interval"]
-    return f"{found['share']:.1%} (95 % interval {low:.1%} to {high:.1%})"
-
-
-def with_deviation(values: dict[str, float], name: str) -> str:
-    deviation = values.get(f"{name}_std")
-    return f"{values[name]:.4g}" + (f" +- {deviation:.2g}" if deviation is not None else "")
 
 
 def main() -> None:
@@ -216,17 +277,20 @@ def main() -> None:
     for name in ("generated", "reference"):
         if getattr(options, name) is None:
             raise UserError(f"--{name} is missing: give a folder of images")
-    if options.output_file is not None and Path(options.output_file).is_dir():
-        raise UserError(f"--output_file {options.output_file} is a folder: give the name of a JSON file")
+    for name, kind in (("output_file", "JSON file"), ("closest_pairs_file", "PNG file")):
+        value = getattr(options, name)
+        if value is not None and Path(value).is_dir():
+            raise UserError(f"--{name} {value} is a folder: give the name of a {kind}")
+    if options.closest_pairs_file is not None and Path(options.closest_pairs_file).suffix != ".png":
+        raise UserError(f"--closest_pairs_file {options.closest_pairs_file} must end in .png")
     result = evaluate(options)
     print_scores(result, options.metrics)
+    print_memorization(result)
     print_conditioning(result, options.metrics)
     if options.output_file is not None:
         file = Path(options.output_file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".tmp-{file.name}")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(temporary, file)
+        write_json(file, result)
 
 
 if __name__ == "__main__":

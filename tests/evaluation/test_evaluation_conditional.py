@@ -16,7 +16,7 @@ from tools import measure_digits
 from trainkit.errors import UserError
 from trainkit.evaluation import classifier as classifiers
 from trainkit.evaluation.conditioning import caption_retrieval, label_accuracy, proportion, scores_per_class
-from trainkit.evaluation.conditions import read_shown
+from trainkit.evaluation.conditions import read_annotations
 from trainkit.evaluation.images import open_images
 
 KINDS = ("across", "down", "plain")
@@ -81,7 +81,7 @@ def test_samples_are_judged_by_the_class_asked_for(real, cache, tmp_path, monkey
     found, output = json.loads(file.read_text()), capsys.readouterr().out
     accuracy = found["accuracy"]
     assert accuracy["labels"] == list(KINDS) and accuracy["confusion"] == [[8, 0, 0], [0, 6, 2], [0, 0, 0]]
-    assert accuracy["share"] == 14 / 16 and accuracy["n"] == 16 and accuracy["num_not_asked"] == 2
+    assert accuracy["share"] == 14 / 16 and accuracy["n"] == 16 and accuracy["num_without_label"] == 2
     assert accuracy["per_class"]["down"]["share"] == 0.75 and "plain" not in accuracy["per_class"]
     assert accuracy["classifier"] == proportion(6, 6), "three classes of twenty, every tenth held out"
     [line] = [line for line in output.splitlines() if line.startswith("ACCURACY")]
@@ -97,10 +97,10 @@ def test_samples_are_judged_by_the_class_asked_for(real, cache, tmp_path, monkey
 
 def test_the_classifier_is_a_function_of_images_and_seed_and_is_kept(real, cache, tmp_path, monkeypatch):
     images = open_images(str(real), "--classifier_data_dir", skip_unreadable=True)
-    shown = read_shown(images, "--classifier_data_dir")
+    annotations = read_annotations(images, "--classifier_data_dir")
 
     def made(folder, seed=0):
-        return classifiers.classifier_of(images, shown, "--classifier_data_dir", folder, seed)
+        return classifiers.open_classifier(images, annotations, "--classifier_data_dir", folder, seed)
 
     kept, again = made(cache), made(tmp_path / "other")
     weights, others = kept.network.state_dict(), again.network.state_dict()
@@ -126,7 +126,7 @@ def test_a_prepared_dataset_says_what_it_shows_as_its_folder_does(real, tmp_path
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     folder, prepared = open_images(str(real), "--reference"), open_images(str(tmp_path / "prepared"), "--reference")
-    one, other = read_shown(folder, "--reference"), read_shown(prepared, "--reference")
+    one, other = read_annotations(folder, "--reference"), read_annotations(prepared, "--reference")
     assert sorted(zip(one.labels, one.texts, strict=True)) == sorted(zip(other.labels, other.texts, strict=True))
     assert one.label_names == other.label_names == list(KINDS) and folder.side == prepared.side == 20
 
@@ -235,7 +235,7 @@ def test_mistakes_are_told_before_anything_is_trained(real, tmp_path, monkeypatc
 def test_a_class_asked_for_and_never_found_is_no_hit():
     judge = classifiers.Classifier(torch.nn.Identity(), ["a", "b"], 8, accuracy=0.75, num_held_out=4)
     found = label_accuracy(["a", "a", None, "null"], ["b", "b", "a", "a"], judge)
-    assert found["share"] == 0 and found["confusion"] == [[0, 2], [0, 0]] and found["num_not_asked"] == 2
+    assert found["share"] == 0 and found["confusion"] == [[0, 2], [0, 0]] and found["num_without_label"] == 2
     assert found["classifier"]["share"] == 0.75 and found["chance"] == 0.5
 
 

@@ -293,7 +293,7 @@ def test_an_encoding_does_not_depend_on_the_other_prompts(text_pipeline):
     "arguments, message",
     [
         ({}, "class_labels is missing"),
-        ({"prompt": "a cat"}, "prompt: this model takes class_labels"),
+        ({"prompt": "a cat"}, "prompt: this model accepts class_labels"),
         ({"class_labels": 3}, "class_labels: 3 must be 0 to 2"),
         ({"class_labels": [-1]}, "class_labels: -1 must be 0 to 2"),
         ({"class_labels": "dgo"}, "no class is called 'dgo': did you mean 'dog'?"),
@@ -304,8 +304,8 @@ def test_an_encoding_does_not_depend_on_the_other_prompts(text_pipeline):
         ),
         ({"class_labels": 0, "guidance_interval": [3]}, "guidance_interval [3]: give two noise levels"),
         ({"class_labels": 0, "guidance_scale": math.nan}, "guidance_scale nan must be at least 1"),
-        ({"class_labels": [1.5, 0]}, "class_labels: 1.5 is no whole number"),
-        ({"class_labels": math.nan}, "class_labels: nan is no whole number"),
+        ({"class_labels": [1.5, 0]}, "class_labels: 1.5 is not a whole number"),
+        ({"class_labels": math.nan}, "class_labels: nan is not a whole number"),
         ({"class_labels": "\u00b2"}, "no class is called '\u00b2'"),
         ({"class_labels": []}, "class_labels: the list is empty"),
         ({"class_labels": torch.zeros(0)}, "class_labels: the list is empty"),
@@ -327,8 +327,8 @@ def test_mistakes_are_named(arguments, message):
 @pytest.mark.parametrize(
     "vectors, message",
     [
-        ([1.0, 2.0], "2 numbers in a vector, the model takes 3"),
-        (np.zeros((2, 5)), "the model takes (images, 3)"),
+        ([1.0, 2.0], "2 numbers in a vector, the model accepts 3"),
+        (np.zeros((2, 5)), "the model accepts (images, 3)"),
         ([[1.0, 2.0, math.inf]], "every number must be finite"),
         ([[1.0, 2.0, math.nan]], "every number must be finite"),
     ],
@@ -339,5 +339,5 @@ def test_wrong_vectors_are_named(vectors, message):
 
 
 def test_a_prompt_that_is_too_long_is_named(text_pipeline):
-    with pytest.raises(ValueError, match="has 22 tokens, the model takes 12: shorten it"):
+    with pytest.raises(ValueError, match="has 22 tokens, the model accepts 12: shorten it"):
         text_pipeline(prompt="red " * 20)

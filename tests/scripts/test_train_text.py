@@ -161,7 +161,7 @@ def test_the_pipeline_loads_without_this_repository(whole, tmp_path):
     copy = shutil.copytree(whole, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
     done = run_code(PROMPT_SCRIPT, copy, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "42 tokens, the model takes 16" in done.stdout
+    assert "42 tokens, the model accepts 16" in done.stdout
     assert {"text_encoder", "tokenizer", "conditional.py", "samples.png"} <= {path.name for path in copy.iterdir()}
     assert json.loads((copy / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
 

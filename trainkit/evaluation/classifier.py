@@ -1,4 +1,4 @@
-"""A small classifier of real images, trained here and kept, to judge whether samples show the class asked for."""
+"""A small classifier trained on real images and cached; it judges whether samples show the requested class."""
 
 # N images, B batch, S side of the classifier's input in pixels, K classes
 
@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from trainkit.atomic import replacing
 from trainkit.errors import UserError
-from trainkit.evaluation.conditions import Shown
-from trainkit.evaluation.images import ImageFolder, PreparedFolder
+from trainkit.evaluation.conditions import Annotations
+from trainkit.evaluation.images import ImageSet
 
-FORMAT = 1  # raise it when the same images would give another classifier
+FORMAT = 1  # increase it when the same images would give another classifier
 MAX_SIDE, MAX_IMAGES = 64, 30_000
 EPOCHS, BATCH_SIZE, PEAK_LEARNING_RATE = 16, 128, 3e-3
 MIN_STEPS, MAX_STEPS = 100, 2000
@@ -27,49 +28,53 @@ HELD_OUT = 10  # every tenth image of a class
 
 
 class Classifier:
-    """Says which of `labels` images show; `accuracy` is its own on `num_held_out` real images outside its training."""
+    """Predicts which of `labels` an image shows; `accuracy` was measured on `num_held_out` held-out real images."""
 
     def __init__(self, network: nn.Module, labels: list[str], side: int, accuracy: float, num_held_out: int):
         self.network, self.labels, self.side = network.eval(), labels, side
         self.accuracy, self.num_held_out = accuracy, num_held_out
 
-    def predict(self, images: ImageFolder | PreparedFolder, indices: np.ndarray) -> list[str]:
+    def predict(self, images: ImageSet, indices: np.ndarray) -> list[str]:
         """The class of each of `images[indices]`, all of which can be read."""
         batches = images.batches(indices, BATCH_SIZE, self.side)
         numbers = [predicted(self.network, _as_input(batch)) for batch in batches]
         return [self.labels[number] for number in torch.cat(numbers).tolist()]
 
 
-def classifier_of(images: ImageFolder | PreparedFolder, shown: Shown, flag: str, cache: Path, seed: int) -> Classifier:
-    """The classifier of the classes that `images` show, from `cache` where these images and this seed have one.
+def open_classifier(images: ImageSet, annotations: Annotations, flag: str, cache: Path, seed: int) -> Classifier:
+    """The classifier of the classes of `images`, loaded from `cache` or trained for these images and this seed.
 
-    At most `MAX_IMAGES` drawn by `seed` are used, squeezed to squares of at most `MAX_SIDE` pixels; every tenth of a
-    class only measures its accuracy. Raises `UserError` naming `flag`.
+    At most `MAX_IMAGES` drawn by `seed` are used, resized to squares of at most `MAX_SIDE` pixels. Every tenth image
+    of a class is held out to measure accuracy. Raises `UserError` naming `flag`.
     """
-    names = shown.label_names
+    names = annotations.label_names
     if len(names) < 2:
-        raise UserError(f"{flag} has {len(names)} classes: give images in class folders, or with a label each")
+        raise UserError(
+            f"{flag} has {len(names)} classes: give images in class folders, or with labels in their metadata"
+        )
     side = min(MAX_SIDE, images.side)
-    identity = hashlib.sha256(repr((FORMAT, shown.fingerprint, side, seed)).encode()).hexdigest()[:16]
+    identity = hashlib.sha256(repr((FORMAT, annotations.fingerprint, side, seed)).encode()).hexdigest()[:16]
     file = cache / "classifiers" / f"{identity}.safetensors"
     network = seeded_network(3, len(names), seed)
-    told = load_network(file, network, identity)
-    if told is None:
-        told = _train_and_measure(network, images, shown, flag, side, seed)
-        save_network(file, network, told | {"identity": identity})
-    return Classifier(network, names, side, told["accuracy"], told["num_held_out"])
+    record = load_network(file, network, identity)
+    if record is None:
+        record = _train_and_measure(network, images, annotations, flag, side, seed)
+        save_network(file, network, record | {"identity": identity})
+    return Classifier(network, names, side, record["accuracy"], record["num_held_out"])
 
 
-def _train_and_measure(network: nn.Module, images, shown: Shown, flag: str, side: int, seed: int) -> dict:
+def _train_and_measure(
+    network: nn.Module, images: ImageSet, annotations: Annotations, flag: str, side: int, seed: int
+) -> dict:
     chosen = np.random.default_rng(seed).permutation(len(images))
-    chosen = chosen[[shown.labels[index] is not None for index in chosen]][:MAX_IMAGES]
+    chosen = chosen[[annotations.labels[index] is not None for index in chosen]][:MAX_IMAGES]
     batches = tqdm(
         images.batches(chosen, BATCH_SIZE, side), total=-(-len(chosen) // BATCH_SIZE), desc=f"{flag} images"
     )
     pixels = np.concatenate(list(batches))
     kept = [index for index in chosen if index not in images.unreadable]
-    names = shown.label_names
-    targets = np.array([names.index(shown.labels[index]) for index in kept])
+    names = annotations.label_names
+    targets = np.array([names.index(annotations.labels[index]) for index in kept])
     held_out = np.zeros(len(kept), dtype=bool)
     for number, name in enumerate(names):
         of_class = np.flatnonzero(targets == number)
@@ -111,7 +116,7 @@ def fit(
 ) -> None:
     """Train with cross-entropy and one-cycle AdamW for `EPOCHS`, within `MIN_STEPS` and `MAX_STEPS`; leaves eval mode.
 
-    `batch_of(rows, generator)` makes inputs and targets of image numbers (B,).
+    `batch_of(rows, generator)` returns inputs and targets for image numbers (B,).
     """
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(BATCH_SIZE, num_images)
@@ -136,7 +141,7 @@ def fit(
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn by up to 10 degrees, scale by up to 10 %, shift by up to 7 %, add noise all can be read in."""
+    """Rotate by up to 10 degrees, scale by up to 10 %, shift by up to 7 % and add weak noise."""
     turn, scale, *shift = (torch.rand(4, len(images), generator=generator) * 2 - 1) * torch.tensor(
         [[0.17], [0.1], [2 / 14], [2 / 14]]
     )
@@ -158,24 +163,23 @@ def _as_input(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255)
 
 
-def save_network(file: Path, network: nn.Module, told: dict) -> None:
-    """Weights and what is told of them, under a temporary name first."""
+def save_network(file: Path, network: nn.Module, record: dict) -> None:
+    """Write the weights and a JSON `record` about them."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file(network.state_dict(), partial, metadata={"told": json.dumps(told)})
-    partial.replace(file)
+    with replacing(file) as temporary:
+        save_file(network.state_dict(), temporary, metadata={"record": json.dumps(record)})
 
 
 def load_network(file: Path, network: nn.Module, identity: str) -> dict | None:
-    """What was told of the weights in `file`, now in `network`; None where there are none of this identity."""
+    """Load the weights in `file` into `network` and return their record; None without weights of this identity."""
     if not file.is_file():
         return None
     try:
         with safe_open(file, "pt") as stored:
-            told = json.loads((stored.metadata() or {}).get("told", "{}"))
-            if told.get("identity") != identity:
+            record = json.loads((stored.metadata() or {}).get("record", "{}"))
+            if record.get("identity") != identity:
                 return None
             network.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
     except SafetensorError:  # cut off by a full disk: train it again
         return None
-    return told
+    return record

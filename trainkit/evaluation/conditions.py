@@ -1,4 +1,4 @@
-"""What each image of a set shows, or each sample was asked to show: its class and its caption."""
+"""The class and caption of each image, shown by a real image or requested from a sample."""
 
 # N images
 
@@ -8,14 +8,14 @@ import numpy as np
 
 from trainkit.data.sources.folder import ImageFolder as FolderSource
 from trainkit.data.sources.records import sorted_labels
-from trainkit.evaluation.images import ImageFolder, PreparedFolder
+from trainkit.evaluation.images import ImageFolder, ImageSet, PreparedFolder
 
-NULL = "null"  # what sample.py writes for no class in particular
-PART = 4096
+NULL = "null"  # sample.py writes this for the null class
+ROWS_PER_READ = 4096
 
 
-class Shown(NamedTuple):
-    """Class and caption of each image (N,), None where nobody told; `fingerprint` is that of the files."""
+class Annotations(NamedTuple):
+    """Class and caption of each image (N,), None where there is none; `fingerprint` changes with the files."""
 
     labels: list[str | None]
     texts: list[str | None]
@@ -23,7 +23,7 @@ class Shown(NamedTuple):
 
     @property
     def label_names(self) -> list[str]:
-        """The classes there are images of, in the order that training numbers them in."""
+        """The classes that occur, in the order of their numbers in training."""
         return sorted_labels({label for label in self.labels if label is not None})
 
     @property
@@ -35,13 +35,16 @@ class Shown(NamedTuple):
         return any(text is not None for text in self.texts)
 
 
-def read_shown(images: ImageFolder | PreparedFolder, flag: str) -> Shown:
-    """What `images` show: by class folders, metadata files and NAME.txt, or by the columns of a prepared dataset.
+def read_annotations(images: ImageSet, flag: str) -> Annotations:
+    """The annotations of `images` from class folders, metadata files and NAME.txt, or from a prepared dataset.
 
-    Of several captions it is the first. Raises `UserError` naming `flag` or the file.
+    Only the first of several captions is used; .npz files have no annotations. Raises `UserError` naming `flag` or the
+    file.
     """
     if isinstance(images, PreparedFolder):
         return _read_prepared(images)
+    if not isinstance(images, ImageFolder):
+        return Annotations([None] * len(images), [None] * len(images), images.fingerprint)
     source = FolderSource(images.folder, flag)
     reader, names = source.reader, source.label_names or []
     known = {}
@@ -49,18 +52,18 @@ def read_shown(images: ImageFolder | PreparedFolder, flag: str) -> Shown:
         record = reader.read(entry)
         known[entry.path] = (names[record.label] if record.label >= 0 else None, _first_line(record.text))
     found = [known.get(file.relative_to(images.folder).as_posix(), (None, None)) for file in images.files]
-    return Shown([label for label, _ in found], [text for _, text in found], source.fingerprint)
+    return Annotations([label for label, _ in found], [text for _, text in found], source.fingerprint)
 
 
-def _read_prepared(images: PreparedFolder) -> Shown:
+def _read_prepared(images: PreparedFolder) -> Annotations:
     prepared = images.images
     names = prepared.label_names or []
     labels, texts = [], []
-    for start in range(0, len(prepared), PART):
-        part = np.arange(start, min(start + PART, len(prepared)))
+    for start in range(0, len(prepared), ROWS_PER_READ):
+        part = np.arange(start, min(start + ROWS_PER_READ, len(prepared)))
         labels += [names[number] if number >= 0 else None for number in prepared.labels(part).tolist()]
         texts += [_first_line(text) for text in prepared.texts(part)]
-    return Shown(labels, texts, prepared.fingerprint)
+    return Annotations(labels, texts, prepared.fingerprint)
 
 
 def _first_line(text: str | None) -> str | None:

@@ -46,10 +46,10 @@ def fid_at_infinity(reference: Tensor, generated: Tensor, seed: int = 0) -> dict
     """FID for infinitely many generated images, by a line through FID against 1 / n (Chong & Forsyth 2020, Eq. 7).
 
     `SIZES` subsets of the generated images are scored against all of the reference. `fid_infinity_se` is the standard
-    error of the intercept. Both are NaN for fewer than `MIN_IMAGES_TO_EXTRAPOLATE` generated images.
+    error of the intercept. Both are missing for fewer than `MIN_IMAGES_TO_EXTRAPOLATE` generated images.
     """
     if len(generated) < MIN_IMAGES_TO_EXTRAPOLATE:
-        return {"fid_infinity": float("nan"), "fid_infinity_se": float("nan")}
+        return {}
     moments, generator = FeatureMoments.of(reference), torch.Generator().manual_seed(seed)
     sizes = torch.linspace(max(10, SMALLEST_SHARE * len(generated)), len(generated), SIZES).long().unique()
     values = []

@@ -1,42 +1,63 @@
-"""Images to score, from a folder or a prepared dataset, all brought to the size and mode of the feature extractor."""
+"""Images to score: folders, prepared datasets, .npz files or arrays, resized for the feature extractor."""
 
 # N images, B batch, H/W pixels, C channels, S side of the extractor's input in pixels
 
+import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from trainkit.data.format import PREPARATION_NAME
+from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.listing import list_folder
 from trainkit.data.sources.splits import ALL
-from trainkit.errors import UserError
+from trainkit.errors import UserError, one_line
 
 NOT_READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-PREPARATION_NAME, RECORD_NAME = "preparation.json", "sampling.json"
+RECORD_NAME = "sampling.json"
+
+
+class ImageSet(Protocol):
+    """Images that can be read in batches of one size."""
+
+    unreadable: dict[int, str]  # index and reason of images that were left out
+    side: int  # longer side in pixels of the (first) image
+    fingerprint: str  # changes with the images
+
+    def __len__(self) -> int: ...
+
+    def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
+        """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
+        ...
 
 
 class ImageFolder:
-    """The images in a folder and all folders below it, in the order of their names.
+    """The images that prepare_dataset.py would read from a folder, in the order of their names.
 
-    In an output folder of sample.py these are its numbered samples alone. One that cannot be read is a `UserError`, or
-    with `skip_unreadable` left out of the batches and noted in `unreadable`: its number and why.
+    In an output folder of sample.py these are only its numbered samples. An unreadable image raises `UserError`. With
+    `skip_unreadable` it is left out of the batches and its number and reason are kept in `unreadable`.
     """
 
     def __init__(self, folder: Path, flag: str, skip_unreadable: bool = False):
         self.folder, self.flag, self.skip_unreadable = folder, flag, skip_unreadable
         self.unreadable: dict[int, str] = {}
-        listing = list_folder(folder, flag, ReadOptions(split=ALL))  # as prepare_dataset.py lists it
-        files = [folder / entry.path for entry in listing.entries if entry.size > 0]
+        listing = list_folder(folder, flag, ReadOptions(split=ALL))
+        entries = [entry for entry in listing.entries if entry.size > 0]
         if (folder / RECORD_NAME).is_file():
-            files = [path for path in files if path.parent == folder and re.fullmatch(r"\d{6,}", path.stem)]
-        self.files = files
-        if not self.files:
+            entries = [entry for entry in entries if re.fullmatch(r"\d{6,}\.[^./]+", entry.path)]
+        if not entries:
             raise UserError(f"{flag} {folder} holds no image that can be read")
+        self.files = [folder / entry.path for entry in entries]
+        state = repr([(entry.path, entry.size, entry.mtime_ns) for entry in entries])
+        self.fingerprint = hashlib.sha256(state.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -67,7 +88,7 @@ class ImageFolder:
             with Image.open(file) as image:
                 return _resized(ImageOps.exif_transpose(image), side)
         except NOT_READABLE as error:
-            reason = " ".join(str(error).split()).replace(repr(str(file)), "it")
+            reason = one_line(error).replace(repr(str(file)), "it")
             if not self.skip_unreadable:
                 raise UserError(f"{self.flag}: {file} cannot be read ({reason}); remove or replace it") from None
             self.unreadable[index] = reason
@@ -78,11 +99,10 @@ class PreparedFolder:
     """The images of a prepared dataset."""
 
     def __init__(self, folder: Path):
-        from trainkit.data.loading.dataset import PreparedImages
-
-        self.images = PreparedImages(folder)
+        self.folder, self.images = folder, PreparedImages(folder)
         self.unreadable: dict[int, str] = {}  # preparation has left those out
         self.side = max(self.images.stored_height, self.images.stored_width)
+        self.fingerprint = self.images.fingerprint
 
     def __len__(self) -> int:
         return len(self.images)
@@ -97,13 +117,19 @@ class PreparedFolder:
 
 
 class ImageArray:
-    """Images in memory, (N, H, W, C) uint8 of 1, 3 or 4 channels."""
+    """Images in memory, (N, H, W, C) uint8 with 1, 3 or 4 channels."""
 
     def __init__(self, images: np.ndarray):
         self.images = images
+        self.unreadable: dict[int, str] = {}
+        self.side = max(images.shape[1:3])
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()[:16]
 
     def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
         """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
@@ -112,27 +138,52 @@ class ImageArray:
             yield np.stack([_resized(_from_array(image), side) for image in chosen])
 
 
-def open_images(path: str, flag: str, skip_unreadable: bool = False) -> ImageFolder | PreparedFolder:
-    """The images under `path`: a prepared dataset where it holds preparation.json, else an `ImageFolder`."""
+def open_images(path: str, flag: str, skip_unreadable: bool = False) -> ImageFolder | PreparedFolder | ImageArray:
+    """The images under `path`: a prepared dataset, a folder of images, or an .npz file.
+
+    Raises:
+        UserError: there are no images; the message names `flag`.
+    """
     folder = Path(path)
+    if folder.is_file() and folder.suffix.lower() == ".npz":
+        return ImageArray(read_npz(folder, flag))
     if not folder.is_dir():
-        raise UserError(f"{flag} {path} is no folder; give a folder of images or a prepared dataset")
+        raise UserError(f"{flag} {path} is not a folder; give a folder of images, a prepared dataset or an .npz file")
     if (folder / PREPARATION_NAME).is_file():
         return PreparedFolder(folder)
     return ImageFolder(folder, flag, skip_unreadable)
+
+
+def read_npz(file: Path, flag: str) -> np.ndarray:
+    """The images (N, H, W, C) uint8 of an .npz file as guided-diffusion writes it: its first array.
+
+    Raises:
+        UserError: the file is damaged or holds something else.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images = arrays[arrays.files[0]]
+    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
+        raise UserError(f"{flag} {file} cannot be read ({one_line(error)}); write it again with numpy.savez") from None
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3, 4) or not len(images):
+        raise UserError(
+            f"{flag} {file} holds {images.dtype} of shape {images.shape}; its first array must be uint8 "
+            "(images, height, width, channels)"
+        )
+    return images
 
 
 def read_sampling_record(path: str) -> dict:
     """sampling.json of a folder that sample.py wrote, {} for any other.
 
     Raises:
-        UserError: sampling is not finished there.
+        UserError: the samples are not complete.
     """
     file = Path(path) / RECORD_NAME
     if not file.is_file():
         return {}
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"--generated {path}: {RECORD_NAME} is not readable JSON; sample into a new folder") from None
     if not record.get("complete"):
@@ -147,8 +198,11 @@ def _from_array(image: np.ndarray) -> Image.Image:
 
 
 def _resized(image: Image.Image, side: int) -> np.ndarray:
-    """(S, S, 3) uint8: transparency over white, grey repeated, bicubic with antialiasing."""
-    if image.mode.startswith("I"):  # 16 bits a channel
+    """(S, S, 3) uint8: transparency over white, grey repeated, bicubic with antialiasing.
+
+    The antialiased resize of Pillow is that of clean-fid (Parmar et al. 2022), except that it rounds to 8 bits.
+    """
+    if image.mode.startswith("I"):  # 16 bits per channel
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -12,7 +12,7 @@ import torch
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import sample_indices
 from trainkit.errors import UserError
-from trainkit.evaluation.features import INPUT_SIZE, EfficientNetLite0, extract_features
+from trainkit.evaluation.features import EfficientNetLite0, extract_features
 from trainkit.evaluation.images import ImageArray, PreparedFolder
 from trainkit.options.script import TrainingOptions
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER
@@ -71,11 +71,12 @@ class SampleScore:
             run.log.pause(time.perf_counter() - started)
 
     def _features(self, images: ImageArray | PreparedFolder, indices: np.ndarray) -> torch.Tensor:
-        batches = images.batches(indices, FEATURE_BATCH_SIZE, INPUT_SIZE)
+        batches = images.batches(indices, FEATURE_BATCH_SIZE, self.extractor.input_size)
         return extract_features(self.extractor, batches, self.run.accelerator.device)
 
     def _report(self, features: torch.Tensor) -> None:
-        from trainkit.evaluation.metrics import kernel_distance, why_not_comparable  # a second to import
+        from trainkit.evaluation.metrics import kernel_distance  # takes a second to import
+        from trainkit.evaluation.report import comparability
 
         run, options = self.run, self.run.options
         distance = kernel_distance(self.reference, features, options.seed)
@@ -93,6 +94,6 @@ class SampleScore:
             f"\nstep {run.step}: KID {distance['kid']:.4g} +- {distance['kid_std']:.2g} | {options.score_images} "
             f"generated, {self.num_reference} {self.reference_name} images | {DEFAULT_SCHEDULER}, "
             f"{options.ddpm_num_inference_steps} steps | {self.extractor.name} | "
-            f"{why_not_comparable(min(options.score_images, self.num_reference))}",
+            f"{comparability(self.extractor.weights_sha256, options.score_images, self.num_reference)}",
             flush=True,
         )

@@ -1,0 +1,63 @@
+"""Are samples copies of training images? Nearest training images in feature and in pixel space."""
+
+# N training images, M samples, D dimensions of a feature, P pixels of a thumbnail
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainkit.atomic import replacing
+from trainkit.evaluation.images import ImageSet
+from trainkit.evaluation.manifold import nearest
+
+THUMBNAIL_SIDE, PICTURE_SIDE, BATCH_SIZE = 32, 96, 256
+QUANTILE = 0.01  # a sample is suspicious if it is nearer than 99 % of held-out images
+CLOSEST_PAIRS = 16
+
+
+def thumbnails(images: ImageSet, indices: np.ndarray) -> Tensor:
+    """Pixels (N, P) float32 in [0, 1] of the images `indices`, resized to 32 x 32."""
+    batches = [torch.from_numpy(batch).flatten(1) for batch in images.batches(indices, BATCH_SIZE, THUMBNAIL_SIDE)]
+    return torch.cat(batches).float() / 255
+
+
+def memorization(training: Tensor, generated: Tensor, held_out: Tensor | None) -> dict:
+    """Distances from samples (M, D) to their nearest training images (N, D), and the share that is too near.
+
+    A sample is too near if its distance is below that of 99 % of the held-out images. Without `held_out` images
+    there is no such share. Equal images have distance 0; these are counted as `num_copies`.
+    """
+    distances, rows = nearest(generated, training)
+    scale = training.double().std(dim=0).norm().item() or 1.0
+    found = {
+        "median_distance": distances.median().item(),
+        "num_copies": int((distances <= 1e-5 * scale).sum()),
+        "nearest": [
+            {"distance": distance, "row": row} for distance, row in zip(distances.tolist(), rows.tolist(), strict=True)
+        ],
+    }
+    if held_out is not None and len(held_out):
+        threshold = torch.quantile(nearest(held_out, training)[0], QUANTILE).item()
+        found |= {"threshold": threshold, "num_held_out": len(held_out)}
+        found["share_too_near"] = (distances < threshold).double().mean().item()
+    return found
+
+
+def save_closest_pairs(
+    file: Path, generated: ImageSet, training: ImageSet, pairs: list[tuple[int, int]], num_pairs: int = CLOSEST_PAIRS
+) -> None:
+    """Write a picture with a row of samples above a row of their nearest training images, closest first.
+
+    `pairs` are indices into `generated` and `training`, in order of distance.
+    """
+    pairs = pairs[:num_pairs]
+    rows = [
+        np.concatenate(list(images.batches(np.array(indices), len(indices), PICTURE_SIDE)))
+        for images, indices in zip((generated, training), zip(*pairs, strict=True), strict=True)
+    ]
+    picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    with replacing(file) as temporary:
+        Image.fromarray(picture).save(temporary)
