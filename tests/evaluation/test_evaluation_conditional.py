@@ -218,12 +218,12 @@ def test_mistakes_are_told_before_anything_is_trained(real, tmp_path, monkeypatc
     for number, file in enumerate(sorted((real / "across").glob("*.png"))):
         (single / ("across" if number else "down") / file.name).write_bytes(file.read_bytes())
     common = {"generated": samples, "reference": real, "cache_dir": tmp_path / "cache"}
-    with pytest.raises(UserError, match="which class each image of --generated .*metadata.jsonl.*leave the flag"):
+    with pytest.raises(UserError, match="class of each image of --generated .*metadata.jsonl.*leave the flag"):
         evaluate(monkeypatch, **common, classifier_data_dir=real)
     (tmp_path / "metadata.jsonl").rename(samples / "metadata.jsonl")
     with pytest.raises(UserError, match="--classifier_data_dir .* has no class zigzag.*across, down, plain"):
         evaluate(monkeypatch, **common, classifier_data_dir=real)
-    with pytest.raises(UserError, match="--classifier_data_dir .* is no folder"):
+    with pytest.raises(UserError, match="--classifier_data_dir .* is not a folder"):
         evaluate(monkeypatch, **common, classifier_data_dir=tmp_path / "none")
     (samples / "metadata.jsonl").write_text((samples / "metadata.jsonl").read_text().replace("zigzag", "down"))
     with pytest.raises(UserError, match="1 images of class down; give at least 2"):

@@ -35,7 +35,7 @@ def manifold_scores(reference: Tensor, generated: Tensor) -> dict[str, float]:
         distances = _distances(generated[block], reference)
         precise.append((distances <= real_radii[PRECISION_NEIGHBOURS]).any(dim=1))
         inside = distances <= real_radii[DENSITY_NEIGHBOURS]
-        dense.append(inside.sum(dim=1) / density_neighbours)
+        dense.append(inside.sum(dim=1).double() / density_neighbours)
         covered |= inside.any(dim=0)
         recalled |= (distances <= generated_radii[block, None]).any(dim=0)
     found = {"precision": torch.cat(precise), "recall": recalled, "density": torch.cat(dense), "coverage": covered}

@@ -12,7 +12,6 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from trainkit.evaluation.frechet import FeatureMoments, fid_at_infinity, frechet_distance_of
 from trainkit.evaluation.manifold import manifold_scores
 
-METRICS = ("kid", "fid", "fid_infinity", "precision", "recall", "density", "coverage")
 KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
 JACKKNIFE_GROUPS = 10
 ONE_RANK = {"sync_on_compute": False}  # each process holds all features; torchmetrics would wait for other ranks
@@ -91,7 +90,7 @@ def frechet_distance(reference: Tensor, generated: Tensor) -> dict[str, float]:
 
 
 def scores(reference: Tensor, generated: Tensor, names: list[str], seed: int = 0) -> dict[str, float]:
-    """The metrics `names` (of `METRICS`) of features (N, D) and (M, D), with standard errors as `<name>_se`."""
+    """The metrics `names` of features (N, D) and (M, D), with standard errors as `<name>_se`."""
     found: dict[str, float] = {}
     if "kid" in names:
         found |= kernel_distance(reference, generated, seed)
