@@ -73,6 +73,12 @@ demo/.sampled: demo/.trained
 test: $(DEV_READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+golden: $(DEV_READY)
+	$(BIN)/python -m pytest tests/training/test_golden.py --write_golden
+
+mutants: $(DEV_READY)
+	$(BIN)/python tests/mutants/run.py $(ARGS)
+
 lint: $(DEV_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -86,6 +86,23 @@ def test_losses_are_those_on_file(name, described, tiny_unet, models, cache_dir,
     check(name, losses(tmp_path), request)
 
 
+def test_accumulated_micro_steps_are_averaged(described, tiny_unet, cache_dir, tmp_path, monkeypatch):
+    """Losses and norms of gradients: Adam alone would hide gradients of twice the size."""
+    import train_unconditional
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    found = {}
+    for micro_steps in (1, 2):
+        flags = SHORT | {"max_train_steps": 3, "train_batch_size": 8 // micro_steps}
+        flags["gradient_accumulation_steps"] = micro_steps
+        arguments = tiny_run(described, tiny_unet, cache_dir, tmp_path / str(micro_steps), **flags)
+        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
+        train_unconditional.main()
+        rows = [json.loads(line) for line in (tmp_path / str(micro_steps) / "metrics.jsonl").open(encoding="utf-8")]
+        found[micro_steps] = [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+    assert np.asarray(found[1]) == pytest.approx(np.asarray(found[2]), rel=1e-3)
+
+
 def test_sharded_losses_are_those_on_file(described, tiny_unet, cache_dir, tmp_path, request):
     arguments = tiny_run(described, tiny_unet, cache_dir, tmp_path, **SHARDED)
     run_forked("train_unconditional.py", *arguments, processes=2)
