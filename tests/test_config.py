@@ -174,6 +174,7 @@ def test_help_answers_at_once_and_without_torch(script):
     assert "trainkit" in loaded and not loaded & HEAVY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", scripts(), ids=lambda file: file.name)
 def test_every_flag_is_read(script):
     """A flag that nothing reads lies to its user: code that the script reaches must take each from `options`."""

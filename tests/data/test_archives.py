@@ -242,6 +242,7 @@ def test_fingerprints_follow_the_content(photos, tmp_path, monkeypatch):
     assert open_given(write_tar(tmp_path / "p.tar", changed[:-1] + files[-1:])).fingerprint != tar
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_over_an_archive(tmp_path):
     """SIGKILL, several times; the finished folder is that of a run that nothing stopped."""
     files = [(f"{number:05d}.png", png(number % 256, 200)) for number in range(1500)]

@@ -101,6 +101,7 @@ def test_the_limit_comes_before_the_memory():
     assert fault(header_only_png(9400, 9520)) == "too_large" and fault(header_only_png(9400, 9500)) == "truncated"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the bound is the kernel's")
 def test_a_worker_cannot_take_the_memory_of_the_machine(tmp_path):
     """The limit on pixels is off here, so that only the bound on memory is left to stop 12 GB."""
@@ -143,6 +144,7 @@ class DeadlySource:
         return [Unit("all", range(self.count))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_proc", "count"), [(2, 200), (1, 200), (2, 20)])
 def test_the_file_that_kills_its_process_is_named_and_the_rest_is_taken(tmp_path, num_proc, count):
     preparation = prepare(

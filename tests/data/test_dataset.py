@@ -203,6 +203,7 @@ def test_a_damaged_cache_entry_mends_itself(photos, tmp_path, many_batches):
     assert [path.read_bytes() for path in paths] == whole
 
 
+@pytest.mark.slow
 def test_other_ranks_wait_in_silence(photos, tmp_path):
     script = (
         "from tests.data.test_dataset import *\n"

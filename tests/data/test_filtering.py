@@ -106,6 +106,7 @@ def test_the_same_photo_saved_twice_goes_and_the_first_stays(repeated, tmp_path)
     assert len(PreparedImages(tmp_path / "out")) == 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", [EXACT, FilterSettings("exact", validation_fraction=0.3)], ids=["", "split"])
 def test_neither_processes_nor_a_kill_nor_history_change_the_bytes(
     repeated, tmp_path, small_units, monkeypatch, filters
@@ -293,6 +294,7 @@ def test_a_run_on_wrong_data_stops_early(tmp_path, monkeypatch):
     assert done["num_images"] == 100 and len(decoded) == 600 - 256, "what was done stays"
 
 
+@pytest.mark.slow
 def test_a_small_set_is_judged_when_all_is_seen(tmp_path):
     write_images(tmp_path / "photos", 8)
     for number in range(2):
@@ -314,6 +316,7 @@ def test_duplicates_are_not_wrong_data(tmp_path):
     assert done["num_images"] == 1 and done["rejected"] == {"duplicate": 19}
 
 
+@pytest.mark.slow
 def test_a_dataset_of_other_settings_is_not_replaced_in_silence(repeated, tmp_path, monkeypatch):
     assert run(repeated, tmp_path / "out").returncode == 0
     before = contents(tmp_path / "out")
@@ -339,6 +342,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_listing(tmp_path):
     assert done.returncode == 1 and re.match("error: --output_dir .*file/out cannot be written", done.stderr)
 
 
+@pytest.mark.slow
 def test_mistakes_name_the_flag(repeated, tmp_path, monkeypatch):
     for flag, value in (("validation_fraction", "1"), ("validation_fraction", "-0.1"), ("near_distance", "17"),
                         ("max_rejected_fraction", "1.5")):  # fmt: skip

@@ -159,6 +159,7 @@ def test_there_and_back_in_every_mode(tmp_path, image_mode, bit_depth):
     assert np.array_equal(prepared(tmp_path / "x.h5", tmp_path / "back", settings).pixels, wanted.pixels)
 
 
+@pytest.mark.slow
 def test_the_flag(tmp_path):
     write_photos(tmp_path / "photos", 6)
     folder, file = tmp_path / "out", tmp_path / "x.h5"

@@ -60,6 +60,7 @@ def prepared(corpus: Path, output: Path, *arguments: str) -> PreparedImages:
     return PreparedImages(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, image_mode",
     [
@@ -86,6 +87,7 @@ def test_every_file_is_taken_or_told_of(corpus, tmp_path, arguments, image_mode)
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_taken_looks_as_pillow_shows_it(corpus, tmp_path):
     """Pillow's own conversion, where it has one: it clips 16 bits, and knows nothing of profiles."""
     images = prepared(corpus, tmp_path / "out", "--resolution", "32", "--resize_mode", "stretch")

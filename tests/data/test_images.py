@@ -67,6 +67,7 @@ def test_center_crop_takes_the_centre():
     assert (cropped == 200).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(format, orientation):

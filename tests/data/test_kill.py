@@ -64,6 +64,7 @@ def workers(parent: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(photos, tmp_path, small_units, num_proc):
     prepare(ImageFolder(photos), SETTINGS, tmp_path / "whole", num_proc=1, show_progress=False)
@@ -181,6 +182,7 @@ def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, small_unit
     assert not (output / "work").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_with_other_settings_at_one_folder_take_turns(photos, tmp_path):
     script = [
         sys.executable,

@@ -127,6 +127,7 @@ def test_units_hold_all_entries_once_and_give_slices(tmp_path, run_rows, monkeyp
         items[len(items)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_folder", [8_000, 100])
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch, per_folder):
     monkeypatch.setattr(rowfile, "RUN_ROWS", 1000)

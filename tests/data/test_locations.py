@@ -53,6 +53,7 @@ def test_braces():
         expand_braces("x-{3..1}.tar")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["photos", "p.zip", "p.tar", "shards/s-{0..2}.tar", "shards/s-*.tar", "shards"])
 def test_s3_gives_what_the_folder_gives(store, photos, tmp_path, name):
     wanted = prepared(photos, tmp_path / "folder")

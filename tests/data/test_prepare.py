@@ -91,6 +91,7 @@ def test_the_folder_says_what_was_done(photos, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_stock_datasets_opens_it(photos, tmp_path):
     """In a process that has none of our code."""
     assert run(photos, tmp_path / "out").returncode == 0
@@ -112,6 +113,7 @@ def test_any_number_of_processes_gives_the_same_bytes(photos, tmp_path, small_un
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_the_same(tmp_path):
     write_images(tmp_path / "many", 1200, side=64)
     assert run(tmp_path / "many", tmp_path / "whole", "--num_proc", 2).returncode == 0
@@ -235,6 +237,7 @@ class DeadlyReader(FolderReader):
         return super().read(entry)
 
 
+@pytest.mark.slow
 def test_a_file_that_kills_the_worker_is_rejected_and_nothing_else_is_lost(tmp_path, small_units, monkeypatch):
     write_images(tmp_path / "photos", 60)
     for name in ("00013-crashing.png", "00047-crashing.png"):
@@ -255,6 +258,7 @@ prepare(ImageFolder({str(photos)!r}), PreparationSettings(16, 16), {str(tmp_path
     assert done.returncode == 0 and done.stderr == "" and "700 images" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_at_one_folder_do_the_work_once(photos, tmp_path):
     processes = [
         subprocess.Popen(command(photos, tmp_path / "out", "--num_proc", 2), stdout=subprocess.PIPE, text=True)
@@ -281,6 +285,7 @@ def test_nothing_readable_is_a_user_error(tmp_path):
     assert read_preparation(tmp_path / "out") is None
 
 
+@pytest.mark.slow
 def test_user_mistakes_are_one_line(photos, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
@@ -303,6 +308,7 @@ def test_user_mistakes_are_one_line(photos, tmp_path):
     assert done.stderr == "error: --output_dir is missing; give a folder for the prepared dataset\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_a_full_disk_is_a_user_error_and_what_is_finished_stays(photos, tmp_path, num_proc):
     def small_files():

@@ -82,6 +82,7 @@ def test_the_card_says_what_is_in_it_and_how_to_train(photos, tmp_path):
     assert len(open_or_prepare(dataclasses.replace(options, train_data_dir=options.validation_data_dir))) == held_out
 
 
+@pytest.mark.slow
 def test_a_card_of_no_whole_dataset_says_what_to_do(photos, tmp_path, monkeypatch):
     prepared(photos, tmp_path / "out")
     (tmp_path / "file").write_text("")
@@ -175,6 +176,7 @@ def test_many_classes_and_none(tmp_path):
     assert len(Page(write_contact_sheet(tmp_path / "flat-out")).pictures) == 5
 
 
+@pytest.mark.slow
 def test_the_command_writes_it_once_and_again_when_the_data_changes(photos, tmp_path):
     write_images(tmp_path / "photos", 5)
     output = tmp_path / "out"

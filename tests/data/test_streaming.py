@@ -62,6 +62,7 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_streaming_is_the_run_on_the_folder_and_goes_on_after_a_stop(prepared, train, fetched, tmp_path):
     local = train("local", train_data_dir=prepared)
     streamed = train("streamed", train_data_dir=URL, streaming=True, max_train_steps=3, lr_scheduler="constant")
@@ -91,6 +92,7 @@ def test_only_what_is_wanted_stays_in_memory(prepared, fetched):
     assert not images._shards_open
 
 
+@pytest.mark.slow
 def test_without_streaming_a_copy_is_made_once(prepared, train, tmp_path, capsys):
     local, copied = train("local", train_data_dir=prepared), train("copied", train_data_dir=URL)
     assert losses(copied) == losses(local) and "(once; --streaming makes no copy)" in capsys.readouterr().out

@@ -79,6 +79,7 @@ def opened(whole, vae, latent_unet):
     return images, open_latents(Options(vae, latent_unet, whole[1]), images, flips=True)
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_the_vae_and_of_the_mirrored_image(opened, vae):
     images, latents = opened
     encoder = AutoencoderKL.from_pretrained(vae)
@@ -152,6 +153,7 @@ def test_the_saved_pipeline_decodes(whole, vae):
     assert any("validation_loss" in line for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_as_one_would(whole, image_folder, latent_unet, vae, tmp_path):
     folder, cache = whole
     resumed = tmp_path / "resumed"

@@ -69,6 +69,7 @@ def test_only_inception_features_of_50_000_images_are_comparable_with_published_
     assert comparability(INCEPTION_SHA256, 50_000, 50_000).startswith("comparable with published FIDs")
 
 
+@pytest.mark.slow
 def test_worse_images_score_worse_and_the_file_says_what_was_scored(reference, tmp_path, monkeypatch, capsys):
     found = {}
     for noise in (0, 60):
@@ -114,6 +115,7 @@ def test_mode_and_size_of_the_files_do_not_matter(tmp_path):
     assert next(images.__class__(tmp_path / "L", "--generated").batches(np.arange(1), 1, 8)).min() == 255
 
 
+@pytest.mark.slow
 def test_a_prepared_dataset_is_a_reference(reference, tmp_path, monkeypatch):
     prepared = tmp_path / "prepared"
     done = subprocess.run(

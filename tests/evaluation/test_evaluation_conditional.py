@@ -70,6 +70,7 @@ def evaluate(monkeypatch, **flags):
     evaluate_samples.main()
 
 
+@pytest.mark.slow
 def test_samples_are_judged_by_the_class_asked_for(real, cache, tmp_path, monkeypatch, capsys):
     asked = ["across"] * 8 + ["down"] * 8 + ["null"] * 2
     drawn = ["across"] * 8 + ["down"] * 6 + ["plain"] * 4
@@ -95,6 +96,7 @@ def test_samples_are_judged_by_the_class_asked_for(real, cache, tmp_path, monkey
     assert found["per_class"]["across"]["num_noise_floor"] == 8
 
 
+@pytest.mark.slow
 def test_the_classifier_is_a_function_of_images_and_seed_and_is_kept(real, cache, tmp_path, monkeypatch):
     images = open_images(str(real), "--classifier_data_dir", skip_unreadable=True)
     annotations = read_annotations(images, "--classifier_data_dir")
@@ -131,6 +133,7 @@ def test_a_prepared_dataset_says_what_it_shows_as_its_folder_does(real, tmp_path
     assert one.label_names == other.label_names == list(KINDS) and folder.side == prepared.side == 20
 
 
+@pytest.mark.slow
 def test_captions_are_found_again(real, tmp_path, monkeypatch, capsys):
     kinds = ["across", "down", "plain"] * 4
     found = {}

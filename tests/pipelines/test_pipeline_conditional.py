@@ -175,6 +175,7 @@ class ExactDenoiser(UNet2DModel):
         return UNet2DOutput(sample=slope * (sample - math.sqrt(alpha) * MEAN))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     "DDPM DDIM EulerDiscrete EulerAncestralDiscrete HeunDiscrete UniPCMultistep DEISMultistep DPMSolverMultistep "

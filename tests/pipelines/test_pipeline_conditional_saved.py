@@ -72,6 +72,7 @@ def elsewhere(program, folder):
     assert "following packages" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_saved_folder_loads_and_is_saved_again_without_this_repository(saved):
     elsewhere(ELSEWHERE, saved)
     for kind in ("conditional-model", "vector", "text"):
@@ -92,6 +93,7 @@ def test_a_saved_folder_loads_and_is_saved_again_without_this_repository(saved):
     assert isinstance(unet.class_embedding, VectorEmbedding), "training goes on with its own"
 
 
+@pytest.mark.slow
 def test_the_code_in_the_documentation_runs(saved):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "conditional.md").read_text(), re.DOTALL)
     blocks = [block for block in blocks if "conditional-model" in block or "earlier-model" in block]

@@ -77,6 +77,7 @@ def test_imagefolder_of_datasets_has_the_labels(samples, tmp_path):
     assert np.array_equal(np.asarray(dataset[1]["image"]), read(samples)[1])
 
 
+@pytest.mark.slow
 def test_two_processes_and_other_batches_make_the_same_images(models, samples, tmp_path):
     values = flags(models / "class", tmp_path, sample_batch_size=2, guidance_scale=3.0)
     words = [word for name, value in values.items() for word in (f"--{name}", value)]

@@ -63,6 +63,7 @@ def samples(model_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULER_NAMES)
 @pytest.mark.parametrize("channels, sample_size", [(1, (16, 8)), (3, 16), (4, 16)])
 def test_an_image_does_not_depend_on_its_batch(name, channels, sample_size):
@@ -88,6 +89,7 @@ def test_autocast_keeps_the_chain_in_float32():
     assert 0 < np.abs(exact - rounded).mean() < 2
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_images(model_folder, samples, tmp_path):
     values = flags(model_folder, tmp_path, sample_batch_size=3)
     run_forked("sample.py", *(word for name, value in values.items() for word in (f"--{name}", value)), processes=2)
@@ -183,6 +185,7 @@ def test_a_pipeline_without_subfolders_and_schedulers_samples(tmp_path):
     assert Image.open(tmp_path / "out" / "000001.png").mode == "L"
 
 
+@pytest.mark.slow
 def test_the_saved_folder_needs_nothing_but_diffusers(model_folder, tmp_path):
     """In a process that cannot see this repository: load, sample, exchange the scheduler."""
     program = f"""

@@ -120,6 +120,7 @@ def saved_bundles(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULER_NAMES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -186,6 +187,7 @@ def test_ddim_does_not_drift_over_many_steps(saved_bundles):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_runs_at_any_number_of_steps(saved_bundles, schedule):
     noise_scheduler, bundle = saved_bundles[schedule, "epsilon"]

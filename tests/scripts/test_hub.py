@@ -12,6 +12,7 @@ def hub():
         yield server
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_pushed_and_the_training_state_is_not(hub, image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(
         image_folder, tiny_unet, cache_dir, tmp_path, max_train_steps=2, checkpointing_steps=1, push_to_hub=True,
@@ -31,6 +32,7 @@ def test_the_pipeline_is_pushed_and_the_training_state_is_not(hub, image_folder,
     assert b"hf_secret" not in (tmp_path / "checkpoint-2" / "training_state.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_told_before_training_starts(image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, push_to_hub=True, hub_model_id="me/digits")
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}

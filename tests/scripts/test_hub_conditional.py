@@ -46,6 +46,7 @@ def hub(tmp_path):
         yield server
 
 
+@pytest.mark.slow
 def test_encoders_come_from_the_hub_and_the_pipeline_goes_there(hub, tmp_path):
     unet, _ = text_parts(tmp_path)
     config = {**unet.config, "in_channels": 2, "out_channels": 2}

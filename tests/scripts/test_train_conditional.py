@@ -55,6 +55,7 @@ def arguments_of(photos, tiny_unet, cache_dir, output_dir, **flags):
     return tiny_run(photos, tiny_unet, cache_dir, output_dir, **flags)
 
 
+@pytest.mark.slow
 def test_classes_from_training_to_the_saved_pipeline(train, photos, capsys):
     """And a run that was stopped half-way is the same run, bit for bit."""
     flags = {"class_balance": "inverse", "validation_data_dir": photos.parent / "held-out", "eval_batch_size": 5}
@@ -96,6 +97,7 @@ def test_classes_from_training_to_the_saved_pipeline(train, photos, capsys):
     assert kids[0] == kids[1]
 
 
+@pytest.mark.slow
 def test_labels_go_into_the_loss(train, monkeypatch):
     """Other labels, another run; all of them dropped, the run of one class."""
     from trainkit.data.loading.dataset import PreparedImages
@@ -107,6 +109,7 @@ def test_labels_go_into_the_loss(train, monkeypatch):
     assert losses(dropped) == losses(dropped_too)
 
 
+@pytest.mark.slow
 def test_two_processes_and_micro_steps_are_the_same_run(train, photos, tiny_unet, cache_dir, tmp_path):
     flags = {"class_balance": "sqrt", "checkpointing_steps": 0, "save_images_epochs": 1000}
     whole = train("whole", **flags)
@@ -119,6 +122,7 @@ def test_two_processes_and_micro_steps_are_the_same_run(train, photos, tiny_unet
     assert np.abs(grids[0] - grids[1]).mean() < 2
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_learning_rate_of_one(train, photos, tiny_unet, cache_dir, tmp_path, monkeypatch):
     """Replicated or divided, with labels and micro-steps: the same curve up to the rates at which training fails."""
     steps = 40
@@ -146,6 +150,7 @@ def test_two_processes_find_the_learning_rate_of_one(train, photos, tiny_unet, c
         assert two["losses"][:useful] == pytest.approx(one["losses"][:useful], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_vectors_with_divided_weights_are_the_same_run(train, photos, tiny_unet, cache_dir, tmp_path):
     """Saved as a stock UNet and an embedding with its statistics; and a checkpoint goes on in one process."""
     flags = {"condition": "vector", "save_images_epochs": 1000}
@@ -172,6 +177,7 @@ def test_vectors_with_divided_weights_are_the_same_run(train, photos, tiny_unet,
     assert grid.width == pytest.approx(grid.height, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_the_start_of_another(train, capsys):
     """An unconditional one of the other script, by the flag that both have, at another resolution."""
     import train_unconditional

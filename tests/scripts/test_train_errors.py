@@ -83,12 +83,14 @@ def test_an_earlier_run_is_not_overwritten(train, monkeypatch, tmp_path):
     assert (tmp_path / "out" / "checkpoint-3").exists()
 
 
+@pytest.mark.slow
 def test_errors_leave_the_script_as_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "train_unconditional.py"), "--train_data_dir", str(tmp_path / "none")]
     done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: --train_data_dir") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -109,6 +111,7 @@ def test_processes_that_would_not_train_together_are_refused(launcher, image_fol
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_config_file_with_cpu_processes_is_refused(image_folder, tiny_unet, cache_dir, tmp_path):
     launcher, config = [sys.executable, "-m", "accelerate.commands.launch"], tmp_path / "two_cpu.yaml"
     config.write_text(
@@ -122,6 +125,7 @@ def test_config_file_with_cpu_processes_is_refused(image_folder, tiny_unet, cach
     assert "error: 2 processes were requested" in done.stderr, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_command_that_the_refusal_names_works(image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, max_train_steps=1)
     done = launch("train_unconditional.py", *arguments, processes=2)

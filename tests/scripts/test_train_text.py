@@ -157,6 +157,7 @@ def test_encoders_of_several_kinds_are_loaded(kind, tmp_path):
     assert encoder.digest() != digest, "other weights, another cache"
 
 
+@pytest.mark.slow
 def test_the_pipeline_loads_without_this_repository(whole, tmp_path):
     copy = shutil.copytree(whole, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
     done = run_code(PROMPT_SCRIPT, copy, folder=tmp_path)
@@ -187,6 +188,7 @@ def test_it_is_trained_validated_and_checkpointed(whole):
     assert any("validation_loss" in line for line in (whole / "metrics.jsonl").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_encode_for_themselves_and_go_on_as_one_would(
     whole, captioned, text_unet, bert, tmp_path
 ):

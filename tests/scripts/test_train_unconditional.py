@@ -26,6 +26,7 @@ def run_dir(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     return output_dir
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(run_dir):
     assert Image.open(run_dir / "samples.png").width >= 4 * 16
     assert Image.open(run_dir / "loss.png").width > 400
@@ -41,6 +42,7 @@ def test_what_a_run_leaves(run_dir):
     assert not [path for path in run_dir.iterdir() if path.name.startswith((".tmp", "tmp-"))]
 
 
+@pytest.mark.slow
 def test_saved_folder_loads_without_this_repository(run_dir, tmp_path):
     code = """
 import sys
@@ -76,6 +78,7 @@ def expected_rates(warmup=5, peak=1e-3):
     return [peak * step / warmup for step in range(warmup)] + [peak * factor for factor in cosine]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_is_bit_equal(run_dir, image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, checkpoints_total_limit=2)
     start_and_signal(arguments, tmp_path, 9, signal.SIGKILL)
@@ -97,6 +100,7 @@ def two_process_run(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     return output_dir
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_same_run(run_dir, two_process_run):
     assert losses(two_process_run) == pytest.approx(losses(run_dir), abs=1e-4)
     rates = [json.loads(line)["lr"] for line in (two_process_run / "metrics.jsonl").read_text().splitlines()]
@@ -111,6 +115,7 @@ def test_two_processes_are_the_same_run(run_dir, two_process_run):
     assert np.abs(grids[0] - grids[1]).mean() < 2  # each process made its half of the same samples
 
 
+@pytest.mark.slow
 def test_resume_on_another_number_of_processes_keeps_the_global_batch(
     run_dir, two_process_run, image_folder, tiny_unet, cache_dir, tmp_path
 ):
@@ -125,6 +130,7 @@ def test_resume_on_another_number_of_processes_keeps_the_global_batch(
     assert rates == pytest.approx(expected_rates())
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_exits_cleanly(run_dir, image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, checkpointing_steps=0)
     status, output = start_and_signal(arguments, tmp_path, 4, signal.SIGTERM)
@@ -135,6 +141,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(run_dir, image_folder, ti
     same_weights(tmp_path / WEIGHTS, run_dir / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_latest_falls_back_over_a_damaged_checkpoint(run_dir, image_folder, tiny_unet, cache_dir, tmp_path):
     for step in (9, 12):
         shutil.copytree(run_dir / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
@@ -155,6 +162,7 @@ run_script(train_unconditional.main)
 """
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_whole_checkpoint_and_the_training(image_folder, tiny_unet, cache_dir, tmp_path):
     """No file may grow beyond 4 KiB, as `ulimit -f` has it: weights cannot be written, the run goes on to its end."""
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path)
@@ -165,6 +173,7 @@ def test_full_disk_keeps_the_last_whole_checkpoint_and_the_training(image_folder
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_noise_is_added_in_float32_under_autocast(image_folder, tiny_unet, cache_dir, tmp_path):
     code = """
 import sys

@@ -113,6 +113,7 @@ run_script(train_unconditional.main)
 """
 
 
+@pytest.mark.slow
 def test_replicas_that_drift_apart_are_told_with_the_parameter(image_folder, tiny_unet, cache_dir, tmp_path):
     (tmp_path / "drifting.py").write_text(DRIFTING)
     flags = {"train_batch_size": 4, "replica_check_steps": 2, "checkpointing_steps": 0}
@@ -124,6 +125,7 @@ def test_replicas_that_drift_apart_are_told_with_the_parameter(image_folder, tin
     assert "after step 4, conv_out.weight of rank 1 differs from rank 0 (1 of" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_one_step(train, image_folder, tiny_unet, cache_dir, tmp_path):
     """And the checkpoint of two processes goes on with one, and of one with two, as the uninterrupted run."""
     import signal
@@ -174,6 +176,7 @@ def test_training_waits_for_no_more_than_the_copy(tmp_path, monkeypatch):
     writer.close()
 
 
+@pytest.mark.slow
 def test_a_snapshot_shares_nothing_with_the_training(train, monkeypatch):
     """Checkpoints written in the background, while training goes on, are those written at once."""
     at_once = train("at_once", max_train_steps=6, checkpointing_steps=1, async_checkpointing="false")
@@ -215,6 +218,7 @@ def test_half_life_in_images_is_the_same_average_at_any_batch_size():
         build_ema(options, unet, 8)
 
 
+@pytest.mark.slow
 def test_deterministic_refuses_algorithms_of_chance(tmp_path):
     code = (
         "import torch\nfrom trainkit.training.launch import make_deterministic\nmake_deterministic()\n"
@@ -270,6 +274,7 @@ def test_muon_takes_the_inner_matrices_and_resumes_bit_for_bit(train, tiny_unet)
     assert losses(parts) == losses(whole)
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_the_same_run_and_resume_anywhere(
     train, image_folder, tiny_unet, cache_dir, tmp_path, capsys
 ):
@@ -323,6 +328,7 @@ run_script(train_unconditional.main)
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_rank_0_cannot_read_stops_no_rank_for_ever(image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", train_batch_size=4, max_train_steps=6)
     run_forked("train_unconditional.py", *arguments, processes=2)

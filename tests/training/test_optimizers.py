@@ -67,6 +67,7 @@ class Training:
         return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_and_resumes_bit_for_bit(name, tiny_unet, tmp_path):
     whole = Training(tiny_unet, name)
@@ -119,6 +120,7 @@ def test_the_schedule_free_average_is_the_papers_and_leaves_the_weights_as_they_
     assert not torch.allclose(weight, average)
 
 
+@pytest.mark.slow
 def test_a_schedule_free_run_saves_the_average_and_resumes(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
     import train_unconditional
 

@@ -135,6 +135,7 @@ def same_run(one, other):
         same_weights(one / "ema_snapshots" / name, other / "ema_snapshots" / name)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_snapshots_of_its_averages(run):
     files = snapshot_files(run)
     assert list(files) == [snapshot_file(run, step, length) for step in (5, 10, 12) for length in (0.05, 0.08, 0.1)]

@@ -50,6 +50,7 @@ def same_state(one, other):
     assert one["average_settings"] == other["average_settings"]
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_train_as_one_does(states):
     same_state(states["sharded_5"], states["unsharded_5"])
     assert states["sharded_5"]["norms"] == pytest.approx(states["unsharded_5"]["norms"][:HALF], rel=1e-4)

@@ -49,6 +49,7 @@ def train(image_folder, one_level_unet, cache_dir, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [{"channels_last": "yes"}, {"gradient_checkpointing": True}, {"compile": True}],

@@ -91,6 +91,7 @@ def offline_run(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     return output_dir, list(wandb_records(file))
 
 
+@pytest.mark.slow
 def test_wandb_has_every_step_and_every_validation(offline_run):
     output_dir, records = offline_run
     history = {}

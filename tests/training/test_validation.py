@@ -207,6 +207,7 @@ def steps_with(output_dir, name):
     return [row["step"] for row in read_metrics(output_dir) if name in row]
 
 
+@pytest.mark.slow
 def test_measuring_does_not_disturb_the_training(watched):
     assert losses(watched[0]) == pytest.approx(golden("unconditional"), rel=2e-3)
 
@@ -254,6 +255,7 @@ def test_the_time_left_is_written_down(watched):
         assert row["eta_s"] == pytest.approx((STEPS - step) * 8 / row["images_per_s"], rel=0.05, abs=0.06)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_the_same_and_writes_no_step_twice(
     watched, image_folder, held_out_folder, tiny_unet, cache_dir, tmp_path
 ):
@@ -268,6 +270,7 @@ def test_a_resumed_run_measures_the_same_and_writes_no_step_twice(
         assert row == pytest.approx(expected[step], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_same_weights_alike(
     watched, image_folder, held_out_folder, tiny_unet, cache_dir, tmp_path
 ):
@@ -284,6 +287,7 @@ def test_two_processes_measure_the_same_weights_alike(
         assert here == pytest.approx(there, rel=tolerance)
 
 
+@pytest.mark.slow
 def test_validation_runs_on_averaged_weights_under_the_autocast_of_training(
     image_folder, held_out_folder, tiny_unet, cache_dir, tmp_path
 ):
