@@ -11,12 +11,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process $(CORES)
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test test-fast golden mutants lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train on real digits, sample and score, in demo/ (under 12 minutes on two cores)"
 	@echo "make test    run the test suite; ARGS=... is passed to pytest"
+	@echo "make test-fast    run the tests that are quick, in about a minute"
 	@echo "make lint    run ruff (mistakes and format) and the type checker"
 	@echo "make bench   run the benchmarks in their short form"
 	@echo "make venv    set up .venv, which the scripts need"
@@ -73,9 +74,14 @@ demo/.sampled: demo/.trained
 test: $(DEV_READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+test-fast: $(DEV_READY)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
+
+# After a change that is meant to change the losses.
 golden: $(DEV_READY)
 	$(BIN)/python -m pytest tests/training/test_golden.py --write_golden
 
+# Show that the suite catches deliberate faults, one per contract.
 mutants: $(DEV_READY)
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 

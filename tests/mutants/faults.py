@@ -166,7 +166,7 @@ FAULTS = [
     ),
     Fault(
         "split_ignored", "the test split is not trained on", "trainkit/data/sources/splits.py",
-        "return _SPLIT_OF[match[1]]\n    return None", 'return "train"\n    return None',
+        "return SPLIT_OF[match[1]]\n    return None", 'return "train"\n    return None',
         ("tests/data/test_splits.py",),
     ),
     Fault(
@@ -176,7 +176,7 @@ FAULTS = [
     ),
     Fault(
         "cache_key_without_settings", "other settings are another dataset", "trainkit/data/preparation/prepare.py",
-        "_digest(FORMAT, *asked, source.fingerprint", "_digest(FORMAT, source.fingerprint",
+        "_digest(FORMAT, settings.identity, *filters", "_digest(FORMAT, *filters",
         ("tests/data/test_prepare.py", "-k", "other_settings"),
     ),
 ]  # fmt: skip
