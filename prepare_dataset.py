@@ -82,13 +82,35 @@ def main() -> None:
         from trainkit.data.files import location
         from trainkit.data.preparation.card import print_card
 
-        return print_card(location(options.inspect, options.storage_options))
-    if options.export_hdf5 is not None and options.output_dir is None and is_prepared(options):
-        return export(options, options.train_data_dir)
+        print_card(location(options.inspect, options.storage_options))
+    elif options.export_hdf5 is not None and options.output_dir is None and is_prepared(options):
+        export(options, options.train_data_dir)
+    else:
+        check_options(options)
+        prepare_images(options)
+        if options.export_hdf5 is not None:
+            export(options, options.output_dir)
+
+
+def check_options(options: Options) -> None:
+    """Find mistakes before anything is listed or written. Raises `UserError`."""
     if options.output_dir is None:
         raise UserError("--output_dir is missing; give a folder for the prepared dataset")
+    given = options.train_data_dir
+    if options.dataset_name is None and given and Path(given).resolve() == Path(options.output_dir).resolve():
+        raise UserError(f"--output_dir {options.output_dir} is the folder of --train_data_dir: give another folder")
     if options.ray_address is not None and options.engine != "ray":
         raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
+    if options.export_hdf5 is not None:
+        from trainkit.data.preparation.export import check_export
+        from trainkit.data.settings import settings_from_options
+
+        check_export(Path(options.export_hdf5))
+        if not settings_from_options(options).fixed_size:
+            raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
+
+
+def prepare_images(options: Options) -> None:
     from trainkit.data.files import cache_root, location
     from trainkit.data.preparation.contact_sheet import write_contact_sheet
     from trainkit.data.preparation.filtering import filters_from_options
@@ -98,19 +120,13 @@ def main() -> None:
     from trainkit.data.sources.opening import open_source
 
     settings, filters = settings_from_options(options), filters_from_options(options)
-    if options.export_hdf5 is not None:
-        from trainkit.data.preparation.export import check_export
-
-        check_export(Path(options.export_hdf5))
-        if not settings.fixed_size:
-            raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
     output_dir, overwrite = location(options.output_dir, options.storage_options), options.overwrite_output_dir
-    check_output(output_dir, settings, filters, overwrite)  # before a listing that may take long
+    check_output(output_dir, settings, filters, overwrite)  # before a listing, which may take long
     engine, work_dir = run_jobs_in_processes, cache_root(options.cache_dir) / "work"
     if options.engine == "ray":
         from trainkit.data.preparation.ray_engine import ray_engine
 
-        engine, work_dir = ray_engine(options.ray_address), None  # its workers share no folder of this machine
+        engine, work_dir = ray_engine(options.ray_address), None  # its workers do not share a folder of this machine
     source = open_source(options)
     prepare(
         source,
@@ -123,13 +139,12 @@ def main() -> None:
         max_rejected_fraction=options.max_rejected_fraction,
         overwrite=overwrite,
     )
-    if options.contact_sheet:
-        print(f"look at {write_contact_sheet(output_dir, source)} before training", flush=True)
-    if options.export_hdf5 is not None:
-        export(options, options.output_dir)
+    if options.contact_sheet and (sheet := write_contact_sheet(output_dir, source)) is not None:
+        print(f"look at {sheet} before training", flush=True)
 
 
 def is_prepared(options: Options) -> bool:
+    """Whether `--train_data_dir` is a prepared dataset."""
     from trainkit.data.files import exists, location
 
     given = options.train_data_dir
@@ -137,6 +152,7 @@ def is_prepared(options: Options) -> bool:
 
 
 def export(options: Options, folder: str) -> None:
+    """Write the prepared dataset in `folder` as `--export_hdf5`."""
     from trainkit.data.loading.dataset import PreparedImages
     from trainkit.data.preparation.export import export_hdf5
 

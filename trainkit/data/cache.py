@@ -84,6 +84,8 @@ def local_copy(folder: RemotePath, root: Path) -> Path:
             f"{folder} is no complete prepared dataset; run prepare_dataset.py with that --output_dir again"
         )
     copy = root / f"{folder.name[:60]}-{preparation['fingerprint']}"
+    if read_preparation(copy) is not None:  # another user's copy may be read-only
+        return copy
     names = [shard["filename"] for shard in preparation["shards"]]
     wanted = {shard["filename"]: shard["num_bytes"] for shard in preparation["shards"]}
     try:

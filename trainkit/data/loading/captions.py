@@ -39,12 +39,8 @@ class CaptionIndex:
     def __init__(self, images: PreparedImages, folder: Path):
         self.images, paths = images, [folder / f"{name}.npy" for name in INDEX_NAMES]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / "index.lock"):
-                if not paths[-1].is_file():
-                    for path, array in zip(paths, _index(images), strict=True):
-                        with written(path) as temporary, temporary.open("wb") as file:
-                            np.save(file, array, allow_pickle=False)
+            if not paths[-1].is_file():  # else it is complete, and the folder may be read-only
+                _write_index(images, folder, paths)
             self.starts, self.numbers, self.firsts = (np.load(path, mmap_mode="r") for path in paths)
         except OSError as error:
             raise UserError(f"--cache_dir: {folder} cannot be written ({error.strerror or error})") from None
@@ -95,6 +91,15 @@ class TextEncodings:
             states[position, : len(row)] = row
             mask[position, : len(row)] = True
         return states, mask
+
+
+def _write_index(images: PreparedImages, folder: Path, paths: list[Path]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "index.lock"):
+        if not paths[-1].is_file():
+            for path, array in zip(paths, _index(images), strict=True):
+                with written(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, array, allow_pickle=False)
 
 
 def _index(images: PreparedImages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

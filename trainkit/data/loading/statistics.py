@@ -1,11 +1,11 @@
 """Mean and deviation of the vectors of a prepared dataset: taken once, and found in the cache from then on."""
 
 import json
-import os
 from collections.abc import Iterable
 
 import numpy as np
 
+from trainkit.atomic import write_text
 from trainkit.data.files import cache_root
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.errors import UserError
@@ -20,16 +20,14 @@ def vector_statistics(images: PreparedImages, options) -> tuple[np.ndarray, np.n
     """
     path = cache_root(options.cache_dir) / "vector_statistics" / f"{images.fingerprint}.json"
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         return np.float32(kept["mean"]), np.float32(kept["std"])
     except (OSError, ValueError, KeyError):
         pass
     mean, std = mean_and_std(images.column("vector"))
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
-        os.replace(temporary, path)
+        write_text(path, json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
     except OSError as error:
         raise UserError(f"--cache_dir {path} cannot be written ({error.strerror}): choose another folder") from None
     return mean, std

@@ -126,8 +126,6 @@ def _told(value) -> str:
 
 def _command(folder: Path | RemotePath, settings: dict, filters: dict) -> str:
     command = f"accelerate launch train_unconditional.py --train_data_dir {folder}"
-    if settings["image_mode"] != "RGB":
-        command += f" --image_mode {settings['image_mode']}"
     if filters.get("validation_fraction"):
         command += f" --validation_data_dir {folder / VALIDATION_FOLDER}"
     return command + " --output_dir model"

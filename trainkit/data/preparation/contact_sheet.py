@@ -1,6 +1,6 @@
-"""A page to look at before training: samples of each class, duplicates beside what they repeat, what was rejected.
+"""A page to look at before training: samples of each class, held-out images, duplicates and rejected files.
 
-One HTML file with everything inside it. The same dataset gives the same page.
+It is one HTML file with everything inside. The same dataset gives the same page.
 """
 
 # B batch, H/W height and width, C channels
@@ -19,11 +19,13 @@ from PIL import Image, ImageFile
 from trainkit.data import faults
 from trainkit.data.faults import RejectedImage
 from trainkit.data.files import RemotePath, read_text, write_text
-from trainkit.data.format import PREPARATION_NAME, REJECTED_NAME, format_counts
+from trainkit.data.format import PREPARATION_NAME, REJECTED_NAME, VALIDATION_FOLDER, filters_of, format_counts
 from trainkit.data.images.decode import FORMATS, decode_image
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation.pool import call_in_process, quiet_decoders
 from trainkit.data.preparation.shards import ShardWriter
+from trainkit.data.sources.source import Source
+from trainkit.errors import one_line
 
 SHEET_NAME = "contact_sheet.html"
 SEED = 0
@@ -35,22 +37,27 @@ SHOWN_REJECTED = 12  # of each fault
 SHOWN_FAULTS = {
     faults.TRUNCATED, faults.CORRUPT, faults.TOO_SMALL, faults.BAD_ASPECT, faults.ANIMATED, faults.DUPLICATE
 }  # fmt: skip
+OWN_MARK = '<meta name="generator" content="trainkit">'  # a file without it is not ours to replace
 STYLE = """
-body { font: 14px system-ui, sans-serif; margin: 2em; max-width: 1400px }
-figure { display: inline-block; margin: 0 6px 10px 0; width: min-content; min-width: 100px; vertical-align: top;
-  overflow-wrap: anywhere }
-figcaption { font-size: 11px; color: #555; max-height: 5em; overflow: hidden }
-img { min-width: 64px; image-rendering: pixelated; background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%)
+body { font: 14px system-ui, sans-serif; margin: 2em; max-width: 1500px }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); gap: 10px 8px }
+.twelve { grid-template-columns: repeat(12, minmax(0, 1fr)) }
+figure { margin: 0; min-width: 0; overflow-wrap: anywhere }
+td figure { display: inline-block; width: min-content; min-width: 100px; margin-right: 8px }
+figcaption { font-size: 11px; color: #555; max-height: 6.5em; overflow: hidden }
+figcaption b { display: block; font-weight: 600; color: #333 }
+img { box-sizing: border-box; min-width: 64px; max-width: 100%; border: 1px solid #888; image-rendering: pixelated; background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%)
   0 0 / 16px 16px }
 td { padding: 2px 12px 2px 0; vertical-align: top; overflow-wrap: anywhere }
 h2 { margin: 1.2em 0 .4em; font-size: 16px }
 """
 
 
-def write_contact_sheet(folder: Path | RemotePath, source=None) -> Path | RemotePath:
-    """Write `contact_sheet.html` into a prepared dataset, unless it is there and newer; returns its path.
+def write_contact_sheet(folder: Path | RemotePath, source: Source | None = None) -> Path | RemotePath | None:
+    """Write `contact_sheet.html` into a prepared dataset, unless it exists and is newer; returns its path.
 
-    Pictures of duplicates and rejected files are read from `source`, where that is a folder of image files.
+    Images of duplicates and rejected files are read from `source` if that is a folder of image files. Returns None,
+    after one printed line, if the file cannot be written or is not a contact sheet.
     """
     path = folder / SHEET_NAME
     if (
@@ -59,21 +66,39 @@ def write_contact_sheet(folder: Path | RemotePath, source=None) -> Path | Remote
         and path.stat().st_mtime_ns >= (folder / PREPARATION_NAME).stat().st_mtime_ns
     ):
         return path
+    if isinstance(path, Path) and path.exists() and OWN_MARK not in path.read_text("utf-8", "replace")[:1000]:
+        print(f"{path} is not a contact sheet of a preparation and stays: no sheet is written", flush=True)
+        return None
     images = PreparedImages(folder)
     name = images.preparation["source"]["name"]
     body = [f"<h1>{_escaped(name)}</h1>", f"<p>{_escaped(format_counts(images.preparation))}</p>"]
-    for title, indices in _samples(images):
-        sources, texts = images.sources(indices), images.texts(indices)
-        captions = [f"{source} {text}".strip() for source, text in zip(sources, texts, strict=True)]
-        pictures = map(_encoded, images.gather(indices))
-        figures = [_figure(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
-        body += [f"<h2>{_escaped(title)}</h2>", *figures]
+    body += _sample_part(images)
+    if filters_of(images.preparation).get("validation_fraction"):
+        held_out = PreparedImages(folder / VALIDATION_FOLDER)
+        body += [f"<h1>held out for validation: {len(held_out):,} images</h1>", *_sample_part(held_out)]
     body += _rejected_part(images, getattr(source, "folder", None))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    head = f'<meta charset="utf-8">{OWN_MARK}<meta http-equiv="Content-Security-Policy" content="{policy}">'
     head += f"<title>{_escaped(name)}</title><style>{STYLE}</style>"
-    write_text(path, "\n".join(["<!DOCTYPE html>", f"<html><head>{head}</head><body>", *body, "</body></html>", ""]))
+    page = "\n".join(["<!DOCTYPE html>", f"<html><head>{head}</head><body>", *body, "</body></html>", ""])
+    try:
+        write_text(path, page)
+    except OSError as error:
+        print(f"{path} cannot be written ({one_line(error.strerror or error)})", flush=True)
+        return None
     return path
+
+
+def _sample_part(images: PreparedImages) -> list[str]:
+    """A grid of images per title, with the name and the caption of each."""
+    parts, is_by_class = [], images.label_names is not None
+    for title, indices in _samples(images):
+        pictures = map(_encoded, images.gather(indices))
+        about = zip(pictures, images.sources(indices), images.texts(indices), strict=True)
+        figures = [_figure(picture, source, text) for picture, source, text in about]
+        style = "row twelve" if is_by_class else "row"
+        parts += [f"<h2>{_escaped(title)}</h2>", f'<div class="{style}">', *figures, "</div>"]
+    return parts
 
 
 def _samples(images: PreparedImages) -> list[tuple[str, np.ndarray]]:
@@ -129,7 +154,7 @@ def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[s
 
 
 def _names(line: dict) -> list[str]:
-    """The files that a line of rejected.jsonl is about: what stays first, where it tells of a duplicate."""
+    """The files that a line of rejected.jsonl is about; for a duplicate the image that is kept comes first."""
     return [line["repeats"], line["source"]] if line["fault"] == faults.DUPLICATE else [line["source"]]
 
 
@@ -143,9 +168,9 @@ def _rejected_lines(path: Path | RemotePath) -> Iterator[dict]:
 
 
 def picture_of(writer: ShardWriter, path: Path) -> bytes | None:
-    """What can be seen of a file, encoded for the page: as it would have been prepared, else what its bytes give.
+    """Return an image file encoded for the page: as prepared, or else whatever can be decoded of it.
 
-    For a worker process: such a file may kill it.
+    Runs in a worker process: such a file may kill it.
     """
     with quiet_decoders():
         try:
@@ -166,11 +191,11 @@ def picture_of(writer: ShardWriter, path: Path) -> bytes | None:
             ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
-def _figure(picture: bytes, caption: str) -> str:
+def _figure(picture: bytes, name: str, caption: str = "") -> str:
     mime = "png" if picture.startswith(b"\x89PNG") else "jpeg"
     return (
         f'<figure><img src="data:image/{mime};base64,{base64.b64encode(picture).decode()}" alt="">'
-        f"<figcaption>{_escaped(caption[:200])}</figcaption></figure>"
+        f"<figcaption><b>{_escaped(name[:200])}</b>{_escaped(caption[:200])}</figcaption></figure>"
     )
 
 
