@@ -1,18 +1,23 @@
 """Encodings that are computed once: what they hold, that a killed run goes on, and that processes share the work."""
 
+import errno
 import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from source_files import SETTINGS, open_given, png
 
 from trainkit.data.loading.captions import CaptionIndex, split_captions
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.encodings import Rows, make_units, unit_name, unit_told, write_rows
+from trainkit.data.loading.statistics import vector_statistics
 from trainkit.data.preparation.prepare import prepare
 from trainkit.diffusion import text
 from trainkit.errors import UserError
@@ -159,10 +164,30 @@ def test_two_processes_share_the_units_and_make_each_once(tmp_path):
 
 
 def test_what_a_killed_process_left_is_swept_and_what_another_is_writing_is_not(tmp_path):
-    for name in (f"{unit_name(0)}.0.tmp", "encodings.json.0.tmp"):
+    for name in (f".tmp-0123456789ab-{unit_name(0)}", ".tmp-0123456789ab-encodings.json"):
         (tmp_path / name).touch()
     make_units(tmp_path, [unit_name(0)], lambda number: write_rows(tmp_path / unit_name(number), [[np.ones(1)]]))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["encodings.json.0.tmp", unit_name(0)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-0123456789ab-encodings.json", unit_name(0)]
+
+
+def test_a_finished_cache_that_only_its_owner_can_write_is_read(images, tmp_path, monkeypatch):
+    vectors = SimpleNamespace(fingerprint="f", column=lambda name: iter([np.ones((2, 3), dtype=np.float32)]))
+    options = SimpleNamespace(cache_dir=tmp_path)
+    finished = text.encode_captions(images, Encoder(), tmp_path, "")
+    mean, _ = vector_statistics(vectors, options)
+
+    def refused(*_args, **_kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for owner, name in ((Path, "mkdir"), (FileLock, "acquire"), (os, "replace")):
+        monkeypatch.setattr(owner, name, refused)
+    make_units(finished.rows.folder, finished.rows.unit_names, refused)
+    again = Encoder()
+    read = text.encode_captions(images, again, tmp_path, "")
+    assert again.encoded == [] and np.array_equal(read.gather(np.arange(12))[0], finished.gather(np.arange(12))[0])
+    assert np.array_equal(vector_statistics(vectors, options)[0], mean)
+    with pytest.raises(UserError, match="--cache_dir: .*other.* cannot be written"):
+        text.encode_captions(images, again, tmp_path / "other", "")
 
 
 def test_rows_of_any_length_in_several_batches(tmp_path):

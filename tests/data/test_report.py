@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import errno
 import html.parser
 import io
 import os
@@ -20,6 +21,7 @@ from test_prepare import ROOT, SETTINGS, Stopped, count_decoded, run, write_imag
 from train_unconditional import Options
 from trainkit.config import parse_options
 from trainkit.data.cache import open_or_prepare
+from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation import contact_sheet
 from trainkit.data.preparation.contact_sheet import picture_of, write_contact_sheet
 from trainkit.data.preparation.filtering import NO_FILTERS, FilterSettings
@@ -174,6 +176,35 @@ def test_many_classes_and_none(tmp_path):
     write_images(tmp_path / "flat", 5)
     prepared(tmp_path / "flat", tmp_path / "flat-out")
     assert len(Page(write_contact_sheet(tmp_path / "flat-out")).pictures) == 5
+
+
+def test_held_out_images_are_shown_with_their_names(photos, tmp_path):
+    done = prepared(photos, tmp_path / "out", filters=FilterSettings(validation_fraction=0.2))
+    page = Page(write_contact_sheet(tmp_path / "out", ImageFolder(photos)))
+    held_out = PreparedImages(tmp_path / "out/validation")
+    assert f"held out for validation: {len(held_out)} images" in page.text and len(held_out) + done["num_images"] == 61
+    assert all(name in page.text for name in held_out.sources(np.arange(len(held_out))))
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_file_that_only_has_the_name_of_the_sheet_is_kept(photos, tmp_path, capsys, is_folder):
+    prepared(photos, tmp_path / "out")
+    sheet = tmp_path / "out/contact_sheet.html"
+    sheet.mkdir() if is_folder else sheet.write_bytes(b"my notes \xff")
+    assert write_contact_sheet(tmp_path / "out") is None
+    assert f"{sheet} is not a contact sheet and is kept" in capsys.readouterr().out
+    assert sheet.is_dir() or sheet.read_bytes() == b"my notes \xff"
+
+
+def test_a_folder_without_room_for_the_sheet_is_reported_in_one_line(photos, tmp_path, capsys, monkeypatch):
+    prepared(photos, tmp_path / "out")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(contact_sheet, "write_text", full)
+    assert write_contact_sheet(tmp_path / "out") is None
+    assert capsys.readouterr().out.endswith("contact_sheet.html cannot be written (No space left on device)\n")
 
 
 @pytest.mark.slow

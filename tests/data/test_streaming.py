@@ -1,9 +1,11 @@
 """A prepared dataset at a URL: trained on block by block, or copied once."""
 
+import errno
 import sys
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from training_helpers import losses, tiny_run
 
 from trainkit.data import files
@@ -109,6 +111,16 @@ def test_a_copy_that_was_cut_short_is_completed(prepared, tmp_path, capsys):
     capsys.readouterr()
     assert local_copy(location(URL), tmp_path) == copy and shard.read_bytes() == whole
     assert "copying 1 shards" in capsys.readouterr().out
+
+
+def test_a_complete_copy_that_only_its_owner_can_write_is_read(prepared, tmp_path, monkeypatch):
+    copy = local_copy(location(URL), tmp_path)
+
+    def refused(*_args, **_kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    assert local_copy(location(URL), tmp_path) == copy
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 
 from trainkit.data import faults
 from trainkit.data.faults import RejectedImage
-from trainkit.data.files import RemotePath, read_text, write_text
+from trainkit.data.files import RemotePath, exists, read_text, write_text
 from trainkit.data.format import PREPARATION_NAME, REJECTED_NAME, VALIDATION_FOLDER, filters_of, format_counts
 from trainkit.data.images.decode import FORMATS, decode_image
 from trainkit.data.loading.dataset import PreparedImages
@@ -45,9 +45,9 @@ body { font: 14px system-ui, sans-serif; margin: 2em; max-width: 1500px }
 figure { margin: 0; min-width: 0; overflow-wrap: anywhere }
 td figure { display: inline-block; width: min-content; min-width: 100px; margin-right: 8px }
 figcaption { font-size: 11px; color: #555; max-height: 6.5em; overflow: hidden }
-figcaption b { display: block; font-weight: 600; color: #333 }
-img { box-sizing: border-box; min-width: 64px; max-width: 100%; border: 1px solid #888; image-rendering: pixelated; background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%)
-  0 0 / 16px 16px }
+figcaption strong { display: block; font-weight: 600; color: #333 }
+img { box-sizing: border-box; min-width: 64px; max-width: 100%; border: 1px solid #888; image-rendering: pixelated;
+  background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%) 0 0 / 16px 16px }
 td { padding: 2px 12px 2px 0; vertical-align: top; overflow-wrap: anywhere }
 h2 { margin: 1.2em 0 .4em; font-size: 16px }
 """
@@ -60,15 +60,15 @@ def write_contact_sheet(folder: Path | RemotePath, source: Source | None = None)
     after one printed line, if the file cannot be written or is not a contact sheet.
     """
     path = folder / SHEET_NAME
+    if _is_foreign(path):
+        print(f"{path} is not a contact sheet and is kept: no contact sheet is written", flush=True)
+        return None
     if (
         isinstance(path, Path)
         and path.is_file()
         and path.stat().st_mtime_ns >= (folder / PREPARATION_NAME).stat().st_mtime_ns
     ):
         return path
-    if isinstance(path, Path) and path.exists() and OWN_MARK not in path.read_text("utf-8", "replace")[:1000]:
-        print(f"{path} is not a contact sheet of a preparation and stays: no sheet is written", flush=True)
-        return None
     images = PreparedImages(folder)
     name = images.preparation["source"]["name"]
     body = [f"<h1>{_escaped(name)}</h1>", f"<p>{_escaped(format_counts(images.preparation))}</p>"]
@@ -87,6 +87,16 @@ def write_contact_sheet(folder: Path | RemotePath, source: Source | None = None)
         print(f"{path} cannot be written ({one_line(error.strerror or error)})", flush=True)
         return None
     return path
+
+
+def _is_foreign(path: Path | RemotePath) -> bool:
+    """Whether something other than a contact sheet has its name."""
+    if not exists(path):
+        return False
+    try:
+        return OWN_MARK not in read_text(path)[:1000]
+    except (OSError, UnicodeDecodeError):
+        return True
 
 
 def _sample_part(images: PreparedImages) -> list[str]:
@@ -195,7 +205,7 @@ def _figure(picture: bytes, name: str, caption: str = "") -> str:
     mime = "png" if picture.startswith(b"\x89PNG") else "jpeg"
     return (
         f'<figure><img src="data:image/{mime};base64,{base64.b64encode(picture).decode()}" alt="">'
-        f"<figcaption><b>{_escaped(name[:200])}</b>{_escaped(caption[:200])}</figcaption></figure>"
+        f"<figcaption><strong>{_escaped(name[:200])}</strong>{_escaped(caption[:200])}</figcaption></figure>"
     )
 
 
