@@ -15,13 +15,15 @@ LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --n
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    train on real digits, sample and score, in demo/ (under 12 minutes on two cores)"
-	@echo "make test    run the test suite; ARGS=... is passed to pytest"
-	@echo "make test-fast    run the tests that are quick, in about a minute"
-	@echo "make lint    run ruff (mistakes and format) and the type checker"
-	@echo "make bench   run the benchmarks in their short form"
-	@echo "make venv    set up .venv, which the scripts need"
-	@echo "make clean   delete demo/ and caches (.venv stays)"
+	@echo "make demo       train on real digits, sample and score, in demo/ (under 12 minutes on two cores)"
+	@echo "make test       run the test suite; ARGS=... is passed to pytest"
+	@echo "make test-fast  run the tests that are not marked slow"
+	@echo "make lint       run ruff (mistakes and format) and the type checker"
+	@echo "make golden     write the golden losses, after a change that is meant to change them"
+	@echo "make mutants    show that the suite catches deliberate faults, one per contract"
+	@echo "make bench      run the benchmarks in their short form"
+	@echo "make venv       set up .venv, which the scripts need"
+	@echo "make clean      delete demo/ and caches (.venv stays)"
 
 venv: $(RUN_READY)
 
@@ -77,11 +79,9 @@ test: $(DEV_READY)
 test-fast: $(DEV_READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
 
-# After a change that is meant to change the losses.
 golden: $(DEV_READY)
 	$(BIN)/python -m pytest tests/training/test_golden.py --write_golden
 
-# Show that the suite catches deliberate faults, one per contract.
 mutants: $(DEV_READY)
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 

@@ -57,12 +57,12 @@ class FilterOptions:
         choices=("none", "exact", "near"),
     )  # fmt: skip
     near_distance: int = option(
-        4, "with --deduplicate near: bits of the 64 of two perceptual hashes that may differ", within="[0, 64]"
+        4, "with --deduplicate near: bits of the 64 of two perceptual hashes that may differ", within="[0, 16]"
     )
     validation_fraction: float = option(
         0.0,
         "fraction of the images, by a hash of their pixels, that goes to --output_dir/validation instead",
-        within="[0, 1]",
+        within="[0, 1)",
     )
     max_rejected_fraction: float = option(
         0.9,

@@ -96,7 +96,7 @@ def test_every_requirement_is_pinned_to_one_version_for_each_python():
 
 def test_torch_is_pinned_and_torchvision_is_nowhere():
     assert _names("constraints.txt")["torch"] == ["torch==2.13.0"]
-    for file in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
+    for file in ("requirements.txt", "requirements-dev.txt", "constraints.txt", "pyproject.toml"):
         assert "torchvision" not in _names(file)
 
 
@@ -125,7 +125,7 @@ def fake_house(tmp_path):
     house = tmp_path / "a house"
     house.mkdir()
     shutil.copy(ROOT / "Makefile", house)
-    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt", "pyproject.toml"):
         (house / name).write_text("")
     python = house / "python"
     python.write_text(

@@ -2,26 +2,29 @@
 
 import dataclasses
 import importlib
+import subprocess
+import sys
+import time
 import typing
 
 import pytest
-from source_tree import scripts
+from source_tree import ROOT, scripts
 
 import trainkit
 from trainkit.config import parse_options
 from trainkit.errors import UserError
 from trainkit.options.fields import check_ranges
 from trainkit.options.help import format_help
-from trainkit.options.script import TrainingOptions
+from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
 
-ALL_OPTIONS = [
+ALL_OPTIONS = [TrainingOptions, ConditionalTrainingOptions] + [
     importlib.import_module(script.stem).Options
     for script in scripts()
-    if "Options" in script.read_text(encoding="utf-8")
+    if "class Options" in script.read_text(encoding="utf-8")
 ]
 
 
-@pytest.mark.parametrize("options_class", ALL_OPTIONS, ids=lambda cls: cls.__module__)
+@pytest.mark.parametrize("options_class", ALL_OPTIONS, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
 def test_every_number_has_a_range_that_holds_its_default(options_class):
     hints = typing.get_type_hints(options_class)
     for field in dataclasses.fields(options_class):
@@ -101,3 +104,19 @@ def test_one_group_of_flags_is_shown_alone(capsys):
     for width in (60, 80, 140):
         lines = format_help(TrainingOptions, "Trains.", width=width).splitlines()
         assert max(map(len, lines)) <= max(width, 100)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--validation_fraction=1", "--validation_fraction=-0.1", "--near_distance=17", "--max_rejected_fraction=1.5"],
+)
+def test_filters_have_ranges(words):
+    with pytest.raises(UserError, match=f"^{words.replace('=', ' ')} must be"):
+        parse_options(importlib.import_module("prepare_dataset").Options, "", [words])
+
+
+def test_help_answers_at_once():
+    started = time.monotonic()
+    command = [sys.executable, str(ROOT / "prepare_dataset.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "--train_data_dir" in done.stdout and time.monotonic() - started < 2

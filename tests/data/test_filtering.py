@@ -15,7 +15,6 @@ from test_prepare import SETTINGS, Stopped, contents, count_decoded, run, write_
 
 from trainkit.data.format import read_preparation
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.preparation import finalize as finalize_module
 from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation.filtering import KEPT, FilterSettings, exact_duplicates, near_duplicates, near_pairs
 from trainkit.data.preparation.prepare import prepare
@@ -340,12 +339,3 @@ def test_an_output_that_cannot_be_written_is_found_before_the_listing(tmp_path):
     (tmp_path / "file").write_text("")
     done = run(tmp_path / "nowhere", tmp_path / "file/out")
     assert done.returncode == 1 and re.match("error: --output_dir .*file/out cannot be written", done.stderr)
-
-
-@pytest.mark.slow
-def test_mistakes_name_the_flag(repeated, tmp_path, monkeypatch):
-    for flag, value in (("validation_fraction", "1"), ("validation_fraction", "-0.1"), ("near_distance", "17"),
-                        ("max_rejected_fraction", "1.5")):  # fmt: skip
-        done = run(repeated, tmp_path / "out", f"--{flag}={value}")
-        assert done.returncode == 1 and done.stderr.startswith(f"error: --{flag}") and done.stderr.count("\n") == 1
-    assert finalize_module.EARLY_FILES >= 1000

@@ -58,7 +58,7 @@ def find_learning_rate(run: Run, loss_of: Callable[[torch.nn.Module, Batch], tor
         f"in {run.output_dir / 'learning_rate.png'}. Nothing was trained: run again without --find_learning_rate",
         flush=True,
     )
-    run.accelerator.end_training()
+    run.close()
     return suggestion
 
 

@@ -65,10 +65,10 @@ class Run:
     skipped: SkippedSteps
     throughput: Throughput
     writing: WriteGuard
-    lock: FileLock | None  # of the output folder, on the main process
     max_train_steps: int
     step: int = 0
     stopped: bool = False  # by a signal
+    lock: FileLock | None = None  # of the output folder, on the main process
 
     def __post_init__(self):
         self.shape, self.output_dir = self.loader.shape, self.writing.output_dir
@@ -180,14 +180,18 @@ class Run:
         self.unet.train()
         self.log.pause(time.perf_counter() - started)
 
+    def close(self) -> None:
+        """End the trackers and the process group's work, and let other runs use the output folder."""
+        self.accelerator.end_training()
+        if self.lock is not None:
+            self.lock.release()
+
     def finish(self) -> None:
         """End the run with loss.png and a last line. Raises `UserError` if a file could not be written."""
         if self.accelerator.is_main_process:
             with self.writing("loss.png"):
                 plot_loss(self.output_dir)
-        self.accelerator.end_training()
-        if self.lock is not None:
-            self.lock.release()
+        self.close()
         self.writing.raise_failure()
         if self.stopped:
             self.accelerator.print(

@@ -130,12 +130,52 @@ def start_run(
     max_train_steps = count_steps(options, len(images), shape.global_size)
     image_flops = flops_of_image(unet, (images.channels, images.height, images.width), inputs_of(1))
     model, optimizer = _prepare_model(options, accelerator, unet)
+    compile_unet(accelerator.unwrap_model(model), options, shape.micro_steps)
+    run = _build_run(
+        options,
+        accelerator,
+        images,
+        condition,
+        order,
+        model,
+        optimizer,
+        shape,
+        max_train_steps,
+        candidates,
+        image_flops,
+    )
+    run.lock = locks[0] if locks else None
+    if accelerator.is_main_process and options.lr_warmup_steps >= max_train_steps:
+        print(
+            f"WARNING: --lr_warmup_steps {options.lr_warmup_steps} is not less than the {max_train_steps} steps of "
+            "the run: the learning rate does not stay at its peak",
+            flush=True,
+        )
+    _resume(run, candidates)
+    run.start_log()
+    _announce(run)
+    return run
+
+
+def _build_run(
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    images: PreparedImages,
+    condition: Condition | None,
+    order: ClassBalancedOrder | None,
+    model: torch.nn.Module,
+    optimizer: AcceleratedOptimizer,
+    shape: BatchShape,
+    max_train_steps: int,
+    candidates: list[Path],
+    image_flops: float | None,
+) -> Run:
+    """The run at step 0, around a prepared model and its optimizer."""
     unet = accelerator.unwrap_model(model)
-    compile_unet(unet, options, shape.micro_steps)
     output_dir = Path(options.output_dir)
     writing = WriteGuard(output_dir)
     loader = _build_loader(options, images, shape, accelerator.device, condition, order)
-    run = Run(
+    return Run(
         options=options,
         accelerator=accelerator,
         images=images,
@@ -162,19 +202,8 @@ def start_run(
         ),
         throughput=Throughput(image_flops, accelerator.device, accelerator.mixed_precision, accelerator.num_processes),
         writing=writing,
-        lock=locks[0] if locks else None,
         max_train_steps=max_train_steps,
     )
-    if accelerator.is_main_process and options.lr_warmup_steps >= max_train_steps:
-        print(
-            f"WARNING: --lr_warmup_steps {options.lr_warmup_steps} is not less than the {max_train_steps} steps of "
-            "the run: the learning rate does not stay at its peak",
-            flush=True,
-        )
-    _resume(run, candidates)
-    run.start_log()
-    _announce(run)
-    return run
 
 
 def count_steps(options: TrainingOptions, num_images: int, global_batch_size: int) -> int:

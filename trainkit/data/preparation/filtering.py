@@ -13,7 +13,6 @@ from trainkit.packages import load_package
 
 HASH_BITS = 64
 NO_HASH = 2**64 - 1  # instead of a perceptual hash that means nothing; at most half of the bits of one are set
-MAX_NEAR_DISTANCE = 16  # of 64 bits: two pictures that have nothing in common differ in about 32
 KEPT = -1
 NEAR_FLAG = "--deduplicate near"
 TRAIN, VALIDATION = 0, 1
@@ -55,10 +54,6 @@ NO_FILTERS = FilterSettings()
 
 def filters_from_options(options) -> FilterSettings:
     """What a script's `FilterOptions` ask for. Raises `UserError` naming the flag."""
-    if not 0 <= options.validation_fraction < 1:
-        raise UserError(f"--validation_fraction {options.validation_fraction} must be at least 0 and below 1")
-    if not 0 <= options.near_distance <= MAX_NEAR_DISTANCE:
-        raise UserError(f"--near_distance {options.near_distance} must be 0 to {MAX_NEAR_DISTANCE} bits")
     if options.deduplicate == "near":
         load_package("imagehash", NEAR_FLAG)
     distance = options.near_distance if options.deduplicate == "near" else FilterSettings.near_distance
