@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from trainkit.data.account import Account
-from trainkit.data.sources.metadata import ColumnOptions
+from trainkit.data.account import Account, Kind
+from trainkit.data.sources.metadata import TABLE_EXTENSIONS, ColumnOptions
 from trainkit.data.sources.rowfile import RowFile
 from trainkit.options.data import SourceOptions
 
@@ -18,14 +18,16 @@ IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga "
     ".heic .heif".split()  # Pillow reads no HEIF: better rejected by name than passed over in silence
 )
+FOREIGN_IMAGES = frozenset(".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .psd .xcf .svg .eps .jxl .exr .hdr".split())
 MISSING, NOT_A_FILE = -1, -2  # in the place of a size
 
-IMAGE, CAPTION, VECTOR, FOLDER, LINKED_FOLDER = range(5)
+IMAGE, CAPTION, VECTOR, FOLDER, LINKED_FOLDER, UNREAD = range(6)
 SIDECARS = {
     ".txt": CAPTION,
     ".caption": CAPTION,
     ".npy": VECTOR,
 }  # in any case; of two, the first in this order counts
+UNREAD_SIDECARS = (".json", ".cls", ".cap", ".tags", ".xml", ".yaml")  # named if they are named after an image
 STANDARD_SIDECARS = (".txt", ".npy")
 NOTHING_BESIDE = (None, None, None)
 # Text is kept in bytes, since file names need not be UTF-8; bytes sort as the text does.
@@ -146,6 +148,16 @@ def folder_class(folder: str, label_from: str) -> str:
     """The class that a relative folder stands for: its own name, or that of the folder at the top."""
     name = folder.partition("/")[0] if label_from == "top_folder" else folder.rpartition("/")[2]
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # an ASCII locale does not decode it
+
+
+def ignore_file(account: Account, path: str) -> None:
+    """Count a file that is not used, and name it if it looks like a table or an image."""
+    extension = os.path.splitext(path)[1].lower()
+    if extension in TABLE_EXTENSIONS:
+        account.add(Kind.TABLE_NOT_READ, path)
+    elif extension in FOREIGN_IMAGES:
+        account.add(Kind.FOREIGN_IMAGE, path)
+    account.ignore(path)
 
 
 def encoded(text: str | None) -> bytes | None:

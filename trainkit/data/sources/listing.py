@@ -21,6 +21,8 @@ from trainkit.data.sources.entries import (
     LINKED_FOLDER,
     NOTHING_BESIDE,
     SIDECARS,
+    UNREAD,
+    UNREAD_SIDECARS,
     VECTOR,
     Entries,
     Found,
@@ -28,13 +30,18 @@ from trainkit.data.sources.entries import (
     decoded,
     encoded,
     folder_class,
+    ignore_file,
     size_and_time,
 )
 from trainkit.data.sources.joining import with_metadata
-from trainkit.data.sources.metadata import METADATA_NAMES, TABLE_EXTENSIONS
+from trainkit.data.sources.metadata import METADATA_NAMES
 from trainkit.data.sources.rowfile import RowFile, sorted_rows
 from trainkit.data.sources.splits import choose_split, readme_data_files
 from trainkit.errors import UserError
+
+
+SIDECAR_ORDER = (*SIDECARS, *UNREAD_SIDECARS)
+UNUSED, OF_AN_IMAGE, USED = range(3)
 
 
 class Listing(NamedTuple):
@@ -44,11 +51,12 @@ class Listing(NamedTuple):
     labels: set[str]
     has_text: bool
     has_vector: bool
+    vector_files: int
     account: Account
 
 
 def list_folder(folder: Path, flag: str, options: ReadOptions) -> Listing:
-    """Every image file under `folder` (hidden names skipped), sorted by relative path. Opens no image.
+    """Every image file under `folder` except hidden ones, sorted by relative path. Opens no image.
 
     Memory holds the classes, not the files. Raises `UserError` naming `flag`.
     """
@@ -73,12 +81,15 @@ def list_folder(folder: Path, flag: str, options: ReadOptions) -> Listing:
         listed.extend(seen.noted(with_metadata(folder, file, found, options, rule, flag)))
     if not len(listed):
         held = ", ".join(sorted(found.account.ignored)[:5]) or "nothing"
-        raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...)")
+        fix = "; convert the images to JPEG or PNG" if Kind.FOREIGN_IMAGE in found.account.counts else ""
+        raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...){fix}")
     found.account.add(Kind.CAPTION_FILES, count=seen.caption_files)
+    if not seen.named_labels:
+        seen.add_reasons(found.account)
     folder_labels = not seen.named_labels and seen.folders_are_classes
     labels = seen.folder_names if folder_labels else seen.named_labels
     entries = Entries(listed, options.label_from if folder_labels else None, range(len(listed)))
-    return Listing(entries, labels, seen.has_text, seen.has_vector, found.account)
+    return Listing(entries, labels, seen.has_text, seen.has_vector, seen.vector_files, found.account)
 
 
 def _split_rule(
@@ -97,7 +108,7 @@ def _split_rule(
 def _walk(root: Path, found: Found) -> Iterator[tuple]:
     """Rows of `ENTRY_SCHEMA` for every image file, sorted by path, a folder at a time."""
     seen_links = set()
-    pending = [("", _with_sidecars(_sorted_items(str(root), "", found), found))]
+    pending = [("", _with_sidecars(_sorted_items(str(root), "", found), "", found))]
     while pending:
         prefix, items = pending[-1]
         if (item := next(items, None)) is None:
@@ -111,10 +122,18 @@ def _walk(root: Path, found: Found) -> Iterator[tuple]:
         folder = os.path.join(root, path[:-1])
         if kind == LINKED_FOLDER:  # followed once: a link may lead back up
             target = os.path.realpath(folder)
-            if target in seen_links or f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{target}/"):
+            if target in seen_links or _is_walked(target, folder, os.path.realpath(root)):
+                found.account.add(Kind.LINK_NOT_FOLLOWED, path[:-1])
                 continue
             seen_links.add(target)
-        pending.append((path, _with_sidecars(_sorted_items(folder, path, found), found)))
+        pending.append((path, _with_sidecars(_sorted_items(folder, path, found), path, found)))
+
+
+def _is_walked(target: str, link: str, root: str) -> bool:
+    """Whether the walk reads the target of a linked folder anyway: it is above the link, or another folder in `root`."""
+    if f"{os.path.realpath(os.path.dirname(link))}/".startswith(f"{target}/"):
+        return True
+    return target.startswith(f"{root}/") and "/." not in target[len(root) :]
 
 
 def _sorted_items(folder: str, prefix: str, found: Found) -> Iterator[tuple]:
@@ -132,20 +151,18 @@ def _items(folder: str, prefix: str, found: Found) -> Iterator[tuple]:
                 yield encoded(name + "/"), LINKED_FOLDER if item.is_symlink() else FOLDER, 0, 0
                 continue
             extension = os.path.splitext(name)[1].lower()
-            if extension in IMAGE_EXTENSIONS:
+            if name.lower() in METADATA_NAMES:
+                found.metadata.append(prefix + name)
+            elif extension in IMAGE_EXTENSIONS:
                 yield encoded(name), IMAGE, *size_and_time(item)
-            elif extension in SIDECARS:
+            elif extension in (*SIDECARS, *UNREAD_SIDECARS):
                 size, mtime_ns = size_and_time(item)
                 if size >= 0:
-                    yield encoded(name), SIDECARS[extension], size, mtime_ns
+                    yield encoded(name), SIDECARS.get(extension, UNREAD), size, mtime_ns
                 else:
                     found.account.ignore(name)
-            elif name.lower() in METADATA_NAMES:
-                found.metadata.append(prefix + name)
             else:
-                if extension in TABLE_EXTENSIONS:
-                    found.account.add(Kind.TABLE_NOT_READ, prefix + name)
-                found.account.ignore(name)
+                ignore_file(found.account, prefix + name)
 
 
 def _is_folder(item: os.DirEntry) -> bool:
@@ -157,7 +174,7 @@ def _is_folder(item: os.DirEntry) -> bool:
         return False
 
 
-def _with_sidecars(items: Iterator[tuple], found: Found) -> Iterator[tuple]:
+def _with_sidecars(items: Iterator[tuple], prefix: str, found: Found) -> Iterator[tuple]:
     """The images and folders of one folder, in order, each image with its caption and vector file.
 
     These are NAME.txt or NAME.png.txt of NAME.png, and so on. An image waits until none can follow: names that begin
@@ -174,33 +191,43 @@ def _with_sidecars(items: Iterator[tuple], found: Found) -> Iterator[tuple]:
             )
         if not waiting and beside:
             for stem in [stem for stem in beside if not key.startswith(stem)]:
-                for name, _, is_used in beside.pop(stem).values():
-                    if not is_used:
-                        found.account.ignore(decoded(name))
+                for name, _, use in beside.pop(stem).values():
+                    _count_unused(found.account, prefix + decoded(name), use)
 
     for item in items:
         yield from settled(item[0])
-        if item[1] in SIDECARS.values():
+        if item[1] in (*SIDECARS.values(), UNREAD):
             name, _, size, mtime_ns = item
             ending = name[name.rfind(b".") :]
             of_stem = beside.setdefault(_stem(name), {})
-            rank = list(SIDECARS).index(decoded(ending).lower()), ending.lower() != ending, ending
-            of_stem[rank] = [name, (size, mtime_ns, ending), False]
+            rank = SIDECAR_ORDER.index(decoded(ending).lower()), ending.lower() != ending, ending
+            of_stem[rank] = [name, (size, mtime_ns, ending), UNUSED]
         else:
             waiting.append(item)
     yield from settled(b"")
 
 
+def _count_unused(account: Account, path: str, use: int) -> None:
+    if use == OF_AN_IMAGE:
+        account.add(Kind.SIDECAR_NOT_READ, path)
+        account.ignore(path)
+    elif use == UNUSED:
+        ignore_file(account, path)
+
+
 def _take_sidecars(name: bytes, beside: dict) -> tuple:
     """Size, mtime_ns and ending of the caption file and of the vector file of an image; marks them as used."""
     taken = []
+    for stem in (_stem(name), name + b"."):
+        for entry in beside.get(stem, {}).values():
+            entry[2] = max(entry[2], OF_AN_IMAGE)
     for kind in (CAPTION, VECTOR):
         found = NOTHING_BESIDE
         for stem, before in ((_stem(name), b""), (name + b".", name[name.rfind(b".") :])):
-            ranks = sorted(rank for rank in beside.get(stem, ()) if SIDECARS[list(SIDECARS)[rank[0]]] == kind)
+            ranks = sorted(rank for rank in beside.get(stem, ()) if SIDECARS.get(SIDECAR_ORDER[rank[0]]) == kind)
             if ranks:
                 entry = beside[stem][ranks[0]]
-                entry[2] = True
+                entry[2] = USED
                 size, mtime_ns, ending = entry[1]
                 found = size, mtime_ns, before + ending
                 break
@@ -217,8 +244,9 @@ class _Seen:
 
     def __init__(self, label_from: str):
         self.named_labels, self.folder_names = set(), set()
-        self.has_text, self.has_vector, self.caption_files = False, False, 0
+        self.has_text, self.has_vector, self.caption_files, self.vector_files = False, False, 0, 0
         self._label_from, self._depth, self._uneven, self._last = label_from, None, False, None
+        self._example, self._reason, self._outside = None, None, []
 
     @property
     def folders_are_classes(self) -> bool:
@@ -231,22 +259,30 @@ class _Seen:
             if label is not None:
                 self.named_labels.add(decoded(label))
             self.caption_files += caption_size is not None
+            self.vector_files += vector_size is not None
             self.has_text = self.has_text or text is not None or caption_size is not None
             self.has_vector = self.has_vector or vector is not None or vector_size is not None
             folder = path.rpartition(b"/")[0]
             if folder != self._last:
-                self._note_folder(folder)
+                self._note_folder(folder, path)
+            if not folder and self._label_from == "top_folder":
+                self._outside.append(path) if len(self._outside) < MAX_EXAMPLES else None
+                self._num_outside += 1
             yield row
 
-    def _note_folder(self, folder: bytes) -> None:
+    def _note_folder(self, folder: bytes, path: bytes) -> None:
         self._last = folder
-        depth = folder.count(b"/")
+        depth = folder.count(b"/") + 1 if folder else 0
         if self._label_from == "top_folder":
-            self._uneven = self._uneven or not folder
-        else:
-            self._uneven = self._uneven or not folder or self._depth not in (None, depth)
-            self._uneven = self._uneven or self._label_from == "none"
-        self._depth = depth
+            if not folder:
+                return
+        elif self._depth not in (None, depth) and not self._reason:
+            self._reason = (
+                f"{self._example} and {decoded(path)} are not equally deep; --label_from top_folder takes the folder "
+                "at the top"
+            )
+        self._uneven = self._uneven or not folder or bool(self._reason) or self._label_from == "none"
+        self._depth, self._example = depth, decoded(path)
         if self._uneven:
             self.folder_names.clear()
         else:

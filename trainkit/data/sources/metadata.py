@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from trainkit.data.account import Account, Kind
-from trainkit.data.sources.texts import BYTE_ORDER_MARKS, FALLBACK, NotAClass, caption_text, class_name
+from trainkit.data.sources.texts import FALLBACK, NotAClass, caption_text, class_name, marked_encoding
 from trainkit.data.sources.vectors import vector_bytes
 from trainkit.errors import UserError, one_line
 
 LABELS_NAME = "dataset.json"  # of EDM and StyleGAN: {"labels": [["00000/img00000000.png", 6], ...]}
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet", LABELS_NAME)
-TABLE_EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".xlsx")  # named if they are not read
+TABLE_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx", ".parquet")  # named if they are not read
 FILE_COLUMNS = (
     "file_name", "filename", "file", "path", "file_path", "filepath", "image_path", "image_file", "image_name",
-    "image", "img",
+    "image_file_name", "image_filename", "image", "img",
 )  # fmt: skip
+ID_COLUMNS = ("image_id", "id", "key", "name")  # file names in metadata, but not in tables that hold images
 CAPTION_COLUMNS = ("text", "caption", "texts", "captions")
 OTHER_CAPTION_COLUMNS = re.compile(
     r"prompts?|descriptions?|sentences?|alt(_text)?|title|(text|caption|prompt)s?_\w+|\w+_(text|caption|prompt)s?"
 )
+FILE_NAME_ENDING = "_file_name"  # of the columns that `datasets` reads as images
+CONDITIONING_COLUMNS = re.compile(r"\w*(condition|control|mask|depth|canny|segmentation|edited|source_image)\w*")
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "cls")
 READ_BYTES = 2**20
 
@@ -77,28 +80,39 @@ def find_columns(names: Iterable[str], options: ColumnOptions, account: Account,
         by_name.setdefault(normal_name(name), name)
     if options.image is not None and options.image not in names:
         raise UserError(f"--image_column {options.image} is not in {where}; it has {', '.join(names)}")
-    file_name = options.image or next((by_name[name] for name in FILE_COLUMNS if name in by_name), None)
+    file_name = options.image or _file_column(by_name, where)
     label = next((by_name[name] for name in LABEL_COLUMNS if name in by_name), None)
     vector = next((name for name in (options.vector, by_name.get(normal_name(options.vector))) if name in names), None)
     captions = [by_name[name] for name in CAPTION_COLUMNS if name in by_name]
-    hint = ""
+    others = []
     if options.caption is not None:
         if options.caption not in names:
             raise UserError(f"--caption_column {options.caption} is not in {where}; it has {', '.join(names)}")
         captions = [options.caption]
     elif not captions:
         others = [name for key, name in by_name.items() if OTHER_CAPTION_COLUMNS.fullmatch(key)]
-        captions = others if len(others) == 1 else []
-        hint = f" (for captions: --caption_column {others[0]})" if len(others) > 1 else ""
+        captions, others = (others, []) if len(others) == 1 else ([], others)
     read = {file_name, label, vector, *captions}
     unused = tuple(name for name in names if name not in read)
-    for name in unused:
-        account.add(Kind.COLUMN_NOT_USED, f"{name} of {where}{hint}", count=0 if not name.strip() else 1)
+    for name in filter(str.strip, unused):
+        hint = f" (for captions: --caption_column {name})" if name in others else ""
+        if CONDITIONING_COLUMNS.fullmatch(normal_name(name)):
+            hint = " (images as a condition are not supported; training does without them)"
+        account.add(Kind.COLUMN_NOT_USED, f"{name} of {where}{hint}")
     standard = {"file_name", "label", options.vector, options.caption, options.image, *CAPTION_COLUMNS}
     for name in sorted(read - standard - {None}):
         meaning = {file_name: "file_name", label: "label"}.get(name, "captions")
         account.add(Kind.COLUMN_ALIAS, f"{name.strip()} as {meaning} in {where}")
     return TableColumns(file_name, label, tuple(captions), vector, unused)
+
+
+def _file_column(by_name: dict[str, str], where: str) -> str | None:
+    """The column of file names: one of `FILE_COLUMNS`, else the only one that ends in _file_name. Raises `UserError`."""
+    found = [by_name[name] for name in (*FILE_COLUMNS, *ID_COLUMNS) if name in by_name]
+    found = found or [column for name, column in by_name.items() if name.endswith(FILE_NAME_ENDING)]
+    if len(found) > 1 and normal_name(found[0]).endswith(FILE_NAME_ENDING) and "file_name" not in by_name:
+        raise UserError(f"{where} names several images per row: choose one with --image_column {found[0]}, for example")
+    return next(iter(found), None)
 
 
 def read_folder_metadata(
@@ -120,15 +134,15 @@ def read_folder_metadata(
 def read_metadata(file: BinaryIO, where: Path, options: ColumnOptions, account: Account) -> Iterator[MetadataRow]:
     """The rows of an open metadata file, in their order. Raises `UserError` naming the line."""
     columns_of: dict[tuple, TableColumns] = {}
-    is_csv, name = where.suffix.lower() == ".csv", where.name
+    is_csv, name, number = where.suffix.lower() == ".csv", where.name, None
     for number, row in _rows(file, where, account):
         keys = tuple(row)
         if keys not in columns_of:
             known = {key for seen in columns_of for key in seen}
             columns_of[keys] = find_columns(keys, options, account if set(keys) - known else Account(), name)
         columns = columns_of[keys]
-        file_name = None if columns.file_name is None else row[columns.file_name]
-        if not isinstance(file_name, str) or not file_name.strip():
+        file_name = _file_name(row.get(columns.file_name))
+        if not file_name:
             raise UserError(
                 f"{where} line {number} has no `file_name`; every row must name its image (columns: "
                 f"{', '.join(str(key).strip() for key in keys)})"
@@ -143,7 +157,18 @@ def read_metadata(file: BinaryIO, where: Path, options: ColumnOptions, account: 
         if columns.captions and not (text or "").strip():
             account.add(Kind.EMPTY_CAPTION, here)
             text = None
-        yield MetadataRow(file_name.strip(), label, text, vector_bytes(row.get(columns.vector)), here)
+        yield MetadataRow(file_name, label, text, vector_bytes(row.get(columns.vector)), here)
+    if number is None:
+        account.add(Kind.NO_ROWS, name)
+
+
+def _file_name(value: Any) -> str:
+    """The name in a cell: a string, a whole number (an id), or a struct with a `path`, as `datasets` writes images."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return value.strip() if isinstance(value, str) else ""
 
 
 def _rows(file: BinaryIO, where: Path, account: Account) -> Iterator[tuple[int, dict]]:
@@ -176,6 +201,8 @@ def _object(value: Any, number: int) -> dict:
 def _label_rows(content: Any) -> Iterator[tuple[int, dict]]:
     """The labels of a dataset.json: a class or a vector per image; none where it holds something else."""
     labels = content.get("labels") if isinstance(content, dict) else None
+    if isinstance(labels, dict):
+        labels = [list(pair) for pair in labels.items()]
     for number, entry in enumerate(labels or (), 1):
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
             raise ValueError(f"entry {number} of `labels` is not a pair of file name and label")
@@ -183,8 +210,10 @@ def _label_rows(content: Any) -> Iterator[tuple[int, dict]]:
 
 
 def _json_rows(content: Any) -> Iterator[tuple[int, dict]]:
-    """A list of objects, or an object from file names to captions or objects."""
-    if isinstance(content, dict):
+    """A list of objects, the captions of COCO, or an object from file names to captions or objects."""
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        content = _coco_rows(content)
+    elif isinstance(content, dict):
         content = [
             {"file_name": name} | (value if isinstance(value, dict) else {"text": value})
             for name, value in content.items()
@@ -192,6 +221,16 @@ def _json_rows(content: Any) -> Iterator[tuple[int, dict]]:
     if not isinstance(content, list):
         raise ValueError("it is not a list of objects")
     yield from ((number, _object(value, number)) for number, value in enumerate(content, 1))
+
+
+def _coco_rows(content: dict) -> list[dict]:
+    """A row per image of a COCO file, with the captions of its annotations. Categories are not read."""
+    captions: dict[Any, list] = {}
+    for annotation in content.get("annotations") or ():
+        if "caption" in annotation:
+            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
+    images = (_object(image, number) for number, image in enumerate(content["images"], 1))
+    return [{"file_name": image.get("file_name"), "text": captions.get(image.get("id"))} for image in images]
 
 
 def _csv_rows(lines: io.TextIOWrapper) -> Iterator[tuple[int, dict]]:
@@ -224,9 +263,8 @@ def _parquet_rows(file: BinaryIO) -> Iterator[tuple[int, dict]]:
 
 def _text_lines(file: BinaryIO, where: Path, account: Account) -> io.TextIOWrapper:
     """The file as text: by its byte order mark, else UTF-8, else cp1252, which is added to `account`."""
-    head = file.read(4)
+    encoding = marked_encoding(file.read(64))
     file.seek(0)
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS if head.startswith(mark)), None)
     if encoding is None:
         decoder, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
         try:

@@ -107,7 +107,7 @@ def cuts(paths: Iterable[str], mean: int) -> Iterator[tuple[int, int]]:
 def sorted_labels(names: set[str], account: Account | None = None) -> list[str]:
     """Class names by number if all are whole numbers (7 after 07), else by name: a function of the names alone.
 
-    Where that differs from `datasets`, which sorts by name, and names that look the same are added to `account`.
+    Where that differs from `datasets`, which sorts by name, and names that look the same or are the same number are added to `account`.
     """
     by_name = sorted(names)
     try:
@@ -120,7 +120,8 @@ def sorted_labels(names: set[str], account: Account | None = None) -> list[str]:
             account.add(Kind.CLASS_ORDER, f"{here}, ... here, {there}, ... there")
         seen: dict[str, str] = {}
         for name in by_name:
-            if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+            key = str(int(name)) if name.isdecimal() else unicodedata.normalize("NFC", name)
+            if (other := seen.setdefault(key, name)) != name:
                 account.add(Kind.SIMILAR_NAMES, f"{ascii(other)} and {ascii(name)}")
     return ordered
 

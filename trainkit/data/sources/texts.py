@@ -25,6 +25,9 @@ CSV_GAPS = frozenset(
 WHOLE = re.compile(r"([+-]?\d+)\.0+")
 
 
+NOT_A_CLASS = re.compile(r"[+-]?\d*\.\d+(e[+-]?\d+)?|[+-]?inf|\[.*\]|\{.*\}", re.IGNORECASE | re.DOTALL)  # in CSV files
+
+
 class NotAClass(ValueError):
     """A label that does not name a class: a list, an object, a number with a fraction."""
 
@@ -35,10 +38,7 @@ def decode_text(content: bytes) -> tuple[str, bool]:
     A byte order mark decides (UTF-8, UTF-16, UTF-32), then zero bytes (UTF-16 without a mark), then UTF-8. Line ends
     become "\\n". Raises `UnicodeDecodeError` if no encoding fits.
     """
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS if content.startswith(mark)), None)
-    if encoding is None and b"\0" in content:
-        encoding = "utf-16-le" if content[1::2].count(0) >= content[0::2].count(0) else "utf-16-be"
-    is_fallback = False
+    encoding, is_fallback = marked_encoding(content), False
     if encoding is not None:
         text = content.decode(encoding)
     else:
@@ -47,6 +47,14 @@ def decode_text(content: bytes) -> tuple[str, bool]:
         except UnicodeDecodeError:
             text, is_fallback = content.decode(FALLBACK), True
     return text.replace("\r\n", "\n").replace("\r", "\n"), is_fallback
+
+
+def marked_encoding(content: bytes) -> str | None:
+    """The encoding that a byte order mark or zero bytes (UTF-16 without a mark) show; None for all others."""
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if content.startswith(mark)), None)
+    if encoding is None and b"\0" in content:
+        encoding = "utf-16-le" if content[1::2].count(0) >= content[0::2].count(0) else "utf-16-be"
+    return encoding
 
 
 def read_caption(content: bytes, name: str) -> tuple[str, tuple[Kind, ...]]:
@@ -89,6 +97,8 @@ def class_name(value: Any, is_csv: bool = False) -> str | None:
         return None
     if whole := WHOLE.fullmatch(text):
         return whole[1]
+    if is_csv and NOT_A_CLASS.fullmatch(text):
+        raise NotAClass(f"{text[:40]} is not a class")
     return text
 
 
