@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from trainkit.data.account import Account
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
@@ -76,6 +77,7 @@ def prepared(given: str | Path, output: Path, settings=SETTINGS, num_proc: int =
     source = open_given(given, num_proc, **options)
     preparation = prepare(source, settings, output, num_proc, show_progress=False, overwrite=True)
     assert preparation["num_images"] + sum(preparation["rejected"].values()) == len(source)
+    assert Account.from_json(preparation["account"], preparation["ignored"]).difference == 0
     images = PreparedImages(output)
     rows = np.arange(len(images))
     labels, texts, vectors, names = images.labels(rows), images.texts(rows), images.vectors(rows), images.sources(rows)

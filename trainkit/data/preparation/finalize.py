@@ -98,8 +98,6 @@ def _account(source: Source, summaries: dict[int, list[dict]], num_rejected: int
     account.merge(source.account)
     for summary in summaries[TRAIN]:
         account.merge(Account.from_json(summary.get("account", {})))
-    if Kind.FILES_FOUND not in account.counts:
-        account.add(Kind.ROWS_FOUND, count=len(source))
     kinds = {TRAIN: Kind.IMAGES, VALIDATION: Kind.HELD_OUT}
     for split in summaries:
         account.add(kinds[split], count=sum(summary["num_rows"] for summary in summaries[split]))

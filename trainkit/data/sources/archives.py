@@ -18,14 +18,14 @@ from trainkit.data.account import Account, Kind
 from trainkit.data.faults import RejectedImage
 from trainkit.data.format import NO_LABEL
 from trainkit.data.sources import records
+from trainkit.data.sources.classes import FolderClasses
 from trainkit.data.sources.containers import MAX_MEMBER_BYTES, list_archive, read_span
-from trainkit.data.sources.entries import ReadOptions
+from trainkit.data.sources.entries import ReadOptions, folder_class
 from trainkit.data.sources.locations import DataFile, read_whole
 from trainkit.data.sources.members import (
     File,
     Member,
     Span,
-    class_folders,
     clean_path,
     collect,
     match_rows,
@@ -65,16 +65,32 @@ class Archives:
             found = f"{len(faults)} rejected, the first {faults[0]}" if faults else "no image file found inside"
             raise UserError(f"--train_data_dir {given} holds no image that can be read ({found})")
         if not any(member.label for member in self.members):
-            paths = (member.path for member in self.members if not _is_damage(member))
-            folders = class_folders(paths, options.label_from)
-            self.members = [
-                member._replace(label=folders.get(member.path.rpartition("/")[0])) for member in self.members
-            ]
+            self._label_by_folder(options.label_from)
         names = {member.label for member in self.members} - {None}
         self.label_names = sorted_labels(names, self.account) if names else None
         self.has_text = any(member.text is not None or member.caption for member in self.members)
         self.vector_length = first_length(self.reader.vector(member) for member in self.members)
+        if self.vector_length == 0 and all(member.vector is None for member in self.members):
+            self._drop_vector_files()
         self.fingerprint = digest(_identity(self.members))
+
+    def _label_by_folder(self, label_from: str) -> None:
+        folders = FolderClasses(label_from)
+        for member in self.members:
+            if not _is_damage(member):
+                folders.note(member.path)
+        folders.count(self.account)
+        for number, member in enumerate(self.members if folders.are_classes else ()):
+            if not _is_damage(member):
+                label = folder_class(member.path.rpartition("/")[0], label_from) or None
+                self.members[number] = member._replace(label=label)
+
+    def _drop_vector_files(self) -> None:
+        """The .npy files are not vectors but masks, depth maps or latents: read the images without them."""
+        self.vector_length, members = None, self.members
+        self.members = [member._replace(vector_file=None) for member in members]
+        self.account.add(Kind.VECTOR_NOT_USED, count=sum(member.vector_file is not None for member in members))
+        self._count_unused(members)
 
     def _keep_split(self, options: ReadOptions, given: str) -> None:
         """Drop the images in folders of other splits inside the archives."""
@@ -83,7 +99,9 @@ class Archives:
             lambda: (member.path for member in intact), options.split, given, self.account, rules=(split_by_folder,)
         )
         if rule is not None:
-            self.members = [m for m in self.members if _is_damage(m) or rule(m.path) == options.split]
+            members = self.members
+            self.members = [m for m in members if _is_damage(m) or rule(m.path) == options.split]
+            self._count_unused(members)
 
     def _read_metadata_beside(self, metadata: Sequence[Path], options: ReadOptions) -> None:
         """Use the rows of metadata files next to the archives. Images without a row are dropped, and counted."""
@@ -100,8 +118,9 @@ class Archives:
         about = match_rows(rows, names, names, str(metadata[0]), self.account)
         for path in about.keys() - names.keys():
             self.account.add(Kind.ROW_WITHOUT_IMAGE, f"{about[path].where}: {path}")
-        kept = []
-        for name, member in names.items():
+        members, kept = self.members, []
+        for member in members:
+            name = f"{stems[member.container]}{member.path}"
             if (row := about.get(name)) is None and not member.fault:
                 self.account.add(Kind.IMAGE_WITHOUT_ROW, name)
                 continue
@@ -111,6 +130,15 @@ class Archives:
                 )
             kept.append(member)
         self.members = kept
+        self._count_unused(members)
+
+    def _count_unused(self, before: list[Member]) -> None:
+        """Move the captions and vectors of images that were dropped from used to not used in the account."""
+        for kind, field in ((Kind.CAPTION_FILES, "caption"), (Kind.VECTOR_FILES, "vector_file")):
+            used = (
+                sum(getattr(member, field) is not None for member in members) for members in (before, self.members)
+            )
+            self.account.move(kind, Kind.SIDECAR_NOT_USED, next(used) - next(used))
 
     def __len__(self) -> int:
         return len(self.members)

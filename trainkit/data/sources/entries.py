@@ -19,7 +19,7 @@ IMAGE_EXTENSIONS = frozenset(
     ".heic .heif".split()  # Pillow reads no HEIF: better rejected by name than passed over in silence
 )
 FOREIGN_IMAGES = frozenset(".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .psd .xcf .svg .eps .jxl .exr .hdr".split())
-MISSING, NOT_A_FILE = -1, -2  # in the place of a size
+MISSING, NOT_A_FILE = -1, -2  # instead of a size
 
 IMAGE, CAPTION, VECTOR, FOLDER, LINKED_FOLDER, UNREAD = range(6)
 SIDECARS = {
@@ -79,7 +79,7 @@ class Entries(Sequence):
         for path, size, mtime_ns, label, text, *beside, vector in self._file.rows(self._rows.start, self._rows.stop):
             path, label, text = decoded(path), decoded(label), decoded(text)
             if self._folder_labels:
-                label = folder_class(path.rpartition("/")[0], self._folder_labels)
+                label = folder_class(path.rpartition("/")[0], self._folder_labels) or None
             caption, vector_file = (_sidecar(part) for part in (beside[:3], beside[3:]))
             yield Entry(path, size, mtime_ns, label, text, caption, vector_file, vector)
 
@@ -112,11 +112,13 @@ class ReadOptions:
         return cls(columns, options.dataset_split, options.dataset_config_name, options.label_from)
 
 
-class Found(NamedTuple):
-    """What the walk meets besides images."""
+@dataclass
+class Found:
+    """What the walk meets besides images. `num_sidecars`: caption and vector files of images."""
 
     metadata: list[str]
     account: Account
+    num_sidecars: int = 0
 
 
 def size_and_time(item: os.DirEntry | Path) -> tuple[int, int]:
@@ -148,6 +150,12 @@ def folder_class(folder: str, label_from: str) -> str:
     """The class that a relative folder stands for: its own name, or that of the folder at the top."""
     name = folder.partition("/")[0] if label_from == "top_folder" else folder.rpartition("/")[2]
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # an ASCII locale does not decode it
+
+
+def count_unread(account: Account, path: str) -> None:
+    """Count a file that is named after an image and not read."""
+    account.add(Kind.SIDECAR_NOT_READ, path)
+    account.ignore(path)
 
 
 def ignore_file(account: Account, path: str) -> None:

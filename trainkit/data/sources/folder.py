@@ -26,10 +26,14 @@ class ImageFolder:
         self.folder = Path(folder)
         self.name = self.folder.resolve().name or "images"
         listing = list_folder(self.folder, flag, options or ReadOptions())
-        self.entries, labels, self.has_text, has_vector, self.account = listing
+        self.entries, labels, self.has_text, has_vector, vector_files, self.account = listing
         self.label_names = sorted_labels(labels, self.account) if labels else None
         vectors = (_entry_vector(self.folder, entry) for entry in self.entries) if has_vector else ()
         self.vector_length = first_length(vectors)
+        if self.vector_length == 0 and vector_files:  # masks, depth maps or latents
+            self.vector_length = None
+            self.account.add(Kind.VECTOR_NOT_USED, count=vector_files)
+            self.account.move(Kind.VECTOR_FILES, Kind.SIDECAR_NOT_USED, vector_files)
         self.fingerprint = _identity(self.entries)
 
     def __len__(self) -> int:
@@ -38,7 +42,7 @@ class ImageFolder:
     @property
     def reader(self) -> "FolderReader":
         label_ids = {name: number for number, name in enumerate(self.label_names or ())}
-        return FolderReader(str(self.folder.resolve()), label_ids)
+        return FolderReader(str(self.folder.resolve()), label_ids, self.vector_length is not None)
 
     def units(self) -> list[Unit]:
         parts = [self.entries.part(*bounds) for bounds in cuts(self.entries.paths(), records.UNIT_ITEMS)]
@@ -48,6 +52,7 @@ class ImageFolder:
 class FolderReader(NamedTuple):
     folder: str
     label_ids: dict[str, int]
+    reads_vectors: bool = True
 
     def name(self, entry: Entry) -> str:
         return entry.path
@@ -59,7 +64,7 @@ class FolderReader(NamedTuple):
         if text is None and entry.caption_file:
             text, notes = _read_caption(sidecar_path(path, entry.caption_file, ".txt"))
         vector = None
-        if entry.vector is not None or entry.vector_file:
+        if self.reads_vectors and (entry.vector is not None or entry.vector_file):
             vector = _entry_vector(self.folder, entry)()
         return Record(path, self.label_ids.get(entry.label, NO_LABEL), text, vector, notes)
 

@@ -40,6 +40,7 @@ class Hdf5File:
         with _one_line_for_damage(file.location), _open(file.location) as opened_file:
             self.arrays = find_arrays(opened_file, options, self.account, self._where)
             self._count = len(opened_file[self.arrays.image])
+            self.account.add(Kind.ROWS_FOUND, count=self._count)
             self._check_values(opened_file[self.arrays.image])
             self.labels = read_labels(opened_file, self.arrays, self.account)
             self.label_names = self.labels.names

@@ -39,6 +39,7 @@ class HubDataset:
         self.name, schema = Path(name).name, dataset.features.arrow_schema
         self.columns = find_table_columns(schema, options.columns, self.account, self.name, f"{flag} {name}")
         self.fingerprint = dataset._fingerprint
+        self.account.add(Kind.ROWS_FOUND, count=len(dataset))
         self.labels = class_labels(schema, self.columns.label, _parts(dataset, self.columns), self.account, self.name)
         self.label_names, self.has_text = self.labels.names, self.columns.text is not None
         self._dataset = dataset.select_columns([column for column in self.columns if column])

@@ -155,12 +155,16 @@ def _joined(root: Path, rows: Iterator[tuple], named: Iterator[tuple], found: Fo
 def _found_entry(path: Path, found: Found) -> tuple[tuple, tuple, tuple]:
     """Stat, caption file and vector file of a file that metadata names although its extension is not an image's."""
     size, mtime_ns = size_and_time(path)
-    if size >= 0 and path.suffix.lower() not in IMAGE_EXTENSIONS:
-        found.account.unignore(path.name)
+    is_listed = size >= 0 and path.suffix.lower() not in IMAGE_EXTENSIONS
+    if not is_listed:  # a missing file, or a hidden one
+        found.account.add(Kind.EXTRA_ITEMS)
+        return (size, mtime_ns), NOTHING_BESIDE, NOTHING_BESIDE
+    found.account.unignore(path.name)
     sidecars = []
     for extension in STANDARD_SIDECARS:
         beside = size_and_time(path.with_suffix(extension))
-        if beside[0] >= 0 and path.suffix.lower() not in IMAGE_EXTENSIONS:
+        if beside[0] >= 0:
             found.account.unignore(f"_{extension}")
+            found.num_sidecars += 1
         sidecars.append(NOTHING_BESIDE if beside[0] < 0 else (*beside, extension.encode()))
     return (size, mtime_ns), *sidecars

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainkit.data.account import Account, Kind
+from trainkit.data.sources.classes import FolderClasses
 from trainkit.data.sources.entries import (
     CAPTION,
     ENTRY_SCHEMA,
@@ -27,9 +28,9 @@ from trainkit.data.sources.entries import (
     Entries,
     Found,
     ReadOptions,
+    count_unread,
     decoded,
     encoded,
-    folder_class,
     ignore_file,
     size_and_time,
 )
@@ -38,7 +39,6 @@ from trainkit.data.sources.metadata import METADATA_NAMES
 from trainkit.data.sources.rowfile import RowFile, sorted_rows
 from trainkit.data.sources.splits import choose_split, readme_data_files
 from trainkit.errors import UserError
-
 
 SIDECAR_ORDER = (*SIDECARS, *UNREAD_SIDECARS)
 UNUSED, OF_AN_IMAGE, USED = range(3)
@@ -83,11 +83,9 @@ def list_folder(folder: Path, flag: str, options: ReadOptions) -> Listing:
         held = ", ".join(sorted(found.account.ignored)[:5]) or "nothing"
         fix = "; convert the images to JPEG or PNG" if Kind.FOREIGN_IMAGE in found.account.counts else ""
         raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...){fix}")
-    found.account.add(Kind.CAPTION_FILES, count=seen.caption_files)
-    if not seen.named_labels:
-        seen.add_reasons(found.account)
-    folder_labels = not seen.named_labels and seen.folders_are_classes
-    labels = seen.folder_names if folder_labels else seen.named_labels
+    seen.count(found)
+    folder_labels = not seen.named_labels and seen.folders.are_classes
+    labels = seen.folders.names if folder_labels else seen.named_labels
     entries = Entries(listed, options.label_from if folder_labels else None, range(len(listed)))
     return Listing(entries, labels, seen.has_text, seen.has_vector, seen.vector_files, found.account)
 
@@ -130,7 +128,7 @@ def _walk(root: Path, found: Found) -> Iterator[tuple]:
 
 
 def _is_walked(target: str, link: str, root: str) -> bool:
-    """Whether the walk reads the target of a linked folder anyway: it is above the link, or another folder in `root`."""
+    """Whether the walk reads the target of a linked folder anyway: it is above the link, or elsewhere in `root`."""
     if f"{os.path.realpath(os.path.dirname(link))}/".startswith(f"{target}/"):
         return True
     return target.startswith(f"{root}/") and "/." not in target[len(root) :]
@@ -144,15 +142,19 @@ def _items(folder: str, prefix: str, found: Found) -> Iterator[tuple]:
     """Rows of `ITEM_SCHEMA`, in no order."""
     with os.scandir(folder) as items:
         for item in items:
-            name = item.name
-            if name.startswith("."):
+            name, is_hidden, is_folder = item.name, item.name.startswith("."), _is_folder(item)
+            if not is_folder:
+                found.account.add(Kind.FILES_FOUND)
+            if is_hidden:
+                found.account.add(Kind.HIDDEN, prefix + name, count=int(not is_folder))
                 continue
-            if _is_folder(item):
+            if is_folder:
                 yield encoded(name + "/"), LINKED_FOLDER if item.is_symlink() else FOLDER, 0, 0
                 continue
             extension = os.path.splitext(name)[1].lower()
             if name.lower() in METADATA_NAMES:
                 found.metadata.append(prefix + name)
+                found.account.add(Kind.METADATA_FILES)
             elif extension in IMAGE_EXTENSIONS:
                 yield encoded(name), IMAGE, *size_and_time(item)
             elif extension in (*SIDECARS, *UNREAD_SIDECARS):
@@ -192,6 +194,7 @@ def _with_sidecars(items: Iterator[tuple], prefix: str, found: Found) -> Iterato
         if not waiting and beside:
             for stem in [stem for stem in beside if not key.startswith(stem)]:
                 for name, _, use in beside.pop(stem).values():
+                    found.num_sidecars += use == USED
                     _count_unused(found.account, prefix + decoded(name), use)
 
     for item in items:
@@ -209,8 +212,7 @@ def _with_sidecars(items: Iterator[tuple], prefix: str, found: Found) -> Iterato
 
 def _count_unused(account: Account, path: str, use: int) -> None:
     if use == OF_AN_IMAGE:
-        account.add(Kind.SIDECAR_NOT_READ, path)
-        account.ignore(path)
+        count_unread(account, path)
     elif use == UNUSED:
         ignore_file(account, path)
 
@@ -243,15 +245,8 @@ class _Seen:
     """What is learnt from all rows while they pass by."""
 
     def __init__(self, label_from: str):
-        self.named_labels, self.folder_names = set(), set()
+        self.named_labels, self.folders = set(), FolderClasses(label_from)
         self.has_text, self.has_vector, self.caption_files, self.vector_files = False, False, 0, 0
-        self._label_from, self._depth, self._uneven, self._last = label_from, None, False, None
-        self._example, self._reason, self._outside = None, None, []
-
-    @property
-    def folders_are_classes(self) -> bool:
-        """Whether the folders of the images are their classes: several names, for parent folders at one depth."""
-        return not self._uneven and len(self.folder_names) > 1
 
     def noted(self, rows: Iterator[tuple]) -> Iterator[tuple]:
         for row in rows:
@@ -262,28 +257,16 @@ class _Seen:
             self.vector_files += vector_size is not None
             self.has_text = self.has_text or text is not None or caption_size is not None
             self.has_vector = self.has_vector or vector is not None or vector_size is not None
-            folder = path.rpartition(b"/")[0]
-            if folder != self._last:
-                self._note_folder(folder, path)
-            if not folder and self._label_from == "top_folder":
-                self._outside.append(path) if len(self._outside) < MAX_EXAMPLES else None
-                self._num_outside += 1
+            self.folders.note(decoded(path))
             yield row
 
-    def _note_folder(self, folder: bytes, path: bytes) -> None:
-        self._last = folder
-        depth = folder.count(b"/") + 1 if folder else 0
-        if self._label_from == "top_folder":
-            if not folder:
-                return
-        elif self._depth not in (None, depth) and not self._reason:
-            self._reason = (
-                f"{self._example} and {decoded(path)} are not equally deep; --label_from top_folder takes the folder "
-                "at the top"
-            )
-        self._uneven = self._uneven or not folder or bool(self._reason) or self._label_from == "none"
-        self._depth, self._example = depth, decoded(path)
-        if self._uneven:
-            self.folder_names.clear()
-        else:
-            self.folder_names.add(folder_class(decoded(folder), self._label_from))
+    def count(self, found: Found) -> None:
+        """Add what the rows use of the sidecar files, and why folders are not classes, to the account."""
+        account = found.account
+        account.add(Kind.CAPTION_FILES, count=self.caption_files)
+        account.add(Kind.VECTOR_FILES, count=self.vector_files)
+        num_unused = found.num_sidecars - self.caption_files - self.vector_files
+        account.add(Kind.SIDECAR_NOT_USED, count=num_unused)
+        account.add(Kind.EXTRA_ITEMS, count=-num_unused)  # one caption file of two images
+        if not self.named_labels:
+            self.folders.count(account)

@@ -14,12 +14,19 @@ from typing import Any, NamedTuple
 from trainkit.data import faults
 from trainkit.data.account import Account, Kind
 from trainkit.data.faults import RejectedImage
-from trainkit.data.sources.entries import IMAGE_EXTENSIONS, ReadOptions, decoded, encoded, folder_class
+from trainkit.data.sources.entries import (
+    IMAGE_EXTENSIONS,
+    UNREAD_SIDECARS,
+    ReadOptions,
+    count_unread,
+    decoded,
+    encoded,
+    ignore_file,
+)
 from trainkit.data.sources.joining import merged_row
 from trainkit.data.sources.metadata import (
     CAPTION_COLUMNS,
     METADATA_NAMES,
-    TABLE_EXTENSIONS,
     MetadataRow,
     find_columns,
     read_metadata,
@@ -94,10 +101,11 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
     for file in files:
         path = file.span.path
         name, (stem, extension) = path.rpartition("/")[2], os.path.splitext(path)
+        account.add(Kind.EXTRA_ITEMS if file.is_damage else Kind.FILES_FOUND)
         if file.is_damage:
             rejected.append(Member(container, path, file.span, fault=file.fault))
         elif not is_wanted(path):
-            continue
+            account.add(Kind.HIDDEN, path)
         elif extension.lower() in IMAGE_EXTENSIONS:
             if path in images:
                 fault = faults.DUPLICATE_NAME, "another file of this name comes later, and counts"
@@ -105,7 +113,10 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
             images[path] = file
         elif name.lower() in METADATA_NAMES and file.content is not None:
             metadata.append(file)
+            account.add(Kind.METADATA_FILES)
         elif file.fault is None:
+            if (before := others.get(stem + extension.lower())) is not None:
+                account.ignore(before.span.path)
             others[stem + extension.lower()] = file
         else:
             account.ignore(path)
@@ -119,17 +130,18 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
     for path in about.keys() - images.keys():  # another extension, or a row without its file
         if path not in others:
             account.add(Kind.ROW_WITHOUT_IMAGE, f"{about[path].where}: {path}")
+            account.add(Kind.EXTRA_ITEMS)
         missing = File(Span(path, "missing"), fault=(faults.MISSING, "a metadata file names it, but it is not there"))
         images[path] = others.get(path, missing)
-    for ending in _drop_other_parts(images, others):
-        account.ignore(ending)
+    _drop_other_parts(images, others, account)
     if about:
         for path in sorted(images.keys() - about.keys()):
             account.add(Kind.IMAGE_WITHOUT_ROW, path)
             del images[path]
-    _ignore_others(images, others, account)
+    sidecars = _ignore_others(images, others, account)
     samples = _Samples(options, account)
     found = [_member(container, path, file, about, others, samples) for path, file in images.items()]
+    samples.count_files(sidecars)
     return sorted([*found, *rejected], key=lambda member: (member.span.offset, member.path))
 
 
@@ -166,30 +178,25 @@ def match_rows(
     return merged
 
 
-def _ignore_others(images: dict[str, File], others: dict[str, File], account: Account) -> None:
-    stems = {os.path.splitext(path)[0] for path in images} | set(images)
-    for path in others.keys() - images.keys():
+def _ignore_others(images: dict[str, File], others: dict[str, File], account: Account) -> int:
+    """Count the files that say nothing about an image. Returns the number of those that do."""
+    stems, num_sidecars = {os.path.splitext(path)[0] for path in images} | set(images), 0
+    for path in sorted(others.keys() - images.keys()):
         stem, extension = os.path.splitext(path)
-        if extension not in CONTENT_EXTENSIONS or stem not in stems:
-            account.ignore(path)
-            if extension in TABLE_EXTENSIONS:
-                account.add(Kind.TABLE_NOT_READ, path)
+        if stem in stems and extension in CONTENT_EXTENSIONS:
+            num_sidecars += 1
+        elif stem in stems and extension in UNREAD_SIDECARS:
+            count_unread(account, path)
+        else:
+            ignore_file(account, path)
+    return num_sidecars
 
 
-def class_folders(paths: Iterable[str], label_from: str) -> dict[str, str]:
-    """Folder -> its class, if every image is in a folder, all equally deep, and there are several names."""
-    folders = {path.rpartition("/")[0] for path in paths}
-    classes = {folder: folder_class(folder, label_from) for folder in folders}
-    is_uneven = label_from == "parent_folder" and len({folder.count("/") for folder in folders}) > 1
-    return {} if "" in folders or is_uneven or label_from == "none" or len(set(classes.values())) < 2 else classes
-
-
-def _drop_other_parts(images: dict[str, File], others: dict[str, File]) -> list[str]:
+def _drop_other_parts(images: dict[str, File], others: dict[str, File], account: Account) -> None:
     """Of a WebDataset sample (KEY.json or KEY.cls, KEY.jpg, KEY.mask.png) the image is the one with the short ending.
 
-    Removes the others from `images`, and returns their endings. Without a KEY.json or KEY.cls, dots are part of names.
+    Moves the others from `images` to `account`. Without a KEY.json or KEY.cls, dots are part of names.
     """
-    dropped = []
     keys = {path.rpartition(".")[0] for path in images}
     for path in list(images):
         folder, slash, name = path.rpartition("/")
@@ -198,8 +205,8 @@ def _drop_other_parts(images: dict[str, File], others: dict[str, File]) -> list[
         is_sample = any(key + extension in others for extension in SAMPLE_EXTENSIONS)
         if "." in ending and is_sample and key in keys:
             del images[path]
-            dropped.append(f".{ending.lower()}")
-    return dropped
+            account.add(Kind.SAMPLE_PART, path)
+            account.ignore(f".{ending.lower()}")
 
 
 class _Samples:
@@ -208,6 +215,27 @@ class _Samples:
     def __init__(self, options: ReadOptions, account: Account):
         self.options, self.account = options, account
         self._captions: dict[tuple, tuple[str, ...]] = {}
+        self._used: dict[str, Kind] = {}
+
+    def use(self, file: File, kind: Kind) -> None:
+        self._used[file.span.path] = kind
+
+    def read_json(self, file: File | None) -> dict[str, Any]:
+        """The object in NAME.json; an empty one where there is none."""
+        try:
+            content = None if file is None or file.content is None else json.loads(file.content)
+        except ValueError:  # RecursionError is not a ValueError, but content is small
+            content = None
+        if not isinstance(content, dict):
+            return {}
+        self.use(file, Kind.LABEL_FILES)
+        return content
+
+    def count_files(self, num_sidecars: int) -> None:
+        """Add to the account which of the files about images were used, and how many were not."""
+        for kind in self._used.values():
+            self.account.add(kind)
+        self.account.add(Kind.SIDECAR_NOT_USED, count=num_sidecars - len(self._used))
 
     def captions(self, sample: dict[str, Any]) -> Iterator[Any]:
         keys = tuple(sample)
@@ -243,15 +271,17 @@ def _member(
 ) -> Member:
     stem = path.rpartition(".")[0]
     _, label, text, vector, _ = about.get(path) or MetadataRow(path)
-    sample = _json_object(others.get(stem + ".json"))
+    sample, number = samples.read_json(others.get(stem + ".json")), others.get(stem + ".cls")
     if label is None:
         label = samples.label(sample, path)
-        if (number := others.get(stem + ".cls")) is not None and number.content is not None:
+        if number is not None and number.content is not None:
             label = class_name(number.content.decode("utf-8", "replace")) or label
+            samples.use(number, Kind.LABEL_FILES)
     beside = [others.get(before + extension) for before in (stem, path) for extension in CAPTION_EXTENSIONS]
     caption = next((one for one in beside if one is not None), None)
     vector_file = others.get(stem + ".npy")
-    samples.account.add(Kind.CAPTION_FILES, count=int(caption is not None and text is None))
+    if text is None and caption is not None:
+        samples.use(caption, Kind.CAPTION_FILES)
     if text is None and caption is None:
         text = next((found for value in samples.captions(sample) if (found := caption_text(value))), None)
     if text is None and caption is not None and caption.content is not None:
@@ -264,6 +294,8 @@ def _member(
         caption = None
     if vector is None and vector_file is None:
         vector = vector_bytes(sample.get(samples.options.columns.vector))
+    elif vector is None:
+        samples.use(vector_file, Kind.VECTOR_FILES)
     return Member(
         container,
         path,
@@ -275,11 +307,3 @@ def _member(
         vector_file.span if vector_file is not None and vector is None else None,
         file.fault,
     )
-
-
-def _json_object(file: File | None) -> dict[str, Any]:
-    try:
-        content = {} if file is None or file.content is None else json.loads(file.content)
-    except ValueError:  # RecursionError is no ValueError, but content is small
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -107,12 +107,16 @@ def find_columns(names: Iterable[str], options: ColumnOptions, account: Account,
 
 
 def _file_column(by_name: dict[str, str], where: str) -> str | None:
-    """The column of file names: one of `FILE_COLUMNS`, else the only one that ends in _file_name. Raises `UserError`."""
-    found = [by_name[name] for name in (*FILE_COLUMNS, *ID_COLUMNS) if name in by_name]
-    found = found or [column for name, column in by_name.items() if name.endswith(FILE_NAME_ENDING)]
-    if len(found) > 1 and normal_name(found[0]).endswith(FILE_NAME_ENDING) and "file_name" not in by_name:
-        raise UserError(f"{where} names several images per row: choose one with --image_column {found[0]}, for example")
-    return next(iter(found), None)
+    """The column of file names: one of `FILE_COLUMNS`, the only one that ends in _file_name, or one of `ID_COLUMNS`.
+
+    Raises `UserError` if several end in _file_name.
+    """
+    if found := [by_name[name] for name in FILE_COLUMNS if name in by_name]:
+        return found[0]
+    ending = [column for name, column in by_name.items() if name.endswith(FILE_NAME_ENDING)]
+    if len(ending) > 1:
+        raise UserError(f"{where} names several images per row ({', '.join(ending)}): choose one with --image_column")
+    return next(iter(ending or [by_name[name] for name in ID_COLUMNS if name in by_name]), None)
 
 
 def read_folder_metadata(

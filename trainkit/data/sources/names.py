@@ -1,8 +1,8 @@
 """Match the file names in metadata to the images that are there.
 
 Metadata is often written on another machine: names have the prefix of a folder that is missing, backslashes, absolute
-paths, another case, another extension, another Unicode form, or no folder. A name is matched only if a single image fits best and
-no other name fits the same image.
+paths, another case, another extension, another Unicode form, or no folder. A name is matched only if a single image
+fits best and no other name fits the same image.
 """
 
 import posixpath

@@ -65,10 +65,12 @@ def _open_files(options: SourceOptions, read: ReadOptions) -> Source | None:
         if is_split or is_image_folder:  # what is left belongs to the split
             read = replace(read, split=ALL)
         source = Archives(files, name, read, root=given if is_image_folder else None, metadata=found.metadata)
-    source.account.merge(account)
     if not getattr(source, "has_paths", False):
         for image in found.images:
-            source.account.add(Kind.OTHER_FORMAT, image)
+            account.add(Kind.OTHER_FORMAT, image)
+    not_read = (Kind.OTHER_SPLIT, Kind.NO_SPLIT, Kind.OTHER_FORMAT)
+    account.add(Kind.FILES_FOUND, count=sum(account.counts.get(kind, 0) for kind in not_read))
+    source.account.merge(account)
     return source
 
 

@@ -107,7 +107,8 @@ def cuts(paths: Iterable[str], mean: int) -> Iterator[tuple[int, int]]:
 def sorted_labels(names: set[str], account: Account | None = None) -> list[str]:
     """Class names by number if all are whole numbers (7 after 07), else by name: a function of the names alone.
 
-    Where that differs from `datasets`, which sorts by name, and names that look the same or are the same number are added to `account`.
+    Differences to `datasets`, which sorts by name, are added to `account`, as are names that look the same or are the
+    same number.
     """
     by_name = sorted(names)
     try:

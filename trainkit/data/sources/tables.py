@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainkit.data import faults
-from trainkit.data.account import Account
+from trainkit.data.account import Account, Kind
 from trainkit.data.faults import RejectedImage
 from trainkit.data.sources import records
 from trainkit.data.sources.columns import (
@@ -74,6 +74,7 @@ class ParquetFiles:
         self._group_rows = [_group_rows(parquet) for parquet in opened_files]
         if len(self) == 0:
             raise UserError(f"--train_data_dir {self.name}: the Parquet files hold no row")
+        self.account.add(Kind.ROWS_FOUND, count=len(self))
         label = self.columns.label
         values = (part for parquet in opened_files for part in _column_parts(parquet, label))
         self.labels = class_labels(schema, label, values, self.account, where)

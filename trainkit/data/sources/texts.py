@@ -23,9 +23,9 @@ CSV_GAPS = frozenset(
      "NULL", "NaN", "None", "n/a", "nan", "null"]
 )  # fmt: skip
 WHOLE = re.compile(r"([+-]?\d+)\.0+")
-
-
-NOT_A_CLASS = re.compile(r"[+-]?\d*\.\d+(e[+-]?\d+)?|[+-]?inf|\[.*\]|\{.*\}", re.IGNORECASE | re.DOTALL)  # in CSV files
+NOT_A_CLASS = re.compile(  # in CSV files, where every value is text
+    r"[+-]?\d*\.\d+(e[+-]?\d+)?|[+-]?inf|\[.*\]|\{.*\}", re.IGNORECASE | re.DOTALL
+)
 
 
 class NotAClass(ValueError):

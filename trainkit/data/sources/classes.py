@@ -1,0 +1,57 @@
+"""Whether the folders of images are their classes, for folders and archives alike."""
+
+from trainkit.data.account import MAX_EXAMPLES, Account, Kind
+from trainkit.data.sources.entries import folder_class
+
+
+class FolderClasses:
+    """The classes that folders stand for, learnt from one path after the other.
+
+    With `label_from` parent_folder they are classes only if all images are equally deep and in folders of several
+    names, as `datasets` has it. With top_folder, images that are not in a folder have no class.
+    """
+
+    def __init__(self, label_from: str):
+        self.names: set[str] = set()
+        self._label_from, self._last, self._depth, self._is_uneven = label_from, None, None, label_from == "none"
+        self._example, self._reason = None, None
+        self._num_without_folder, self._without_folder = 0, []
+
+    @property
+    def are_classes(self) -> bool:
+        return not self._is_uneven and len(self.names) > 1
+
+    def note(self, path: str) -> None:
+        """Learn from the path of an image. Paths of one folder are best given one after the other."""
+        folder = path.rpartition("/")[0]
+        if not folder:
+            self._num_without_folder += 1
+            if len(self._without_folder) < MAX_EXAMPLES:
+                self._without_folder.append(path)
+        if folder != self._last:
+            self._last = folder
+            self._note_folder(folder, path)
+
+    def count(self, account: Account) -> None:
+        """Add to the account why folders are not classes, or which images are not in one."""
+        if self._reason:
+            account.add(Kind.NO_CLASSES, self._reason)
+        elif self._label_from == "top_folder" and self.are_classes:
+            for path in self._without_folder:
+                account.add(Kind.NO_CLASS_FOLDER, path)
+            account.add(Kind.NO_CLASS_FOLDER, count=self._num_without_folder - len(self._without_folder))
+
+    def _note_folder(self, folder: str, path: str) -> None:
+        if self._is_uneven or (not folder and self._label_from == "top_folder"):
+            return
+        depth = folder.count("/") + 1 if folder else 0
+        if self._label_from == "parent_folder" and self._depth not in (None, depth):
+            self._reason = (
+                f"{self._example} and {path} are not equally deep; --label_from top_folder uses the folders at the top"
+            )
+            self._is_uneven = True
+            self.names.clear()
+            return
+        self._depth, self._example = depth, path
+        if folder:
+            self.names.add(folder_class(folder, self._label_from))
