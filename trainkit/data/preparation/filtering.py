@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainkit.errors import UserError
 from trainkit.packages import load_package
 
 HASH_BITS = 64
