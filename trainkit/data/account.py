@@ -48,6 +48,7 @@ class Kind(str, Enum):
     LABEL_NOT_A_CLASS = "label~ not naming a class"
     VECTOR_NOT_USED = ".npy file~ not used as vectors"
     SIDECAR_NOT_READ = "file~ named after an image, not read"
+    MASK = "mask~ of OneTrainer (-masklabel, -condlabel), not read"
     SAMPLE_PART = "further image~ of a WebDataset sample, not read"
     LINK_NOT_FOLLOWED = "linked folder~ not read, since what it links to is read elsewhere"
     EMPTY_CAPTION = "empty caption~"

@@ -28,6 +28,7 @@ SIDECARS = {
     ".npy": VECTOR,
 }  # in any case; of two, the first in this order counts
 UNREAD_SIDECARS = (".json", ".cls", ".cap", ".tags", ".xml", ".yaml")  # named if they are named after an image
+MASK_ENDINGS = ("-masklabel", "-condlabel")
 STANDARD_SIDECARS = (".txt", ".npy")
 NOTHING_BESIDE = (None, None, None)
 # Text is kept in bytes, since file names need not be UTF-8; bytes sort as the text does.
@@ -150,6 +151,16 @@ def folder_class(folder: str, label_from: str) -> str:
     """The class that a relative folder stands for: its own name, or that of the folder at the top."""
     name = folder.partition("/")[0] if label_from == "top_folder" else folder.rpartition("/")[2]
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # an ASCII locale does not decode it
+
+
+def is_mask(path: str) -> bool:
+    """Whether an image file belongs to another image: OneTrainer names them NAME-masklabel.png."""
+    return os.path.splitext(path)[0].endswith(MASK_ENDINGS)
+
+
+def count_mask(account: Account, path: str) -> None:
+    account.add(Kind.MASK, path)
+    account.ignore(path)
 
 
 def count_unread(account: Account, path: str) -> None:

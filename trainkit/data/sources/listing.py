@@ -28,10 +28,12 @@ from trainkit.data.sources.entries import (
     Entries,
     Found,
     ReadOptions,
+    count_mask,
     count_unread,
     decoded,
     encoded,
     ignore_file,
+    is_mask,
     size_and_time,
 )
 from trainkit.data.sources.joining import with_metadata
@@ -155,6 +157,8 @@ def _items(folder: str, prefix: str, found: Found) -> Iterator[tuple]:
             if name.lower() in METADATA_NAMES:
                 found.metadata.append(prefix + name)
                 found.account.add(Kind.METADATA_FILES)
+            elif extension in IMAGE_EXTENSIONS and is_mask(name):
+                count_mask(found.account, prefix + name)
             elif extension in IMAGE_EXTENSIONS:
                 yield encoded(name), IMAGE, *size_and_time(item)
             elif extension in (*SIDECARS, *UNREAD_SIDECARS):

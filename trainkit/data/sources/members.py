@@ -18,10 +18,12 @@ from trainkit.data.sources.entries import (
     IMAGE_EXTENSIONS,
     UNREAD_SIDECARS,
     ReadOptions,
+    count_mask,
     count_unread,
     decoded,
     encoded,
     ignore_file,
+    is_mask,
 )
 from trainkit.data.sources.joining import merged_row
 from trainkit.data.sources.metadata import (
@@ -106,6 +108,8 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
             rejected.append(Member(container, path, file.span, fault=file.fault))
         elif not is_wanted(path):
             account.add(Kind.HIDDEN, path)
+        elif extension.lower() in IMAGE_EXTENSIONS and is_mask(path):
+            count_mask(account, path)
         elif extension.lower() in IMAGE_EXTENSIONS:
             if path in images:
                 fault = faults.DUPLICATE_NAME, "another file of this name comes later, and counts"
