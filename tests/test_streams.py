@@ -56,3 +56,17 @@ def test_letters_that_the_terminal_lacks_are_escaped(script):
     environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run(script(), capture_output=True, env=environment)
     assert done.returncode == 0 and b"\\xe4\\u2603" in done.stdout
+
+
+def test_the_first_process_reports_an_error_for_all(script):
+    """A launcher ends the others while they wait; what only another process met is reported after the wait."""
+    command = script("raise UserError('--flag is wrong')")
+    first = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LOCAL_RANK": "0"})
+    assert first.returncode == 1 and first.stderr.endswith("error: --flag is wrong\n")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"LOCAL_RANK": "1"}) as other:
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(1.5)
+        other.terminate()
+        assert "error: --flag" not in other.stderr.read()
+    late = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LOCAL_RANK": "1"})
+    assert late.returncode == 1 and late.stderr.endswith("error: --flag is wrong\n")

@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import TextIO
+
+OTHER_PROCESSES_WAIT_S = 3.0
 
 
 class UserError(Exception):
@@ -33,11 +37,22 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except UserError as error:
+        _wait_for_first_process()
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _wait_for_first_process() -> None:
+    """Let the first process of a machine report an error alone: the launcher ends the others while they wait here.
+
+    A process that is still running afterwards has an error that the first does not have, and reports it.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(OTHER_PROCESSES_WAIT_S)
 
 
 def _open_standard_descriptors() -> None:
