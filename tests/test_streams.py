@@ -68,5 +68,8 @@ def test_the_first_process_reports_an_error_for_all(script):
             other.wait(1.5)
         other.terminate()
         assert "error: --flag" not in other.stderr.read()
+    command = script(
+        "import trainkit.errors; trainkit.errors.OTHER_PROCESSES_WAIT_S = 0; raise UserError('--flag is wrong')"
+    )
     late = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LOCAL_RANK": "1"})
     assert late.returncode == 1 and late.stderr.endswith("error: --flag is wrong\n")

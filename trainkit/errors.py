@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-OTHER_PROCESSES_WAIT_S = 3.0
+OTHER_PROCESSES_WAIT_S = 15.0  # their starts may differ by seconds
 
 
 class UserError(Exception):
