@@ -6,6 +6,7 @@ Plain Pillow and numpy, no torch: worker processes import this and must start fa
 # H/W target height and width, C channels, pixels in HWC order
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,7 @@ from PIL import (
 
 from trainkit.data.faults import RejectedImage
 from trainkit.data.images.colour import is_srgb, standard_mode
+from trainkit.data.images.corrections import check_readable, load_corrected
 from trainkit.data.images.deep import decode_deep, unit_array
 from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
 from trainkit.data.images.limits import check_header, pillow_limits, rejection
@@ -68,10 +70,11 @@ def decode_image(image: bytes | str | Path | np.ndarray, settings: PreparationSe
         try:
             with _open(image) as opened:
                 check_header(opened, settings)
+                check_readable(opened)
                 if settings.bit_depth == 16:
                     samples = unit_array(image) if isinstance(image, np.ndarray) else None
                     return decode_deep(opened, lambda: _open(image), settings, samples)
-                return _decode(opened, settings)
+                return _decode(opened, lambda: _open(image), settings)
         except RejectedImage:
             raise
         except Exception as error:  # Pillow's plugins raise almost anything on a broken file
@@ -101,7 +104,7 @@ def _is_targa(image: bytes | str | Path, file: BinaryIO) -> bool:
     return footer == TGA_FOOTER
 
 
-def _decode(image: Image.Image, settings: PreparationSettings) -> np.ndarray:
+def _decode(image: Image.Image, open_again: Callable[[], Image.Image], settings: PreparationSettings) -> np.ndarray:
     """8 bits a channel, in Pillow throughout."""
     target = (settings.width, settings.height)
     orientation = None
@@ -113,8 +116,8 @@ def _decode(image: Image.Image, settings: PreparationSettings) -> np.ndarray:
         image.draft("L" if settings.image_mode == "L" and is_srgb(image) else None, tuple(wanted))
         image.load()
     else:
-        image.load()
-        # Only now: PNG may hold it behind the pixels, and TIFF has applied it by itself.
+        image, _ = load_corrected(image, open_again)
+        # Only now: a PNG may store it after the pixels, and Pillow has applied that of a TIFF.
         orientation, full_size = orientation_of(image), image.size
         part, resized_size = plan_resize(full_size, settings, orientation)
     image = middle_part(standard_mode(image, settings.image_mode), full_size, part)

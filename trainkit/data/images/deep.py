@@ -8,18 +8,11 @@ import numpy as np
 from PIL import Image
 
 from trainkit.data.images.colour import DEEP_MODES, seen_samples, standard_mode, unit_samples
+from trainkit.data.images.corrections import both_bytes, load_corrected, raw_mode_of
 from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
 from trainkit.data.settings import PreparationSettings
 
-# A 16-bit colour image: Pillow's unpackers keep one byte of each sample, this one or the other.
-OTHER_BYTE = {
-    "RGB;16B": "RGB;16L",
-    "RGB;16L": "RGB;16B",
-    "RGB;16N": "RGB;16B",
-    "RGBA;16B": "RGBA;16L",
-    "RGBA;16L": "RGBA;16B",
-    "RGBA;16N": "RGBA;16B",
-}
+DEEP_COLOUR = {f"{mode};16{order}" for mode in ("RGB", "RGBX", "RGBA") for order in "LBN"}  # Pillow's raw modes
 
 
 def decode_deep(
@@ -32,11 +25,13 @@ def decode_deep(
 
     `samples` are its pixels in [0, 1] where they are known already.
     """
-    tile_args = image.tile[0][3] if len(getattr(image, "tile", ())) == 1 else None
-    image.load()
+    raw_mode = raw_mode_of(image)
+    image, colour = load_corrected(image, open_again)
     orientation = orientation_of(image)
-    if samples is None:
-        samples = _deep_samples(image, tile_args, open_again)  # (H, W, 1, 3 or 4) in [0, 1]
+    if samples is None and colour is not None:
+        samples = colour / np.float32(65535)
+    elif samples is None:
+        samples = _deep_samples(image, raw_mode, open_again)  # (H, W, 1, 3 or 4) in [0, 1]
     target = (settings.width, settings.height)
     has_alpha = samples.shape[2] == 4
     if has_alpha:
@@ -75,32 +70,13 @@ def unit_array(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) / np.float32(full)
 
 
-def both_bytes(image: Image.Image, tile_args, open_again: Callable[[], Image.Image]) -> np.ndarray | None:
-    """The samples (H, W, C) uint16 of a loaded 16-bit colour image whose tile had `tile_args`; None for any other.
-
-    Pillow reads 16-bit grey whole, but of 16-bit colour only the high bytes; the low ones are had by reading it
-    a second time with the other byte order.
-    """
-    raw_mode = tile_args[0] if isinstance(tile_args, tuple) else tile_args
-    other = OTHER_BYTE.get(raw_mode)
-    if other is None:
-        return None
-    with open_again() as second:
-        args = (other, *tile_args[1:]) if isinstance(tile_args, tuple) else other
-        second.tile = [second.tile[0]._replace(args=args)]
-        second.load()
-        low = np.asarray(second)
-    return np.asarray(image).astype(np.uint16) << 8 | low
-
-
-def _deep_samples(image: Image.Image, tile_args, open_again: Callable[[], Image.Image]) -> np.ndarray:
+def _deep_samples(image: Image.Image, raw_mode: str | None, open_again: Callable[[], Image.Image]) -> np.ndarray:
     """The samples (H, W, C) of a loaded image in [0, 1], at the file's precision where Pillow can reach it."""
     if image.mode in DEEP_MODES:
         grey, seen = unit_samples(image)[..., None], seen_samples(image)
         return grey if seen is None else np.concatenate([grey, grey, grey, seen[..., None]], axis=2, dtype=np.float32)
-    deep = both_bytes(image, tile_args, open_again)
-    if deep is not None:
-        return deep / np.float32(65535)
+    if raw_mode in DEEP_COLOUR:
+        return both_bytes(raw_mode, open_again) / np.float32(65535)
     standard = standard_mode(image, "RGB")
     samples = np.asarray(standard).reshape(image.height, image.width, -1)
     return samples / np.float32(255)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from trainkit.data.images.deep import both_bytes
+from trainkit.data.images.corrections import both_bytes, raw_mode_of
 from trainkit.data.settings import PreparationSettings
 
 PNG_COLOR_TYPES = {1: 0, 3: 2, 4: 6}  # by channels
@@ -80,10 +80,9 @@ def encode(image: np.ndarray, settings: PreparationSettings) -> bytes:
 def decode(content: bytes, settings: PreparationSettings) -> np.ndarray:
     """What `encode` was given, or nearly so (JPEG, lossy WebP): (H, W, C). Other threads run while Pillow decodes."""
     with Image.open(io.BytesIO(content), formats=[settings.storage.upper()]) as image:
-        tile_args = image.tile[0][3] if image.tile else None
-        image.load()
         if settings.bit_depth == 16 and settings.channels > 1:
-            return both_bytes(image, tile_args, lambda: Image.open(io.BytesIO(content)))
+            return both_bytes(raw_mode_of(image), lambda: Image.open(io.BytesIO(content)))
+        image.load()
         if settings.bit_depth == 8 and image.mode != settings.image_mode:  # WebP knows neither grey nor opaque RGBA
             image = image.convert(settings.image_mode)
         pixels = np.asarray(image, dtype=settings.dtype)
