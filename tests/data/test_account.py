@@ -43,7 +43,9 @@ def test_every_file_is_accounted_for(tmp_path, packed):
     content = json.loads((tmp_path / "out/preparation.json").read_text(encoding="utf-8"))
     account = Account.from_json(content["account"], content["ignored"])
     assert account.counts[Kind.FILES_FOUND] == len(FILES) and account.difference == 0
+    uses = "3 caption files used" if packed else "4 caption files used"
     assert account.sum_line().startswith("14 files found") and "not accounted" not in account.sum_line()
+    assert uses in account.sum_line() and uses not in account.lines()
     assert account.examples[Kind.SIDECAR_NOT_READ] == ["a.xml"]
     assert account.examples[Kind.FOREIGN_IMAGE] == ["raw.nef"]
     assert account.examples[Kind.TABLE_NOT_READ] == ["table.csv"]
@@ -115,3 +117,19 @@ def test_further_images_of_a_sample_are_named(tmp_path):
     assert found.names == ["0.jpg"] and found.texts == ["a cat"]
     account = open_given(given).account
     assert account.examples[Kind.SAMPLE_PART] == ["0.mask.png"] and account.counts[Kind.LABEL_FILES] == 1
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_images_without_a_caption_are_named_where_others_have_one(tmp_path, packed):
+    given = given_files(tmp_path, [("a.png", png()), ("a.txt", b"one"), ("b.png", png(1))], packed)
+    assert prepared(given, tmp_path / "out").texts == ["one", ""]
+    content = json.loads((tmp_path / "out/preparation.json").read_text(encoding="utf-8"))
+    assert content["account"][Kind.NO_CAPTION.words()] == {"count": 1, "examples": ["b.png"]}
+
+
+def test_a_metadata_file_next_to_archives_is_counted(tmp_path):
+    write_zip(tmp_path / "a.zip", [("1.png", png())])
+    (tmp_path / "metadata.csv").write_text("file_name,text\n1.png,one\n", encoding="utf-8")
+    assert prepared(tmp_path, tmp_path / "out").texts == ["one"]
+    counts = open_given(tmp_path).account.counts
+    assert counts[Kind.FILES_FOUND] == 2 and counts[Kind.METADATA_FILES] == 1

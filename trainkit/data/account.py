@@ -24,7 +24,8 @@ class Kind(str, Enum):
 
     FILES_FOUND = "file~ found"
     ROWS_FOUND = "row~ found"
-    EXTRA_ITEMS = "further item~ (a missing file, a damaged part of an archive, a caption file of two images)"
+    EXTRA_ITEMS = "further item~ (a missing file, a damaged part of an archive)"
+    SHARED_SIDECAR = "caption or vector file~ used again for another image"
     IMAGES = "image~"
     HELD_OUT = "image~ held out for validation"
     REJECTED = "rejected"
@@ -51,6 +52,7 @@ class Kind(str, Enum):
     MASK = "mask~ of OneTrainer (-masklabel, -condlabel), not read"
     SAMPLE_PART = "further image~ of a WebDataset sample, not read"
     LINK_NOT_FOLLOWED = "linked folder~ not read, since what it links to is read elsewhere"
+    NO_CAPTION = "image~ without a caption"
     EMPTY_CAPTION = "empty caption~"
     FALLBACK_ENCODING = "text file~ not in UTF-8, read as cp1252"
     OTHER_SPLIT = "file~ of another split, not read"
@@ -67,7 +69,7 @@ class Kind(str, Enum):
         return self.value.replace("~", "" if count == 1 else "s")
 
 
-FOUND = (Kind.FILES_FOUND, Kind.ROWS_FOUND, Kind.EXTRA_ITEMS)
+FOUND = (Kind.FILES_FOUND, Kind.ROWS_FOUND, Kind.EXTRA_ITEMS, Kind.SHARED_SIDECAR)
 # What becomes of each file or row that was found. Further kinds, and `ignored`, complete the sum; others are notes.
 RESULTS = (Kind.IMAGES, Kind.HELD_OUT, Kind.REJECTED)
 USES = (
@@ -144,9 +146,10 @@ class Account:
         return f"{' + '.join(found)} = {' + '.join(used)}"
 
     def lines(self) -> list[str]:
-        """The sum, then one line per kind in the order of `Kind`: count, what, examples."""
-        ordered = [kind for kind in Kind if self.counts.get(kind) and kind not in (*FOUND, *RESULTS)]
+        """The sum, then a line with count and examples per kind that the sum does not show, in the order of `Kind`."""
         summed = self.sum_line()
+        shown = {*FOUND, *RESULTS} | ({kind for kind in USES if not self.examples.get(kind)} if summed else set())
+        ordered = [kind for kind in Kind if self.counts.get(kind) and kind not in shown]
         lines = [summed] if summed else []
         lines += [_line(kind, self.counts[kind], self.examples.get(kind, [])) for kind in ordered]
         ignored = format_ignored(self.ignored)

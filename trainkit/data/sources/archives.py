@@ -105,6 +105,8 @@ class Archives:
 
     def _read_metadata_beside(self, metadata: Sequence[Path], options: ReadOptions) -> None:
         """Use the rows of metadata files next to the archives. Images without a row are dropped, and counted."""
+        self.account.add(Kind.FILES_FOUND, count=len(metadata))
+        self.account.add(Kind.METADATA_FILES, count=len(metadata))
         rows = [
             row
             for path in metadata
@@ -146,7 +148,7 @@ class Archives:
     @property
     def reader(self) -> "ArchiveReader":
         label_ids = {name: number for number, name in enumerate(self.label_names or ())}
-        return ArchiveReader(tuple(self.files), label_ids)
+        return ArchiveReader(tuple(self.files), label_ids, self.has_text)
 
     def units(self) -> list[Unit]:
         cuts = cut_by_name(self.members, records.UNIT_ITEMS)
@@ -165,6 +167,7 @@ def _is_damage(member: Member) -> bool:
 class ArchiveReader(NamedTuple):
     files: tuple[DataFile, ...]
     label_ids: dict[str, int]
+    has_text: bool = False
 
     def name(self, member: Member) -> str:
         is_prefixed = self._is_archive and len(self.files) > 1 and not _is_damage(member)
@@ -179,6 +182,8 @@ class ArchiveReader(NamedTuple):
         text, vector, notes = member.text, None, ()
         if member.caption and text is None:
             text, notes = read_caption(contents[member.caption], member.caption.path)
+        if text is None and self.has_text:
+            notes = (Kind.NO_CAPTION,)
         if member.vector is not None:
             vector = np.frombuffer(member.vector, np.float32)
         elif member.vector_file:

@@ -42,7 +42,7 @@ class ImageFolder:
     @property
     def reader(self) -> "FolderReader":
         label_ids = {name: number for number, name in enumerate(self.label_names or ())}
-        return FolderReader(str(self.folder.resolve()), label_ids, self.vector_length is not None)
+        return FolderReader(str(self.folder.resolve()), label_ids, self.vector_length is not None, self.has_text)
 
     def units(self) -> list[Unit]:
         parts = [self.entries.part(*bounds) for bounds in cuts(self.entries.paths(), records.UNIT_ITEMS)]
@@ -53,6 +53,7 @@ class FolderReader(NamedTuple):
     folder: str
     label_ids: dict[str, int]
     reads_vectors: bool = True
+    has_text: bool = False
 
     def name(self, entry: Entry) -> str:
         return entry.path
@@ -63,6 +64,8 @@ class FolderReader(NamedTuple):
         path, text, notes = Path(self.folder, entry.path), entry.text, ()
         if text is None and entry.caption_file:
             text, notes = _read_caption(sidecar_path(path, entry.caption_file, ".txt"))
+        if text is None and self.has_text:
+            notes = (*notes, Kind.NO_CAPTION)
         vector = None
         if self.reads_vectors and (entry.vector is not None or entry.vector_file):
             vector = _entry_vector(self.folder, entry)()

@@ -271,6 +271,6 @@ class _Seen:
         account.add(Kind.VECTOR_FILES, count=self.vector_files)
         num_unused = found.num_sidecars - self.caption_files - self.vector_files
         account.add(Kind.SIDECAR_NOT_USED, count=num_unused)
-        account.add(Kind.EXTRA_ITEMS, count=-num_unused)  # one caption file of two images
+        account.add(Kind.SHARED_SIDECAR, count=-num_unused)
         if not self.named_labels:
             self.folders.count(account)
