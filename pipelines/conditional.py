@@ -77,7 +77,7 @@ def checked_interval(scale: float, interval: Sequence[float] | None, rescale: fl
         return 0.0, math.inf
     if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
         raise ValueError(f"guidance_interval {interval}: give two noise levels, the lower first, both at least 0")
-    return tuple(interval)
+    return interval[0], interval[1]
 
 
 def check_output(num_images_per_prompt: int, num_inference_steps: int, output_type: str, tensors: set) -> None:
@@ -195,8 +195,8 @@ class ConditionalPipeline(DiffusionPipeline):
         """Vectors (B, D) float32 from one or several, in a tensor, an array or lists; None or all NaN is null."""
         length = self.vector_embedding.config.vector_length
         if isinstance(vectors, list | tuple):
-            rows = vectors if any(row is None or np.ndim(row) > 0 for row in vectors) else [vectors]
-            rows = [np.full(length, np.nan) if row is None else np.asarray(row, dtype=np.float64) for row in rows]
+            given = vectors if any(row is None or np.ndim(row) > 0 for row in vectors) else [vectors]
+            rows = [np.full(length, np.nan) if row is None else np.asarray(row, dtype=np.float64) for row in given]
             wrong = next((row for row in rows if row.shape != (length,)), None)
             if wrong is not None:
                 raise ValueError(f"vectors: {wrong.size} numbers in a vector, the model accepts {length}")
@@ -214,8 +214,8 @@ class ConditionalPipeline(DiffusionPipeline):
         if self.condition == "prompt":
             prompts = [conditions] if isinstance(conditions, str) else list(conditions)
             text = self._encode_text(["" if prompt is None else prompt for prompt in prompts])
-            null = self._encode_text([""])
-            encoded = [text, {name: rows.expand_as(text[name]) for name, rows in null.items()}, text]
+            empty = self._encode_text([""])
+            encoded = [text, {name: rows.expand_as(text[name]) for name, rows in empty.items()}, text]
         elif self.condition == "vectors":
             vectors = self.check_vectors(conditions)
             null = torch.full_like(vectors, torch.nan)
@@ -284,8 +284,8 @@ class ConditionalPipeline(DiffusionPipeline):
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
-        return images if output_type == "np" else self.numpy_to_pil(images)
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        return arrays if output_type == "np" else self.numpy_to_pil(arrays)
 
     @torch.no_grad()
     def __call__(

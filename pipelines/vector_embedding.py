@@ -21,6 +21,8 @@ class VectorEmbedding(ModelMixin, ConfigMixin):
     # The statistics stay float32 when loaded in another dtype; without accelerate diffusers keeps them by itself.
     _keep_in_fp32_modules = ["mean", "std"] if is_accelerate_available() else None
     _source = Path(__file__).read_text(encoding="utf-8")  # kept: diffusers overwrites its copy of a loaded file
+    mean: torch.Tensor
+    std: torch.Tensor
 
     @register_to_config
     def __init__(self, vector_length: int, embedding_dim: int, hidden_dim: int | None = None):

@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,10 +78,13 @@ def build_parser(options_class: type, description: str) -> argparse.ArgumentPars
     """A parser with one argument per field of `options_class`."""
     parser = Parser(description=description, allow_abbrev=False, add_help=False)
     parser.add_argument("--config", nargs="+", action="extend")
-    hints = typing.get_type_hints(options_class)
+    hints, fields = (
+        typing.get_type_hints(options_class),
+        {field.name: field for field in dataclasses.fields(options_class)},
+    )
     for group_class in groups_of(options_class):
         for name in inspect.get_annotations(group_class):
-            _add_argument(parser, options_class.__dataclass_fields__[name], hints[name])
+            _add_argument(parser, fields[name], hints[name])
     return parser
 
 
@@ -191,7 +195,7 @@ def _yaml_value(path: Path, parser: argparse.ArgumentParser, action: argparse.Ac
     return converted if isinstance(value, list) else converted[0]
 
 
-def _word(item: Any, choices: tuple | None) -> str:
+def _word(item: Any, choices: Iterable | None) -> str:
     """What one would have typed: YAML reads a bare `no` or `yes` as a boolean, also where a flag has it as a word."""
     if not isinstance(item, bool):
         return str(item)

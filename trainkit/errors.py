@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 OTHER_PROCESSES_WAIT_S = 15.0  # their starts may differ by seconds
 
@@ -68,10 +68,11 @@ class SafeStream:
     """Standard output or error whose failures never reach the program: what cannot be written is dropped."""
 
     def __init__(self, stream: TextIO | None):
-        self._stream = stream
-        if hasattr(stream, "reconfigure"):
+        self._stream: Any = stream  # None if closed: then every call raises AttributeError, which is suppressed
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
             with contextlib.suppress(OSError, ValueError):
-                stream.reconfigure(errors="backslashreplace")
+                reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, disconnected, or None

@@ -2,13 +2,18 @@
 
 import sys
 from pathlib import Path
+from typing import Protocol
 
 from trainkit.errors import UserError, one_line
-from trainkit.options.training import CheckpointOptions, HubOptions
 
 
-class PushOptions(CheckpointOptions, HubOptions):
-    """What a push needs to know."""
+class PushOptions(Protocol):
+    """The options that a push reads: those of `HubOptions`, and the folder that gives the default name."""
+
+    output_dir: str
+    hub_model_id: str | None
+    hub_token: str | None
+    hub_private_repo: bool
 
 
 def create_repository(options: PushOptions) -> str:

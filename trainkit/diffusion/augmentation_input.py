@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers import UNet2DModel
 
 
-def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
+def add_augmentation_input(unet: UNet2DModel, num_labels: int) -> None:
     """Add to `unet`, in place, a linear layer from labels (B, num_labels) to the input of its time embedding.
 
     `unet(..., augmentation=labels)` passes the labels; by default they are zero. They are an argument because a
@@ -41,7 +42,7 @@ def add_augmentation_input(unet: torch.nn.Module, num_labels: int) -> None:
 
 
 @contextmanager
-def without_augmentation_input(unet: torch.nn.Module) -> Iterator[None]:
+def without_augmentation_input(unet: UNet2DModel) -> Iterator[None]:
     """Remove the layer from `unet` inside the block, also from its state dict. Do not train inside."""
     layer, unet.time_embedding.cond_proj = unet.time_embedding.cond_proj, None
     unet.time_embedding.augmentation = None  # of the last training batch

@@ -9,6 +9,7 @@ B batch, C channels and h/w size of the latents, H/W pixels.
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,10 @@ class LatentImages:
     def __getattr__(self, name: str):
         return getattr(self.images, name)
 
+    def column(self, name: str) -> Iterator[np.ndarray]:
+        """The column `name` of the images, shard by shard."""
+        return self.images.column(name)
+
     @property
     def components(self) -> dict:
         """Components of the saved pipeline: the autoencoder that decodes."""
@@ -72,6 +77,7 @@ class LatentImages:
         found = np.empty((len(indices), 2, self.channels, self.height, self.width), dtype=np.float32)
         for place, index in enumerate(indices.tolist()):
             rows = self.rows if flip is None or not flip[place] else self.mirrored
+            assert rows is not None  # open_latents encodes the mirrored images too if any is to be flipped
             found[place] = rows[index].reshape(found.shape[1:])
         return found
 
@@ -108,7 +114,9 @@ def open_latents(options: ConditionalTrainingOptions, images: PreparedImages, fl
     With `flips` the mirrored images are encoded too. All processes of a run may call this at the same time and share
     the work. Raises `UserError`.
     """
-    vae = _load(options.vae_name_or_path, lambda *where, **how: AutoencoderKL.from_pretrained(*where, **how))
+    name = options.vae_name_or_path
+    assert name is not None  # the caller asks for latents
+    vae = _load(name, lambda *where, **how: AutoencoderKL.from_pretrained(*where, **how))
     vae = vae.eval().requires_grad_(False).float()
     _check_images(options, vae, images)
     digest = state_digest(vae, FORMAT)

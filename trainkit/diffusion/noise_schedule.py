@@ -7,6 +7,8 @@ at integer timesteps. Flow matching (FlowMatchEulerDiscreteScheduler): alpha = 1
 
 # B batch, T training timesteps, SNR = alpha^2 / sigma^2, alpha_bar_t product of (1 - beta)
 
+from typing import TypeAlias
+
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
@@ -22,7 +24,7 @@ DDPM_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type", "clip_sample",
 )  # fmt: skip
-NoiseScheduler = DDPMScheduler | FlowMatchEulerDiscreteScheduler
+NoiseScheduler: TypeAlias = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 
 def build_noise_scheduler(options: TrainingOptions) -> NoiseScheduler:
@@ -42,7 +44,9 @@ def build_noise_scheduler(options: TrainingOptions) -> NoiseScheduler:
         "prediction_type": options.prediction_type or DEFAULT_PREDICTION_TYPE,
     }
     if options.ddpm_beta_schedule == PRETRAINED_SCHEDULE:
-        plain = saved_noise_scheduler(options.pretrained_model_name_or_path)
+        name = options.pretrained_model_name_or_path
+        plain = None if name is None else saved_noise_scheduler(name)
+        assert plain is not None  # resolve_objective refuses a model without its schedule
         settings |= {"beta_schedule": plain.config.beta_schedule}
     else:
         plain = DDPMScheduler(**settings)

@@ -14,6 +14,7 @@ K snapshots, each with a time t in optimizer steps and an exponent gamma
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # At gamma 0 all steps since the start count equally; a negative gamma would count the first of them most.
 LONGEST = math.sqrt(1 / 12)
@@ -41,7 +42,7 @@ def decay_at(step: int, gamma: float) -> float:
     return (1 - 1 / step) ** (gamma + 1)
 
 
-def inner_products(steps: np.ndarray, gammas: np.ndarray, other_steps: np.ndarray, other_gammas: np.ndarray):
+def inner_products(steps: ArrayLike, gammas: ArrayLike, other_steps: ArrayLike, other_gammas: ArrayLike) -> np.ndarray:
     """The integral over tau of the product of the profiles (K,) of one set and (L,) of another: (K, L) float64.
 
     A profile is (gamma + 1) tau ** gamma / t ** (gamma + 1) up to its t, and 0 after. Powers are

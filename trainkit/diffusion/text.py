@@ -162,6 +162,7 @@ def load_text_encoder(options: ConditionalTrainingOptions) -> TextEncoder:
     from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
     name = options.text_encoder_name_or_path
+    assert name is not None  # by check_text_options
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UserError(f"{FLAG} {name}: the folder does not exist")
     inside = Path(name, "text_encoder").is_dir()
@@ -248,9 +249,9 @@ def _encode_all(index: CaptionIndex, encoder: TextEncoder, rows: Rows) -> dict:
 def _encode_batch(encoder: TextEncoder, captions: list[str], lengths: list[int]) -> list[np.ndarray]:
     """Encode in order of length, which keeps padding short; the result is in the order of `captions`."""
     order = np.argsort(lengths, kind="stable")
-    encoded: list[np.ndarray] = [None] * len(captions)
+    encoded: dict[int, np.ndarray] = {}
     for start in range(0, len(order), CAPTIONS_PER_FORWARD):
         places = order[start : start + CAPTIONS_PER_FORWARD].tolist()
         for place, states in zip(places, encoder.encode([captions[place] for place in places]), strict=True):
             encoded[place] = states
-    return encoded
+    return [encoded[place] for place in range(len(captions))]

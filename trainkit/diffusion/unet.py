@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
 from trainkit.data.settings import parse_resolution
 from trainkit.diffusion.text_unet import (
@@ -49,7 +49,7 @@ def build_unet(
 
 def _final_config(
     options: TrainingOptions, height: int, width: int, channels: int, condition: dict
-) -> tuple[type, dict]:
+) -> tuple[type[ModelMixin], dict]:
     """The class of the UNet and its config for images of this size. Raises `UserError` if it does not fit them."""
     name, config = options.model_config_name_or_path, _config(options)
     for key in ("in_channels", "out_channels"):
@@ -71,7 +71,9 @@ def _final_config(
     return UNet2DConditionModel if takes_text(options) else UNet2DModel, config | condition
 
 
-def _from_config(model_class: type, config: dict, options: TrainingOptions) -> UNet2DModel | UNet2DConditionModel:
+def _from_config(
+    model_class: type[ModelMixin], config: dict, options: TrainingOptions
+) -> UNet2DModel | UNet2DConditionModel:
     try:
         return model_class.from_config(config)
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
@@ -156,7 +158,7 @@ def find_unet(name_or_path: str, flag: str) -> tuple[dict, str | None]:
     return dict(config), subfolder
 
 
-def load_any_variant(model_class: type, *where, **how):
+def load_any_variant(model_class: type[ModelMixin], *where, **how) -> ModelMixin:
     """`model_class.from_pretrained(*where, **how)`, of the fp16 or bf16 variant of the weights if there is no other.
 
     In float32. Raises what `from_pretrained` raises.

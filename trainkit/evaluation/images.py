@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from trainkit.data.files import RemotePath
 from trainkit.data.format import PREPARATION_NAME
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.sources.entries import ReadOptions
@@ -98,7 +99,7 @@ class ImageFolder:
 class PreparedFolder:
     """The images of a prepared dataset."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | RemotePath):
         self.folder, self.images = folder, PreparedImages(folder)
         self.unreadable: dict[int, str] = {}  # preparation has left those out
         self.side = max(self.images.stored_height, self.images.stored_width)

@@ -76,7 +76,9 @@ def groups_of(options_class: type) -> list[type]:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def value_type_of(hint: Any) -> type:

@@ -33,18 +33,19 @@ def format_help(
         if name not in groups:
             raise UserError(f"--help {name}: the groups of flags are {', '.join(groups)}")
     first = next((name for name in ("train_data_dir", "model_name_or_path", "model_dir") if name in hints), None)
-    first = f" --{first} {_metavar_of(first)}" if first else ""
-    lines = [f"usage: {script}{first} [options]", ""]
+    usage = f" --{first} {_metavar_of(first)}" if first else ""
+    lines = [f"usage: {script}{usage} [options]", ""]
     if not wanted:
         lines += [*description.strip().splitlines(), "", f"Groups of flags ({script} --help GROUP shows one):", ""]
         lines += [f"  {name:<16}{_purpose(group)}" for name, group in groups.items()]
         lines += ["", *_entry("--config FILE ...", CONFIG_HELP, width)]
+    fields = {field.name: field for field in dataclasses.fields(options_class)}
     for name, group in groups.items():
         if wanted and name not in wanted:
             continue
         lines += ["", f"{name}: {_purpose(group)}"]
         for field_name in inspect.get_annotations(group):
-            field = options_class.__dataclass_fields__[field_name]
+            field = fields[field_name]
             lines += _entry(_usage(field, hints[field_name]), _help_text(field), width)
     return "\n".join(lines) + "\n"
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +50,12 @@ class Conditions:
         for other in set(FLAGS.values()) - {flag}:
             if getattr(options, other) is not None:
                 raise UserError(f"--{other}: this pipeline takes --{flag}")
-        if getattr(options, flag) is None:
+        given = getattr(options, flag)
+        if given is None:
             raise UserError(f"--{flag} is missing: say what the images should show")
         self.kind = pipeline.condition
-        self.values = {"class_labels": _labels, "prompt": _prompts, "vectors": _vectors}[self.kind](options, pipeline)
+        readers: dict[str, Callable[..., list]] = {"class_labels": _labels, "prompt": _prompts, "vectors": _vectors}
+        self.values = readers[self.kind](given, pipeline)
         self.guidance = {
             "guidance_scale": options.guidance_scale,
             "guidance_interval": options.guidance_interval,
@@ -114,25 +116,24 @@ def _refuse_conditions(options: ConditionOptions) -> None:
             raise UserError(f"--{name}: this pipeline is unconditional; leave the flag out")
 
 
-def _labels(options: ConditionOptions, pipeline) -> list[int | None]:
-    asked = []
-    for word in options.class_labels:
+def _labels(words: list[str], pipeline) -> list[int | None]:
+    requested: list[int | str | None] = []
+    for word in words:
         named = word in (pipeline.config.id2label or {}).values()
         if word == ALL and not named:
-            asked += range(pipeline.num_classes)
+            requested += range(pipeline.num_classes)
         else:
-            asked.append(None if word == NULL and not named else word)
+            requested.append(None if word == NULL and not named else word)
     try:
-        ids = pipeline.encode_labels(asked).tolist()
+        ids = pipeline.encode_labels(requested).tolist()
     except ValueError as error:
         raise UserError(f"--{error}") from None
     return [None if label == pipeline.num_classes else label for label in ids]
 
 
-def _prompts(options: ConditionOptions, pipeline) -> list[str]:
+def _prompts(file: str, pipeline) -> list[str]:
     from pipelines.conditional import check_prompts  # late: it imports torch
 
-    file = options.prompts_file
     try:
         prompts = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -146,8 +147,8 @@ def _prompts(options: ConditionOptions, pipeline) -> list[str]:
     return prompts
 
 
-def _vectors(options: ConditionOptions, pipeline) -> list[np.ndarray]:
-    file = Path(options.vectors_file)
+def _vectors(name: str, pipeline) -> list[np.ndarray]:
+    file = Path(name)
     try:
         vectors = _read_csv(file) if file.suffix == ".csv" else np.load(file, allow_pickle=False)
         vectors = np.asarray(vectors, dtype=np.float32)

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from pipelines.conditional import ConditionalPipeline
 from trainkit.sampling.schedulers import check_steps
 
-Pipeline = DDPMPipeline | ConditionalPipeline
+Pipeline: TypeAlias = DDPMPipeline | ConditionalPipeline
 MAXIMUM_VALUES = 2**24 - 1  # per batch: some versions of torch.quantile, which thresholding calls, accept no more
 
 
@@ -23,7 +24,7 @@ def generate(
     seeds: Sequence[int],
     num_inference_steps: int,
     batch_size: int,
-    conditions: Sequence | None = None,
+    conditions: Sequence | np.ndarray | None = None,
     **guidance,
 ) -> Iterator[np.ndarray]:
     """Yield images (B, H, W, C) uint8, one per entry of `seeds` and in their order, `batch_size` at a time.
@@ -42,14 +43,12 @@ def generate(
     with _evaluation_mode(pipeline):
         for start in range(0, len(seeds), batch_size):
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            inputs = {"batch_size": len(generators)}
+            inputs: dict[str, Any] = {"batch_size": len(generators)}
             if conditions is not None:
                 inputs = {pipeline.condition: list(conditions[start : start + batch_size])} | guidance
-            yield to_uint8(
-                pipeline(
-                    generator=generators, num_inference_steps=num_inference_steps, output_type="pt", **inputs
-                ).images
-            )
+            inputs |= {"generator": generators, "num_inference_steps": num_inference_steps, "output_type": "pt"}
+            output: Any = pipeline(**inputs)
+            yield to_uint8(output.images)
 
 
 def generate_on_all_ranks(
@@ -58,7 +57,7 @@ def generate_on_all_ranks(
     seeds: Sequence[int],
     num_inference_steps: int,
     batch_size: int,
-    conditions: Sequence | None = None,
+    conditions: Sequence | np.ndarray | None = None,
     **guidance,
 ) -> np.ndarray:
     """Images (N, H, W, C) uint8 of all `seeds`, on every rank; each rank generates its share. A collective.

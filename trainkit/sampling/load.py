@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import transformers
 from diffusers import AutoencoderKL, DDPMPipeline, SchedulerMixin, UNet2DConditionModel, UNet2DModel
@@ -151,7 +152,7 @@ def _check_pipeline_class(folder: Path) -> None:
 
 def _class_name(index: dict) -> str | None:
     """The pipeline's class; one that ships its own file stands as [file, class]."""
-    name = index.get("_class_name")
+    name: Any = index.get("_class_name")
     return name[-1] if isinstance(name, list) and name else name
 
 

@@ -204,9 +204,10 @@ def _load(folder: Path) -> SchedulerMixin:
         class_name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"--model_name_or_path: {folder} holds no readable {CONFIG_NAME}") from None
-    scheduler_class = getattr(diffusers, str(class_name), None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+    found = getattr(diffusers, str(class_name), None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise UserError(f"--model_name_or_path: {folder} names {class_name}, which is no scheduler of diffusers")
+    scheduler_class: type[SchedulerMixin] = found
     return scheduler_class.from_pretrained(folder)
 
 

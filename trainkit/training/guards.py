@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import SampleOrder
 from trainkit.errors import UserError, one_line
@@ -55,11 +56,12 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) ->
     optimizer state unchanged; the caller clears the gradients.
     """
     if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = (~torch.isfinite(grad_norm)).to(torch.float32)  # the attribute torch's GradScaler sets
+        # The attribute that torch's GradScaler sets; the stubs do not have it.
+        optimizer.found_inf = (~torch.isfinite(grad_norm)).to(torch.float32)  # type: ignore[attr-defined]
         try:
             optimizer.step()
         finally:
-            del optimizer.found_inf
+            del optimizer.found_inf  # type: ignore[attr-defined]
     elif torch.isfinite(grad_norm):
         optimizer.step()
 
@@ -70,7 +72,7 @@ class SkippedSteps:
     def __init__(
         self,
         images: PreparedImages,
-        order: SampleOrder,
+        order: SampleOrder | ClassBalancedOrder,
         global_size: int,
         limit: int,
         output_dir: Path,

@@ -132,7 +132,7 @@ def _default_threads(local_processes: int) -> int:
     `accelerate launch` sets it to 1 by default, which would leave the other cores idle.
     """
     asked = int(os.environ.get("OMP_NUM_THREADS", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return asked if asked > 1 else max(1, cores // local_processes)
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -117,8 +118,8 @@ class StepLog:
         throughput: Throughput,
     ):
         self.accelerator, self.output_dir, self.global_batch_size = accelerator, output_dir, global_batch_size
-        self.throughput, self.progress = throughput, None
-        self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor]] = []
+        self.throughput, self.progress = throughput, tqdm(disable=True)  # until `start`
+        self._pending: list[tuple[int, torch.Tensor, float, float | torch.Tensor]] = []
         self._tracked = options.logger != "none"
         if self._tracked:
             start_trackers(accelerator, options, output_dir)
@@ -130,7 +131,7 @@ class StepLog:
         hidden = not self.accelerator.is_local_main_process
         self.progress = tqdm(total=max_train_steps, initial=step, desc="training", unit="step", disable=hidden)
 
-    def add(self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor) -> None:
+    def add(self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: float | torch.Tensor) -> None:
         """Record one optimizer step without reading anything from the device."""
         self._pending.append((step, loss, learning_rate, grad_norm))
         self.progress.update(1)
@@ -148,20 +149,20 @@ class StepLog:
             return []
         steps, losses, rates, norms = zip(*self._pending, strict=True)
         self._pending = []
-        losses = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
-        norms = torch.stack([torch.as_tensor(norm) for norm in norms]).tolist()
+        means: list[float] = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
+        grad_norms: list[float] = torch.stack([torch.as_tensor(norm) for norm in norms]).tolist()
         rows = [
             {"step": step, "images": step * self.global_batch_size, "loss": loss, "lr": rate, "grad_norm": norm}
-            for step, loss, rate, norm in zip(steps, losses, rates, norms, strict=True)
+            for step, loss, rate, norm in zip(steps, means, rates, grad_norms, strict=True)
         ]
         rows[-1] |= self._speed(steps[-1], wait_s)
         if self.accelerator.is_main_process:
             self._write(rows)
         self.progress.set_postfix_str(
-            f"loss {sum(losses) / len(losses):.4f}, lr {rates[-1]:.2e}, {rows[-1]['images_per_s']:.0f} images/s, "
+            f"loss {sum(means) / len(means):.4f}, lr {rates[-1]:.2e}, {rows[-1]['images_per_s']:.0f} images/s, "
             f"data wait {rows[-1]['data_wait_share']:.1%}"
         )
-        return list(zip(steps, norms, strict=True))
+        return list(zip(steps, grad_norms, strict=True))
 
     def _speed(self, step: int, wait_s: float) -> dict[str, float]:
         """Throughput, data wait and remaining time since the last flush; starts the next window."""
@@ -176,10 +177,10 @@ class StepLog:
         values["eta_s"] = round((self._max_train_steps - step) / steps_per_s, 1)
         return values
 
-    def write_values(self, step: int, values: dict[str, float | str]) -> None:
+    def write_values(self, step: int, values: Mapping[str, float | str]) -> None:
         """Write what was measured at optimizer step `step` as a line of its own; numbers also go to the trackers."""
         if self.accelerator.is_main_process:
-            self._write([{"step": step} | values])
+            self._write([{"step": step, **values}])
 
     def last_step(self, name: str) -> int | None:
         """The last optimizer step with a value `name` in metrics.jsonl, if any; call it on all ranks."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainkit.data.loading.loader import Condition
+from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.options.script import TrainingOptions
 from trainkit.sampling.generate import Pipeline, image_shape
 
@@ -57,7 +57,7 @@ LISTED_OPTIONS = (
 def model_card(
     options: TrainingOptions,
     pipeline: Pipeline,
-    condition: Condition | None,
+    condition: ImageCondition | None,
     step: int,
     global_batch_size: int,
     repo_id: str | None = None,

@@ -6,9 +6,11 @@ import numpy as np
 import torch
 
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.loading.loader import Batch, Condition
+from trainkit.data.loading.loader import Batch
 from trainkit.data.loading.order import sample_indices
+from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.hub import create_repository, push_pipeline
+from trainkit.options.script import ConditionalTrainingOptions
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks
 from trainkit.sampling.grid import image_grid, save_image
 from trainkit.sampling.pipeline import PIPELINE_PARTS, save_pipeline, use_default_scheduler
@@ -32,10 +34,12 @@ class Outputs:
         losses: Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor],
         pipeline_of: Callable[[torch.nn.Module], Pipeline],
         held_out: PreparedImages | None = None,
-        held_out_condition: Condition | None = None,
+        held_out_condition: ImageCondition | None = None,
     ):
         self.run, self.pipeline_of, options = run, pipeline_of, run.options
-        self.validation, self.score, self.repo_id = None, None, None
+        self.validation: HeldOutLoss | None = None
+        self.score: SampleScore | None = None
+        self.repo_id: str | None = None
         if options.push_to_hub and run.accelerator.is_main_process:
             self.repo_id = create_repository(options)
         if held_out is not None:
@@ -46,9 +50,9 @@ class Outputs:
     def write_due(self) -> None:
         """Write what is due after the current step. Call it after every `run.update`."""
         run, options = self.run, self.run.options
-        if run.due(steps=options.validation_steps):
+        if self.validation is not None and run.due(steps=options.validation_steps):
             self.validation.measure()
-        if run.due(steps=options.score_steps):
+        if self.score is not None and run.due(steps=options.score_steps):
             self.score.measure()
         if run.due(steps=options.preview_steps, epochs=options.save_images_epochs):
             self.write_preview()
@@ -67,11 +71,13 @@ class Outputs:
 
     def write_preview(self) -> None:
         """Write a grid of samples from the averaged weights: samples/<step>.png and samples.png."""
-        run, count = self.run, self.run.options.eval_batch_size
-        conditions, columns, guidance = None, None, {}
+        run, options, count = self.run, self.run.options, self.run.options.eval_batch_size
+        conditions: list | np.ndarray | None = None
+        columns, guidance = None, {}
         if run.condition is not None:
-            conditions, columns = run.condition.preview_conditions(count, run.options.seed)
-            guidance = {"guidance_scale": run.options.preview_guidance_scale}
+            assert isinstance(options, ConditionalTrainingOptions)  # a condition comes from them
+            conditions, columns = run.condition.preview_conditions(count, options.seed)
+            guidance = {"guidance_scale": options.preview_guidance_scale}
         samples = self._generate(count if conditions is None else len(conditions), conditions, **guidance)
         if not run.accelerator.is_main_process:
             return

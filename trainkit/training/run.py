@@ -14,18 +14,20 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import UNet2DModel
 from filelock import FileLock
 from torch.optim.lr_scheduler import LambdaLR
 
 from trainkit import __version__
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.loading.loader import Batch, BatchLoader, Condition
+from trainkit.data.loading.loader import Batch, BatchLoader
 from trainkit.diffusion.augmentation_input import without_augmentation_input
+from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.options.script import TrainingOptions
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.training.averages.ema import ShardedEMA
@@ -53,10 +55,10 @@ class Run:
     options: TrainingOptions
     accelerator: Accelerator
     images: PreparedImages
-    condition: Condition | None
+    condition: ImageCondition | None
     model: torch.nn.Module
     unet: UNet2DModel
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     lr_scheduler: LambdaLR
     ema: ShardedEMA | None
     power_averages: PowerAverages
@@ -69,11 +71,11 @@ class Run:
     step: int = 0
     stopped: bool = False  # by a signal
     lock: FileLock | None = None  # of the output folder, on the main process
+    log: StepLog = field(init=False)  # from `start_log`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.shape, self.output_dir = self.loader.shape, self.writing.output_dir
         self.sharded = is_sharded(self.unet)
-        self.log: StepLog | None = None
         self._micro_step, self._step_loss = 0, torch.zeros((), device=self.accelerator.device)
 
     # The loop
@@ -126,7 +128,7 @@ class Run:
         else:  # fp16: the scaler skips a step whose loss scale was too high
             self.optimizer.step()
         self.optimizer.zero_grad()
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step()
@@ -158,7 +160,9 @@ class Run:
             return False
         if steps:
             return self.step % steps == 0
-        return bool(epochs) and self._epochs_done(self.step) // epochs > self._epochs_done(self.step - 1) // epochs
+        if not epochs:
+            return False
+        return self._epochs_done(self.step) // epochs > self._epochs_done(self.step - 1) // epochs
 
     def _epochs_done(self, step: int) -> int:
         return step * self.shape.global_size // len(self.images)

@@ -9,7 +9,7 @@ checkpoint of one division is resumed on another. All functions here but `is_sha
 every rank.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,7 +66,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def no_gradient_sync(model: torch.nn.Module) -> Iterator[None]:
+def no_gradient_sync(model: FSDPModule) -> Iterator[None]:
     """Around the forward and backward pass of every micro-step but the last: gradients stay on their rank.
 
     They wait whole and in float32, so accumulation costs a rank the memory of all gradients.
@@ -104,7 +104,7 @@ def reshard(model: torch.nn.Module) -> None:
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The whole state dict of `model` on the CPU, a copy, on rank 0; {} on the others. Names are without wrappers."""
     reshard(model)
-    return _copies(get_model_state_dict(model, options=_to_rank0()))
+    return _copies(_state_dict(model, _to_rank0()))
 
 
 def load_full_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -113,7 +113,7 @@ def load_full_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) 
     Raises `ValueError` on every rank where names or shapes differ.
     """
     reshard(model)
-    expected = {name: tuple(value.shape) for name, value in get_model_state_dict(model).items()}
+    expected = {name: tuple(value.shape) for name, value in _state_dict(model).items()}
     _on_all_ranks(lambda: _difference(expected, {name: tuple(value.shape) for name, value in weights.items()}))
     set_model_state_dict(model, dict(weights) if _is_rank0() else {}, options=_from_rank0())
 
@@ -160,9 +160,9 @@ def unsharded_copy(unet: UNet2DModel) -> UNet2DModel:
     and for `save_pretrained`, which cannot read divided weights.
     """
     reshard(unet)
-    weights = get_model_state_dict(unet, options=StateDictOptions(full_state_dict=True))
+    weights = _state_dict(unet, StateDictOptions(full_state_dict=True))
     with torch.device("meta"):
-        stock_class = next(base for base in type(unet).__mro__ if not issubclass(base, FSDPModule))
+        stock_class: Any = next(base for base in type(unet).__mro__ if not issubclass(base, FSDPModule))
         copy = stock_class.from_config(unet.config)
         if isinstance(unet.class_embedding, ModelMixin):  # an embedding of vectors, where the stock class has none
             copy.class_embedding = type(unet.class_embedding).from_config(unet.class_embedding.config)
@@ -176,6 +176,12 @@ def _check_average_on_cpu() -> None:
     dist.reduce_scatter_tensor(average, torch.ones(dist.get_world_size()), op=dist.ReduceOp.AVG)
     if average.item() != 1:
         raise UserError(f"torch {torch.__version__} cannot train sharded weights on a CPU: use a newer one (2.13 can)")
+
+
+def _state_dict(model: torch.nn.Module, options: StateDictOptions | None = None) -> dict[str, torch.Tensor]:
+    """torch's `get_model_state_dict`, whose annotation allows any value: a UNet's state dict has tensors alone."""
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
 
 
 def _to_rank0() -> StateDictOptions:
@@ -224,13 +230,13 @@ def _divided(outline: Any, whole: torch.Tensor | None, parameter: torch.Tensor) 
     divided like the parameter. `outline` has its shape, or is the value itself where that is no tensor."""
     if not isinstance(outline, torch.Tensor):
         return outline
-    is_part = isinstance(parameter, DTensor) and outline.shape == parameter.shape
     if not dist.is_initialized():
+        assert whole is not None  # the only process is rank 0
         return _in_layout_of(parameter, whole)
     value = torch.empty(outline.shape, dtype=outline.dtype) if whole is None else whole
     value = value.to(parameter.device)
     dist.broadcast(value, 0)
-    if is_part:
+    if isinstance(parameter, DTensor) and outline.shape == parameter.shape:
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return _in_layout_of(parameter, value)
 
@@ -240,7 +246,9 @@ def _in_layout_of(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
 
 
-def _optimizer_difference(names: list[str], parameters: dict[str, torch.Tensor], state: dict[str, Any]) -> str | None:
+def _optimizer_difference(
+    names: list[str], parameters: Mapping[str, torch.Tensor], state: dict[str, Any]
+) -> str | None:
     given = [name for group in state["param_groups"] for name in group["params"]]
     if given != names:
         return f"state of {len(given)} parameters, or in other groups, for an optimizer of {len(names)}"

@@ -14,7 +14,8 @@ from filelock import FileLock
 from trainkit.data.loading.augment import build_augmentation, check_augmentation
 from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.loading.loader import BatchLoader, BatchShape, Condition
+from trainkit.data.loading.loader import BatchLoader, BatchShape
+from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.diffusion.noise_schedule import build_noise_scheduler
 from trainkit.diffusion.objective import check_objective
 from trainkit.diffusion.resolve import resolve_objective
@@ -109,7 +110,7 @@ def start_run(
     accelerator: Accelerator,
     unet: UNet2DModel,
     images: PreparedImages,
-    condition: Condition | None = None,
+    condition: ImageCondition | None = None,
     order: ClassBalancedOrder | None = None,
 ) -> Run:
     """Claim the output folder, build the parts of a run, and resume them from a checkpoint if there is one.
@@ -161,14 +162,14 @@ def _build_run(
     options: TrainingOptions,
     accelerator: Accelerator,
     images: PreparedImages,
-    condition: Condition | None,
+    condition: ImageCondition | None,
     order: ClassBalancedOrder | None,
     model: torch.nn.Module,
     optimizer: AcceleratedOptimizer,
     shape: BatchShape,
     max_train_steps: int,
     candidates: list[Path],
-    image_flops: float | None,
+    image_flops: int,
 ) -> Run:
     """The run at step 0, around a prepared model and its optimizer."""
     unet = accelerator.unwrap_model(model)
@@ -231,7 +232,7 @@ def _build_loader(
     images: PreparedImages,
     shape: BatchShape,
     device: torch.device,
-    condition: Condition | None,
+    condition: ImageCondition | None,
     order: ClassBalancedOrder | None,
 ) -> BatchLoader:
     return BatchLoader(

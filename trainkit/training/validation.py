@@ -53,8 +53,9 @@ def open_validation_images(options: TrainingOptions, images: PreparedImages) -> 
     if split is not None:
         what, held_out = f"--validation_split {split}", _prepare_split(options, images)
     else:
-        _refuse_training_images(options)
-        what, held_out = f"--validation_data_dir {given}", _open_folder(options, images)
+        assert given is not None  # without a split
+        _refuse_training_images(given, options)
+        what, held_out = f"--validation_data_dir {given}", _open_folder(given, options, images)
     shapes = [f"{opened.height}x{opened.width} {opened.image_mode}" for opened in (held_out, images)]
     if shapes[0] != shapes[1]:
         raise UserError(
@@ -64,11 +65,11 @@ def open_validation_images(options: TrainingOptions, images: PreparedImages) -> 
     return held_out
 
 
-def _open_folder(options: TrainingOptions, images: PreparedImages) -> PreparedImages:
-    place = location(options.validation_data_dir, options.storage_options)
+def _open_folder(given: str, options: TrainingOptions, images: PreparedImages) -> PreparedImages:
+    place = location(given, options.storage_options)
     if not exists(place / PREPARATION_NAME):
         try:
-            return _prepare_like(images, options, train_data_dir=options.validation_data_dir, dataset_name=None)
+            return _prepare_like(images, options, train_data_dir=given, dataset_name=None)
         except UserError as error:
             raise UserError(str(error).replace("--train_data_dir", "--validation_data_dir")) from None
     if isinstance(place, RemotePath):
@@ -85,11 +86,10 @@ def _prepare_split(options: TrainingOptions, images: PreparedImages) -> Prepared
     split = options.validation_split
     if split == options.dataset_split:
         raise UserError(f"--validation_split {split} is the split that is trained on: name another one")
-    if options.dataset_name is None and exists(
-        location(options.train_data_dir, options.storage_options) / PREPARATION_NAME
-    ):
+    train_data_dir = options.train_data_dir if options.dataset_name is None else None
+    if train_data_dir is not None and exists(location(train_data_dir, options.storage_options) / PREPARATION_NAME):
         raise UserError(
-            f"--validation_split {split}: --train_data_dir {options.train_data_dir} is a prepared dataset of one "
+            f"--validation_split {split}: --train_data_dir {train_data_dir} is a prepared dataset of one "
             f"split; prepare the other with --dataset_split {split}, and give it as --validation_data_dir"
         )
     return _prepare_like(images, options, dataset_split=split)
@@ -203,19 +203,17 @@ class HeldOutLoss:
         )
 
 
-def _refuse_training_images(options: TrainingOptions) -> None:
+def _refuse_training_images(given: str, options: TrainingOptions) -> None:
     """The loss on training images says nothing about other images."""
     if options.train_data_dir is None or options.dataset_name is not None:
         return
-    folders = [
-        location(where, options.storage_options) for where in (options.validation_data_dir, options.train_data_dir)
-    ]
+    folders = [location(where, options.storage_options) for where in (given, options.train_data_dir)]
     raw = not any(exists(folder / PREPARATION_NAME) for folder in folders)
-    given, trained_on = (
+    held_out, trained_on = (
         str(folder.resolve() if isinstance(folder, Path) else folder).rstrip("/") for folder in folders
     )
-    if given == trained_on or (raw and given.startswith(f"{trained_on}/")):
+    if held_out == trained_on or (raw and held_out.startswith(f"{trained_on}/")):
         raise UserError(
-            f"--validation_data_dir {options.validation_data_dir} is part of --train_data_dir "
+            f"--validation_data_dir {given} is part of --train_data_dir "
             f"{options.train_data_dir}, whose images are trained on: move the held-out images elsewhere"
         )

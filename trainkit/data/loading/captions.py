@@ -49,7 +49,7 @@ class CaptionIndex:
         """How many different captions there are, the null one among them."""
         return len(self.firsts)
 
-    def texts(self, numbers: Sequence[int]) -> list[str]:
+    def texts(self, numbers: Sequence[int] | np.ndarray) -> list[str]:
         """The captions of these numbers."""
         firsts = self.firsts[np.asarray(numbers, dtype=np.int64)]
         owners = np.maximum(np.searchsorted(self.starts, firsts, side="right") - 1, 0)

@@ -1,19 +1,27 @@
 """Mean and deviation of the vectors of a prepared dataset: taken once, and found in the cache from then on."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 
 from trainkit.atomic import write_text
 from trainkit.data.files import cache_root
-from trainkit.data.loading.dataset import PreparedImages
 from trainkit.errors import UserError
 
 # D numbers of a vector
 
 
-def vector_statistics(images: PreparedImages, options) -> tuple[np.ndarray, np.ndarray]:
+class ImagesWithVectors(Protocol):
+    """Prepared images or their latents."""
+
+    fingerprint: str
+
+    def column(self, name: str) -> Iterator[np.ndarray]: ...
+
+
+def vector_statistics(images: ImagesWithVectors, options) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (D,) float32 of the vectors of `images`, from `--cache_dir` where they are there.
 
     Every process of a run may call this at once: they write the same. Raises `UserError` where it cannot be written.

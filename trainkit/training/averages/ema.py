@@ -79,8 +79,8 @@ class ShardedEMA:
         self.optimization_step += 1
         rest = 1 - self.decay_at(self.optimization_step)
         trained, frozen = [], []
-        parameters = zip(self._averages, local_parameters(self.model), self.model.parameters(), strict=True)
-        for average, parameter, whole in parameters:
+        pairs = zip(self._averages, local_parameters(self.model), self.model.parameters(), strict=True)
+        for average, parameter, whole in pairs:
             (trained if whole.requires_grad else frozen).append((average, parameter))
         for average, parameter in frozen:
             average.copy_(parameter)
@@ -112,7 +112,7 @@ class ShardedEMA:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Load the step from `state_dict()` or from a config.json that EMAModel saved; the settings stay."""
-        self.optimization_step = state["optimization_step"]
+        self.optimization_step = int(state["optimization_step"])
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
 from trainkit.atomic import TEMPORARY_PREFIX, replacing
@@ -31,13 +32,13 @@ FOLDER, NAME = "ema_snapshots", re.compile(r"step-(\d+)-sigma_rel-(\d+(?:\.\d+)?
 def check_ema_power_lengths(options: TrainingOptions) -> None:
     """Raise `UserError` for invalid `--ema_power_lengths` or `--ema_snapshot_steps`."""
     lengths, steps = options.ema_power_lengths, options.ema_snapshot_steps
-    if (lengths is None) != (steps is None):
+    if lengths is None and steps is None:
+        return
+    if lengths is None or steps is None:
         given, missing = "--ema_power_lengths", "--ema_snapshot_steps 1000"
         if lengths is None:
             given, missing = "--ema_snapshot_steps", "--ema_power_lengths 0.05 0.1"
         raise UserError(f"{given} also needs the other flag, for example {missing}")
-    if lengths is None:
-        return
     if steps < 1:
         raise UserError(f"--ema_snapshot_steps {steps} must be at least 1")
     if options.optimizer == "schedule_free_adamw":
@@ -84,7 +85,7 @@ class PowerAverage(ShardedEMA):
         """Raises `ValueError` for the state of another length."""
         if state["sigma_rel"] != self.sigma_rel:
             raise ValueError(f"found an average of sigma_rel {state['sigma_rel']}, expected {self.sigma_rel}")
-        self.optimization_step = state["optimization_step"]
+        self.optimization_step = int(state["optimization_step"])
 
 
 class PowerAverages:
@@ -101,7 +102,7 @@ class PowerAverages:
         self,
         options: TrainingOptions,
         accelerator: Accelerator,
-        model: torch.nn.Module,
+        model: UNet2DModel,
         global_batch_size: int,
         last_step: int,
         candidates: list[Path],
@@ -172,7 +173,7 @@ class PowerAverages:
         self._executor.shutdown()
 
     def _due(self, step: int) -> bool:
-        return bool(self.averages) and (step % self.every == 0 or step == self.last_step)
+        return bool(self.averages) and (step == self.last_step or (self.every is not None and step % self.every == 0))
 
     def _write(self, step: int, taken: dict[float, dict[str, torch.Tensor]]) -> None:
         metadata = {

@@ -36,11 +36,10 @@ def complete_checkpoints(options: TrainingOptions, accelerator: Accelerator) -> 
 
     Empty for a new run. Raises `UserError` on all ranks if there are checkpoints and all are damaged.
     """
-    if options.resume_from_checkpoint is None:
+    resume_from = options.resume_from_checkpoint
+    if resume_from is None:
         return []
-    return on_main_process(
-        accelerator, lambda: _complete_checkpoints(Path(options.output_dir), options.resume_from_checkpoint)
-    )
+    return on_main_process(accelerator, lambda: _complete_checkpoints(Path(options.output_dir), resume_from))
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> Any:

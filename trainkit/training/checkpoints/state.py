@@ -130,7 +130,8 @@ def _read_on_rank0(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor
 
 def write_random_states(folder: Path, rank: int) -> None:
     """This rank's part of a checkpoint: random_states_<rank>.safetensors with those of torch, numpy and Python."""
-    kind, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()  # a tuple; the stubs also allow for the dict of another argument
+    kind, keys, *rest = state
     version, words, gauss = random.getstate()
     states = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
     states["python"] = torch.tensor(words, dtype=torch.int64)

@@ -79,7 +79,8 @@ class CheckpointWriter:
             return self._executor.submit(work)
         future: Future = Future()
         try:
-            future.set_result(work())
+            work()
+            future.set_result(None)
         except Exception as error:
             future.set_exception(error)
         return future
