@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,12 +51,16 @@ class Conditions:
         for other in set(FLAGS.values()) - {flag}:
             if getattr(options, other) is not None:
                 raise UserError(f"--{other}: this pipeline takes --{flag}")
-        given = getattr(options, flag)
+        self.kind = pipeline.condition
+        by_kind: dict[str, tuple[Callable[..., list], Any]] = {
+            "class_labels": (_labels, options.class_labels),
+            "prompt": (_prompts, options.prompts_file),
+            "vectors": (_vectors, options.vectors_file),
+        }
+        read, given = by_kind[self.kind]
         if given is None:
             raise UserError(f"--{flag} is missing: say what the images should show")
-        self.kind = pipeline.condition
-        readers: dict[str, Callable[..., list]] = {"class_labels": _labels, "prompt": _prompts, "vectors": _vectors}
-        self.values = readers[self.kind](given, pipeline)
+        self.values = read(given, pipeline)
         self.guidance = {
             "guidance_scale": options.guidance_scale,
             "guidance_interval": options.guidance_interval,
