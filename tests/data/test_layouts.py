@@ -181,6 +181,19 @@ def test_a_tar_of_img2dataset(tmp_path):
     assert rows_of(without, tmp_path / "out2") == wanted  # the captions in .json
 
 
+def test_a_folder_of_img2dataset(tmp_path):
+    """Next to each shard are its table and its statistics."""
+    for shard in range(2):
+        samples = [("0.jpg", jpg(10 * shard)), ("0.txt", b"caption"), ("0.json", b'{"caption": "caption"}')]
+        root = write_tar(tmp_path / f"{shard:05d}.tar", samples).parent
+        write(root, {f"{shard:05d}_stats.json": "{}"})
+        pd.DataFrame({"url": ["https://example.org"], "caption": ["caption"]}).to_parquet(
+            root / f"{shard:05d}.parquet"
+        )
+    assert rows_of(root, tmp_path / "prepared" / "out") == [(0, None, ("caption",)), (10, None, ("caption",))]
+    assert open_given(root).account.examples[Kind.TABLE_NOT_READ] == ["00000.parquet", "00001.parquet"]
+
+
 def test_the_files_of_img2dataset(tmp_path):
     """With output_format=files the same samples are files in numbered folders, which are shards and not classes."""
     files = {}

@@ -59,7 +59,7 @@ class Archives:
             for number, file in enumerate(self.files):
                 self.members += collect(list_archive(file), number, file.location.path, options, self.account)
             self._keep_split(options, given)
-            self._read_metadata_beside(metadata, options)
+            self._read_metadata_next_to_archives(metadata, options)
         if all(member.fault for member in self.members):
             faults = [f"{member.path}: {member.fault[1]}" for member in self.members]
             found = f"{len(faults)} rejected, the first {faults[0]}" if faults else "no image file found inside"
@@ -103,7 +103,7 @@ class Archives:
             self.members = [m for m in members if _is_damage(m) or rule(m.path) == options.split]
             self._count_unused(members)
 
-    def _read_metadata_beside(self, metadata: Sequence[Path], options: ReadOptions) -> None:
+    def _read_metadata_next_to_archives(self, metadata: Sequence[Path], options: ReadOptions) -> None:
         """Use the rows of metadata files next to the archives. Images without a row are dropped, and counted."""
         self.account.add(Kind.FILES_FOUND, count=len(metadata))
         self.account.add(Kind.METADATA_FILES, count=len(metadata))
@@ -176,7 +176,7 @@ class ArchiveReader(NamedTuple):
     def read(self, member: Member) -> Record:
         if member.fault:
             raise RejectedImage(*member.fault)
-        # In the order in which they lie there: a packed stream cannot go back.
+        # In the order in which they are stored: a compressed stream cannot go back.
         wanted = [span for span in (member.span, member.caption, member.vector_file) if span]
         contents = {span: self._content(member.container, span) for span in sorted(wanted, key=lambda s: s.offset)}
         text, vector, notes = member.text, None, ()

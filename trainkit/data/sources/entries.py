@@ -30,7 +30,7 @@ SIDECARS = {
 UNREAD_SIDECARS = (".json", ".cls", ".cap", ".tags", ".xml", ".yaml")  # named if they are named after an image
 MASK_ENDINGS = ("-masklabel", "-condlabel")
 STANDARD_SIDECARS = (".txt", ".npy")
-NOTHING_BESIDE = (None, None, None)
+NO_SIDECAR = (None, None, None)
 # Text is kept in bytes, since file names need not be UTF-8; bytes sort as the text does.
 ITEM_SCHEMA = pa.schema(
     [("name", pa.binary()), ("kind", pa.int8()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
@@ -55,14 +55,14 @@ ENTRY_SCHEMA = pa.schema(
 
 
 class Entry(NamedTuple):
-    """One image file: path relative to the folder (posix), stat, and what is known of it besides the pixels."""
+    """One image file: path relative to the folder (posix), stat, and what is known about it."""
 
     path: str
     size: int
     mtime_ns: int
     label: str | None = None
     text: str | None = None
-    caption_file: tuple | None = None  # of NAME.txt beside it: size, mtime_ns, and the ending if it is another one
+    caption_file: tuple | None = None  # of NAME.txt: size, mtime_ns, and the ending if it is not .txt
     vector_file: tuple | None = None  # the same of NAME.npy
     vector: bytes | None = None  # float32
 
@@ -77,11 +77,11 @@ class Entries(Sequence):
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Entry]:
-        for path, size, mtime_ns, label, text, *beside, vector in self._file.rows(self._rows.start, self._rows.stop):
+        for path, size, mtime_ns, label, text, *sidecars, vector in self._file.rows(self._rows.start, self._rows.stop):
             path, label, text = decoded(path), decoded(label), decoded(text)
             if self._folder_labels:
                 label = folder_class(path.rpartition("/")[0], self._folder_labels) or None
-            caption, vector_file = (_sidecar(part) for part in (beside[:3], beside[3:]))
+            caption, vector_file = (_sidecar(part) for part in (sidecars[:3], sidecars[3:]))
             yield Entry(path, size, mtime_ns, label, text, caption, vector_file, vector)
 
     def __getitem__(self, place):
@@ -128,7 +128,7 @@ def size_and_time(item: os.DirEntry | Path) -> tuple[int, int]:
         found = item.stat()
     except (OSError, ValueError):
         return MISSING, 0  # the decoder will say what is wrong with it
-    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever, and a device may have no end
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would block, and a device may have no end
         return NOT_A_FILE, 0
     return found.st_size, found.st_mtime_ns
 

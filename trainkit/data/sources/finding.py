@@ -35,7 +35,7 @@ class FoundFiles(NamedTuple):
     """Data files, and what is next to them in their folder.
 
     `prefix`: path from the folder to what the names of all files start from; None for files given one by one.
-    `readme`: the text of the folder's README.md.
+    `readme`: the text of the folder's README.md. `tables`: of the samples in archives, not read.
     """
 
     files: list[DataFile]
@@ -43,6 +43,16 @@ class FoundFiles(NamedTuple):
     readme: str | None = None
     metadata: tuple[Path, ...] = ()
     images: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+
+    def without_tables_of_archives(self) -> "FoundFiles":
+        """img2dataset writes 00000.parquet next to 00000.tar: what the samples in it hold too."""
+        stems = {os.path.splitext(file.name)[0] for file in self.files if file.kind == "tar"}
+        tables = {
+            file.name for file in self.files if file.kind == "parquet" and os.path.splitext(file.name)[0] in stems
+        }
+        files = [file for file in self.files if file.name not in tables]
+        return self._replace(files=files, tables=tuple(sorted(tables)))
 
     def of_split(
         self, options: ReadOptions, given: str, account: Account, are_images: bool
@@ -85,6 +95,7 @@ def find_files(given: str, storage_options: str, flag: str) -> FoundFiles | None
             found = None
     except OSError as error:
         raise UserError(f"{flag} {error.filename or given}: {error.strerror or error}; it must be readable") from None
+    found = found and found.without_tables_of_archives()
     kinds = {file.kind for file in found.files} - {None} if found else set()
     if len(kinds) > 1 and not kinds <= {"zip", "tar", "tar.gz"}:
         raise UserError(f"{flag} {given} holds {' and '.join(sorted(kinds))} files; give one kind, as in '*.parquet'")

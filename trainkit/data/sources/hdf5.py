@@ -95,7 +95,7 @@ class Hdf5Reader(NamedTuple):
             )
         except FileNotFoundError:
             raise RejectedImage(faults.MISSING, "the file was removed meanwhile") from None
-        except (OSError, RuntimeError, ValueError, KeyError) as error:  # whatever a damaged chunk makes HDF5 raise
+        except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that HDF5 raises for a damaged chunk
             raise RejectedImage(faults.CORRUPT, one_line(error)) from None
         number, notes = self._label(label)
         if vector is not None:
@@ -167,7 +167,7 @@ def _open(location: Location) -> Any:
 
 @contextlib.contextmanager
 def _one_line_for_damage(location: Location) -> Iterator[None]:
-    """Turn whatever h5py raises for a damaged file into a `UserError`."""
+    """Turn what h5py raises for a damaged file into a `UserError`."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:

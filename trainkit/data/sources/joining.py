@@ -9,7 +9,7 @@ from trainkit.data.sources.entries import (
     IMAGE_EXTENSIONS,
     METADATA_SCHEMA,
     MISSING,
-    NOTHING_BESIDE,
+    NO_SIDECAR,
     STANDARD_SIDECARS,
     Found,
     ReadOptions,
@@ -57,7 +57,7 @@ def _renamed(root: Path, file: RowFile, found: Found, options: ReadOptions, flag
     """name in metadata -> image, for names that no image has exactly. Raises `UserError` if no row has an image."""
     named = sorted_rows(_metadata_rows(root, found, options.columns, Account(), {}), METADATA_SCHEMA)
     rows = file.rows(0, len(file))
-    row, unmatched, taken, total = next(rows, None), [], set(), 0
+    row, unmatched, used, total = next(rows, None), [], set(), 0
     last = None
     for path, *_ in named:
         if path == last:
@@ -66,15 +66,15 @@ def _renamed(root: Path, file: RowFile, found: Found, options: ReadOptions, flag
         while row is not None and row[0] < path:
             row = next(rows, None)
         if row is not None and row[0] == path:
-            taken.add(decoded(path))
+            used.add(decoded(path))
         elif size_and_time(root / decoded(path))[0] >= 0 and not _leads_out(decoded(path)):
-            taken.add(decoded(path))  # an image of another extension
+            used.add(decoded(path))  # an image of another extension
         else:
             unmatched.append(decoded(path))
     if not unmatched:
         return {}
     images = (decoded(row[0]) for row in file.rows(0, len(file)))
-    renamed = match_names(unmatched, images, taken, IMAGE_EXTENSIONS)
+    renamed = match_names(unmatched, images, used, IMAGE_EXTENSIONS)
     for name, image in renamed.items():
         found.account.add(Kind.MATCHED_NAME, f"{name} -> {image}")
     outside = next((name for name in unmatched if name not in renamed and name.startswith("../")), None)
@@ -146,8 +146,8 @@ def _joined(root: Path, rows: Iterator[tuple], named: Iterator[tuple], found: Fo
         else:
             stat, caption, vector_file = row[1:3], row[5:8], row[8:11]
             row = next(rows, None)
-        caption = caption if text is None else NOTHING_BESIDE
-        vector_file = vector_file if vector is None else NOTHING_BESIDE
+        caption = caption if text is None else NO_SIDECAR
+        vector_file = vector_file if vector is None else NO_SIDECAR
         yield (path, *stat, label, text, *caption, *vector_file, vector)
         about = next(named, None)
 
@@ -158,13 +158,13 @@ def _found_entry(path: Path, found: Found) -> tuple[tuple, tuple, tuple]:
     is_listed = size >= 0 and path.suffix.lower() not in IMAGE_EXTENSIONS
     if not is_listed:  # a missing file, or a hidden one
         found.account.add(Kind.EXTRA_ITEMS)
-        return (size, mtime_ns), NOTHING_BESIDE, NOTHING_BESIDE
+        return (size, mtime_ns), NO_SIDECAR, NO_SIDECAR
     found.account.unignore(path.name)
     sidecars = []
     for extension in STANDARD_SIDECARS:
-        beside = size_and_time(path.with_suffix(extension))
-        if beside[0] >= 0:
+        found_sidecar = size_and_time(path.with_suffix(extension))
+        if found_sidecar[0] >= 0:
             found.account.unignore(f"_{extension}")
             found.num_sidecars += 1
-        sidecars.append(NOTHING_BESIDE if beside[0] < 0 else (*beside, extension.encode()))
+        sidecars.append(NO_SIDECAR if found_sidecar[0] < 0 else (*found_sidecar, extension.encode()))
     return (size, mtime_ns), *sidecars

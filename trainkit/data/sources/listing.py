@@ -20,7 +20,7 @@ from trainkit.data.sources.entries import (
     IMAGE_EXTENSIONS,
     ITEM_SCHEMA,
     LINKED_FOLDER,
-    NOTHING_BESIDE,
+    NO_SIDECAR,
     SIDECARS,
     UNREAD,
     UNREAD_SIDECARS,
@@ -186,18 +186,18 @@ def _with_sidecars(items: Iterator[tuple], prefix: str, found: Found) -> Iterato
     These are NAME.txt or NAME.png.txt of NAME.png, and so on. An image waits until none can follow: names that begin
     with the same "NAME." are neighbours.
     """
-    waiting, beside = deque(), {}
+    waiting, sidecars = deque(), {}
 
     def settled(key: bytes) -> Iterator[tuple]:
         while waiting and not (waiting[0][1] == IMAGE and key.startswith(_stem(waiting[0][0]))):
             item = waiting.popleft()
             yield (
                 *item,
-                *(_take_sidecars(item[0], beside) if item[1] == IMAGE else (*NOTHING_BESIDE, *NOTHING_BESIDE)),
+                *(_take_sidecars(item[0], sidecars) if item[1] == IMAGE else (*NO_SIDECAR, *NO_SIDECAR)),
             )
-        if not waiting and beside:
-            for stem in [stem for stem in beside if not key.startswith(stem)]:
-                for name, _, use in beside.pop(stem).values():
+        if not waiting and sidecars:
+            for stem in [stem for stem in sidecars if not key.startswith(stem)]:
+                for name, _, use in sidecars.pop(stem).values():
                     found.num_sidecars += use == USED
                     _count_unused(found.account, prefix + decoded(name), use)
 
@@ -206,7 +206,7 @@ def _with_sidecars(items: Iterator[tuple], prefix: str, found: Found) -> Iterato
         if item[1] in (*SIDECARS.values(), UNREAD):
             name, _, size, mtime_ns = item
             ending = name[name.rfind(b".") :]
-            of_stem = beside.setdefault(_stem(name), {})
+            of_stem = sidecars.setdefault(_stem(name), {})
             rank = SIDECAR_ORDER.index(decoded(ending).lower()), ending.lower() != ending, ending
             of_stem[rank] = [name, (size, mtime_ns, ending), UNUSED]
         else:
@@ -221,24 +221,24 @@ def _count_unused(account: Account, path: str, use: int) -> None:
         ignore_file(account, path)
 
 
-def _take_sidecars(name: bytes, beside: dict) -> tuple:
+def _take_sidecars(name: bytes, sidecars: dict) -> tuple:
     """Size, mtime_ns and ending of the caption file and of the vector file of an image; marks them as used."""
-    taken = []
+    used_sidecars = []
     for stem in (_stem(name), name + b"."):
-        for entry in beside.get(stem, {}).values():
+        for entry in sidecars.get(stem, {}).values():
             entry[2] = max(entry[2], OF_AN_IMAGE)
     for kind in (CAPTION, VECTOR):
-        found = NOTHING_BESIDE
+        found = NO_SIDECAR
         for stem, before in ((_stem(name), b""), (name + b".", name[name.rfind(b".") :])):
-            ranks = sorted(rank for rank in beside.get(stem, ()) if SIDECARS.get(SIDECAR_ORDER[rank[0]]) == kind)
+            ranks = sorted(rank for rank in sidecars.get(stem, ()) if SIDECARS.get(SIDECAR_ORDER[rank[0]]) == kind)
             if ranks:
-                entry = beside[stem][ranks[0]]
+                entry = sidecars[stem][ranks[0]]
                 entry[2] = USED
                 size, mtime_ns, ending = entry[1]
                 found = size, mtime_ns, before + ending
                 break
-        taken += found
-    return tuple(taken)
+        used_sidecars += found
+    return tuple(used_sidecars)
 
 
 def _stem(name: bytes) -> bytes:

@@ -50,7 +50,7 @@ class Span(NamedTuple):
     path: str
     stamp: str
     offset: int = 0
-    stored: int = 0  # bytes, as they lie there
+    stored: int = 0  # bytes, as stored
     size: int = 0  # bytes, unpacked
     method: int | None = None  # how they are packed, of a .zip
     crc: int | None = None
@@ -66,7 +66,7 @@ class File(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One image to be prepared, in the archive of this number, and what is known of it besides the pixels."""
+    """One image to be prepared, in the archive of this number, and what is known about it."""
 
     container: int
     path: str
@@ -80,8 +80,8 @@ class Member(NamedTuple):
 
     @property
     def identity(self) -> tuple:
-        beside = [span and span.stamp for span in (self.caption, self.vector_file)]
-        return self.path, self.span.stamp, self.label, self.text, self.vector, *beside, self.fault
+        sidecars = [span and span.stamp for span in (self.caption, self.vector_file)]
+        return self.path, self.span.stamp, self.label, self.text, self.vector, *sidecars, self.fault
 
 
 def clean_path(path: str) -> str:
@@ -281,8 +281,8 @@ def _member(
         if number is not None and number.content is not None:
             label = class_name(number.content.decode("utf-8", "replace")) or label
             samples.use(number, Kind.LABEL_FILES)
-    beside = [others.get(before + extension) for before in (stem, path) for extension in CAPTION_EXTENSIONS]
-    caption = next((one for one in beside if one is not None), None)
+    sidecars = [others.get(before + extension) for before in (stem, path) for extension in CAPTION_EXTENSIONS]
+    caption = next((one for one in sidecars if one is not None), None)
     vector_file = others.get(stem + ".npy")
     if text is None and caption is not None:
         samples.use(caption, Kind.CAPTION_FILES)

@@ -1,4 +1,4 @@
-"""metadata.csv, .jsonl, .json and .parquet: labels, captions and vectors of the images beside and below them."""
+"""metadata.csv, .jsonl, .json and .parquet: labels, captions and vectors of the images next to and below them."""
 
 import codecs
 import csv

@@ -20,10 +20,10 @@ def relative_name(name: str, prefix: str) -> str:
     return posixpath.normpath(posixpath.join(prefix, name))
 
 
-def match_names(names: Iterable[str], images: Iterable[str], taken: set[str], extensions: frozenset) -> dict[str, str]:
+def match_names(names: Iterable[str], images: Iterable[str], used: set[str], extensions: frozenset) -> dict[str, str]:
     """name -> image, for the `names` (relative paths) that no image has but that a single one of `images` fits best.
 
-    `taken` are the images that have a row under their exact name. `extensions` are those of images, for names without
+    `used` are the images that have a row under their exact name. `extensions` are those of images, for names without
     one.
     """
     wanted = {name: _parts(name) for name in names}
@@ -31,10 +31,10 @@ def match_names(names: Iterable[str], images: Iterable[str], taken: set[str], ex
     found: dict[str, list[str]] = {}
     for image in images:
         key = _normal(posixpath.basename(image))
-        if key in keys and image not in taken:
+        if key in keys and image not in used:
             found.setdefault(key, []).append(image)
     matched = _best_matches(wanted, found, _keys)
-    used = set(matched.values())
+    used = used | set(matched.values())
     rest = {name: parts for name, parts in wanted.items() if name not in matched}
     left = {key: [image for image in group if image not in used] for key, group in found.items()}
     return matched | _best_matches(rest, left, lambda parts: _converted_keys(parts, extensions))

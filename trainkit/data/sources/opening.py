@@ -9,7 +9,7 @@ from trainkit.data.sources.finding import find_files
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.data.sources.hub import HubDataset
 from trainkit.data.sources.locations import is_url, read_storage_options
-from trainkit.data.sources.records import Source
+from trainkit.data.sources.source import Source
 from trainkit.data.sources.splits import ALL
 from trainkit.errors import UserError
 from trainkit.options.data import SourceOptions
@@ -34,7 +34,7 @@ def open_source(options: SourceOptions) -> Source:
 
 
 def _open_files(options: SourceOptions, read: ReadOptions) -> Source | None:
-    """A source of archives, of Parquet or HDF5 files, or of what lies below a URL; None for a folder of images.
+    """A source of archives, of Parquet or HDF5 files, or of what is below a URL; None for a folder of images.
 
     Raises `UserError`.
     """
@@ -70,6 +70,10 @@ def _open_files(options: SourceOptions, read: ReadOptions) -> Source | None:
             account.add(Kind.OTHER_FORMAT, image)
     not_read = (Kind.OTHER_SPLIT, Kind.NO_SPLIT, Kind.OTHER_FORMAT)
     account.add(Kind.FILES_FOUND, count=sum(account.counts.get(kind, 0) for kind in not_read))
+    for table in found.tables:
+        account.add(Kind.FILES_FOUND)
+        account.add(Kind.TABLE_NOT_READ, table)
+        account.ignore(table)
     source.account.merge(account)
     return source
 

@@ -9,7 +9,7 @@ import hashlib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,32 +31,6 @@ class Record(NamedTuple):
     text: str | None
     vector: np.ndarray | None = None  # float32
     notes: tuple[Kind, ...] = ()  # what reading it showed, for the account
-
-
-class Source(Protocol):
-    """A collection of images. `reader` is small and picklable; `fingerprint` changes whenever an image does."""
-
-    name: str
-    fingerprint: str
-    account: Account
-    label_names: list[str] | None
-    has_text: bool
-    vector_length: int | None
-
-    def __len__(self) -> int: ...
-
-    @property
-    def reader(self) -> "Reader": ...
-
-    def units(self) -> list["Unit"]: ...
-
-
-class Reader(Protocol):
-    """Names the items of a unit and reads them, in any process."""
-
-    def name(self, item: Any) -> str: ...
-
-    def read(self, item: Any) -> Record: ...
 
 
 class Unit(NamedTuple):

@@ -18,7 +18,7 @@ MERGED_ROWS = 2**8  # read at one go of each run that is being merged: there may
 class RowFile:
     """A file of rows (tuples, as `schema` types them) that is only ever added to; it is gone with the process.
 
-    It lies in $TMPDIR, else /var/tmp (unlike /tmp never a part of memory), and has no name.
+    It is stored in $TMPDIR, else /var/tmp (unlike /tmp never a part of memory), and has no name.
     """
 
     def __init__(self, schema: pa.Schema, batch_rows: int | None = None):

@@ -1,7 +1,7 @@
 """Which files belong to the split that --dataset_split names, by the rules of `datasets`.
 
 In this order: the data files of a README's YAML header, names like data/train-00000-of-00004.parquet, folders whose
-name holds a split's keyword, file names that hold one. Keywords stand alone or beside one of "-._ " or a digit.
+name holds a split's keyword, file names that hold one. Keywords stand alone or next to one of "-._ " or a digit.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""A vector beside an image: an embedding or measurements that a model is to be conditioned on, as float32."""
+"""A vector of an image: an embedding or measurements that a model is to be conditioned on, as float32."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def check_vector(vector: np.ndarray | None, length: int) -> np.ndarray:
     if vector is None:
         raise RejectedImage(faults.BAD_VECTOR, f"it has no vector; others have one of {length} numbers")
     if not vector.size:
-        raise RejectedImage(faults.BAD_VECTOR, "its vector is no row of numbers")
+        raise RejectedImage(faults.BAD_VECTOR, "its vector is not a row of numbers")
     if vector.shape != (length,):
         raise RejectedImage(faults.BAD_VECTOR, f"its vector has {vector.size} numbers; the first one has {length}")
     if not np.isfinite(vector).all():
@@ -55,6 +55,6 @@ def check_vector(vector: np.ndarray | None, length: int) -> np.ndarray:
 
 
 def as_vector(value: Any) -> np.ndarray | None:
-    """A row's value, list or array, as float32; of length 0 where it is no row of numbers."""
+    """A row's value, list or array, as float32; of length 0 if it is not a row of numbers."""
     content = vector_bytes(value)
     return None if content is None else np.frombuffer(content, np.float32)
