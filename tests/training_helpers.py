@@ -1,7 +1,9 @@
 """What the tests of the training scripts share: one tiny run, told in flags, and how to look at what it left."""
 
+import importlib
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +40,13 @@ def tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags):
             words = [] if value is True else value if isinstance(value, list) else [value]
             arguments += [f"--{name}", *map(str, words)]
     return arguments
+
+
+def run_in_process(monkeypatch, script, arguments):
+    """Run `main` of a script, "train_unconditional" for example, in this process on the CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    importlib.import_module(script).main()
 
 
 def losses(output_dir):

@@ -1,12 +1,11 @@
 """A prepared dataset at a URL: trained on block by block, or copied once."""
 
 import errno
-import sys
 
 import numpy as np
 import pytest
 from filelock import FileLock
-from training_helpers import losses, tiny_run
+from training_helpers import losses, run_in_process, tiny_run
 
 from trainkit.data import files
 from trainkit.data.cache import local_copy
@@ -50,15 +49,11 @@ def fetched(monkeypatch):
 
 @pytest.fixture
 def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
-    import train_unconditional
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def call(name, **flags):
         flags = {"max_train_steps": 6, "shuffle_block_size": 1} | flags
         arguments = tiny_run(image_folder, tiny_unet, tmp_path / "cache", tmp_path / name, **flags)
-        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
         return tmp_path / name
 
     return call

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
 from process_helpers import run_forked
 from safetensors.torch import load_file
-from training_helpers import losses, same_weights, tiny_run
+from training_helpers import losses, run_in_process, same_weights, tiny_run
 
 from trainkit.data.loading.augment_draws import LABELS
 from trainkit.diffusion.augmentation_input import add_augmentation_input, without_augmentation_input
@@ -145,11 +144,9 @@ def test_two_processes_go_on_as_one_would(whole, sharded, image_folder, tiny_une
 
 
 def test_a_checkpoint_with_the_layer_fits_no_run_without(whole, image_folder, tiny_unet, cache_dir, monkeypatch):
-    import train_unconditional
 
     flags = {**AUGMENTATION, "augmentation_conditioning": None, "resume_from_checkpoint": "checkpoint-3"}
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, whole, **flags)
-    monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
     with pytest.raises(UserError, match=rf"does not fit this run .*{LAYER}.*resume with the options") as error:
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
     assert "\n" not in str(error.value)

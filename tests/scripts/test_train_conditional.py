@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 from process_helpers import run_forked
 from safetensors.torch import load_file
-from training_helpers import losses, same_training_state, same_weights, tiny_run
+from training_helpers import losses, run_in_process, same_training_state, same_weights, tiny_run
 
 from trainkit.errors import UserError
 from trainkit.training import learning_rate_finder as learning_rate
@@ -37,14 +37,10 @@ def photos(image_folder, tmp_path_factory):
 @pytest.fixture
 def train(photos, tiny_unet, cache_dir, tmp_path, monkeypatch):
     """Run the script's main in this process with flags over those of the tiny run; returns the output folder."""
-    import train_conditional
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def call(name="out", **flags):
         arguments = arguments_of(photos, tiny_unet, cache_dir, tmp_path / name, **flags)
-        monkeypatch.setattr(sys, "argv", ["train_conditional.py", *arguments])
-        train_conditional.main()
+        run_in_process(monkeypatch, "train_conditional", arguments)
         return tmp_path / name
 
     return call

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from conftest import ROOT, launch, launch_environment
-from training_helpers import tiny_run
+from training_helpers import run_in_process, tiny_run
 
 from trainkit.errors import UserError
 
@@ -13,13 +13,11 @@ from trainkit.errors import UserError
 @pytest.fixture
 def train(image_folder, tiny_unet, cache_dir, tmp_path):
     """Call the script's main in this process with flags over those of the tiny run."""
-    import train_unconditional
 
     def call(monkeypatch, **flags):
         output_dir = flags.pop("output_dir", tmp_path / "out")
         arguments = tiny_run(image_folder, tiny_unet, flags.pop("cache_dir", cache_dir), output_dir, **flags)
-        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
 
     return call
 

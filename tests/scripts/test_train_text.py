@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from process_helpers import run_code, run_forked
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from training_helpers import losses, same_weights, tiny_run
+from training_helpers import losses, run_in_process, same_weights, tiny_run
 from transformers import (
     BertConfig,
     BertModel,
@@ -234,7 +233,5 @@ def test_a_unet_that_does_not_fit_is_refused(captioned, cache_dir, bert, tiny_un
 
 
 def run_here(monkeypatch, arguments):
-    import train_conditional
 
-    monkeypatch.setattr(sys, "argv", ["train_conditional.py", *arguments])
-    train_conditional.main()
+    run_in_process(monkeypatch, "train_conditional", arguments)

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from process_helpers import run_code, run_forked
-from training_helpers import STEPS, losses, same_weights, start_and_signal, tiny_run
+from training_helpers import STEPS, losses, run_in_process, same_weights, start_and_signal, tiny_run
 
 from trainkit.data.loading.order import sample_indices
 from trainkit.errors import UserError
@@ -28,14 +27,10 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
     """Run the script's main in this process with flags over those of the tiny run; returns the output folder."""
-    import train_unconditional
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def call(name="out", **flags):
         arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
-        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
         return tmp_path / name
 
     return call

@@ -16,7 +16,7 @@ from conditional_helpers import text_parts
 from conftest import ROOT, TINY_UNET
 from diffusers import AutoencoderKL
 from process_helpers import run_forked
-from training_helpers import golden, losses, tiny_run
+from training_helpers import golden, losses, run_in_process, tiny_run
 
 SHORT = {"max_train_steps": 8, "checkpointing_steps": 0, "save_images_epochs": 1000}
 # What makes each run its own, besides the flags of the tiny run, which `unconditional` is with AdamW.
@@ -79,7 +79,6 @@ def test_losses_are_those_on_file(name, described, tiny_unet, models, cache_dir,
 
     flags = CONFIGURATIONS[name] | models.get(name, {})
     script = train_conditional if "condition" in flags else train_unconditional
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     arguments = tiny_run(described, tiny_unet, cache_dir, tmp_path, **flags)
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
     script.main()
@@ -88,16 +87,13 @@ def test_losses_are_those_on_file(name, described, tiny_unet, models, cache_dir,
 
 def test_accumulated_micro_steps_are_averaged(described, tiny_unet, cache_dir, tmp_path, monkeypatch):
     """Losses and norms of gradients: Adam alone would hide gradients of twice the size."""
-    import train_unconditional
 
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     found = {}
     for micro_steps in (1, 2):
         flags = SHORT | {"max_train_steps": 3, "train_batch_size": 8 // micro_steps}
         flags["gradient_accumulation_steps"] = micro_steps
         arguments = tiny_run(described, tiny_unet, cache_dir, tmp_path / str(micro_steps), **flags)
-        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
         rows = [json.loads(line) for line in (tmp_path / str(micro_steps) / "metrics.jsonl").open(encoding="utf-8")]
         found[micro_steps] = [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
     assert np.asarray(found[1]) == pytest.approx(np.asarray(found[2]), rel=1e-3)

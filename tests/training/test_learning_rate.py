@@ -1,11 +1,10 @@
 """`--find_learning_rate`: what it suggests, what it leaves behind, what it refuses."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from training_helpers import losses, same_weights, tiny_run
+from training_helpers import losses, run_in_process, same_weights, tiny_run
 
 from trainkit.errors import UserError
 from trainkit.training import learning_rate_finder as learning_rate
@@ -35,16 +34,13 @@ def test_a_loss_that_never_falls_is_said():
 def test_the_search_finds_a_rate_and_leaves_the_run_as_it_was(
     image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch, capsys, accumulation
 ):
-    import train_unconditional
 
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(learning_rate, "STEPS", 30)
 
     def train(name, **flags):
         flags |= {"max_train_steps": 3, "gradient_accumulation_steps": accumulation}
         arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
-        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
         return tmp_path / name
 
     searched = train("searched", find_learning_rate=True)
@@ -61,10 +57,8 @@ def test_the_search_finds_a_rate_and_leaves_the_run_as_it_was(
 
 
 def test_prodigy_needs_no_search(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
-    import train_unconditional
 
     flags = {"find_learning_rate": True, "optimizer": "prodigy", "learning_rate": 1}
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, **flags)
-    monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
     with pytest.raises(UserError, match="--optimizer prodigy finds the rate itself"):
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)

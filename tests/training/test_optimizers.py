@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from training_helpers import losses, same_weights, tiny_run
+from training_helpers import losses, run_in_process, same_weights, tiny_run
 
 from trainkit.errors import UserError
 from trainkit.options.training import HardwareOptions, OptimizationOptions
@@ -122,16 +122,12 @@ def test_the_schedule_free_average_is_the_papers_and_leaves_the_weights_as_they_
 
 @pytest.mark.slow
 def test_a_schedule_free_run_saves_the_average_and_resumes(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
-    import train_unconditional
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def train(name, **flags):
         flags |= {"optimizer": "schedule_free_adamw", "no_use_ema": True, "lr_scheduler": "constant_with_warmup"}
         flags |= {"max_train_steps": 6, "preview_steps": 2}
         arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
-        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
         return tmp_path / name
 
     whole, parts = train("whole"), train("parts")

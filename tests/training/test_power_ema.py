@@ -13,7 +13,7 @@ from conditional_helpers import vector_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_helpers import same_training_state, same_weights, tiny_run
+from training_helpers import run_in_process, same_training_state, same_weights, tiny_run
 
 import reconstruct_ema
 from trainkit.diffusion.power_profiles import LONGEST, combination, gamma_of, inner_products, sigma_rel_of
@@ -43,15 +43,12 @@ def weights_of_states(step: int, gamma: float) -> np.ndarray:
 @pytest.fixture(scope="module")
 def train(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     """Run train_unconditional.py in this process; returns its output folder."""
-    import train_unconditional
 
     def call(output_dir=None, **flags):
         output_dir = output_dir or tmp_path_factory.mktemp("run")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("ACCELERATE_USE_CPU", "true")
             words = tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **(RUN | flags))
-            patch.setattr(sys, "argv", ["train_unconditional.py", *words])
-            train_unconditional.main()
+            run_in_process(patch, "train_unconditional", words)
         return output_dir
 
     return call

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from training_helpers import tiny_run
+from training_helpers import run_in_process, tiny_run
 
 from trainkit.errors import UserError
 from trainkit.training.log import read_metrics
@@ -17,7 +17,6 @@ from trainkit.training.log import read_metrics
 @pytest.fixture
 def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
     """Run train_unconditional.py in this process for two steps more than before; returns its output folder."""
-    import train_unconditional
 
     def call(**flags):
         flags = {
@@ -28,8 +27,7 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
         } | flags
         output_dir = flags.pop("output_dir", tmp_path / "out")
         arguments = tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags)
-        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
         return output_dir
 
     return call
@@ -151,7 +149,6 @@ def test_the_output_folder_is_not_among_the_images(train, image_folder):
 
 
 def test_two_runs_at_one_folder(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
-    import train_unconditional
     from trainkit.training import output_folder
 
     flags = {"max_train_steps": 100_000, "checkpointing_steps": 0, "lr_warmup_steps": 0}
@@ -166,9 +163,8 @@ def test_two_runs_at_one_folder(image_folder, tiny_unet, cache_dir, tmp_path, mo
             assert first.poll() is None
             time.sleep(0.1)
         monkeypatch.setattr(output_folder, "LOCK_WAIT_S", 0.1)
-        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
         with pytest.raises(UserError, match=rf"is in use by process {first.pid} on .* since 20\d\d"):
-            train_unconditional.main()
+            run_in_process(monkeypatch, "train_unconditional", arguments)
     finally:
         first.terminate()
         first.communicate(timeout=60)

@@ -1,7 +1,6 @@
 """Speed and memory options: the run stays the same run, weights keep their names, nothing waits for the device."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ from conftest import TINY_UNET
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_helpers import losses, same_weights, tiny_run
+from training_helpers import losses, run_in_process, same_weights, tiny_run
 
 from trainkit.errors import UserError
 from trainkit.training.device import largest_micro_batch, memory_format, move_to_device
@@ -35,15 +34,11 @@ def one_level_unet(tmp_path):
 @pytest.fixture
 def train(image_folder, one_level_unet, cache_dir, tmp_path, monkeypatch):
     """Run the script's main in this process with flags over those of a run of four steps; returns its folder."""
-    import train_unconditional
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def call(name, **flags):
         flags = {"max_train_steps": 4, "checkpointing_steps": 2} | flags
         arguments = tiny_run(image_folder, one_level_unet, cache_dir, tmp_path / name, **flags)
-        monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
         return tmp_path / name
 
     return call

@@ -2,14 +2,13 @@
 
 import json
 import struct
-import sys
 from types import SimpleNamespace
 
 import pytest
 from accelerate import tracking
 from PIL import Image
 from process_helpers import run_forked
-from training_helpers import tiny_run
+from training_helpers import run_in_process, tiny_run
 
 from trainkit.errors import UserError
 from trainkit.training.log import StepLog, check_tracker, start_trackers
@@ -19,13 +18,11 @@ SECRET = "hf_aSecretOfTheTest"
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_package_is_one_line_before_anything_is_prepared(logger, monkeypatch, tmp_path, tiny_unet):
-    import train_unconditional
 
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
     arguments = tiny_run(tmp_path / "not looked at", tiny_unet, tmp_path / "cache", tmp_path / "out", logger=logger)
-    monkeypatch.setattr(sys, "argv", ["train_unconditional.py", *arguments])
     with pytest.raises(UserError, match=f"--logger {logger}: .* pip install {logger}, or --logger none") as error:
-        train_unconditional.main()
+        run_in_process(monkeypatch, "train_unconditional", arguments)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 

@@ -20,6 +20,7 @@ from trainkit.options.training import OptimizationOptions
 from trainkit.training.run import Run
 
 LEAST_RATE, MOST_RATE, STEPS = 1e-6, 1.0, 120  # 20 steps per factor of ten
+PROBE_IMAGES = 64  # at least, over all processes
 FAILED = 1.5  # stop when the loss exceeds this times the lowest loss so far
 BEFORE_LOWEST = 3.0  # a full run keeps its rate far longer than the sweep does
 FILE = "learning_rate.json"
@@ -94,13 +95,15 @@ def _steps(run):
 
 
 def _probe(run) -> list[Batch]:
-    """The micro-batches of a step that the sweep does not train on, timesteps evenly spread over the global batch."""
-    last = run.step + STEPS
-    places = (torch.arange(run.shape.global_size, dtype=torch.float64) + 0.5) / run.shape.global_size
-    return [
-        replace(batch, uniforms=places[run.shape.rows(batch.micro_step)].to(batch.uniforms.device))
-        for batch in run.loader.iterate(last, last + 1)
-    ]
+    """The micro-batches of the steps after the sweep, with timesteps evenly spread over all of them."""
+    first, size = run.step + STEPS, run.shape.global_size
+    steps = math.ceil(PROBE_IMAGES / size)
+    places = (torch.arange(steps * size, dtype=torch.float64) + 0.5) / (steps * size)
+    batches = []
+    for number, batch in enumerate(run.loader.iterate(first, first + steps)):
+        uniforms = places[number // run.shape.micro_steps :: steps][run.shape.rows(batch.micro_step)]
+        batches.append(replace(batch, uniforms=uniforms.to(batch.uniforms.device)))
+    return batches
 
 
 def _probe_loss(run, probe: list[Batch], loss_of) -> float:

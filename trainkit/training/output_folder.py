@@ -7,12 +7,8 @@ A run only writes under the names in `RUN_FILES`. A new run refuses a folder in 
 something else, so that in a marked folder every file under these names is the run's own.
 """
 
-import json
-import os
 import shutil
-import socket
 import tempfile
-import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,6 +18,7 @@ from trainkit.atomic import write_json
 from trainkit.data.files import exists, location
 from trainkit.data.format import PREPARATION_NAME
 from trainkit.errors import UserError
+from trainkit.locking import holder_of, write_holder
 from trainkit.options.script import TrainingOptions
 from trainkit.sampling.pipeline import PIPELINE_PARTS
 from trainkit.training.checkpoints import folder as checkpoints
@@ -79,24 +76,16 @@ def _acquire(output_dir: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"--output_dir {output_dir} is in use by {_holder(info)}: waiting for it to end", flush=True)
+        print(f"--output_dir {output_dir} is in use by {holder_of(info)}: waiting for it to end", flush=True)
         try:
             lock.acquire(timeout=LOCK_WAIT_S)
         except Timeout:
             raise UserError(
-                f"--output_dir {output_dir} is in use by {_holder(info)}: wait until that run ends, stop it, or "
+                f"--output_dir {output_dir} is in use by {holder_of(info)}: wait until that run ends, stop it, or "
                 "choose another folder"
             ) from None
-    write_json(info, {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+    write_holder(info)
     return lock
-
-
-def _holder(info: Path) -> str:
-    try:
-        holder = json.loads(info.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError):
-        return "another run"
 
 
 def _conflict(options: TrainingOptions, output_dir: Path) -> str | None:
