@@ -45,6 +45,16 @@ def test_folders_are_read_as_datasets_reads_them(tmp_path, names):
     assert source.account.counts[Kind.OTHER_SPLIT] == len(names) - len(theirs)
 
 
+def test_rows_about_another_split_are_named(tmp_path):
+    root = write(tmp_path / "photos", "train/1.png", "test/2.png")
+    (root / "metadata.csv").write_text("file_name,text\ntrain/1.png,one\ntest/2.png,two\n", encoding="utf-8")
+    found = prepared(root, tmp_path / "out")
+    assert found.names == ["train/1.png"] and found.texts == ["one"]
+    account = open_given(root).account
+    assert account.counts[Kind.METADATA_ROWS] == 1
+    assert account.examples[Kind.OTHER_SPLIT_ROWS] == ["metadata.csv line 3: test/2.png"]
+
+
 def test_another_split_is_read_where_it_is_named(tmp_path):
     root = write(tmp_path, *FOLDERS[0])
     source = open_given(root, dataset_split="test")

@@ -35,10 +35,18 @@ def with_metadata(
     renamed = _renamed(root, file, found, options, flag)
     account = found.account
     named = sorted_rows(_metadata_rows(root, found, options.columns, account, renamed), METADATA_SCHEMA)
-    merged = (row for row in _merged(named, account) if keep(row[0]))
+    merged = _merged(_of_split(named, keep, account), account)
     first = next(merged, None)
     kept = (row for row in rows if keep(row[0]))
     yield from kept if first is None else _joined(root, kept, chain([first], merged), found)
+
+
+def _of_split(rows: Iterator[tuple], keep: Callable[[bytes], bool], account: Account) -> Iterator[tuple]:
+    for row in rows:
+        if keep(row[0]):
+            yield row
+        else:
+            account.add(Kind.OTHER_SPLIT_ROWS, f"{decoded(row[4])}: {decoded(row[0])}")
 
 
 def _metadata_rows(
