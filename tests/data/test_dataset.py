@@ -155,7 +155,7 @@ def test_a_damaged_folder_is_a_user_error_naming_the_file(photos, tmp_path):
         prepare(ImageFolder(photos), images.settings, output, show_progress=False)
         assert shard.read_bytes() == whole and len(PreparedImages(output)) == 90
     (output / "preparation.json").unlink()
-    with pytest.raises(UserError, match="no complete prepared dataset"):
+    with pytest.raises(UserError, match="not a complete prepared dataset"):
         PreparedImages(output)
 
 

@@ -16,7 +16,7 @@ from source_files import SETTINGS, open_given, png
 
 from trainkit.data.loading.captions import CaptionIndex, split_captions
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.loading.encodings import Rows, make_units, unit_name, unit_told, write_rows
+from trainkit.data.loading.encodings import Rows, make_units, unit_name, unit_summary, write_rows
 from trainkit.data.loading.statistics import vector_statistics
 from trainkit.data.preparation.prepare import prepare
 from trainkit.diffusion import text
@@ -159,7 +159,7 @@ def test_two_processes_share_the_units_and_make_each_once(tmp_path):
     assert sorted(int(number) for number, _ in made) == list(range(12)) and len({rank for _, rank in made}) == 2
     rows = Rows(tmp_path, 12, 1)
     assert [rows[number].tolist() for number in range(12)] == [[number] * 3 for number in range(12)]
-    assert unit_told(tmp_path / unit_name(7)) == {"number": 7} and rows.longest() == 3
+    assert unit_summary(tmp_path / unit_name(7)) == {"number": 7} and rows.longest() == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*rows.unit_names, "made"])
 
 

@@ -99,7 +99,7 @@ def test_the_same_photo_saved_twice_goes_and_the_first_stays(repeated, tmp_path)
         "b/y170.png": "b/00170.png", "b/y200.png": "b/00200.png", "b/y298.png": "b/00298.png",
     }  # fmt: skip
     assert told["a/x0.png"]["message"] == "the same pixels as a/00000.png"
-    assert told["b/x2.png"]["message"].endswith("which is of another class: a")
+    assert told["b/x2.png"]["message"].endswith("which has another class: a")
     preparation = read_preparation(tmp_path / "out")
     assert preparation["classes"] == {"a": 150, "b": 150} and preparation["rejected"] == {"duplicate": 6}
     assert len(PreparedImages(tmp_path / "out")) == 300

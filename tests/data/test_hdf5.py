@@ -176,7 +176,7 @@ def test_the_flag(tmp_path):
     assert other.returncode == 0 and "6 images" in other.stdout
     (tmp_path / "mine.h5").write_bytes(b"my thesis")
     for name, message in (
-        ("mine.h5", "no export of ours"),
+        ("mine.h5", "was not written by an export"),
         ("x.txt", "must end in .h5"),
         ("no/x.h5", "folder is mis"),
     ):

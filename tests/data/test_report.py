@@ -70,7 +70,7 @@ def test_the_card_says_what_is_in_it_and_how_to_train(photos, tmp_path):
     card = {name: value for name, _, value in (re.split(r"( {2,})", line.strip(), maxsplit=1) for line in lines[1:])}
     held_out = 60 - done["num_images"]
     few = done["classes"]["<b>few"]
-    assert card["images"] == f"{done['num_images']} of 16x16 L, 8 bits a channel, stored as pixels"
+    assert card["images"] == f"{done['num_images']} of 16x16 L, 8 bits per channel, stored as pixels"
     assert card["held out"] == f"{held_out} more in {tmp_path / 'out/validation'}" and held_out > 0
     assert card["classes"].startswith(f"2: many {done['classes']['many']}, <b>few {few}; the largest is ")
     assert card["rejected"] == "3: 1 duplicate, 1 not_an_image, 1 truncated; see rejected.jsonl"
@@ -97,10 +97,10 @@ def test_a_card_of_no_whole_dataset_says_what_to_do(photos, tmp_path, monkeypatc
     for folder, message, shows_card in (
         ("out", r"data-\w+.arrow is damaged \(.*delete it and run the preparation again", True),
         ("unfinished", r"is unfinished \(.*run the prepare_dataset.py command that made it again", False),
-        ("empty", r"empty is no prepared dataset \(no preparation.json", False),
+        ("empty", r"empty is not a prepared dataset \(no preparation.json", False),
         ("file", r"file is a file; give a folder", False),
         ("nowhere", r"nowhere does not exist", False),
-        (photos, r"photos is no prepared dataset", False),
+        (photos, r"photos is not a prepared dataset", False),
     ):
         shown = inspect(tmp_path / folder)
         assert shown.returncode == 1 and shown.stderr.startswith("error: ") and shown.stderr.count("\n") == 1
@@ -172,7 +172,7 @@ def test_many_classes_and_none(tmp_path):
         write_images(tmp_path / f"classes/{number:02d}", 2, start=2 * number)
     prepared(tmp_path / "classes", tmp_path / "out")
     page = Page(write_contact_sheet(tmp_path / "out"))
-    assert len(page.pictures) == 48 and "23: 2 (and 6 classes more)" in page.text
+    assert len(page.pictures) == 48 and "23: 2 (and 6 more classes)" in page.text
     write_images(tmp_path / "flat", 5)
     prepared(tmp_path / "flat", tmp_path / "flat-out")
     assert len(Page(write_contact_sheet(tmp_path / "flat-out")).pictures) == 5

@@ -92,7 +92,7 @@ def test_only_what_is_wanted_stays_in_memory(prepared, fetched):
 @pytest.mark.slow
 def test_without_streaming_a_copy_is_made_once(prepared, train, tmp_path, capsys):
     local, copied = train("local", train_data_dir=prepared), train("copied", train_data_dir=URL)
-    assert losses(copied) == losses(local) and "(once; --streaming makes no copy)" in capsys.readouterr().out
+    assert losses(copied) == losses(local) and "(once; --streaming reads without a copy)" in capsys.readouterr().out
     train("again", train_data_dir=URL)
     assert "copying" not in capsys.readouterr().out
 
@@ -125,7 +125,7 @@ def test_a_complete_copy_that_only_its_owner_can_write_is_read(prepared, tmp_pat
             {"train_data_dir": URL, "shuffle_block_size": 0},
             "--streaming fetches whole shards: add --shuffle_block_size",
         ),
-        ({"train_data_dir": "memory://bucket/nothing"}, "--streaming: .* is no prepared dataset"),
+        ({"train_data_dir": "memory://bucket/nothing"}, "--streaming: .* is not a prepared dataset"),
         ({}, "--streaming reads a prepared dataset from a URL"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Raw images in, prepared images out: prepared once into the cache, found there by fingerprint ever after."""
+"""Open a prepared dataset; other images are prepared once into the cache, and found there by fingerprint."""
 
 import os
 import re
@@ -22,10 +22,10 @@ from trainkit.errors import UserError
 
 
 def open_or_prepare(options) -> PreparedImages:
-    """Open what `--train_data_dir` or `--dataset_name` names (`SourceOptions`, `ImageOptions`, `LoadingOptions`).
+    """Open the images of `--train_data_dir` or `--dataset_name` (`SourceOptions`, `ImageOptions`, `LoadingOptions`).
 
-    A prepared dataset is opened as it is. Anything else is prepared in the cache first, unless it is there already;
-    every process of a run may call this at once: one prepares, the others wait for it. Raises `UserError`.
+    Other images than a prepared dataset are first prepared in the cache, if they are not there already. All processes
+    of a run may call this at the same time: one prepares, and the others wait. Raises `UserError`.
     """
     flag = "--train_data_dir" if options.dataset_name is None else "--dataset_name"
     given = options.train_data_dir if options.dataset_name is None else options.dataset_name
@@ -50,9 +50,9 @@ def open_or_prepare(options) -> PreparedImages:
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         images = PreparedImages(folder, resolution)
-    except UserError:  # not there, or damaged
+    except UserError:  # missing, or damaged
         if is_first:
-            print(f"preparing {len(source):,} files of {given} into {folder} (once; found there from then on)")
+            print(f"preparing {len(source):,} files of {given} into {folder} (once; later runs use it)")
         prepare(source, settings, folder, options.num_proc, is_first, "--cache_dir", run_jobs_in_processes)
         images = PreparedImages(folder, resolution)
     if is_first:
@@ -62,26 +62,26 @@ def open_or_prepare(options) -> PreparedImages:
 
 def _check_streaming(options, place: Path | RemotePath | None, what: str) -> None:
     if not isinstance(place, RemotePath):
-        raise UserError(f"--streaming reads a prepared dataset from a URL, and {what} is none: leave it out")
+        raise UserError(f"--streaming reads a prepared dataset from a URL, and {what} is not one: leave it out")
     if not exists(place / PREPARATION_NAME):
         raise UserError(
-            f"--streaming: {what} is no prepared dataset; make one with prepare_dataset.py --output_dir URL"
+            f"--streaming: {what} is not a prepared dataset; make one with prepare_dataset.py --output_dir URL"
         )
     if options.shuffle_block_size == 0:
         raise UserError(
-            "--streaming fetches whole shards: add --shuffle_block_size 1024, so that each is used at once"
+            "--streaming fetches whole shards: add --shuffle_block_size 1024, so that each is used once it is read"
         )
 
 
 def local_copy(folder: RemotePath, root: Path) -> Path:
-    """A copy of a prepared dataset at a URL in `root`, made once; what a killed run has copied is not copied again.
+    """Copy a prepared dataset at a URL into `root`, unless it is there; files that a killed run copied are kept.
 
-    Raises `UserError` where it cannot be read or written.
+    Returns the copy. Raises `UserError` if it cannot be read or written.
     """
     preparation = read_preparation(folder)
     if preparation is None:
         raise UserError(
-            f"{folder} is no complete prepared dataset; run prepare_dataset.py with that --output_dir again"
+            f"{folder} is not a complete prepared dataset; run prepare_dataset.py with that --output_dir again"
         )
     copy = root / f"{folder.name[:60]}-{preparation['fingerprint']}"
     if read_preparation(copy) is not None:  # another user's copy may be read-only
@@ -96,7 +96,8 @@ def local_copy(folder: RemotePath, root: Path) -> Path:
             present = sizes(copy)
             missing = [name for name in names if present.get(name) != wanted[name]]
             print(
-                f"copying {len(missing):,} shards of {folder} to {copy} (once; --streaming makes no copy)", flush=True
+                f"copying {len(missing):,} shards of {folder} to {copy} (once; --streaming reads without a copy)",
+                flush=True,
             )
             list(for_each(lambda path: fetch(path, copy / path.name), [folder / name for name in missing]))
             for name in (INFO_NAME, STATE_NAME, PREPARATION_NAME):
@@ -107,7 +108,7 @@ def local_copy(folder: RemotePath, root: Path) -> Path:
 
 
 def _check_agreement(images: PreparedImages, options, what: str) -> None:
-    """What was asked for against what was prepared."""
+    """Raise `UserError` if the options differ from the settings of the prepared dataset."""
     stored = images.stored_height, images.stored_width
     held = f"{stored[0]}x{stored[1]}"
     if images.settings.train_height is not None:

@@ -22,7 +22,7 @@ from trainkit.data.loading.encodings import (
     make_units,
     read_complete,
     unit_name,
-    unit_told,
+    unit_summary,
     write_complete,
     write_rows,
 )
@@ -228,9 +228,9 @@ def _encode_all(index: CaptionIndex, encoder: TextEncoder, rows: Rows) -> dict:
             _encode_batch(encoder, captions[start:][:CAPTIONS_PER_BATCH], lengths[start:][:CAPTIONS_PER_BATCH])
             for start in batches
         )
-        told = {"cut": sum(length > encoder.max_tokens for length in lengths)}
+        summary = {"cut": sum(length > encoder.max_tokens for length in lengths)}
         try:
-            write_rows(rows.folder / unit_name(number), encoded, told)
+            write_rows(rows.folder / unit_name(number), encoded, summary)
         except ValueError as error:
             raise UserError(
                 f"{FLAG}: the encoder gave {error}, which the cache cannot hold; use another one"
@@ -240,7 +240,7 @@ def _encode_all(index: CaptionIndex, encoder: TextEncoder, rows: Rows) -> dict:
     with tqdm(total=units, unit=f" x {CAPTIONS_PER_UNIT} captions", disable=None if rank == 0 else True) as bar:
         make_units(rows.folder, rows.unit_names, make, first, bar.update)
     encoder.model.to("cpu")
-    cut = sum(unit_told(rows.folder / name)["cut"] for name in rows.unit_names)
+    cut = sum(unit_summary(rows.folder / name)["cut"] for name in rows.unit_names)
     complete = {"captions": len(index), "longest": rows.longest(), "cut": cut}
     write_complete(rows.folder, complete)
     return complete

@@ -1,4 +1,4 @@
-"""Whatever colour mode and profile a file has, to 8-bit sRGB or grey."""
+"""Convert any colour mode and profile to 8-bit sRGB or grey."""
 
 # H/W pixels
 
@@ -10,12 +10,12 @@ from PIL import Image
 
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # one channel of more than 8 bits
 BITS_PER_SAMPLE_TAG = 0x0102
-SAME_COLOURS = 2  # grey levels by which a profile may differ from sRGB and count as it
+SAME_COLOURS = 2  # grey levels by which a profile may differ from sRGB and still count as sRGB
 GREY_MODES = ("1", "L", "LA", "La")
 
 
 def standard_mode(image: Image.Image, image_mode: str) -> Image.Image:
-    """L, RGB, or RGBA where there is transparency (also that of a palette or of one marked colour), in sRGB."""
+    """Convert to L or RGB in sRGB, or to RGBA if there is transparency (also of a palette or one marked colour)."""
     if image.mode in DEEP_MODES:
         grey = Image.fromarray(np.rint(unit_samples(image) * 255).astype(np.uint8))
         seen = seen_samples(image)
@@ -38,19 +38,19 @@ def standard_mode(image: Image.Image, image_mode: str) -> Image.Image:
 
 
 def is_srgb(image: Image.Image) -> bool:
-    """Whether the image says nothing of its colours, or what makes no difference."""
+    """Whether the image has no colour profile, or one that makes no difference."""
     return _transform_of(image) is None
 
 
 def unit_samples(image: Image.Image) -> np.ndarray:
-    """The samples (H, W) of one deep channel, scaled to [0, 1] in float32: by its range, never by clipping it.
+    """Return the samples (H, W) of one deep channel, scaled to [0, 1] in float32 by its range, never clipped.
 
-    Where there are negative ones, 0 becomes 1/2.
+    If there are negative samples, 0 becomes 1/2.
     """
     samples = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
     top, bottom = float(samples.max(initial=0.0)), float(samples.min(initial=0.0))
     top = max(top, -bottom)
-    if image.mode == "F":  # no range of its own: the smallest usual one that holds the samples
+    if image.mode == "F":  # it defines no range: the smallest common one that holds the samples
         full = next((full for full in (1.0, 255.0, 65535.0) if top <= full), top)
     elif image.format == "TIFF" and image.mode != "I":
         full = 2.0 ** image.tag_v2.get(BITS_PER_SAMPLE_TAG, (16,))[0] - 1
@@ -61,7 +61,7 @@ def unit_samples(image: Image.Image) -> np.ndarray:
 
 
 def seen_samples(image: Image.Image) -> np.ndarray | None:
-    """Which samples (H, W) of one deep channel are not the grey that a PNG marks as transparent; None: all are."""
+    """Return which samples (H, W) of one deep channel are not the transparent grey of a PNG; None if it has none."""
     transparent = image.info.get("transparency")
     return np.asarray(image) != transparent if isinstance(transparent, int) else None
 
@@ -74,11 +74,11 @@ def _transform_of(image: Image.Image):
     return _profile_transform(bytes(profile), kind)
 
 
-@functools.lru_cache(maxsize=64)  # a collection knows few profiles, and building a transform takes milliseconds
+@functools.lru_cache(maxsize=64)  # a collection has few profiles, and building a transform takes milliseconds
 def _profile_transform(profile: bytes, kind: str):
-    """From an ICC profile of a `kind` (GRAY, RGB, CMYK) to sRGB: a table of 256 greys, or a transform of ImageCms.
+    """Return the transform from an ICC profile of a `kind` (GRAY, RGB, CMYK) to sRGB: 256 greys, or one of ImageCms.
 
-    None where it is sRGB to within `SAME_COLOURS`, broken, or of another kind: then the samples are taken as they are.
+    None if it is sRGB to within `SAME_COLOURS`, broken, or of another kind; the samples are then used unchanged.
     """
     from PIL import ImageCms
 

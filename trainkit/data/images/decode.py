@@ -1,6 +1,6 @@
-"""Image file -> pixels of the target size, the same whatever the file's format, colour mode and orientation.
+"""Decode an image file to pixels of the target size, whatever its format, colour mode and orientation.
 
-Plain Pillow and numpy, no torch: worker processes import this and must start fast.
+This module uses Pillow and numpy without torch: worker processes import it and must start fast.
 """
 
 # H/W target height and width, C channels, pixels in HWC order
@@ -33,9 +33,9 @@ from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, o
 from trainkit.data.images.limits import check_header, pillow_limits, rejection
 from trainkit.data.settings import PreparationSettings
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a picture is a fault, not a picture
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated image is rejected
 
-# Only picture formats: Pillow would also open PostScript (it runs Ghostscript) whatever the file's name says.
+# Only raster formats: Pillow would also open PostScript, whatever the file's name, and run Ghostscript.
 PLUGINS = [
     JpegImagePlugin.JpegImageFile,
     PngImagePlugin.PngImageFile,
@@ -59,12 +59,12 @@ FORMATS = [plugin.format for plugin in PLUGINS if plugin.format in Image.OPEN]
 
 
 def decode_image(image: bytes | str | Path | np.ndarray, settings: PreparationSettings) -> np.ndarray:
-    """Decode the (first frame of the) image in a file, or in the bytes of one, at its target size.
+    """Decode an image file, or the bytes of one, at its target size; the first frame if there are several.
 
     An image may also be an array (height, width, 1, 3 or 4) of uint8, uint16 or floats in [0, 1].
 
-    Returns (H, W, C), or with `resize_mode` random_crop an image of its own aspect that covers (H, W): of at most
-    `MAX_ASPECT` such windows. uint8, or uint16 at `bit_depth` 16 (8-bit samples times 257). Raises `RejectedImage`.
+    Returns (H, W, C) uint8, or uint16 at `bit_depth` 16 (8-bit samples times 257). With `resize_mode` random_crop the
+    image keeps its aspect ratio and covers (H, W), up to `MAX_ASPECT` such windows. Raises `RejectedImage`.
     """
     with pillow_limits(settings.max_image_pixels):
         try:
@@ -93,7 +93,7 @@ def _open(image: bytes | str | Path | np.ndarray) -> Image.Image:
 
 
 def _is_targa(image: bytes | str | Path, file: BinaryIO) -> bool:
-    """TGA has no mark at its start, so that other files look like it: told by its name or by the mark at its end."""
+    """Whether a file is a TGA by its name or the mark at its end; others look like it, since none is at its start."""
     if not isinstance(image, bytes) and Path(image).suffix.lower() in TGA_EXTENSIONS:
         return True
     position = file.tell()
@@ -105,11 +105,11 @@ def _is_targa(image: bytes | str | Path, file: BinaryIO) -> bool:
 
 
 def _decode(image: Image.Image, open_again: Callable[[], Image.Image], settings: PreparationSettings) -> np.ndarray:
-    """8 bits a channel, in Pillow throughout."""
+    """Decode to 8 bits per channel, in Pillow throughout."""
     target = (settings.width, settings.height)
     orientation = None
     if image.format in ("JPEG", "MPO"):
-        # The decoder itself can shrink by 2, 4 or 8; twice the size is left to the antialiased resize.
+        # The decoder itself can shrink by 2, 4 or 8. It keeps twice the size, for the antialiased resize.
         orientation, full_size = orientation_of(image), image.size
         part, resized_size = plan_resize(full_size, settings, orientation)
         wanted = [2 * side * full // kept for side, full, kept in zip(resized_size, full_size, part, strict=True)]

@@ -1,4 +1,4 @@
-"""Images of 16 bits a channel, in float32 throughout: Pillow has no 16-bit colour mode."""
+"""Images with 16 bits per channel, in float32 throughout: Pillow has no 16-bit colour mode."""
 
 # H/W target height and width, C channels, samples in HWC order
 
@@ -21,9 +21,9 @@ def decode_deep(
     settings: PreparationSettings,
     samples: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The target (H, W, C) uint16 of an opened image; `open_again` opens it a second time.
+    """Return the target (H, W, C) uint16 of an opened image; `open_again` opens it a second time.
 
-    `samples` are its pixels in [0, 1] where they are known already.
+    `samples` are its pixels in [0, 1] if they are already known.
     """
     raw_mode = raw_mode_of(image)
     image, colour = load_corrected(image, open_again)
@@ -65,13 +65,13 @@ def decode_deep(
 
 
 def unit_array(array: np.ndarray) -> np.ndarray:
-    """The samples of an array in [0, 1], float32: by the range of its type."""
+    """Return the samples of an array scaled to [0, 1] by the range of its type, float32."""
     full = np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1
     return array.astype(np.float32) / np.float32(full)
 
 
 def _deep_samples(image: Image.Image, raw_mode: str | None, open_again: Callable[[], Image.Image]) -> np.ndarray:
-    """The samples (H, W, C) of a loaded image in [0, 1], at the file's precision where Pillow can reach it."""
+    """Return the samples (H, W, C) of a loaded image in [0, 1], at the file's precision where Pillow can read it."""
     if image.mode in DEEP_MODES:
         grey, seen = unit_samples(image)[..., None], seen_samples(image)
         return grey if seen is None else np.concatenate([grey, grey, grey, seen[..., None]], axis=2, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""From an image's own size to the stored one: what part of it is kept, how it is scaled, turned, cut and padded."""
+"""From an image's size to the stored one: how it is cropped, scaled, rotated and padded."""
 
 # H/W target height and width in pixels; sizes are (width, height), as in Pillow
 
@@ -6,7 +6,7 @@ from PIL import Image
 
 from trainkit.data.settings import PreparationSettings
 
-MAX_ASPECT = 8  # of what is stored with random_crop, by the aspect of the target: bounds what a sliver grows to
+MAX_ASPECT = 8  # of images stored with random_crop, relative to the target: bounds the size of very long images
 ORIENTATION_TAG = 0x0112
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -20,7 +20,7 @@ TRANSPOSES = {
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) where there is none or where the EXIF block is broken: the pixels are not."""
+    """Return the EXIF orientation; 1 (upright) if there is none or if the EXIF block is broken."""
     try:
         return image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # whatever a malformed block makes Pillow raise
@@ -30,9 +30,9 @@ def orientation_of(image: Image.Image) -> int:
 def plan_resize(
     size: tuple[int, int], settings: PreparationSettings, orientation: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The size of the middle part of an image that is kept, and the size that part is resized to.
+    """Return the size of the central part of an image that is kept, and the size that it is resized to.
 
-    Both in the stored frame, which lies on its side with EXIF orientations 5 to 8.
+    Both are in the frame of the file, which is rotated by 90 degrees with EXIF orientations 5 to 8.
     """
     target = (settings.width, settings.height)
     if orientation in (5, 6, 7, 8):
@@ -46,7 +46,7 @@ def plan_resize(
 
 
 def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (width, height) of the same aspect as `size` that covers `target`, as torchvision rounds it."""
+    """Return the smallest (width, height) of the aspect of `size` that covers `target`, rounded as by torchvision."""
     (width, height), (target_width, target_height) = size, target
     if target_width * height >= target_height * width:
         return target_width, height * target_width // width
@@ -54,7 +54,7 @@ def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, 
 
 
 def fitting_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The largest (width, height) of the same aspect as `size` inside `target`, of at least one pixel."""
+    """Return the largest (width, height) of the same aspect as `size` inside `target`, of at least one pixel."""
     (width, height), (target_width, target_height) = size, target
     if target_width * height <= target_height * width:
         return target_width, max(1, round(height * target_width / width))
@@ -62,7 +62,7 @@ def fitting_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, i
 
 
 def bounded_part(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """`size` with its longer side cut to what covers at most `MAX_ASPECT` targets in a row."""
+    """Return `size` with its longer side cut to at most `MAX_ASPECT` targets in a row."""
     (width, height), (target_width, target_height) = size, target
     widest = max(1, MAX_ASPECT * height * target_width // target_height)
     highest = max(1, MAX_ASPECT * width * target_height // target_width)
@@ -70,7 +70,7 @@ def bounded_part(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, i
 
 
 def middle_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int]) -> Image.Image:
-    """The centre `part` of an image whose full size is `size`, also where it was decoded at a fraction of that."""
+    """Return the centre `part` of an image whose full size is `size`, also if it was decoded at a fraction of it."""
     if part == size:
         return image
     width = max(1, round(part[0] * image.width / size[0]))
@@ -79,6 +79,6 @@ def middle_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int]
 
 
 def center_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Where torchvision's CenterCrop cuts."""
+    """Return the box (left, top, right, bottom) of torchvision's CenterCrop."""
     left, top = round((size[0] - target[0]) / 2), round((size[1] - target[1]) / 2)
     return left, top, left + target[0], top + target[1]

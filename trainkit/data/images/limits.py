@@ -1,4 +1,4 @@
-"""Which files are taken: limits that the header of an image must keep, and what is wrong with a file that is not."""
+"""Limits that the header of an image must keep, and the faults of files that cannot be read."""
 
 import contextlib
 import sys
@@ -12,14 +12,14 @@ from trainkit.data import faults
 from trainkit.data.faults import RejectedImage
 from trainkit.data.settings import PreparationSettings
 
-WORKER_BYTES, BYTES_PER_PIXEL = 2**30, 64  # of memory: a worker by itself; an image while 16 bits are made of it
+WORKER_BYTES, BYTES_PER_PIXEL = 2**30, 64  # of memory: a worker alone; an image while it is converted to 16 bits
 
 
 @contextlib.contextmanager
 def pillow_limits(max_image_pixels: int) -> Iterator[None]:
-    """Let Pillow warn of nothing, and refuse more than `max_image_pixels` (0: no limit) before it makes room for them.
+    """Silence Pillow, and let it refuse more than `max_image_pixels` (0: no limit) before it allocates memory.
 
-    It changes what the whole process does for that time: for processes that do nothing else.
+    This changes state of the whole process meanwhile, so it is for processes that do nothing else.
     """
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_image_pixels or None
@@ -33,9 +33,9 @@ def pillow_limits(max_image_pixels: int) -> Iterator[None]:
 
 
 def limit_memory(max_image_pixels: int) -> None:
-    """Bound what this process may allocate by what an image of `max_image_pixels` needs (0: no bound; Linux alone).
+    """Limit the memory of this process to what an image of `max_image_pixels` needs (0: no limit; Linux only).
 
-    A file that asks for more in spite of its header then ends in a MemoryError, not in the death of some process.
+    A file that needs more than its header says then raises MemoryError instead of killing a process.
     """
     if max_image_pixels == 0 or sys.platform != "linux":
         return
@@ -47,18 +47,18 @@ def limit_memory(max_image_pixels: int) -> None:
 
 
 def check_header(image: Image.Image, settings: PreparationSettings) -> None:
-    """Raise `RejectedImage` for an opened image, not decoded yet, that the settings do not want."""
+    """Raise `RejectedImage` if the settings exclude an opened image, which is not decoded yet."""
     shorter, longer = sorted(image.size)
-    told = f"{image.width}x{image.height} pixels"
+    size = f"{image.width}x{image.height} pixels"
     if shorter == 0:
-        raise RejectedImage(faults.CORRUPT, told)
+        raise RejectedImage(faults.CORRUPT, size)
     if shorter < settings.min_size:
-        raise RejectedImage(faults.TOO_SMALL, f"{told}, --min_size {settings.min_size}")
+        raise RejectedImage(faults.TOO_SMALL, f"{size}, --min_size {settings.min_size}")
     if settings.max_aspect_ratio and longer > settings.max_aspect_ratio * shorter:
-        raise RejectedImage(faults.BAD_ASPECT, f"{told}, --max_aspect_ratio {settings.max_aspect_ratio:g}")
-    # The further pictures of an MPO, which many cameras write as .jpg, are previews and depth maps.
+        raise RejectedImage(faults.BAD_ASPECT, f"{size}, --max_aspect_ratio {settings.max_aspect_ratio:g}")
+    # The other images of an MPO, which many cameras write as .jpg, are previews and depth maps.
     if settings.animated == "reject" and image.format != "MPO" and getattr(image, "is_animated", False):
-        raise RejectedImage(faults.ANIMATED, f"{told}, several frames or pages")
+        raise RejectedImage(faults.ANIMATED, f"{size}, several frames or pages")
 
 
 # What files that are not read as images begin with: offset, mark, fault, what it is and how to continue.
@@ -82,7 +82,7 @@ HEAD_BYTES = 64
 
 
 def _unidentified(image: bytes | str | Path) -> RejectedImage:
-    """What a file is that Pillow cannot identify."""
+    """Return the fault of a file that Pillow cannot identify."""
     if isinstance(image, bytes):
         head = image[:HEAD_BYTES]
     else:
@@ -95,12 +95,12 @@ def _unidentified(image: bytes | str | Path) -> RejectedImage:
 
 
 def rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
-    """The fault of a file with which Pillow ended in `error`."""
+    """Return the fault of a file for which Pillow raised `error`."""
     message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError)):
         return RejectedImage(faults.TOO_LARGE, message)
     if isinstance(error, FileNotFoundError):
-        return RejectedImage(faults.MISSING, "the file is not there")
+        return RejectedImage(faults.MISSING, "the file does not exist")
     if isinstance(error, (PermissionError, IsADirectoryError)) or getattr(error, "errno", None):
         return RejectedImage(faults.UNREADABLE, error.strerror or message)
     size = Path(image).stat().st_size if isinstance(image, str | Path) else len(image)

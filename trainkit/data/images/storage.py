@@ -1,4 +1,4 @@
-"""How an image lies in a prepared dataset: as plain pixels, or encoded as PNG, JPEG or WebP."""
+"""How an image is stored in a prepared dataset: as plain pixels, or encoded as PNG, JPEG or WebP."""
 
 # H/W height and width, C channels, pixels in HWC order
 
@@ -18,7 +18,7 @@ PNG_UP_FILTER = 2
 
 
 def image_features(settings: PreparationSettings) -> dict[str, dict]:
-    """The columns of an image as `datasets` writes features; spelled out, since importing it takes a second."""
+    """Return the columns of an image as `datasets` writes features; not by `datasets`, whose import takes a second."""
     pixel = {"dtype": settings.dtype.name, "_type": "Value"}
     if settings.storage != "pixels":
         features = {"image": {"_type": "Image"}}
@@ -31,7 +31,7 @@ def image_features(settings: PreparationSettings) -> dict[str, dict]:
 
 
 def image_types(settings: PreparationSettings) -> dict[str, pa.DataType]:
-    """The Arrow types of `image_features`."""
+    """Return the Arrow types of `image_features`."""
     if settings.storage != "pixels":
         image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     else:
@@ -41,7 +41,7 @@ def image_types(settings: PreparationSettings) -> dict[str, pa.DataType]:
 
 
 def image_columns(images: list[np.ndarray], settings: PreparationSettings) -> dict[str, pa.Array]:
-    """The columns that hold `images`, each (H, W, C)."""
+    """Return the columns that hold `images`, each (H, W, C)."""
     types = image_types(settings)
     if settings.storage != "pixels":
         encoded = pa.array([encode(image, settings) for image in images], pa.binary())
@@ -61,7 +61,7 @@ def image_columns(images: list[np.ndarray], settings: PreparationSettings) -> di
 
 
 def encode(image: np.ndarray, settings: PreparationSettings) -> bytes:
-    """The bytes of a file that holds `image` (H, W, C)."""
+    """Return the bytes of a file that holds `image` (H, W, C)."""
     if settings.bit_depth == 16:
         return _png_16_bit(image)
     file = io.BytesIO()
@@ -70,7 +70,7 @@ def encode(image: np.ndarray, settings: PreparationSettings) -> bytes:
     if settings.storage == "png":
         picture.save(file, "PNG")
     elif settings.storage == "jpeg":
-        # Halved chroma shows in images as small as these; who asks for a low quality wants the bytes.
+        # Halved chroma is visible in images this small; a low quality is requested for small files.
         picture.save(file, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
     else:
         picture.save(file, "WEBP", quality=quality, lossless=quality == 100, exact=True)
@@ -78,12 +78,12 @@ def encode(image: np.ndarray, settings: PreparationSettings) -> bytes:
 
 
 def decode(content: bytes, settings: PreparationSettings) -> np.ndarray:
-    """What `encode` was given, or nearly so (JPEG, lossy WebP): (H, W, C). Other threads run while Pillow decodes."""
+    """Return the image (H, W, C) that `encode` was given, up to its losses. Other threads run while Pillow decodes."""
     with Image.open(io.BytesIO(content), formats=[settings.storage.upper()]) as image:
         if settings.bit_depth == 16 and settings.channels > 1:
             return both_bytes(raw_mode_of(image), lambda: Image.open(io.BytesIO(content)))
         image.load()
-        if settings.bit_depth == 8 and image.mode != settings.image_mode:  # WebP knows neither grey nor opaque RGBA
+        if settings.bit_depth == 8 and image.mode != settings.image_mode:  # WebP has neither grey nor opaque RGBA
             image = image.convert(settings.image_mode)
         pixels = np.asarray(image, dtype=settings.dtype)
     return pixels.reshape(*pixels.shape[:2], settings.channels)
@@ -94,7 +94,7 @@ def _image_length(settings: PreparationSettings) -> int:
 
 
 def _png_16_bit(image: np.ndarray) -> bytes:
-    """A PNG of (H, W, C) uint16, which Pillow writes of grey alone (ISO/IEC 15948, each row less the one above)."""
+    """Encode (H, W, C) uint16 as PNG (ISO/IEC 15948, Up filter): Pillow writes 16 bits in grey only."""
     height, width, channels = image.shape
     rows = np.frombuffer(image.astype(">u2").tobytes(), dtype=np.uint8).reshape(height, -1)
     filtered = rows.copy()

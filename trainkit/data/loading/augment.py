@@ -4,7 +4,7 @@ Each image has one affine matrix and one colour matrix, so that the cost does no
 (as in Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", appendix B, and Karras et al.
 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", appendix F.2). Nothing is computed by a
 matrix product of the device, which may round to TF32 or choose another kernel for another batch size: an image comes
-out the same in whatever batch it stands.
+out the same in any batch.
 
 B batch, C channels, H/W height and width that are trained on, h/w those of the stored window.
 """
@@ -17,7 +17,7 @@ from trainkit.errors import UserError
 
 
 def build_augmentation(options, channels: int) -> Augmentation | None:
-    """What `AugmentationOptions` ask for images of `channels`, or None where that is no more than `--random_flip`.
+    """Return the augmentation of `AugmentationOptions` for images of `channels`; None if it is `--random_flip` alone.
 
     Raises `UserError` as `check_augmentation`.
     """
@@ -39,7 +39,7 @@ def build_augmentation(options, channels: int) -> Augmentation | None:
 
 
 def check_augmentation(options, grey: bool) -> None:
-    """Raise `UserError` for an augmentation out of its range, or one that `grey` images cannot have."""
+    """Raise `UserError` for a value out of range, or for an augmentation that has no effect on `grey` images."""
     for name, largest, unit in (
         ("random_rotation", 180, "degrees"),
         ("random_translation", 1, "of width and height"),
@@ -53,7 +53,9 @@ def check_augmentation(options, grey: bool) -> None:
         if not 0 <= value <= largest:
             raise UserError(f"--{name} {value:g} must be between 0 and {largest} {unit}")
     if not 0 < options.augmentation_probability <= 1:
-        raise UserError(f"--augmentation_probability {options.augmentation_probability:g} must be above 0, at most 1")
+        raise UserError(
+            f"--augmentation_probability {options.augmentation_probability:g} must be above 0 and at most 1"
+        )
     if options.random_resized_crop is not None:
         _check_range("random_resized_crop", options.random_resized_crop, "areas", 1, "0.5 1")
         _check_range("random_resized_crop_aspect", options.random_resized_crop_aspect, "ratios", 10, "0.75 1.33")
@@ -63,9 +65,7 @@ def check_augmentation(options, grey: bool) -> None:
     if options.augmentation_conditioning and not (
         options.random_flip or options.random_resized_crop or any(_strengths(options))
     ):
-        raise UserError(
-            "--augmentation_conditioning needs an augmentation to tell the UNet of, for instance --random_rotation 10"
-        )
+        raise UserError("--augmentation_conditioning needs an augmentation, for example --random_rotation 10")
 
 
 def _strengths(options) -> list[float]:
@@ -78,17 +78,16 @@ def _check_range(name: str, values: list[float], what: str, largest: float, exam
         given = " ".join(f"{value:g}" for value in values)
         raise UserError(
             f"--{name} {given} must be two {what}, the smallest and the largest, above 0 and at most {largest}: "
-            f"for instance {example}"
+            f"for example {example}"
         )
 
 
 def augment(images: torch.Tensor, parameters: Parameters | None, output_size: tuple[int, int]) -> torch.Tensor:
-    """Images (B, C, *output_size) float32 in [-1, 1] from stored windows `images` (B, C, h, w) of that range.
+    """Return images (B, C, *output_size) float32 in [-1, 1] from stored windows `images` (B, C, h, w) of that range.
 
-    What a movement brings in from outside the window is its mirror image. Where geometry shrinks by more than
-    1.5, every pixel is the mean of several samples. Colours are clipped to the range; an alpha channel
-    keeps its values, and of one channel the brightness and contrast are changed. Images to which nothing is done
-    are those of `to_training_size`, bit for bit.
+    Areas outside the window are filled by reflection. If the geometry shrinks by more than 1.5, every pixel is the
+    mean of several samples. Colours are clipped to the range. An alpha channel keeps its values; images of one channel
+    change in brightness and contrast only. Unchanged images equal those of `to_training_size` bit for bit.
     """
     if parameters is None or parameters.geometry is None:
         images = to_training_size(images, output_size)
@@ -123,7 +122,7 @@ def _move(images: torch.Tensor, matrices: torch.Tensor, size: tuple[int, int], o
 
 
 def _pixel_centres(count: int, device: torch.device) -> torch.Tensor:
-    """(count,) from -1 to 1, which are the outer edges of the first and the last pixel."""
+    """Return the pixel centres (count,) on a scale from -1 to 1, the outer edges of the first and last pixel."""
     return (2 * torch.arange(count, device=device, dtype=torch.float32) + 1) / count - 1
 
 

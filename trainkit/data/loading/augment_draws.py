@@ -1,9 +1,9 @@
-"""What is done to each image, drawn on the host: an affine matrix, a colour matrix, and labels that tell of both.
+"""Random augmentation parameters, drawn on the host: an affine matrix, a colour matrix and labels for each image.
 
-Draws are pure functions of (seed, step, row of the global batch), so that neither the division of the batch among
-processes nor a resume changes an image; only the matrices travel to the device.
+Draws are pure functions of (seed, step, row of the global batch), so neither the distribution of the batch over
+processes nor a resume changes an image. Only the matrices are copied to the device.
 
-B batch, H/W height and width that are trained on, h/w those of the stored window.
+B batch, H/W height and width of training images, h/w of the stored window.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ import torch
 
 from trainkit.data.loading.order import Purpose, uniform_draws
 
-# Stored pixels between two samples of a resampling, at most: bilinear interpolation skips pixels from 1 on, and what
-# is fine enough to show that is hardly there below 1.5.
+# Maximum distance of two samples in stored pixels. Bilinear interpolation skips pixels above 1, but the aliasing is
+# negligible below 1.5.
 MAX_SPACING = 1.5
-LABELS = 15  # numbers that tell a network what was done to an image; see `_labels`
+LABELS = 15  # numbers that describe the augmentation of an image to a network; see `_labels`
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to images besides `--random_flip`; every strength is the largest that is drawn, 0 is none."""
+    """Augmentations besides `--random_flip`; every strength is the maximum that is drawn, and 0 means none."""
 
     rotation: float = 0.0  # degrees
     translation: float = 0.0  # of width and height
@@ -48,13 +48,13 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is done to each image of a batch."""
+    """The augmentation of each image of a batch."""
 
-    geometry: torch.Tensor | None  # (B, 2, 3) float32, from a place in the image to its place in the window, -1 .. 1
+    geometry: torch.Tensor | None  # (B, 2, 3) float32, from positions in the image to positions in the window, -1 .. 1
     colour: torch.Tensor | None  # (B, 4, 4) float32, acts on (r, g, b, 1) in [-1, 1]
-    labels: torch.Tensor | None  # (B, LABELS) float32, zero where nothing is done
-    untouched: torch.Tensor | None  # (B,) bool, whose geometry is the identity; None where all images are moved
-    oversampling: int  # samples along each side of a pixel, of which it is the mean
+    labels: torch.Tensor | None  # (B, LABELS) float32, zero for an unchanged image
+    untouched: torch.Tensor | None  # (B,) bool, where the geometry is the identity; None if all images are moved
+    oversampling: int  # samples averaged along each side of a pixel
 
     def to(self, device: torch.device) -> "Parameters":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -77,10 +77,10 @@ def draw_parameters(
     window: tuple[int, int],
     flipped: np.ndarray | None,
 ) -> Parameters:
-    """What is done to `rows` of the global batch of optimizer step `step`.
+    """Draw the augmentation of `rows` of the global batch of optimizer step `step`.
 
-    `size` (H, W) is trained on, `window` (h, w) is stored; `flipped` (B,) bool says which images are mirrored, in the
-    matrices only where there are other movements.
+    `size` (H, W) is the training size and `window` (h, w) the stored one. `flipped` (B,) bool marks mirrored images;
+    the matrices contain the flips only if images are also moved in other ways.
     """
     draws = _Draws(augmentation.probability, seed, step, global_size, rows)
     turn = np.radians(augmentation.rotation) * draws.signed(Purpose.ROTATION, augmentation.rotation)
@@ -101,7 +101,7 @@ def draw_parameters(
         untouched = torch.from_numpy(whole) if whole.any() else None
     if augmentation.recolours:
         colour = colour_matrices(
-            2 * augmentation.brightness * brightness,  # from black to white is 2
+            2 * augmentation.brightness * brightness,  # the range from black to white is 2
             1 + augmentation.contrast * contrast,
             1 + augmentation.saturation * saturation,
             hue,
@@ -115,7 +115,7 @@ def draw_parameters(
 
 
 class _Draws:
-    """The draws of some rows of a global batch; one number a row decides whether a kind is applied, and how much."""
+    """The draws of some rows of a global batch; one number per row decides if a kind is applied and how strongly."""
 
     def __init__(self, probability: float, seed: int, step: int, global_size: int, rows: slice):
         self.probability, self.seed, self.step, self.global_size, self.rows = (
@@ -132,7 +132,7 @@ class _Draws:
         return uniform_draws(self.seed, self.step, purpose, self.global_size)[self.rows]
 
     def applied(self, purpose: Purpose) -> tuple[np.ndarray, np.ndarray]:
-        """Whether the kind is applied, (B,) bool; where it is, also a number in [0, 1) that is free of that."""
+        """Return whether the kind is applied (B,) bool, and a number (B,) that is uniform in [0, 1) where it is."""
         drawn = self.uniform(purpose)
         return drawn < self.probability, drawn / self.probability
 
@@ -144,7 +144,7 @@ class _Draws:
         return np.where(applied, 2 * drawn - 1, 0.0)
 
     def signed_pair(self, first: Purpose, second: Purpose, strength: float) -> tuple[np.ndarray, np.ndarray]:
-        """Two of them that are applied together."""
+        """Return two signed draws that are applied together."""
         if not strength:
             return np.zeros(self.count), np.zeros(self.count)
         applied, drawn = self.applied(first)
@@ -152,9 +152,9 @@ class _Draws:
 
 
 def _draw_crop(augmentation: Augmentation, draws: _Draws) -> np.ndarray:
-    """(B, 4): width and height of the crop as parts of the window's, and its centre, -1 .. 1 in the window.
+    """Return (B, 4): width and height of the crop relative to the window, and its centre, -1 .. 1 in the window.
 
-    A crop that its aspect makes too wide or too high for the window shrinks to fit, at that aspect.
+    A crop whose aspect ratio makes it wider or higher than the window shrinks to fit at that ratio.
     """
     whole = np.tile([1.0, 1.0, 0.0, 0.0], (draws.count, 1))
     if augmentation.crop_area is None:
@@ -173,11 +173,11 @@ def _draw_crop(augmentation: Augmentation, draws: _Draws) -> np.ndarray:
 def affine_matrices(
     size: tuple[int, int], flipped: np.ndarray, zoom: np.ndarray, turn: np.ndarray, shift: np.ndarray, crop: np.ndarray
 ) -> np.ndarray:
-    """(B, 2, 3) from a place (x, y, 1) in the new image to its place in the window, both -1 .. 1 from edge to edge.
+    """Return (B, 2, 3) from positions (x, y, 1) in the new image to positions in the window, both -1 .. 1.
 
-    To the eye, the image is cropped, mirrored, zoomed, turned by `turn` radians anticlockwise, and then moved by
-    `shift` (B, 2) parts of its width to the right and of its height down. `size` (H, W): turning and zooming keep
-    shapes in its pixels. `crop` as `_draw_crop` has it. Exactly the identity where nothing is done.
+    The image appears cropped, mirrored, zoomed, rotated by `turn` radians anticlockwise, and then moved by `shift`
+    (B, 2), in fractions of its width to the right and of its height down. `size` (H, W): rotation and zoom keep shapes
+    in its pixels. `crop` is as in `_draw_crop`. Exactly the identity for unchanged images.
     """
     height, width = size
     cos, sin, mirror = np.cos(turn) / zoom, np.sin(turn) / zoom, np.where(flipped, -1.0, 1.0)
@@ -194,8 +194,10 @@ def _last_column(values: np.ndarray) -> np.ndarray:
 def colour_matrices(
     brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, hue: np.ndarray
 ) -> np.ndarray:
-    """(B, 4, 4) on (r, g, b, 1), 0 being mid-grey: `brightness` is added, then all is multiplied by `contrast`, turned
-    by `hue` radians about the axis of greys, and multiplied by `saturation` across that axis.
+    """Return (B, 4, 4) that act on (r, g, b, 1), where 0 is mid-grey.
+
+    `brightness` is added. Then colours are multiplied by `contrast`, rotated by `hue` radians about the axis of greys,
+    and multiplied by `saturation` across that axis.
 
     The grey of a pixel is the mean of its channels. (Karras et al. 2020, appendix B)
     """
@@ -212,13 +214,13 @@ def colour_matrices(
 
 
 def _labels(flipped, turn, across, down, zoom, crop, brightness, contrast, saturation, hue) -> np.ndarray:
-    """(B, LABELS): numbers of about unit size, angles as (cos - 1, sin), all zero for an image as it was."""
+    """Return (B, LABELS): numbers of about unit size, angles as (cos - 1, sin), all zero for an unchanged image."""
     angles = [part for angle in (turn, hue) for part in (np.cos(angle) - 1, np.sin(angle))]
     crops = [np.log2(crop[:, 0]), np.log2(crop[:, 1]), crop[:, 2], crop[:, 3]]
     return np.stack([flipped, *angles, across, down, zoom, *crops, brightness, contrast, saturation], axis=1)
 
 
 def _oversampling(augmentation: Augmentation, size: tuple[int, int], window: tuple[int, int]) -> int:
-    """Enough for the strongest shrinking there may be, so that it does not depend on what else is in a batch."""
+    """Return the samples that the strongest possible shrinking needs, so that they do not depend on the batch."""
     shrinking = max(window[0] / size[0], window[1] / size[1]) * (1 + augmentation.scale)
     return max(1, int(np.ceil(shrinking / MAX_SPACING)))

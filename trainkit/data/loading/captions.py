@@ -1,7 +1,7 @@
-"""The captions of a prepared dataset, each different one once, and what a text encoder makes of them.
+"""The distinct captions of a prepared dataset, and their encodings by a text encoder.
 
-An image's `text` holds a caption a line. Caption 0 is the null caption, the empty one: that of images without any, and
-what classifier-free guidance is trained with (Ho & Salimans 2022).
+The `text` of an image holds one caption per line. Caption 0 is the null caption, which is empty: it is used for images
+without a caption and to train classifier-free guidance (Ho & Salimans 2022).
 
 B batch, L tokens, D width of the encoder.
 """
@@ -19,21 +19,21 @@ from trainkit.data.loading.encodings import Rows
 from trainkit.errors import UserError
 
 CHUNK_IMAGES = 2**14
-INDEX_NAMES = ("starts", "numbers", "firsts")  # the last one written means that all are there
+INDEX_NAMES = ("starts", "numbers", "firsts")  # the last one is written last: if it exists, all do
 
 
 def split_captions(text: str) -> list[str]:
-    """The captions in `text`, one per line without superfluous blanks; [""] if there are none."""
+    """Return the captions in `text`, one per line without superfluous blanks; [""] if there are none."""
     lines = (" ".join(line.split()) for line in text.split("\n"))
     return [line for line in lines if line] or [""]
 
 
 class CaptionIndex:
-    """Which captions each image has; built once in `folder`, then mapped into memory.
+    """The captions of each image; built once in `folder`, then mapped into memory.
 
-    `starts` (N + 1,) int64 is where the captions of an image begin in `numbers` (captions in all,) int64, which holds
-    the number of each. `firsts` (different captions,) int64 is the place in `numbers` where each stands first, -1 for
-    the null caption. Building takes 40 bytes a caption of memory, on one process while the others wait.
+    `starts` (N + 1,) int64 is where the captions of an image start in `numbers` (all captions,) int64, which has the
+    number of each. `firsts` (distinct captions,) int64 is where each first occurs in `numbers`, -1 for the null
+    caption. Building uses 40 bytes of memory per caption, on one process while the others wait.
     """
 
     def __init__(self, images: PreparedImages, folder: Path):
@@ -46,25 +46,27 @@ class CaptionIndex:
             raise UserError(f"--cache_dir: {folder} cannot be written ({error.strerror or error})") from None
 
     def __len__(self) -> int:
-        """How many different captions there are, the null one among them."""
+        """Return the number of distinct captions, including the null caption."""
         return len(self.firsts)
 
     def texts(self, numbers: Sequence[int] | np.ndarray) -> list[str]:
-        """The captions of these numbers."""
+        """Return the captions with these numbers."""
         firsts = self.firsts[np.asarray(numbers, dtype=np.int64)]
         owners = np.maximum(np.searchsorted(self.starts, firsts, side="right") - 1, 0)
-        told = [split_captions(text) for text in self.images.texts(owners)]
+        captions = [split_captions(text) for text in self.images.texts(owners)]
         places = firsts - self.starts[owners]
-        return [lines[place] if first >= 0 else "" for lines, place, first in zip(told, places, firsts, strict=True)]
+        return [
+            lines[place] if first >= 0 else "" for lines, place, first in zip(captions, places, firsts, strict=True)
+        ]
 
     def first_of(self, indices: np.ndarray) -> np.ndarray:
-        """The number of the first caption (B,) int64 of each image."""
+        """Return the number of the first caption of each image (B,) int64."""
         return self.numbers[self.starts[indices]]
 
     def drawn(self, indices: np.ndarray, uniforms: np.ndarray, dropout: float) -> np.ndarray:
-        """A caption's number (B,) int64 for each image, any of its own evenly, or 0 with the probability `dropout`.
+        """Draw one caption number per image (B,) int64: 0 with probability `dropout`, else any of the image's, evenly.
 
-        `uniforms` (B,) in [0, 1) decide both: the part of them that drops nothing is spread over the captions.
+        `uniforms` (B,) in [0, 1) decide both: the range above `dropout` is spread over the captions.
         """
         starts = self.starts[indices]
         picks = np.maximum(uniforms - dropout, 0) / max(1 - dropout, 1e-9)
@@ -74,16 +76,16 @@ class CaptionIndex:
 
 
 class TextEncodings:
-    """The encodings of a dataset's captions, as training reads them. `rows` holds one of (L * D,) for each caption.
+    """The encodings of a dataset's captions for training. `rows` holds one row (L * D,) per caption.
 
-    All are padded to `length`, the most tokens of any, so that an image's condition does not depend on its batch.
+    All are padded to `length`, the maximum number of tokens, so a condition does not depend on its batch.
     """
 
     def __init__(self, index: CaptionIndex, rows: Rows, width: int, length: int):
         self.index, self.rows, self.width, self.length = index, rows, width, length
 
     def gather(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states (B, L, D) float32, zero behind a caption's end, and the mask (B, L) bool of its tokens."""
+        """Return hidden states (B, L, D) float32, zero after a caption's end, and the mask (B, L) bool of tokens."""
         states = np.zeros((len(numbers), self.length, self.width), dtype=np.float32)
         mask = np.zeros((len(numbers), self.length), dtype=bool)
         for position, number in enumerate(numbers.tolist()):
@@ -103,17 +105,17 @@ def _write_index(images: PreparedImages, folder: Path, paths: list[Path]) -> Non
 
 
 def _index(images: PreparedImages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`starts`, `numbers` and `firsts` of `CaptionIndex`. Captions are told apart by 64 bits of a hash."""
+    """Return `starts`, `numbers` and `firsts` of `CaptionIndex`. Captions are distinguished by 64 bits of a hash."""
     hashes, counts = [np.array([_hash("")], dtype=np.uint64)], [np.zeros(1, dtype=np.int64)]
     for start in range(0, len(images), CHUNK_IMAGES):
         end = min(start + CHUNK_IMAGES, len(images))
-        if isinstance(images.folder, RemotePath):  # fetches these shards and lets go of those before
+        if isinstance(images.folder, RemotePath):  # fetches these shards and releases earlier ones
             images.read_ahead([(start, end)])
-        told = [split_captions(text) for text in images.texts(np.arange(start, end))]
-        counts.append(np.array([len(captions) for captions in told], dtype=np.int64))
-        hashes.append(np.array([_hash(caption) for captions in told for caption in captions], dtype=np.uint64))
+        texts = [split_captions(text) for text in images.texts(np.arange(start, end))]
+        counts.append(np.array([len(captions) for captions in texts], dtype=np.int64))
+        hashes.append(np.array([_hash(caption) for captions in texts for caption in captions], dtype=np.uint64))
     _, firsts, numbers = np.unique(np.concatenate(hashes), return_index=True, return_inverse=True)
-    order = np.argsort(firsts)  # numbered as they come, so that a unit's captions lie side by side
+    order = np.argsort(firsts)  # numbered in order of occurrence, so the captions of a unit are adjacent
     ranks = np.empty_like(order)
     ranks[order] = np.arange(len(order))
     return np.cumsum(np.concatenate(counts)), ranks[numbers[1:]], firsts[order] - 1

@@ -1,9 +1,9 @@
-"""An order of samples in which classes come as often as one wants, as a pure function of the seed and the position.
+"""An order of samples with balanced classes, as a pure function of the seed and the position.
 
-An epoch still has as many positions as there are images. Of these each class has its share, which is the same in
-every epoch; where those positions lie is a keyed permutation, and the images of a class follow one another in
-endless permutations of their own. So no image of a class comes twice before the others of it have come once, and
-nothing has to be counted or kept: resuming at a position is asking for it.
+An epoch still has as many positions as there are images. Each class gets a share of them, which is the same in every
+epoch. A keyed permutation places these shares, and the images of a class follow one another in endless permutations.
+So no image of a class repeats before all others of the class were used, and there is no state to save: a resume
+computes the image at its position.
 
 N images, K classes.
 """
@@ -17,9 +17,9 @@ from trainkit.errors import UserError
 
 
 def balanced_order(images: PreparedImages, options) -> "ClassBalancedOrder | None":
-    """The order that `--class_balance` asks for; None for that of every image once an epoch.
+    """Return the order of `--class_balance`; None if every image is used once per epoch.
 
-    Raises `UserError` where the images have no classes, or blocks are asked for too.
+    Raises `UserError` if the images have no classes, or if blocks are requested too.
     """
     balance = options.class_balance
     if balance == "none":
@@ -35,17 +35,17 @@ def balanced_order(images: PreparedImages, options) -> "ClassBalancedOrder | Non
 
 
 def read_labels(images: PreparedImages) -> np.ndarray:
-    """The class numbers of all images (N,) int32, in one pass over that column."""
+    """Return the class numbers of all images (N,) int32, in one pass over that column."""
     if images.label_names is None:
         return np.full(len(images), NO_LABEL, dtype=np.int32)
     return np.concatenate([labels.astype(np.int32) for labels in images.column("label")])
 
 
 def class_shares(counts: np.ndarray, balance: str) -> np.ndarray:
-    """Positions (K,) int64 that classes of `counts` (K,) images get in an epoch; their sum is that of `counts`.
+    """Return the positions per epoch (K,) int64 of classes with `counts` (K,) images; their sum is that of `counts`.
 
-    none     as many as the class has images
-    sqrt     in proportion to the square root of that, as Mahajan et al. 2018 sample hashtags
+    none     the number of images of the class
+    sqrt     in proportion to the square root of that number, as Mahajan et al. 2018 sample hashtags
     inverse  the same for every class that has images
     """
     power = {"none": 1.0, "sqrt": 0.5, "inverse": 0.0}[balance]
@@ -59,9 +59,9 @@ def class_shares(counts: np.ndarray, balance: str) -> np.ndarray:
 
 
 class ClassBalancedOrder:
-    """The endless order of images whose class numbers are `labels` (N,), with classes evened out as `balance` says.
+    """The endless order of images with class numbers `labels` (N,), with classes balanced by `balance`.
 
-    Images of no known class keep their number of positions. Takes 4 bytes of memory an image.
+    Images without a known class keep their number of positions. Uses 4 bytes of memory per image.
     """
 
     block_size = 0  # there is nothing to read ahead in blocks
@@ -77,7 +77,7 @@ class ClassBalancedOrder:
         self._first_slots = np.append(0, np.cumsum(self.shares))
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The images at `positions` (B,) int64, counted from the start of training."""
+        """Return the images at `positions` (B,) int64, counted from the start of training."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs = positions // self.num_samples
         slots = sample_indices(positions, self.num_samples, self.seed)
@@ -92,5 +92,5 @@ class ClassBalancedOrder:
 
 
 def _seed_of(seed: int, number: int) -> int:
-    """A seed for the images of class `number`, which is no seed that a run is likely to have."""
+    """Return a seed for the images of class `number` that is unlikely to be the seed of a run."""
     return (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64

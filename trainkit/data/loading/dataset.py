@@ -1,6 +1,6 @@
-"""A prepared dataset, opened by memory map: pixels come straight from the Arrow buffers in the page cache."""
+"""A prepared dataset, opened by memory map: pixels are read directly from Arrow buffers in the page cache."""
 
-# B batch, H/W height and width of the stored window, h/w an image's own, C channels
+# B batch, H/W height and width of the stored window, h/w of a single image, C channels
 
 import bisect
 import ctypes
@@ -30,8 +30,8 @@ class _Batch(NamedTuple):
     """One record batch: `columns` are Arrow's, the rest are views of its buffers."""
 
     columns: pa.RecordBatch
-    pixels: np.ndarray  # (rows, H, W, C) of a fixed size, else flat; the bytes of encoded images, flat
-    offsets: list[int] | None  # where each image starts in what is flat, and where the last one ends
+    pixels: np.ndarray  # (rows, H, W, C) of a fixed size, or flat; flat bytes of encoded images
+    offsets: list[int] | None  # where each image starts in flat pixels, and where the last one ends
     heights: list[int] | None  # of flat pixels
     widths: list[int] | None
 
@@ -42,15 +42,15 @@ class _Shard(NamedTuple):
 
 
 class PreparedImages:
-    """The images of a prepared dataset by number, 0 to `len() - 1`. Raises `UserError` where it is not whole.
+    """The images of a prepared dataset by number, 0 to `len() - 1`. Raises `UserError` if it is not complete.
 
-    Opening reads three small files and the sizes in the folder; a shard is mapped when first touched. From a URL (with
-    `storage_options`, JSON) it is fetched whole then, and kept until `read_ahead` tells that others are wanted.
-    `stored_height` and `stored_width` are those of what `gather` gives, `height` and `width` those of training (its
-    `resolution`), which are smaller where the dataset was prepared so.
+    Opening reads three small files and the sizes in the folder; a shard is mapped when first used. From a URL (with
+    `storage_options`, JSON) it is fetched whole then, and kept until `read_ahead` requests others. `stored_height` and
+    `stored_width` are the size of the images of `gather`. `height` and `width` are the size in training (its
+    `resolution`), which is smaller if the dataset was prepared with `--stored_resolution`.
     """
 
-    components: ClassVar[dict] = {}  # arguments of the saved pipeline: pixels need none, latents a decoder
+    components: ClassVar[dict] = {}  # of the saved pipeline: latents add a decoder
     holds_latents: ClassVar[bool] = False  # pixels, which `to_model_range` scales
 
     def __init__(
@@ -63,7 +63,7 @@ class PreparedImages:
         preparation = read_preparation(self.folder)
         if preparation is None:
             raise UserError(
-                f"{folder} is no complete prepared dataset ({PREPARATION_NAME} is missing or of another run); "
+                f"{folder} is not a complete prepared dataset ({PREPARATION_NAME} is missing or of another run); "
                 "run prepare_dataset.py with the same --output_dir again"
             )
         if preparation.get("format") != FORMAT:
@@ -89,13 +89,13 @@ class PreparedImages:
         for shard in self._shards:
             self._check_size(shard, present.get(shard["filename"]))
         self._shard_starts = np.cumsum([0] + [shard["num_rows"] for shard in self._shards])
-        self._shards_open: dict[int, _Shard] = {}  # those touched so far
-        # Where the first pixel of each lies; 0: not open yet, or in several batches.
+        self._shards_open: dict[int, _Shard] = {}  # the shards used so far
+        # The address of the first pixel of each; 0: not open yet, or in several batches.
         self._addresses = np.zeros(len(self._shards), dtype=np.int64)
         self._being_opened: dict[int, Future[_Shard]] = {}
-        self._fetchers: ThreadPoolExecutor | None = None  # of shards that are wanted soon, from a URL
+        self._fetchers: ThreadPoolExecutor | None = None  # of shards at a URL that are needed soon
         self._wanted: set[int] = set()
-        self._opening = threading.Lock()  # loaders gather from several threads
+        self._opening = threading.Lock()  # loaders gather in several threads
 
     def __len__(self) -> int:
         return int(self._shard_starts[-1])
@@ -104,11 +104,11 @@ class PreparedImages:
         return PreparedImages, (self.folder, (self.height, self.width))
 
     def gather(self, indices: np.ndarray, crops: np.ndarray | None = None) -> np.ndarray:
-        """Copy images out, in the order of `indices` (B,): (B, H, W, C) uint8, or uint16 at 16 bits.
+        """Copy images in the order of `indices` (B,): (B, H, W, C) uint8, or uint16 at 16 bits.
 
         `crops` (B, 2) in [0, 1) places the stored window along height and width in images stored with their own
-        aspect; None takes the centre. Images of a fixed size have nothing to crop. Encoded ones are decoded here, so
-        that the threads that gather decode side by side.
+        aspect ratio; None means the centre. Images of a fixed size are not cropped. Encoded images are decoded here,
+        in the threads that gather.
         """
         height, width = self.stored_height, self.stored_width
         if self.fixed_size and self.settings.storage == "pixels":
@@ -125,10 +125,10 @@ class PreparedImages:
         return images
 
     def _gather_fixed(self, indices: np.ndarray) -> np.ndarray:
-        """Images of one size are copied by a single call, out of all shards at once, wherever those are mapped."""
+        """Copy images of one size with a single call for all shards."""
         numbers, rows = self._shards_and_rows(indices)
         addresses = self._addresses[numbers]
-        if not addresses.all():  # not yet open, or of large images in several batches, where the call costs little
+        if not addresses.all():  # not open yet, or large images in several batches, where calls cost little
             located = self._located(indices)
             addresses = self._addresses[numbers]
             if not addresses.all():
@@ -138,24 +138,24 @@ class PreparedImages:
         return _copied(addresses + rows * size, size).view(self.settings.dtype).reshape(len(numbers), *shape)
 
     def _whole_image(self, batch: _Batch, row: int) -> np.ndarray:
-        """(h, w, C), of the image's own size."""
+        """Return an image (h, w, C) of its own size."""
         flat = batch.pixels[batch.offsets[row] : batch.offsets[row + 1]]
         if self.settings.storage != "pixels":
             return decode(flat.tobytes(), self.settings)
         return flat.reshape(batch.heights[row], batch.widths[row], self.channels)
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
-        """Class numbers (B,) int64 into `label_names`; -1 where an image's class is not known."""
+        """Return class numbers (B,) int64 into `label_names`; -1 if the class of an image is not known."""
         if self.label_names is None:
             return np.full(len(indices), NO_LABEL, dtype=np.int64)
         return np.array(self._values("label", indices), dtype=np.int64)
 
     def texts(self, indices: np.ndarray) -> list[str]:
-        """Captions; an empty one where an image has none."""
+        """Return captions; an empty one for an image without."""
         return [text or "" for text in self._values("text", indices)] if self.has_text else [""] * len(indices)
 
     def vectors(self, indices: np.ndarray) -> np.ndarray:
-        """Vectors (B, D) float32, those stored beside the images; D is 0 where there are none."""
+        """Return the vectors (B, D) float32 that are stored with the images; D is 0 if there are none."""
         length = self.vector_length or 0
         vectors = np.empty((len(indices), length), dtype=np.float32)
         for position, (batch, row) in enumerate(self._located(indices) if length else ()):
@@ -164,11 +164,11 @@ class PreparedImages:
         return vectors
 
     def sources(self, indices: np.ndarray) -> list[str]:
-        """Where each image came from: its path in the source folder, or its row."""
+        """Return the source of each image: its path in the source folder, or its row."""
         return self._values("source", indices)
 
     def column(self, name: str) -> Iterator[np.ndarray]:
-        """The numbers of `label` (n,) or `vector` (n, D) of all images in their order, a record batch at a time."""
+        """Yield `label` (n,) or `vector` (n, D) of all images in order, one record batch at a time."""
         for batch, first, end in self._parts(0, len(self)):
             values = batch.columns.column(name).slice(first, end - first)
             if name == "vector":
@@ -180,9 +180,9 @@ class PreparedImages:
         return [batch.columns.column(column)[row].as_py() for batch, row in self._located(indices)]
 
     def read_ahead(self, ranges: list[tuple[int, int]]) -> None:
-        """Begin to read the images of `ranges` (first, end), from front to back; does not wait.
+        """Start to read the images of `ranges` (first, end), from front to back, without waiting.
 
-        From a URL their shards are fetched, and kept besides those that the call before asked for; others are let go.
+        At a URL their shards are fetched. They and the shards of the previous call are kept; others are released.
         """
         if isinstance(self.folder, RemotePath):
             self._fetch_ahead(ranges)
@@ -204,11 +204,11 @@ class PreparedImages:
                 self._fetchers.submit(self._fetch, number)
 
     def _fetch(self, number: int) -> None:
-        if number in self._wanted:  # still
-            self._shard(number)  # what goes wrong is told to whoever gathers from it
+        if number in self._wanted:  # it may be released already
+            self._shard(number)  # an error is raised again by `gather`
 
     def _parts(self, first: int, end: int) -> Iterator[tuple[_Batch, int, int]]:
-        """The batches that hold rows `first` to `end` - 1, each with the rows in it."""
+        """Yield the batches that hold rows `first` to `end` - 1, each with its rows."""
         while first < end:
             [(batch, row)] = self._located(np.array([first]))
             count = min(end - first, batch.columns.num_rows - row)
@@ -216,7 +216,7 @@ class PreparedImages:
             first += count
 
     def _shards_and_rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each index the number of its shard and the row in it."""
+        """Return for each index the number of its shard and the row in it."""
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"image {indices.min()} to {indices.max()} of {len(self)}")
@@ -224,7 +224,7 @@ class PreparedImages:
         return numbers, indices - self._shard_starts[numbers]
 
     def _located(self, indices: np.ndarray) -> list[tuple[_Batch, int]]:
-        """For each index its batch and the row in it."""
+        """Return for each index its batch and the row in it."""
         numbers, rows = self._shards_and_rows(indices)
         located = []
         for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
@@ -234,7 +234,7 @@ class PreparedImages:
         return located
 
     def _shard(self, number: int) -> _Shard:
-        """Opened by the first thread that asks for it, while others open others."""
+        """Return a shard; the first thread that needs it opens it, while other threads may open others."""
         with self._opening:
             if number in self._shards_open:
                 return self._shards_open[number]
@@ -262,14 +262,14 @@ class PreparedImages:
             reason = " ".join(str(error).split())
             if isinstance(path, RemotePath) and getattr(error, "errno", None) == errno.EIO:
                 raise UserError(
-                    f"{path} cannot be fetched ({reason}); when the store answers, go on from a checkpoint"
+                    f"{path} cannot be fetched ({reason}); when the store answers again, resume from a checkpoint"
                 ) from None
             raise self._broken(path, reason) from None
         if sum(batch.num_rows for batch in batches) != shard["num_rows"]:
             raise self._broken(path, f"it should hold {shard['num_rows']} images")
         starts = list(accumulate((batch.num_rows for batch in batches[:-1]), initial=0))
         views = [self._views(batch) for batch in batches]
-        if len(views) == 1 and isinstance(path, Path):  # what is fetched does not stay
+        if len(views) == 1 and isinstance(path, Path):  # a fetched shard may be released
             self._addresses[number] = views[0].pixels.ctypes.data
         return _Shard(starts, views)
 
@@ -295,11 +295,13 @@ class PreparedImages:
             raise self._broken(self.folder / shard["filename"], found)
 
     def _broken(self, path: Path | RemotePath, reason: str) -> UserError:
-        return UserError(f"{path} is damaged ({reason}); delete it and run the preparation again: only it is redone")
+        return UserError(
+            f"{path} is damaged ({reason}); delete it and run the preparation again, which redoes only it"
+        )
 
 
 def _will_need(pixels: np.ndarray, first: int, end: int, offsets: list[int] | None) -> None:
-    """Tell the kernel that these rows of mapped `pixels` are read soon; where there is no such call, they just are."""
+    """Advise the kernel that these rows of mapped `pixels` are read soon, if the system has such a call."""
     start, stop = (first, end) if offsets is None else (offsets[first], offsets[end])
     part = pixels[start:stop]
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
@@ -311,10 +313,10 @@ def _will_need(pixels: np.ndarray, first: int, end: int, offsets: list[int] | No
 
 
 def _copied(addresses: np.ndarray, size: int) -> np.ndarray:
-    """The `size` bytes at each of `addresses` (B,), one after the other: uint8 (B * size,).
+    """Return the `size` bytes at each of `addresses` (B,), concatenated: uint8 (B * size,).
 
-    An array that begins at the lowest of them, whose elements are `size` bytes long and one byte apart, has each as an
-    element: numpy's own indexing does the copying, 1.6 times as fast as a loop over rows.
+    Every one of them is an element of an array that starts at the lowest address, with elements of `size` bytes that
+    are one byte apart. So numpy's indexing copies them, 1.6 times as fast as a loop over rows.
     """
     if len(addresses) == 0:
         return np.empty(0, dtype=np.uint8)

@@ -1,8 +1,8 @@
-"""What a frozen network makes of a prepared dataset, computed once and kept: rows of float16 numbers in Arrow files.
+"""The cached outputs of a frozen network for a prepared dataset: rows of float16 numbers in Arrow files.
 
 A cache is a folder of units. A unit is a pure function from its rows to one file, which appears under its name when
-it is whole. So a killed run goes on where it stopped, any number of processes work on one folder side by side, each
-on the units that no other has taken, and the result does not depend on how many they were.
+complete. So a killed run continues where it stopped, and any number of processes can work on one folder, each on
+units that no other works on. The result does not depend on their number.
 """
 
 import json
@@ -21,7 +21,7 @@ from trainkit.errors import UserError
 
 COMPLETE_NAME, LOCKS_FOLDER = "encodings.json", "locks"
 SCHEMA = pa.schema([("values", pa.large_list(pa.float16()))])
-TOLD_KEY = b"told"
+SUMMARY_KEY = b"told"  # the name in existing caches
 POLL_S = 0.2
 
 
@@ -30,17 +30,17 @@ def unit_name(number: int) -> str:
 
 
 def make_units(
-    folder: Path, names: list[str], make: Callable[[int], None], first: int = 0, tell: Callable[[int], None] = int
+    folder: Path, names: list[str], make: Callable[[int], None], first: int = 0, on_done: Callable[[int], None] = int
 ) -> None:
-    """Call `make(number)` for each of `names` that is not in `folder`, together with all who do so at this time.
+    """Call `make(number)` for each of `names` that is not in `folder`, and share the work with other processes.
 
-    `make` writes `folder / names[number]` by `written`. `first` is where this process starts to look, so that several
-    seldom want the same one. `tell(n)` hears that n more are there. Returns when all are, whoever made them. Raises
-    `UserError` where nothing can be written.
+    `make` writes `folder / names[number]` by `written`. This process starts at number `first`, so processes seldom
+    compete for a unit. `on_done(n)` is called when n more units exist. Returns when all exist, whichever process made
+    them. Raises `UserError` if the folder cannot be written.
     """
     present = sizes(folder)
-    if all(name in present for name in names):  # of another user perhaps, who alone may write there
-        tell(len(names))
+    if all(name in present for name in names):  # perhaps a cache that only another user can write
+        on_done(len(names))
         return
     locks = folder / LOCKS_FOLDER
     missing = [*range(first, len(names)), *range(first)]
@@ -51,30 +51,30 @@ def make_units(
             for number in missing:
                 name = names[number]
                 if name in present or _make_alone(folder / name, locks / f"{name}.lock", make, number):
-                    tell(1)
+                    on_done(1)
                 else:
                     left.append(number)
             if len(left) == len(missing):
-                time.sleep(POLL_S)  # others are at work on all that is left
+                time.sleep(POLL_S)  # other processes work on all remaining units
             missing = left
         shutil.rmtree(locks, ignore_errors=True)
         for name in sizes(folder):
-            # of a process that was killed; one that is a step ahead may be at the mark of completeness
+            # of a killed process; one that is ahead may be writing the file that marks completeness
             if is_temporary(name) and not name.endswith(COMPLETE_NAME):
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"--cache_dir: {folder} cannot be written ({error.strerror or error}); free space there or give another "
-            "folder: what is finished stays, the same command goes on from it"
+            "folder: finished work is kept, and the same command continues it"
         ) from None
 
 
 def _make_alone(path: Path, lock_path: Path, make: Callable[[int], None], number: int) -> bool:
-    """Make a unit that nobody else is at; False where somebody is."""
+    """Make a unit; returns False if another process is making it."""
     lock = FileLock(lock_path, timeout=0)
     try:
         lock.acquire()
-    except (Timeout, FileNotFoundError):  # the latter where all is done, and another process swept the locks away
+    except (Timeout, FileNotFoundError):  # the latter if all is done and another process deleted the locks
         return False
     try:
         if not path.is_file():
@@ -84,12 +84,12 @@ def _make_alone(path: Path, lock_path: Path, make: Callable[[int], None], number
     return True
 
 
-def write_rows(path: Path, batches: Iterable[list[np.ndarray]], told: dict | None = None) -> None:
-    """Write float arrays (any shape, flattened) as rows of float16, a record batch for each of `batches`.
+def write_rows(path: Path, batches: Iterable[list[np.ndarray]], summary: dict | None = None) -> None:
+    """Write float arrays (any shape, flattened) as rows of float16, one record batch for each of `batches`.
 
-    `told` is what the unit says of itself (`unit_told`). Raises `ValueError` for a number that float16 cannot hold.
+    `unit_summary` returns the `summary` again. Raises `ValueError` for a number that float16 cannot hold.
     """
-    schema = SCHEMA.with_metadata({TOLD_KEY: json.dumps(told or {})})
+    schema = SCHEMA.with_metadata({SUMMARY_KEY: json.dumps(summary or {})})
     with written(path) as temporary, pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as out:
         for rows in batches:
             with np.errstate(over="ignore"):
@@ -102,38 +102,39 @@ def write_rows(path: Path, batches: Iterable[list[np.ndarray]], told: dict | Non
             out.write_batch(pa.record_batch([column], schema=schema))
 
 
-def unit_told(path: Path) -> dict:
-    return json.loads(read_schema(path).metadata[TOLD_KEY])
+def unit_summary(path: Path) -> dict:
+    """Return the summary that `write_rows` was given."""
+    return json.loads(read_schema(path).metadata[SUMMARY_KEY])
 
 
 class Rows:
-    """The rows of the units in `folder` by number, mapped into memory when first touched.
+    """The rows of the units in `folder` by number, mapped into memory when first used.
 
-    A unit holds `rows_a_unit` of the `num_rows`, the last one what is left.
+    A unit holds `rows_per_unit` of the `num_rows`, the last one the remaining rows.
     """
 
-    def __init__(self, folder: Path, num_rows: int, rows_a_unit: int):
-        self.folder, self.num_rows, self.rows_a_unit = folder, num_rows, rows_a_unit
+    def __init__(self, folder: Path, num_rows: int, rows_per_unit: int):
+        self.folder, self.num_rows, self.rows_per_unit = folder, num_rows, rows_per_unit
         self._open: dict[int, tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]] = {}
 
     @property
     def unit_names(self) -> list[str]:
-        return [unit_name(number) for number in range(-(-self.num_rows // self.rows_a_unit))]
+        return [unit_name(number) for number in range(-(-self.num_rows // self.rows_per_unit))]
 
     def unit_rows(self, number: int) -> range:
-        start = number * self.rows_a_unit
-        return range(start, min(start + self.rows_a_unit, self.num_rows))
+        start = number * self.rows_per_unit
+        return range(start, min(start + self.rows_per_unit, self.num_rows))
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """Row `row`, flat float16: a view of the file."""
-        number, place = divmod(row, self.rows_a_unit)
+        """Return row `row`, flat float16: a view of the file."""
+        number, place = divmod(row, self.rows_per_unit)
         starts, values, offsets = self._open.get(number) or self._open_unit(number)
         batch = int(np.searchsorted(starts, place, side="right")) - 1
         place -= int(starts[batch])
         return values[batch][offsets[batch][place] : offsets[batch][place + 1]]
 
     def longest(self) -> int:
-        """The most numbers in a row; reads where the rows of all units end, so ask once."""
+        """Return the length of the longest row. This reads the offsets of all units, so call it once."""
         longest = 0
         for number in range(len(self.unit_names)):
             opened = self._open.get(number) or self._open_unit(number)
@@ -151,22 +152,22 @@ class Rows:
         starts = np.array(list(accumulate((len(column) for column in columns[:-1]), initial=0)))
         values = [np.frombuffer(column.values.buffers()[1], dtype=np.float16) for column in columns]
         offsets = [np.frombuffer(column.buffers()[1], dtype=np.int64) for column in columns]
-        opened = self._open[number] = starts, values, offsets  # threads may do so twice, to the same end
+        opened = self._open[number] = starts, values, offsets  # two threads may both do this, with the same result
         return opened
 
 
 def read_complete(folder: Path) -> dict | None:
-    """What a finished cache says of itself; None where there is none yet."""
+    """Return the summary of a finished cache; None if it is not finished."""
     try:
         return json.loads(read_text(folder / COMPLETE_NAME))
     except (OSError, ValueError):
         return None
 
 
-def write_complete(folder: Path, told: dict) -> None:
-    """The mark that `folder` is finished; every process that finds all units there may write the same."""
-    write_json(folder / COMPLETE_NAME, told)
+def write_complete(folder: Path, summary: dict) -> None:
+    """Mark `folder` as finished. Every process that finds all units may write the same file."""
+    write_json(folder / COMPLETE_NAME, summary)
 
 
 def _broken(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is damaged ({reason}); delete it and start again: only it is computed anew")
+    return UserError(f"{path} is damaged ({reason}); delete it and start again, which computes only this file")

@@ -1,9 +1,9 @@
-"""Batches for one process: gathered from the prepared dataset, with their noise, ahead of the training step.
+"""Batches of one process: images of the prepared dataset and their noise, prefetched by threads.
 
-A batch is a pure function of its optimizer step and micro-step, so threads may make them in any order and a resumed
-run starts anywhere at no cost.
+A batch is a pure function of its optimizer step and micro-step. So threads may make batches in any order, and a run
+resumes at any step at no cost.
 
-B batch (images a device and micro-step), A micro-steps, P processes, C channels, H/W pixels; B * A * P = global batch.
+B batch (images per device and micro-step), A micro-steps, P processes, C channels, H/W pixels; global batch B * A * P.
 """
 
 import threading
@@ -31,7 +31,7 @@ def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
 
 
 def to_model_input(gathered: torch.Tensor, images: PreparedImages) -> torch.Tensor:
-    """Return what the model takes (B, C, H, W), float32, of what `images` gave (B, H, W, C): pixels or latents."""
+    """Return the model input (B, C, H, W) float32 for pixels or latents (B, H, W, C) gathered from `images`."""
     return _channels_first(gathered) if images.holds_latents else to_model_range(gathered, images.bit_depth)
 
 
@@ -41,7 +41,7 @@ def _channels_first(images: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the global batch of an optimizer step is divided among processes and micro-steps."""
+    """How the global batch of an optimizer step is split over processes and micro-steps."""
 
     per_device: int
     micro_steps: int
@@ -53,24 +53,24 @@ class BatchShape:
         return self.per_device * self.micro_steps * self.num_processes
 
     def rows(self, micro_step: int) -> range:
-        """This process's rows of the global batch in `micro_step`."""
+        """Return this process's rows of the global batch in `micro_step`."""
         start = (micro_step * self.num_processes + self.process_index) * self.per_device
         return range(start, start + self.per_device)
 
 
 class Condition(Protocol):
-    """What a model is told of the images beside their pixels (trainkit/diffusion/conditioning.py)."""
+    """The conditions of images: classes, captions or vectors (trainkit/diffusion/conditioning.py)."""
 
     def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """The model's keyword arguments for the images `indices` (B,), on the host.
+        """Return the model's keyword arguments for the images `indices` (B,), on the host.
 
-        `uniforms` (B,) in [0, 1) decide whose condition is dropped; without them none is.
+        `uniforms` (B,) in [0, 1) decide which conditions are dropped; without them none is.
         """
 
 
 @dataclass
 class Batch:
-    """What a micro-step trains on, all on the training device."""
+    """The inputs of a micro-step, on the training device."""
 
     images: torch.Tensor  # (B, C, H, W) float32 in [-1, 1]
     noise: torch.Tensor  # (B, C, H, W) float32, standard normal
@@ -78,19 +78,19 @@ class Batch:
     indices: np.ndarray  # (B,) int64, rows of the prepared dataset
     step: int  # optimizer step, from 0
     micro_step: int  # 0 .. A - 1
-    augmentation: torch.Tensor | None = None  # (B, LABELS) float32, what was done to the images, where it is told
+    augmentation: torch.Tensor | None = None  # (B, LABELS) float32, with --augmentation_conditioning
     condition: dict[str, torch.Tensor] = field(default_factory=dict)  # keyword arguments of the model, B rows each
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the model besides noisy images and timesteps."""
+        """The keyword arguments of the model besides noisy images and timesteps."""
         return self.condition | ({} if self.augmentation is None else {"augmentation": self.augmentation})
 
 
 class BatchLoader:
     """Endless batches of `images` in the order of `seed`, from any step.
 
-    `wait_s` is the time in seconds that the training loop has waited for data so far.
+    `wait_s` is the time in seconds that the training loop has waited for data.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class BatchLoader:
         self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
         self.augmentation, self.wait_s = augmentation, 0.0
         self._reading_ahead = threading.Lock()
-        self._window: tuple[int, int] | None = None  # of positions, that was read ahead for
+        self._window: tuple[int, int] | None = None  # positions of the window that was read ahead
 
     def iterate(self, first_step: int, end_step: int) -> Iterator[Batch]:
-        """The micro-batches of optimizer steps `first_step` to `end_step` - 1, made ahead by threads."""
+        """Yield the micro-batches of optimizer steps `first_step` to `end_step` - 1, prefetched by threads."""
         micro_steps = self.shape.micro_steps
         places = ((i // micro_steps, i % micro_steps) for i in range(first_step * micro_steps, end_step * micro_steps))
         if self.num_threads == 0:
@@ -138,10 +138,10 @@ class BatchLoader:
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
             if self.order.block_size:
-                self.images.read_ahead([])  # what was asked for and not begun is not wanted any more
+                self.images.read_ahead([])  # cancels requests that have not started
 
     def make(self, step: int, micro_step: int) -> dict:
-        """The batch of one micro-step on the host: `images` (B, H, W, C) as stored, noise, uniforms, and the rest."""
+        """Return the batch of one micro-step on the host: `images` (B, H, W, C) as stored, noise, uniforms, etc."""
         total, rows = self.shape.global_size, self.shape.rows(micro_step)
         here = slice(rows.start, rows.stop)
 
@@ -156,18 +156,18 @@ class BatchLoader:
             crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
         shape = (self.images.channels, self.images.height, self.images.width)
         flip, augmentation = uniforms(Purpose.FLIP) < 0.5 if self.random_flip else None, None
-        if self.images.holds_latents:  # sampled from their distribution at each visit; flips use the mirror image's
+        if self.images.holds_latents:  # a new sample per visit; flips use the latents of the mirrored image
             noise = normal_draws(self.seed, step, rows, shape, Purpose.LATENT)
             pixels, flip = self.images.sample(indices, flip, noise), None
         else:
             pixels = self.images.gather(indices, crops)
-        if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
+        if pixels.dtype == np.uint16:  # torch cannot compute with uint16
             pixels = pixels.astype(np.int32)
         if self.augmentation is not None:
             augmentation = draw_parameters(
                 self.augmentation, self.seed, step, total, here, shape[1:], pixels.shape[1:3], flip
             )
-            flip = None if augmentation.geometry is not None else flip  # it is in there
+            flip = None if augmentation.geometry is not None else flip  # the geometry contains it
         host_batch = {
             "images": torch.from_numpy(pixels),
             "noise": torch.from_numpy(normal_draws(self.seed, step, rows, shape)),
@@ -184,7 +184,7 @@ class BatchLoader:
         return host_batch | {"condition": condition, "indices": indices, "step": step, "micro_step": micro_step}
 
     def _read_ahead(self, position: int) -> None:
-        """With blocks: have the window of `position` and the one behind it read, when it is first entered."""
+        """With blocks, start to read the window of `position` and the next one, the first time it is entered."""
         if self.order.block_size == 0:
             return
         with self._reading_ahead:  # several threads make batches

@@ -1,10 +1,10 @@
 """The order of samples and every random draw of training, as pure functions of the seed and a position.
 
-Nothing here has a state to save: resuming at step s is asking for step s. The sample at position p of epoch e comes
+There is no state to save: a resume at step s computes step s. The sample at position p of epoch e comes
 from a keyed permutation, in O(1) time and memory: a Feistel network over a domain just above N, walked until it lands
 inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Draws come from the counter-based generator
-Philox (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"), on the CPU, so that they are the same on
-any device and for any division of the global batch among processes.
+Philox (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"), on the CPU, so they are the same on
+any device and for any distribution of the global batch over processes.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ WINDOW_BLOCKS = 16
 
 
 class Purpose(IntEnum):
-    """What a stream of draws is for; each has its own Philox key, so adding one leaves the others as they are."""
+    """The purpose of a stream of draws. Each has its own Philox key, so adding one does not change the others."""
 
     NOISE = 0
     TIMESTEPS = 1
@@ -47,9 +47,9 @@ class Purpose(IntEnum):
 class SampleOrder:
     """The endless order in which `num_samples` images are trained on; every epoch visits each of them once.
 
-    With `block_size` 0 an epoch is one permutation of all images. Otherwise it is one of blocks of `block_size` images
-    that lie side by side, and then of the images within each window of `WINDOW_BLOCKS` blocks: what a window reads is
-    read from front to back, once. Where blocks begin moves with the epoch, so that neighbours get parted there too.
+    With `block_size` 0 an epoch is one permutation of all images. Otherwise it permutes blocks of `block_size`
+    adjacent images, and then the images within each window of `WINDOW_BLOCKS` blocks: a window is read once, from
+    front to back. The first block starts elsewhere in every epoch, so all neighbours are separated at some time.
     """
 
     num_samples: int
@@ -57,7 +57,7 @@ class SampleOrder:
     block_size: int = 0
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The images at `positions` (any shape, int64, counted from the start of training); O(1) each."""
+        """Return the images at `positions` (any shape, int64, counted from the start of training) in O(1) each."""
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
         keys = _epoch_keys(epochs, self.seed)
         if self._in_blocks == 0:
@@ -72,21 +72,21 @@ class SampleOrder:
         return self._row(mixed, keys)
 
     def window(self, position: int) -> tuple[int, int]:
-        """The positions (first, end) of the window that `position` lies in."""
+        """Return the positions (first, end) of the window that contains `position`."""
         epoch, place = divmod(position, self.num_samples)
         start, end = next((start, end) for start, end in self._window_classes() if start <= place < end)
         first = start + (place - start) // self._window_size * self._window_size
         return epoch * self.num_samples + first, epoch * self.num_samples + min(first + self._window_size, end)
 
     def ranges(self, first: int, end: int) -> list[tuple[int, int]]:
-        """The images that a window (`first`, `end`) reads, as ranges (first, end) of images that lie side by side."""
+        """Return the images of a window (`first`, `end`) as ranges (first, end) of adjacent images."""
         epoch, place = divmod(first, self.num_samples)
         places = np.arange(place, place + end - first, self.block_size)
         lengths = np.minimum(self.block_size, place + end - first - places)
         rows = self._row(places, _epoch_keys(np.full(len(places), epoch), self.seed))
         ranges = []
         for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
-            over = max(0, row + length - self.num_samples)  # a block at the end goes on at the start
+            over = max(0, row + length - self.num_samples)  # a block at the end continues at the start
             ranges += [(row, row + length - over)] + [(0, over)] * (over > 0)
         return ranges
 
@@ -96,17 +96,17 @@ class SampleOrder:
 
     @property
     def _in_blocks(self) -> int:
-        """Images in whole blocks; what is left over has a window of its own."""
+        """Images in whole blocks; the remaining ones have a separate window."""
         return 0 if self.block_size == 0 else self.num_samples // self.block_size * self.block_size
 
     def _window_classes(self) -> list[tuple[int, int]]:
-        """Places (start, end) of an epoch: the windows of full size, the shorter one behind them, the rest."""
+        """Return places (start, end) of an epoch: the windows of full size, the shorter one after them, the rest."""
         full = self._in_blocks // self._window_size * self._window_size
         bounds = (0, full, self._in_blocks, self.num_samples)
         return [(start, end) for start, end in zip(bounds, bounds[1:], strict=False) if start < end]
 
     def _row(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Where the blocks of an epoch put `places`."""
+        """Return the images at `places` of the permuted blocks of an epoch."""
         blocks, inside = np.divmod(places, self.block_size)
         whole = places < self._in_blocks
         blocks[whole] = _permutation(blocks[whole], _mix(keys[whole]), self._in_blocks // self.block_size)
@@ -115,19 +115,19 @@ class SampleOrder:
 
 
 def sample_indices(positions: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """The dataset indices at `positions` of the order without blocks."""
+    """Return the dataset indices at `positions` of the order without blocks."""
     return SampleOrder(num_samples, seed).indices(positions)
 
 
 def uniform_draws(seed: int, step: int, purpose: Purpose, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1), float64: one for each row of the global batch of optimizer step `step`."""
+    """Return `count` numbers in [0, 1), float64: one per row of the global batch of optimizer step `step`."""
     return _philox(seed, step, purpose).random(count)
 
 
 def normal_draws(
     seed: int, step: int, rows: Sequence[int], shape: tuple[int, ...], purpose: Purpose = Purpose.NOISE
 ) -> np.ndarray:
-    """Standard normal noise (len(rows), *shape) float32 for `rows` of the global batch of optimizer step `step`."""
+    """Return normal noise (len(rows), *shape) float32 for `rows` of the global batch of optimizer step `step`."""
     noise = np.empty((len(rows), *shape), dtype=np.float32)
     for out, row in zip(noise, rows, strict=True):
         _philox(seed, step, purpose, row).standard_normal(dtype=np.float32, out=out)
@@ -135,7 +135,7 @@ def normal_draws(
 
 
 def _philox(seed: int, step: int, purpose: Purpose, row: int = 0) -> np.random.Generator:
-    # The lowest counter word is left to the stream itself: 2**64 blocks before it could meet its neighbour.
+    # The stream itself uses the lowest counter word: it has 2**64 blocks before it reaches the next stream.
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, int(purpose)], counter=[0, row, step, 0]))
 
 
@@ -144,7 +144,7 @@ def _epoch_keys(epochs: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _permutation(places: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
-    """Where the permutations of range(`size`) that `keys` name put `places`; int64 and uint64 of one shape."""
+    """Apply the permutations of range(`size`) with `keys` (uint64) to `places` (int64), both of one shape."""
     found = _feistel(places, keys, size)
     outside = found >= size
     while outside.any():  # cycle walking: the domain exceeds `size` by at most 2 sqrt(size) + 1
@@ -154,7 +154,7 @@ def _permutation(places: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
 
 
 def _feistel(places: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
-    """One pass of the network over side x side >= `size`."""
+    """Apply the network once, over side x side >= `size`."""
     side = np.uint64(int(np.ceil(np.sqrt(size))))
     left, right = np.divmod(places.astype(np.uint64), side)
     for round_number in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""Mean and deviation of the vectors of a prepared dataset: taken once, and found in the cache from then on."""
+"""Mean and deviation of the vectors of a prepared dataset, computed once and then read from the cache."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -22,9 +22,10 @@ class ImagesWithVectors(Protocol):
 
 
 def vector_statistics(images: ImagesWithVectors, options) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) float32 of the vectors of `images`, from `--cache_dir` where they are there.
+    """Return mean and standard deviation (D,) float32 of the vectors of `images`, from `--cache_dir` if it has them.
 
-    Every process of a run may call this at once: they write the same. Raises `UserError` where it cannot be written.
+    All processes of a run may call this at the same time: they write the same file. Raises `UserError` if the cache
+    cannot be written.
     """
     path = cache_root(options.cache_dir) / "vector_statistics" / f"{images.fingerprint}.json"
     try:
@@ -42,10 +43,10 @@ def vector_statistics(images: ImagesWithVectors, options) -> tuple[np.ndarray, n
 
 
 def mean_and_std(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) float32 over the rows of all `batches` (n, D), in one pass.
+    """Return mean and standard deviation (D,) float32 over the rows of all `batches` (n, D), in one pass.
 
-    Sums of squares are about each batch's own mean (Chan et al. 1979), so that large means cost no digits. A number
-    that is the same everywhere gets a deviation of 1.
+    Sums of squares are about the mean of each batch (Chan et al. 1979), so large means lose no digits. A number that
+    is the same in all rows gets a deviation of 1.
     """
     count, mean, squares = 0, 0.0, 0.0
     for batch in batches:

@@ -20,7 +20,7 @@ SHOWN_CLASSES = 6
 
 
 def print_card(folder: Path | RemotePath, flag: str = "--inspect") -> None:
-    """Print the card of a prepared dataset. Raises `UserError` where it is unfinished, damaged or none."""
+    """Print the card of a prepared dataset. Raises `UserError` if it is missing, unfinished or damaged."""
     preparation = _read(folder, flag)
     damage = None
     try:
@@ -40,7 +40,7 @@ def _read(folder: Path | RemotePath, flag: str) -> dict:
     preparation = read_preparation(folder)
     if preparation is not None:
         return preparation
-    again = "run the prepare_dataset.py command that made it again: it goes on from what is there"
+    again = "run its prepare_dataset.py command again, which continues from the finished work"
     if exists(folder / PREPARATION_NAME):
         raise UserError(f"{flag} {folder} is damaged ({PREPARATION_NAME} and state.json do not agree); {again}")
     if exists(folder / LOCK_NAME) or exists(folder / WORK_FOLDER):
@@ -49,14 +49,16 @@ def _read(folder: Path | RemotePath, flag: str) -> dict:
         )
         raise UserError(f"{flag} {folder} is unfinished ({shards:,} shards, {slices:,} parts of others); {again}")
     raise UserError(
-        f"{flag} {folder} is no prepared dataset (no {PREPARATION_NAME} in it); prepare_dataset.py makes one"
+        f"{flag} {folder} is not a prepared dataset (it has no {PREPARATION_NAME}); make one with prepare_dataset.py"
     )
 
 
 def card(folder: Path | RemotePath, preparation: dict) -> str:
-    """The card's text, a dozen lines of `name  value`."""
+    """Return the text of the card: a dozen lines of `name  value`."""
     settings, filters = preparation["settings"], filters_of(preparation)
-    size = f"{settings['height']}x{settings['width']} {settings['image_mode']}, {settings['bit_depth']} bits a channel"
+    size = (
+        f"{settings['height']}x{settings['width']} {settings['image_mode']}, {settings['bit_depth']} bits per channel"
+    )
     num_bytes = sum(shard["num_bytes"] for shard in preparation["shards"])
     num_images = preparation["num_images"]
     versions = ", ".join(f"{name} {number}" for name, number in preparation["versions"].items())
@@ -69,8 +71,8 @@ def card(folder: Path | RemotePath, preparation: dict) -> str:
         "mean, std": _statistics(preparation, settings["image_mode"]),
         "columns": ", ".join(preparation["columns"]),
         "files": f"{len(preparation['shards']):,} shards, {num_bytes / 1e6:,.1f} MB, "
-        f"{num_bytes / max(num_images, 1):,.0f} bytes an image",
-        "settings": ", ".join(f"{name} {_told(value)}" for name, value in (settings | filters).items()),
+        f"{num_bytes / max(num_images, 1):,.0f} bytes per image",
+        "settings": ", ".join(f"{name} {_setting(value)}" for name, value in (settings | filters).items()),
         "source": f"{preparation['source']['name']} ({preparation['source']['fingerprint']})",
         "fingerprint": f"{preparation['fingerprint']}, format {preparation['format']}",
         "made with": versions,
@@ -96,13 +98,13 @@ def _classes(classes: dict[str, int]) -> str:
     if not classes:
         return "none"
     ordered = sorted(classes.items(), key=lambda item: -item[1])
-    told = ", ".join(f"{name} {count:,}" for name, count in ordered[:SHOWN_CLASSES])
+    shown = ", ".join(f"{name} {count:,}" for name, count in ordered[:SHOWN_CLASSES])
     if len(ordered) == 1:
-        return told
+        return shown
     (_, most), (least_name, least) = ordered[0], ordered[-1]
     more = f", ... {least_name} {least:,}" if len(ordered) > SHOWN_CLASSES else ""
-    skew = f"the largest is {most / least:,.1f} times the smallest" if least else f"{least_name} has no image"
-    return f"{len(ordered):,}: {told}{more}; {skew}"
+    skew = f"the largest is {most / least:,.1f} times the smallest" if least else f"{least_name} has no images"
+    return f"{len(ordered):,}: {shown}{more}; {skew}"
 
 
 def _rejected(rejected: dict[str, int]) -> str:
@@ -120,7 +122,7 @@ def _statistics(preparation: dict, image_mode: str) -> str | None:
     return ", ".join(f"{channel} {mean:.4f} {std:.4f}" for channel, mean, std in values) + " (of samples in 0..1)"
 
 
-def _told(value) -> str:
+def _setting(value) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -29,11 +29,11 @@ from trainkit.errors import one_line
 
 SHEET_NAME = "contact_sheet.html"
 SEED = 0
-SIDE = 128  # pixels, at most, of a picture on the page
+SIDE = 128  # maximum pixels of an image on the page
 CLASS_SAMPLES, SHOWN_CLASSES, UNLABELLED_SAMPLES = 12, 24, 96
-SCANNED_LABELS = 20_000  # images whose class is looked up: enough for samples of any but the rarest
-SHOWN_REJECTED = 12  # of each fault
-# Of files of which there is something to see.
+SCANNED_LABELS = 20_000  # images whose class is read: enough for samples of all but the rarest classes
+SHOWN_REJECTED = 12  # per fault
+# Faults of files that can be shown.
 SHOWN_FAULTS = {
     faults.TRUNCATED, faults.CORRUPT, faults.TOO_SMALL, faults.BAD_ASPECT, faults.ANIMATED, faults.DUPLICATE
 }  # fmt: skip
@@ -112,7 +112,7 @@ def _sample_part(images: PreparedImages) -> list[str]:
 
 
 def _samples(images: PreparedImages) -> list[tuple[str, np.ndarray]]:
-    """Titles and image numbers, of each class where there are classes."""
+    """Titles and image numbers: one entry per class if there are classes."""
     generator = np.random.default_rng(SEED)
     count = len(images)
     if images.label_names is None:
@@ -129,7 +129,7 @@ def _samples(images: PreparedImages) -> list[tuple[str, np.ndarray]]:
         chosen = generator.choice(of_class, min(len(of_class), CLASS_SAMPLES), replace=False)
         found.append((f"{name}: {held:,}", np.sort(chosen)))
     if len(found) > SHOWN_CLASSES:
-        found[SHOWN_CLASSES - 1] = (found[SHOWN_CLASSES - 1][0] + f" (and {len(found) - SHOWN_CLASSES} classes more)",
+        found[SHOWN_CLASSES - 1] = (found[SHOWN_CLASSES - 1][0] + f" (and {len(found) - SHOWN_CLASSES} more classes)",
                                     found[SHOWN_CLASSES - 1][1])  # fmt: skip
     return found[:SHOWN_CLASSES]
 
@@ -151,14 +151,14 @@ def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[s
     pictures = dict(zip(paths, call_in_process(reader, picture_of, paths), strict=True))
     parts = []
     for fault, lines in sorted(by_fault.items()):
-        explained = " (left: what stays)" if fault == faults.DUPLICATE else ""
+        explained = " (left: the image that is kept)" if fault == faults.DUPLICATE else ""
         count = images.preparation["rejected"].get(fault, 0)
         parts += [f"<h2>{_escaped(fault)}: {count:,}{explained}</h2>", "<table>"]
         for line in lines:
             found = [(pictures.get(source_folder / name), name) for name in _names(line)] if source_folder else []
             figures = [_figure(picture, name) for picture, name in found if isinstance(picture, bytes)]
-            told = f"{_escaped(line['source'])}<br>{_escaped(line['message'])}"
-            parts.append(f"<tr><td>{''.join(figures)}</td><td>{told}</td></tr>")
+            text = f"{_escaped(line['source'])}<br>{_escaped(line['message'])}"
+            parts.append(f"<tr><td>{''.join(figures)}</td><td>{text}</td></tr>")
         parts.append("</table>")
     return parts
 
@@ -169,7 +169,7 @@ def _names(line: dict) -> list[str]:
 
 
 def _rejected_lines(path: Path | RemotePath) -> Iterator[dict]:
-    """A line at a time: there may be many."""
+    """Read one line at a time, since there may be many."""
     if isinstance(path, Path):
         with open(path, encoding="utf-8") as lines:
             yield from map(json.loads, lines)

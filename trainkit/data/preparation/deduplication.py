@@ -66,7 +66,7 @@ class UnitFiles:
         return stats is not None and all(self.rows(shard, split, stats.digest) is not None for split in splits)
 
     def parts(self, shard: Path | RemotePath, split: int) -> list[Part]:
-        """Return what may hold one split of the unit: one shard with all rows, or pairs."""
+        """Return the files that may hold one split of the unit: one shard with all rows, or pairs."""
         marks = sorted(self._marks[split, shard.stem])
         return [Part(split_path(shard, split), None), *(pair_of(shard, split, mark) for mark in marks)]
 
@@ -107,13 +107,13 @@ def pair_of(shard: Path | RemotePath, split: int, mark: str) -> Part:
 
 
 def _read(path: Path | RemotePath, digest: str) -> tuple[dict, list[pa.RecordBatch]] | None:
-    """Summary and rows of a shard, if it is whole and of this version of its unit."""
+    """Return the summary and rows of a shard if it is complete and of this version of its unit."""
     read = read_shard(path)
     return read if read and read[0].get("facts_digest") == digest else None
 
 
 def read_stats(shard: Path | RemotePath) -> UnitStats | None:
-    """Return what is kept about a unit's images besides their pixels; None if there is no complete file."""
+    """Return the statistics of a unit's images; None if there is no complete file."""
     try:
         with open_stream(stats_path(shard)) as stream:
             digest, batches = read_summary(stream.schema)["facts_digest"], list(stream)
@@ -147,7 +147,7 @@ def drop_duplicates(
 
 
 def _repeated(writer: ShardWriter, shards: list[Path | RemotePath]) -> np.ndarray:
-    """For each image (N,) the one that it repeats, or `KEPT`. In memory: at most 100 bytes per image."""
+    """Return for each image (N,) the one that it repeats, or `KEPT`. Uses at most 100 bytes of memory per image."""
     is_near = writer.filters.deduplicate == "near"
     content, perceptual = [np.empty((0, 2), dtype=np.uint64)], [np.empty(0, dtype=np.uint64)]
     for shard in shards:
@@ -163,14 +163,14 @@ def _repeated(writer: ShardWriter, shards: list[Path | RemotePath]) -> np.ndarra
 
 
 def _hashes(column: pa.Array, words: int) -> np.ndarray:
-    """The column's values as uint64, `words` per value."""
+    """Return the column's values as uint64, `words` per value."""
     return np.frombuffer(column.buffers()[1], dtype=np.uint64, count=words * len(column))
 
 
 def _split_part(
     writer: ShardWriter, files: UnitFiles, shard: Path | RemotePath, split: int, is_dropped: np.ndarray
 ) -> tuple[Part, bool]:
-    """The part of one split of a unit without the dropped images, and whether it had to be written."""
+    """Return the part of one split of a unit without the dropped images, and whether it had to be written."""
     stats = read_stats(shard)
     of_split = np.flatnonzero(stats.table.column("side").to_numpy() == split)
     is_dropped = is_dropped[of_split]
@@ -197,7 +197,7 @@ def _as_stats(row: dict) -> ImageStats:
 def _duplicate_lines(
     writer: ShardWriter, shards: list[Path | RemotePath], starts: np.ndarray, repeated: np.ndarray
 ) -> Iterator[tuple[int, dict]]:
-    """(number of the unit, line of rejected.jsonl) for each dropped image."""
+    """Yield (number of the unit, line of rejected.jsonl) for each dropped image."""
 
     @functools.lru_cache(maxsize=OPEN_UNITS)
     def table(unit: int) -> pa.RecordBatch:
@@ -215,7 +215,7 @@ def _duplicate_lines(
             distance = (row["perceptual_hash"] ^ first["perceptual_hash"]).bit_count()
             message = f"looks like {first['source']}: {distance} of {HASH_BITS} bits differ"
         if row["label"] != first["label"]:
-            message += f", which is of another class: {_class_name(writer, first['label'])}"
+            message += f", which has another class: {_class_name(writer, first['label'])}"
         yield unit, {
             "source": row["source"], "fault": faults.DUPLICATE, "message": message, "repeats": first["source"]
         }  # fmt: skip

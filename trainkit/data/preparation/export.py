@@ -1,4 +1,4 @@
-"""A prepared dataset -> one HDF5 file, an image a chunk, which other tools read and `--train_data_dir` takes."""
+"""Export a prepared dataset to one HDF5 file with one image per chunk, which `--train_data_dir` also accepts."""
 
 # N images, H/W height and width, C channels
 
@@ -18,9 +18,9 @@ BATCH_BYTES = 16 * 2**20  # of pixels, copied at a time
 
 
 def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "none") -> None:
-    """Write `data` (N, H, W, C), and `labels`, `texts` and `vectors` where there are any, in the dataset's order.
+    """Write `data` (N, H, W, C), and `labels`, `texts` and `vectors` if there are any, in the dataset's order.
 
-    Does nothing where the file holds just that. Raises `UserError` naming the flag.
+    Does nothing if the file holds exactly that. Raises `UserError` naming the flag.
     """
     path = Path(path)
     check_export(path)
@@ -31,7 +31,7 @@ def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "no
     if _held(h5py, path) == mark:
         print(f"{path} is up to date")
         return
-    temporary = path.with_name(f"{path.name}.tmp")  # of one name: what a killed run left is written over
+    temporary = path.with_name(f"{path.name}.tmp")  # a fixed name: the file of a killed run is overwritten
     with _write_errors(path):
         try:
             with h5py.File(temporary, "w") as file:
@@ -45,18 +45,20 @@ def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "no
 
 
 def check_export(path: Path) -> None:
-    """Raises `UserError` where the file cannot be written, or is not one that an export left."""
+    """Raise `UserError` if the file cannot be written, or exists and was not written by an export."""
     h5py = load_package("h5py", "--export_hdf5")
     if path.suffix.lower() not in (".h5", ".hdf5"):
         raise UserError(f"--export_hdf5 {path} must end in .h5 or .hdf5")
     if path.exists() and _held(h5py, path) is None:
-        raise UserError(f"--export_hdf5 {path} is there already and no export of ours; give another name")
+        raise UserError(f"--export_hdf5 {path} exists and was not written by an export; give another name")
     if not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"--export_hdf5 {path}: its folder is missing or cannot be written; make it, or give another")
+        raise UserError(
+            f"--export_hdf5 {path}: its folder does not exist or cannot be written; create it, or give another"
+        )
 
 
 def _held(h5py: Any, path: Path) -> str | None:
-    """What an export left as its mark; None where there is no such file."""
+    """Return the mark that an export wrote; None if there is no such file."""
     if not path.is_file():
         return None
     try:
@@ -97,8 +99,8 @@ def _write(h5py: Any, file: Any, images: PreparedImages, compression: str) -> No
 def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # HDF5 tells a full disk by either
+    except (OSError, RuntimeError) as error:  # HDF5 raises either for a full disk
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise UserError(
-            f"--export_hdf5 {path} cannot be written ({reason}); free space there, or give another"
+            f"--export_hdf5 {path} cannot be written ({reason}); free space there or give another file"
         ) from None

@@ -1,4 +1,4 @@
-"""Which images stay: who repeats whom, told by their hashes, and who is held out for validation."""
+"""Which images are kept: duplicates are found by hashes, and a fraction is held out for validation."""
 
 # N images, M different hashes
 
@@ -11,7 +11,7 @@ import numpy as np
 from trainkit.packages import load_package
 
 HASH_BITS = 64
-NO_HASH = 2**64 - 1  # instead of a perceptual hash that means nothing; at most half of the bits of one are set
+NO_HASH = 2**64 - 1  # of an image without a meaningful perceptual hash; at most half of the bits of others are set
 KEPT = -1
 NEAR_FLAG = "--deduplicate near"
 TRAIN, VALIDATION = 0, 1
@@ -19,20 +19,20 @@ TRAIN, VALIDATION = 0, 1
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """Which of the images that could be read are kept, and for what."""
+    """Which of the readable images are kept, and for which split."""
 
     deduplicate: str = "none"  # none, exact or near
-    near_distance: int = 4  # bits, at most
+    near_distance: int = 4  # maximum number of different bits
     validation_fraction: float = 0.0  # of the images, in [0, 1)
 
     @property
     def identity(self) -> tuple:
-        """What the result depends on."""
+        """The values that the result depends on."""
         return (self.deduplicate, self.near_distance, self.validation_fraction), *self._hash_version
 
     @property
     def unit_key(self) -> tuple:
-        """What the files of a unit depend on; the distance matters only once all units are done."""
+        """The values that the files of a unit depend on; the distance matters only once all units are done."""
         return self.deduplicate, self.validation_fraction, *self._hash_version
 
     @property
@@ -52,7 +52,7 @@ NO_FILTERS = FilterSettings()
 
 
 def filters_from_options(options) -> FilterSettings:
-    """What a script's `FilterOptions` ask for. Raises `UserError` naming the flag."""
+    """Return the filters of a script's `FilterOptions`. Raises `UserError` naming the flag."""
     if options.deduplicate == "near":
         load_package("imagehash", NEAR_FLAG)
     distance = options.near_distance if options.deduplicate == "near" else FilterSettings.near_distance
@@ -65,17 +65,17 @@ def is_held_out(content_hash: str, fraction: float) -> bool:
 
 
 def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
-    """For each image (N,) the first one of the same hash (N, K) uint64, or `KEPT` where that is itself."""
+    """Return for each image (N,) the first one of the same hash (N, K) uint64, or `KEPT` for that one itself."""
     firsts = _first_equal(hashes)
     firsts[firsts == np.arange(len(firsts))] = KEPT
     return firsts
 
 
 def duplicates_by_look(hashes: np.ndarray, content_hashes: np.ndarray, distance: int) -> np.ndarray:
-    """For each image (N,) the first kept one that looks the same, else `KEPT`.
+    """Return for each image (N,) the first kept one that looks the same, else `KEPT`.
 
-    `hashes` (N,) uint64 are perceptual hashes, `content_hashes` (N, 2) uint64 those of the pixels. Images whose
-    perceptual hash means nothing (`NO_HASH`: flat ones) are duplicates only if their pixels are equal.
+    `hashes` (N,) uint64 are perceptual hashes, `content_hashes` (N, 2) uint64 hashes of the pixels. Images
+    without a meaningful perceptual hash (`NO_HASH`: flat ones) are duplicates only if their pixels are equal.
     """
     repeated = np.full(len(hashes), KEPT, dtype=np.int64)
     for chosen, find in (
@@ -89,10 +89,10 @@ def duplicates_by_look(hashes: np.ndarray, content_hashes: np.ndarray, distance:
 
 
 def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """For each image (N,), in order, the first kept one within `distance` bits of its hash (uint64), else `KEPT`.
+    """Return for each image (N,), in order, the first kept one within `distance` bits of its hash, else `KEPT`.
 
-    An image goes only when one that stays is near it: no chains, in which each is near the next and the last like
-    nothing before it.
+    An image is dropped only if a kept one is near it. So there are no chains in which each is near the next and the
+    last is not like the first.
     """
     firsts = _first_equal(hashes[:, None])
     different = np.flatnonzero(firsts == np.arange(len(firsts)))
@@ -110,12 +110,12 @@ def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
 
 
 def _first_equal(hashes: np.ndarray) -> np.ndarray:
-    """For each row (N, K) the number of the first that is equal to it."""
-    order = np.lexsort(hashes.T)  # stable: of equals the first stays first
+    """Return for each row (N, K) the number of the first row that is equal to it."""
+    order = np.lexsort(hashes.T)  # stable: the first of several equal rows stays first
     starts = np.ones(len(order), dtype=bool)
     ordered = hashes[order]
     starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    del ordered  # a hundred million images are a gigabyte in each of these
+    del ordered  # each of these takes a gigabyte for a hundred million images
     starts = np.flatnonzero(starts)
     firsts = np.empty(len(order), dtype=np.int64)
     firsts[order] = np.repeat(order[starts], np.diff(starts, append=len(order)))
@@ -123,10 +123,11 @@ def _first_equal(hashes: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """All pairs (later, earlier) of different hashes (M,) uint64 at most `distance` bits apart, sorted.
+    """Return all pairs (later, earlier) of different hashes (M,) uint64 at most `distance` bits apart, sorted.
 
-    Exact, without comparing all with all: cut into b blocks of bits, two such hashes agree in at least b - distance
-    whole blocks; for each choice of so many the hashes are sorted by them, and only equal ones are compared.
+    The result is exact, but not all pairs are compared. If the hashes are cut into b blocks of bits, two such hashes
+    agree in at least b - distance whole blocks. For each choice of that many blocks, the hashes are sorted by them,
+    and only equal ones are compared.
     """
     num_blocks = _num_blocks(len(hashes), distance)
     bounds = np.linspace(0, HASH_BITS, num_blocks + 1).astype(int).tolist()
@@ -147,7 +148,7 @@ def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
 
 
 def _num_blocks(num_hashes: int, distance: int) -> int:
-    """Few blocks make few sorts but many chance meetings: the number that costs least, in comparisons."""
+    """Return the number of blocks with the fewest comparisons: few blocks need few sorts, but match more by chance."""
     sort_cost = 4 * math.log2(num_hashes + 2)
 
     def cost(blocks: int) -> float:

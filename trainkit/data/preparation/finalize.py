@@ -1,4 +1,4 @@
-"""Finished shards -> a dataset: the files that `datasets` reads, and the preparation's description and account."""
+"""Turn finished shards into a dataset: the files that `datasets` reads, the description and the account."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from trainkit.data.sources.source import Source
 from trainkit.errors import UserError
 
 EARLY_FILES = 1000  # files to read before a run may stop early
-EXAMPLES = 3  # rejected files that the message names
+EXAMPLES = 3  # rejected files named in the message
 
 
 def finalize(
@@ -64,7 +64,7 @@ def finalize(
     _check_images(source, writer, output_dir, summaries, rejections)
     rejections.check(len(source), output_dir / REJECTED_NAME)
     account = _account(source, summaries, len(rejected))
-    if VALIDATION in parts:  # before the rest: where that is complete, this is
+    if VALIDATION in parts:  # first: if the rest is complete, so is this
         held_out = {"held_out_of": fingerprint, "rejected": {}}
         dataset = output_dir / VALIDATION_FOLDER, parts[VALIDATION], summaries[VALIDATION]
         _write_dataset(source, writer, *dataset, held_out_mark(fingerprint), held_out)
@@ -84,7 +84,7 @@ def finalize(
 def _parts(
     writer: ShardWriter, output_dir: Path | RemotePath, shards: list[Path | RemotePath]
 ) -> tuple[dict[int, list[Part]], dict[Path | RemotePath, list[dict]]]:
-    """The parts of each split in the source's order, and the lines of rejected.jsonl about duplicates, by shard."""
+    """Return the parts of each split in the source's order, and by shard the lines of rejected.jsonl on duplicates."""
     if writer.filters.deduplicate != "none":
         is_first = isinstance(output_dir, Path) and not exists(output_dir / PREPARATION_NAME)
         return drop_duplicates(writer, output_dir, shards, sweep_at_once=is_first)
@@ -93,7 +93,7 @@ def _parts(
 
 
 def _account(source: Source, summaries: dict[int, list[dict]], num_rejected: int) -> Account:
-    """What became of everything that was found: the source's account, the units' and the totals."""
+    """Return the account of everything that was found: the source's, the units' and the totals."""
     account = Account()
     account.merge(source.account)
     for summary in summaries[TRAIN]:
@@ -137,7 +137,7 @@ def _write_dataset(
     fingerprint: str,
     about: dict,
 ) -> None:
-    """Write the JSON files of a dataset; `about` is what its preparation.json says besides."""
+    """Write the JSON files of a dataset; `about` holds further entries of its preparation.json."""
     classes, present = Counter(), sizes(folder)
     for summary in summaries:
         classes.update(summary["classes"])
@@ -194,7 +194,7 @@ def _delete_leftovers(
 def _delete_replaced(
     output_dir: RemotePath, parts: dict[int, list[Part]], shards: list[RemotePath], replaced: dict[str, set[str]]
 ) -> None:
-    """Delete at a URL only what belonged to the dataset that was there before: no lock keeps other runs away."""
+    """Delete at a URL only the files of the dataset that is replaced, since no lock keeps other runs away."""
     wanted = {str(path) for split in parts.values() for part in split for path in part if path is not None}
     wanted |= {str(stats_path(shard)) for shard in shards}
     for name, split in (("", TRAIN), (VALIDATION_FOLDER, VALIDATION)):
@@ -219,7 +219,7 @@ def _belongs_to(name: str, shards: dict[str, set[str]]) -> bool:
 
 
 def delete_after_kill(output_dir: Path | RemotePath) -> None:
-    """Delete what a run that was killed at its very end left next to a finished local dataset."""
+    """Delete the files that a run killed at its very end left next to a finished local dataset."""
     if isinstance(output_dir, RemotePath):
         return
     delete_own_files(output_dir, _shard_names(output_dir))
@@ -228,7 +228,7 @@ def delete_after_kill(output_dir: Path | RemotePath) -> None:
 
 
 class Rejections:
-    """Counts the files that cannot be read, and stops a run where they are more than a fraction of all."""
+    """Counts the rejected files, and stops a run if they are more than a fraction of all."""
 
     def __init__(self, max_fraction: float, num_files: int):
         self.max_fraction, self.num_files = max_fraction, num_files
@@ -240,15 +240,15 @@ class Rejections:
         self.examples += rejected[: EXAMPLES - len(self.examples)]
 
     def check(self, num_seen: int, where: Path | RemotePath | None = None) -> None:
-        """Raise a `UserError` where too many of the `num_seen` files were rejected."""
+        """Raise `UserError` if too many of the `num_seen` files were rejected."""
         count = self.faults.total()
         if count <= self.max_fraction * num_seen:
             return
         of = f"{num_seen:,}" if num_seen == self.num_files else f"the first {num_seen:,}"
         faults = ", ".join(f"{number:,} {fault}" for fault, number in self.faults.most_common())
-        told = "; ".join(f"{line['source']} ({line['fault']}: {line['message']})" for line in self.examples)
+        examples = "; ".join(f"{line['source']} ({line['fault']}: {line['message']})" for line in self.examples)
         raise UserError(
             f"{count:,} of {of} files were rejected ({faults}), more than --max_rejected_fraction "
-            f"{self.max_fraction:g}: {told}{f'; see {where}' if where else ''}; look whether this is the right data, "
-            "or raise --max_rejected_fraction: what is done stays"
+            f"{self.max_fraction:g}: {examples}{f'; see {where}' if where else ''}; check the data, "
+            "or raise --max_rejected_fraction: finished work is kept"
         )

@@ -1,4 +1,4 @@
-"""What is kept about an image besides its pixels: a hash of them, a perceptual hash, and their sums."""
+"""Statistics of an image's pixels: their hash, a perceptual hash, and their sums."""
 
 # N images, C channels, pixels in HWC order
 
@@ -14,8 +14,8 @@ import pyarrow as pa
 from trainkit.data.preparation.filtering import NEAR_FLAG, NO_HASH, FilterSettings
 from trainkit.packages import load_package
 
-HASH_SIDE, FLAT_STD = 32, 2.0  # pixels that pHash looks at; grey levels (0 to 255) below which an image is flat
-EXACT_PIXELS = 2**20  # squares of so many 16-bit samples add up to less than 2**53
+HASH_SIDE, FLAT_STD = 32, 2.0  # pixels that pHash reads; grey levels (0 to 255) below which an image is flat
+EXACT_PIXELS = 2**20  # the squares of this many 16-bit samples add up to less than 2**53
 STATS_SCHEMA = pa.schema(
     {
         "side": pa.uint8(),
@@ -83,27 +83,27 @@ def perceptual_hash(pixels: np.ndarray) -> int:
 
 
 def stats_batch(
-    splits: list[int], facts: list[ImageStats], labels: list[int | None], sources: list[str]
+    splits: list[int], stats: list[ImageStats], labels: list[int | None], sources: list[str]
 ) -> pa.RecordBatch:
-    """The facts of a unit's images as a table, with which split each is on and what it is called."""
-    facts = [fact._replace(content_hash=bytes.fromhex(fact.content_hash)) for fact in facts]
-    columns = [splits, *(list(zip(*facts, strict=True)) or [[]] * len(ImageStats._fields)), labels, sources]
+    """Return the statistics of a unit's images as a table, with the split, label and source of each."""
+    stats = [image._replace(content_hash=bytes.fromhex(image.content_hash)) for image in stats]
+    columns = [splits, *(list(zip(*stats, strict=True)) or [[]] * len(ImageStats._fields)), labels, sources]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, STATS_SCHEMA, strict=True)]
     return pa.record_batch(arrays, schema=STATS_SCHEMA)
 
 
 def stats_digest(batch: pa.RecordBatch) -> str:
-    """Tells two versions of a unit apart: a file that could not be read may be readable later."""
+    """Return a hash of a unit's statistics: a unit changes if a file that could not be read is readable later."""
     return hashlib.blake2b(repr(batch.to_pydict()).encode(), digest_size=8).hexdigest()
 
 
-def sum_stats(facts: Iterable[ImageStats]) -> dict:
-    """Their pixels, sums and sums of squares by channel, added up exactly."""
+def sum_stats(stats: Iterable[ImageStats]) -> dict:
+    """Add up the pixels, and by channel the sums and sums of squares, exactly."""
     count, sums, squares = 0, [], []
-    for fact in facts:
-        count += fact.num_pixels
-        sums = [a + b for a, b in itertools.zip_longest(sums, fact.sums, fillvalue=0)]
-        squares = [a + b for a, b in itertools.zip_longest(squares, fact.squares, fillvalue=0)]
+    for image in stats:
+        count += image.num_pixels
+        sums = [a + b for a, b in itertools.zip_longest(sums, image.sums, fillvalue=0)]
+        squares = [a + b for a, b in itertools.zip_longest(squares, image.squares, fillvalue=0)]
     return {"num_pixels": count, "sums": sums, "squares": squares}
 
 
@@ -112,7 +112,7 @@ def sum_totals(totals: Iterable[dict]) -> dict:
 
 
 def mean_and_std(total: dict, max_value: int) -> dict[str, list[float]]:
-    """By channel, of samples scaled to [0, 1]; from the integer sums without a rounding before the last step."""
+    """Return mean and deviation by channel of samples scaled to [0, 1], with only the last step rounded."""
     count = total["num_pixels"]
     pairs = list(zip(total["sums"], total["squares"], strict=True))
     variances = [(square * count - value * value) / (count * max_value) ** 2 for value, square in pairs]

@@ -1,4 +1,4 @@
-"""The output folder of a preparation: what in it is the preparation's own, and what it must leave alone.
+"""The output folder of a preparation: which files are the preparation's own, and which it must leave alone.
 
 A preparation writes and deletes its own files only: the fixed names of `data/format.py` in a folder that it created,
 shards that carry its summary, and temporary files. Other files in the folder stay.
@@ -118,10 +118,10 @@ def _check_validation_folder(output_dir: Path | RemotePath) -> None:
 
 
 def owns_validation(output_dir: Path | RemotePath) -> bool:
-    """Whether OUTPUT/validation was made together with OUTPUT, not by a preparation of its own or by somebody else."""
+    """Whether OUTPUT/validation was made together with OUTPUT, not by a separate preparation or by hand."""
     folder = output_dir / VALIDATION_FOLDER
     names = sizes(folder)
-    if LOCK_NAME in names:  # a preparation of its own locks its folder
+    if LOCK_NAME in names:  # a separate preparation locks its folder
         return False
     if PREPARATION_NAME not in names:  # interrupted, or not a preparation's
         return any(is_own_shard(folder / name) for name in names)

@@ -1,6 +1,6 @@
-"""Worker processes that run jobs, and outlive the ones that die.
+"""Worker processes that run jobs and are replaced if they die.
 
-Jobs are asked for only when there is room, so that memory stays flat however long the list is.
+Jobs are requested only when there is room, so memory use does not depend on their number.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from trainkit.data.images.limits import limit_memory
 from trainkit.data.preparation.shards import JoinJob, ShardWriter, SliceJob
 from trainkit.errors import UserError
 
-JOBS_IN_FLIGHT = 3  # for each process: one at work, two waiting
+JOBS_IN_FLIGHT = 3  # per process: one running, two waiting
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-# Once, before workers are forked. Pandas, since pyarrow imports it at its first array: 0.4 s of CPU each otherwise.
+# Imported once, before workers are forked. pyarrow imports pandas with its first array, which takes 0.4 s of CPU.
 PRELOADED = ["numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "pyarrow", "pandas"]
 DIED = object()  # the result of a call that killed its process
 
@@ -31,14 +31,14 @@ _writer: ShardWriter | None = None  # of this worker process
 
 
 def num_cores() -> int:
-    """The cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
-    """Run what `next_job()` gives (None: nothing at present) on `num_proc` processes; yields each job when done.
+    """Run the jobs of `next_job()` (None: nothing at present) on `num_proc` processes; yields each job when done.
 
-    0 processes mean one for each core; one means this one, which an image may kill.
+    0 processes mean one per core. 1 means this process, which an image may kill.
     """
     if num_proc != 1:
         yield from run_jobs_in_processes(writer, next_job, num_proc)
@@ -49,10 +49,9 @@ def run_jobs(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator
 
 
 def run_jobs_in_processes(writer: ShardWriter, next_job: Callable, num_proc: int) -> Iterator[SliceJob | JoinJob]:
-    """`run_jobs` on `num_proc` (0: one for each core) worker processes.
+    """`run_jobs` on `num_proc` (0: one per core) worker processes.
 
-    One that dies costs nothing but time: its jobs are run again, each by itself, and an item that kills its process
-    every time is rejected.
+    If a worker dies, its jobs run again, one at a time, and an item that kills its process every time is rejected.
     """
     num_proc = num_proc or num_cores()
     with _single_threaded_children():
@@ -90,7 +89,7 @@ def run_jobs_in_processes(writer: ShardWriter, next_job: Callable, num_proc: int
 
 
 def run_alone(crashing: Callable[[Callable, list], tuple[int, ...]], job: SliceJob | JoinJob) -> None:
-    """Run a job whose process died; where it kills another one, find and reject the items that do it.
+    """Run a job whose process died; if it kills another one, find and reject the items that do it.
 
     `crashing(function, arguments)` calls `function(writer, argument)` for each, in another process; it returns the
     positions of those that killed it.
@@ -121,13 +120,13 @@ def probe(writer: ShardWriter, items: Sequence) -> None:
 
 
 def _crashing(writer: ShardWriter, function: Callable, arguments: list) -> tuple[int, ...]:
-    """The positions of the arguments with which a call kills its process."""
+    """Return the positions of the arguments with which a call kills its process."""
     results = call_in_process(writer, function, arguments)
     return tuple(position for position, result in enumerate(results) if result is DIED)
 
 
 def call_in_process(writer: ShardWriter, function: Callable, arguments: Iterable) -> Iterator[Any]:
-    """`function(writer, argument)` for each, one at a time in another process; `DIED` where it did."""
+    """Yield `function(writer, argument)` for each, one at a time in another process; `DIED` if the process died."""
     pool = None
     try:
         for argument in arguments:
@@ -144,7 +143,7 @@ def call_in_process(writer: ShardWriter, function: Callable, arguments: Iterable
 
 
 def _start_pool(writer: ShardWriter, num_proc: int) -> ProcessPoolExecutor:
-    # Not fork: the parent may hold the threads and locks of torch.
+    # Not fork: the parent may have threads and locks of torch.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -153,9 +152,9 @@ def _start_pool(writer: ShardWriter, num_proc: int) -> ProcessPoolExecutor:
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable, argument) -> Future:
-    """`pool.submit`, which starts the processes it lacks; they are kept from importing the main script.
+    """Call `pool.submit`, which starts missing processes, and keep them from importing the main script.
 
-    It may import torch, or have no `if __name__ == "__main__":`, or be no file at all, and workers need nothing of it.
+    Workers do not need it, and it may import torch, have no `if __name__ == "__main__":`, or not be a file.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -174,7 +173,7 @@ def _start_worker(writer: ShardWriter) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A killed parent closes no queue: without this its workers would wait for ever."""
+    """End this worker if its parent is killed, which closes no queue: the worker would wait indefinitely."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -185,7 +184,7 @@ def _call(function: Callable, argument) -> Any:
 
 @contextlib.contextmanager
 def quiet_decoders():
-    """Broken files are told in rejected.jsonl; what Pillow logs and C libraries print of them floods the screen."""
+    """Silence what Pillow logs and C libraries print about broken files, which rejected.jsonl lists."""
     logger = logging.getLogger("PIL")
     level, standard_error = logger.level, os.dup(2)
     logger.setLevel(logging.CRITICAL)
@@ -201,7 +200,7 @@ def quiet_decoders():
 
 @contextlib.contextmanager
 def _single_threaded_children():
-    """Many processes with as many BLAS threads each would only wait for each other."""
+    """Limit BLAS to one thread per worker: many processes with many threads would wait for each other."""
     before = {name: os.environ.get(name) for name in THREAD_LIMITS}
     os.environ.update(dict.fromkeys(THREAD_LIMITS, "1"))
     try:

@@ -1,4 +1,4 @@
-"""Images -> a prepared dataset: a folder of Arrow shards that opens by memory map, with no decoding left to do.
+"""Turn images into a prepared dataset: a folder of decoded images in Arrow shards that opens by memory map.
 
 The source is cut into work units of about 2,000 images. Each is a pure function of its files and the settings, and
 becomes one shard, named by a hash of both. So the result does not depend on the number of processes, a killed run
@@ -58,7 +58,7 @@ class Engine(Protocol):
 
 
 class Task(NamedTuple):
-    """One preparation: what is made of which source, and where."""
+    """One preparation: its source, settings and folders."""
 
     source: Source
     writer: ShardWriter
@@ -75,7 +75,7 @@ def dataset_fingerprint(source: Source, settings: PreparationSettings, filters: 
 
 
 def _columns(source: Source) -> tuple[list[str] | None, bool, int | None]:
-    """What the columns next to the image depend on."""
+    """Return the values that the columns next to the image depend on."""
     return source.label_names, source.has_text, source.vector_length
 
 
@@ -98,8 +98,8 @@ def prepare(
     Does nothing if the folder holds exactly that already, which then need not be writable. `num_proc` 0 uses every
     core. `engine` runs the jobs. `work_dir` is a local folder for unfinished work if `output_dir` is a URL (None: at
     the URL as well). Of two runs in one folder the second waits for the first and finds the work done; so do two runs
-    of one machine at a URL, while two machines do the same work twice. `overwrite` allows to replace a dataset of
-    another source or of other settings.
+    of one machine at a URL, while two machines do the same work twice. With `overwrite` a dataset of another
+    source or of other settings is replaced.
 
     Raises:
         UserError: nothing can be read or written, or more than `max_rejected_fraction` of the files are rejected.
@@ -161,7 +161,7 @@ def _up_to_date(preparation: dict, output_dir: Path | RemotePath, show_progress:
 
 
 def _units(source: Source, writer: ShardWriter, output_dir: Path | RemotePath) -> list[Unit]:
-    """The shard and the items of each work unit, in the source's order."""
+    """Return the shard and the items of each work unit, in the source's order."""
     about_all = (FORMAT, writer.settings.identity, writer.filters.unit_key, *_columns(source))
     return [(output_dir / f"data-{_digest(about_all, unit.identity)}.arrow", unit.items) for unit in source.units()]
 
@@ -174,7 +174,7 @@ def _is_of_other_images(preparation: dict, source: Source, units: list[Unit]) ->
 
 
 def _run(task: Task, engines: tuple[Callable, Callable], rejections: Rejections) -> dict:
-    """Do the work that is missing; `engines` are for many and for few files."""
+    """Do the missing work; `engines` are for many and for few files."""
     started = time.monotonic()
     filters, shards = task.writer.filters, [shard for shard, _ in task.units]
     if filters.validation_fraction:
@@ -219,7 +219,7 @@ def _run_jobs(task: Task, plan: Plan, engine: Callable, rejections: Rejections) 
 
 
 def print_account(preparation: dict) -> None:
-    """Print what became of everything that was found, one line per kind."""
+    """Print the account of everything that was found, one line per kind."""
     for line in Account.from_json(preparation.get("account", {}), preparation["ignored"]).lines():
         print(f"  {line}", flush=True)
 
@@ -231,7 +231,7 @@ def slice_items(settings: PreparationSettings) -> int:
 
 
 def _is_current(preparation: dict, folder: Path | RemotePath, fingerprint: str, settings: PreparationSettings) -> bool:
-    """Whether a complete dataset is the one that is wanted, undamaged, and without faults that may have gone away."""
+    """Whether a complete dataset is the requested one, undamaged, and without faults that may have disappeared."""
     training_size = settings.train_height, settings.train_width  # not part of the fingerprint
     if preparation["fingerprint"] != fingerprint or faults.TRANSIENT & preparation["rejected"].keys():
         return False

@@ -1,6 +1,6 @@
-"""Jobs on a Ray cluster: the same ones as on the processes of one machine, with the same result.
+"""Jobs on a Ray cluster: the same jobs as on the processes of one machine, with the same result.
 
-Every node must see the source and the output under the same path, or they are URLs.
+Source and output must be URLs, or every node must see them under the same path.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from trainkit.data.preparation.shards import JoinJob, ShardWriter, SliceJob
 from trainkit.errors import UserError
 from trainkit.packages import load_package
 
-PACKAGE = Path(__file__).resolve().parent.parent  # what workers on other machines need of ours
+PACKAGE = Path(__file__).resolve().parent.parent  # the code that workers on other machines need
 CONNECT_S = 5
 OBJECT_STORE_BYTES = 100 * 2**20  # of an embedded cluster: jobs and results are small
 
 
 def ray_engine(address: str | None) -> Callable:
-    """What `prepare` takes as its engine. `address`: HOST:PORT, auto, or None for a cluster of this machine.
+    """Return the engine for `prepare`. `address`: HOST:PORT, auto, or None for a cluster on this machine.
 
-    Raises `UserError` where Ray is not installed.
+    Raises `UserError` if Ray is not installed.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     return partial(_run_jobs, load_package("ray", "--engine ray"), address)
@@ -34,10 +34,10 @@ def ray_engine(address: str | None) -> Callable:
 def _run_jobs(
     ray, address: str | None, writer: ShardWriter, next_job: Callable, num_proc: int
 ) -> Iterator[SliceJob | JoinJob]:
-    """As `run_jobs`, with `num_proc` the tasks at once (0: as many as there are CPUs).
+    """`run_jobs` with `num_proc` tasks at a time (0: one per CPU).
 
-    A worker or node that dies costs the jobs it was at; they are run again, each by itself, and an item that kills
-    its worker every time is rejected.
+    If a worker or node dies, its jobs run again, one at a time, and an item that kills its worker every time is
+    rejected.
     """
     with _cluster(ray, address, num_proc):
         call = ray.remote(num_cpus=1, max_retries=0)(_call)
@@ -95,8 +95,8 @@ def _cluster(ray, address: str | None, num_proc: int) -> Iterator[None]:
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--ray_address {address}: no Ray cluster can be reached there ({reason}); start one with "
-                "`ray start --head` and give its HOST:PORT (where it asks for a token, set RAY_AUTH_MODE=token as "
+                f"--ray_address {address}: no Ray cluster answers there ({reason}); start one with "
+                "`ray start --head` and give its HOST:PORT (if it requires a token, set RAY_AUTH_MODE=token as "
                 "there), or leave the flag out"
             ) from None
     try:
@@ -106,14 +106,14 @@ def _cluster(ray, address: str | None, num_proc: int) -> Iterator[None]:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError or ValueError where nothing listens: Ray itself would try for minutes."""
+    """Raise OSError or ValueError if nothing listens: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), CONNECT_S).close()
 
 
 @contextlib.contextmanager
 def _importable_as_here() -> Iterator[None]:
-    """Workers of this machine find the modules that this process does, wherever it was started."""
+    """Let workers on this machine find the modules of this process, wherever it was started."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
     try:
@@ -123,7 +123,7 @@ def _importable_as_here() -> Iterator[None]:
 
 
 def _call(writer: ShardWriter, function: Callable, argument) -> None:
-    """One task, on any node."""
+    """Run one task, on any node."""
     if isinstance(argument, SliceJob | JoinJob):
         source, work = getattr(writer.reader, "folder", None), argument.path.parent
         for folder in [source, work if isinstance(work, Path) else None]:

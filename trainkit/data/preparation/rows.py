@@ -1,4 +1,4 @@
-"""Rows of Arrow record batches: picked, put in order, and grouped again in a way that depends on the rows alone."""
+"""Rows of Arrow record batches: selected, ordered, and grouped again by the rows alone."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,7 +8,7 @@ import pyarrow as pa
 
 
 class Rows:
-    """The rows of several record batches as one sequence; `positions` says where in it each of them belongs."""
+    """The rows of several record batches as one sequence; `positions` gives the place of each in it."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch], positions: np.ndarray | None = None):
         self.batches = list(batches)
@@ -23,12 +23,12 @@ class Rows:
         return len(self._batch)
 
     def column(self, name: str) -> list:
-        """One column's values as Python objects."""
+        """Return one column's values as Python objects."""
         columns = [batch.column(name).to_pylist() for batch in self.batches]
         return [columns[batch][row] for batch, row in zip(self._batch, self._row, strict=True)]
 
     def take(self, wanted: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """The `wanted` rows, in that order; a run of rows from one batch is one batch."""
+        """Yield the `wanted` rows in that order; a run of rows from one batch is one batch."""
         batch, row = self._batch[wanted], self._row[wanted]
         starts = np.flatnonzero(np.diff(batch, prepend=-1))
         for start, end in itertools.pairwise([*starts, len(batch)]):
@@ -40,9 +40,9 @@ class Rows:
 
 
 def rebatch(batches: Iterable[pa.RecordBatch], max_bytes: int) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of at most `max_bytes` of image (a larger image stays, by itself): quick to index.
+    """Yield the same rows in batches of at most `max_bytes` of images, which are fast to index.
 
-    Where a batch ends depends on the rows, not on how they came.
+    A larger image has a batch of its own. Where a batch ends depends on the rows alone, not on the given batches.
     """
     group, size = [], 0
     for batch in batches:
@@ -64,12 +64,12 @@ def rebatch(batches: Iterable[pa.RecordBatch], max_bytes: int) -> Iterator[pa.Re
 
 
 def _joined(group: list[pa.RecordBatch]) -> pa.RecordBatch:
-    # The empty one makes it a copy even of a single batch, whose buffers may hold more than its rows.
+    # The empty batch forces a copy even of a single batch, whose buffers may hold more than its rows.
     return pa.Table.from_batches([*group, group[0].slice(0, 0)]).combine_chunks().to_batches()[0]
 
 
 def _image_bytes(batch: pa.RecordBatch) -> np.ndarray:
-    """Bytes of each row's image, pixels or encoded (N,)."""
+    """Return the bytes of each row's image (N,), pixels or encoded."""
     import pyarrow.compute as pc  # slow to import
 
     images = batch.column("image")
