@@ -91,7 +91,7 @@ def publish(server, name, folder):
 
 
 def environment(server, home):
-    """What has a process take `server` for the Hub, with a cache of its own in `home`."""
+    """Environment variables that make a process use `server` as the Hub, with its cache in `home`."""
     return {
         "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(home),

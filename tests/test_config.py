@@ -114,7 +114,7 @@ def test_switches(words, expected):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (["--lerning_rate", "1"], "unknown argument --lerning_rate: did you mean --learning_rate?"),
         (["--learning", "1"], "unknown argument --learning"),  # no abbreviations: a later flag could take them over
@@ -127,14 +127,14 @@ def test_switches(words, expected):
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
     ],
 )
-def test_mistakes_on_the_command_line_are_told_in_one_line(words, told):
+def test_mistakes_on_the_command_line_are_one_line(words, message):
     with pytest.raises(UserError) as caught:
         parse(*words)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "yaml, told",
+    "yaml, message",
     [
         ("lerning_rate: 1", "unknown key 'lerning_rate': did you mean learning_rate?"),
         ("config: other.yaml", "unknown key 'config'"),
@@ -146,10 +146,10 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(words, told):
         ("depth: [1", "is not YAML"),
     ],
 )
-def test_mistakes_in_yaml_name_the_file_and_the_key(tmp_path, yaml, told):
+def test_mistakes_in_yaml_name_the_file_and_the_key(tmp_path, yaml, message):
     with pytest.raises(UserError) as caught:
         parse(yaml=yaml, tmp_path=tmp_path)
-    assert told in str(caught.value) and "recipe.yaml" in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "recipe.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_help_shows_groups_units_defaults_and_choices(capsys):
@@ -177,7 +177,7 @@ def test_help_answers_at_once_and_without_torch(script):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", scripts(), ids=lambda file: file.name)
 def test_every_flag_is_read(script):
-    """A flag that nothing reads lies to its user: code that the script reaches must take each from `options`."""
+    """A flag that nothing reads is a mistake: code that the script reaches must read each from `options`."""
     flags, read = _flags(script), set()
     for module in reachable(script.stem):
         read |= _attributes_of_options(modules()[module].read_text())

@@ -1,4 +1,4 @@
-"""What the tests of the training scripts share: one tiny run, told in flags, and how to look at what it left."""
+"""What the tests of the training scripts share: the flags of one tiny run, and how to read what it wrote."""
 
 import importlib
 import json

@@ -42,15 +42,17 @@ def test_labels_move_the_prediction_and_zeros_do_not():
     assert torch.equal(unet(images, timesteps, augmentation=torch.zeros(2, LABELS)).sample, expected)
     labels = torch.zeros(2, LABELS)
     labels[1] = 1
-    told = unet(images, timesteps, augmentation=labels).sample
-    assert torch.allclose(told[0], expected[0], atol=1e-6) and not torch.allclose(told[1], expected[1], atol=1e-3)
-    told.square().mean().backward()
+    labelled = unet(images, timesteps, augmentation=labels).sample
+    assert torch.allclose(labelled[0], expected[0], atol=1e-6) and not torch.allclose(
+        labelled[1], expected[1], atol=1e-3
+    )
+    labelled.square().mean().backward()
     assert unet.time_embedding.cond_proj.weight.grad.abs().min() > 0
     assert torch.equal(unet(images, timesteps).sample, expected), "labels are not left behind"
 
 
 def test_every_parameter_has_a_gradient_where_no_image_is_augmented():
-    """DDP waits for ever for one that has none."""
+    """DDP waits without end for a parameter that has no gradient."""
     _, unet = unet_with_input()
     labels = torch.zeros(2, LABELS)
     unet(torch.randn(2, 3, 8, 8), torch.tensor([3, 500]), augmentation=labels).sample.square().mean().backward()
@@ -83,12 +85,12 @@ def test_compiled_once_for_all_labels():
     model, times, graphs = EmbeddingAlone(), torch.randn(2, 8), []
     add_augmentation_input(model, LABELS)
     labels = torch.randn(3, 2, LABELS).unbind()
-    expected = [model(times, augmentation=told) for told in labels]
+    expected = [model(times, augmentation=label) for label in labels]
     model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, dynamic=False)
-    for told, result in zip(labels, expected, strict=True):
-        assert torch.allclose(model(times, augmentation=told), result, atol=1e-6)
+    for label, result in zip(labels, expected, strict=True):
+        assert torch.allclose(model(times, augmentation=label), result, atol=1e-6)
     assert len(graphs) == 1
-    # A CUDA graph reads what is marked so at one address for ever.
+    # A CUDA graph always reads what is marked this way at one address.
     inputs = [node.meta for node in graphs[0].graph.nodes if node.op == "placeholder"]
     free = [meta["example_value"].shape for meta in inputs if "_dynamo_static_input_type" not in meta["tensor_dict"]]
     assert sorted(free) == sorted([(2, 8), (2, LABELS)])

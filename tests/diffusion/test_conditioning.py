@@ -216,8 +216,8 @@ def test_classes_are_found_by_name_and_new_ones_start_as_null(tmp_path):
     old = trained(make_unet(num_class_embeds=4))
     save_pipeline(tmp_path, conditional_pipeline(old, DDPMScheduler(), id2label={0: "a", 1: "b", 2: "c"}), "")
     new = make_unet(num_class_embeds=5)
-    told = load_pretrained(new, str(tmp_path), ["c", "d", "a", "e"])
-    assert "2 of 4 classes unchanged" in told and "not loaded" not in told
+    report = load_pretrained(new, str(tmp_path), ["c", "d", "a", "e"])
+    assert "2 of 4 classes unchanged" in report and "not loaded" not in report
     expected = predict(old, class_labels=torch.tensor([2, 3, 0, 3]))
     assert torch.equal(predict(new, class_labels=CLASSES), expected)
     plain, vectors = make_unet(), make_unet(class_embed_type="identity")
@@ -274,8 +274,8 @@ def test_captions_are_added_to_a_model_without(tmp_path, heads):
     old = trained(make_unet(add_attention=False, num_class_embeds=3, attention_head_dim=heads))
     DDPMPipeline(old, DDPMScheduler()).save_pretrained(tmp_path)
     new, text = text_unet(tmp_path, 12), {"encoder_hidden_states": torch.randn(4, 5, 12)}
-    told = load_pretrained(new, str(tmp_path))
-    assert "1 layers of cross-attention added at zero" in told and "not loaded" not in told
+    report = load_pretrained(new, str(tmp_path))
+    assert "1 layers of cross-attention added at zero" in report and "not loaded" not in report
     null = predict(old, class_labels=torch.full((4,), 2))
     torch.testing.assert_close(predict(new, **text), null, atol=1e-5, rtol=1e-5)
     new(torch.randn(4, 3, 8, 8), 5, **text).sample.mean().backward()
@@ -285,8 +285,8 @@ def test_captions_are_added_to_a_model_without(tmp_path, heads):
     old = trained(make_unet(**plain))
     DDPMPipeline(old, DDPMScheduler()).save_pretrained(tmp_path / "plain")
     new = text_unet(tmp_path / "plain", 12)
-    told = load_pretrained(new, str(tmp_path / "plain"))
-    assert "4 layers of cross-attention" in told and "not loaded: mid_block.attentions.0.group_norm" in told
+    report = load_pretrained(new, str(tmp_path / "plain"))
+    assert "4 layers of cross-attention" in report and "not loaded: mid_block.attentions.0.group_norm" in report
     assert list(new.config.down_block_types) == ["DownBlock2D", "CrossAttnDownBlock2D"]
 
 
@@ -296,12 +296,12 @@ def test_a_model_of_captions_goes_on_with_the_same_or_another_encoder(tmp_path):
     save_pipeline(tmp_path / "text", conditional_pipeline(old, DDPMScheduler()), "")
     same, other = (text_unet(tmp_path / "text", width) for width in (12, 20))
     states = torch.randn(4, 5, 20)
-    told = load_pretrained(same, str(tmp_path / "text"))
-    assert f"{len(old.state_dict())} of {len(old.state_dict())} tensors" in told and ";" not in told
+    report = load_pretrained(same, str(tmp_path / "text"))
+    assert f"{len(old.state_dict())} of {len(old.state_dict())} tensors" in report and ";" not in report
     inputs = {"encoder_hidden_states": states[..., :12]}
     assert torch.equal(predict(same, **inputs), predict(old, **inputs))
-    told = load_pretrained(other, str(tmp_path / "text"))
-    assert "text 12 -> 20 numbers per token" in told and "not loaded" not in told
+    report = load_pretrained(other, str(tmp_path / "text"))
+    assert "text 12 -> 20 numbers per token" in report and "not loaded" not in report
     assert torch.equal(predict(other, encoder_hidden_states=states), predict(other, encoder_hidden_states=-states))
 
 

@@ -25,7 +25,7 @@ def test_the_exact_prediction_has_no_loss(prediction_type):
 
 @pytest.mark.parametrize("snr_gamma", [5.0, 1.0])
 def test_min_snr_weighs_the_image_error_the_same_whatever_is_predicted(snr_gamma):
-    """An error of the image, told as an error of the noise or the velocity, costs the same (Hang et al. 2023)."""
+    """An image error costs the same as the equal error of the noise or the velocity (Hang et al. 2023)."""
     image_error = torch.randn(IMAGES.shape) * 0.1
     snr = signal_to_noise(scheduler("sample"), TIMESTEPS)[:, None, None, None]
     errors = {

@@ -166,7 +166,7 @@ def test_no_uniform_number_is_out_of_range():
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "needs --prediction_type v_prediction or"),
         ({"prediction_type": "sample", "rescale_betas_zero_snr": True}, "use --loss_weighting edm"),
@@ -190,10 +190,10 @@ def test_no_uniform_number_is_out_of_range():
         ({"ddpm_beta_schedule": "scaled_linear", "noise_shift": 0.05}, "% of the image"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(flags, told):
+def test_what_cannot_work_is_refused_in_one_line(flags, message):
     with pytest.raises(UserError, match="--") as refusal:
         check_objective(ObjectiveOptions(**flags))
-    assert told in str(refusal.value) and "\n" not in str(refusal.value)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_every_other_pair_is_accepted():

@@ -1,4 +1,4 @@
-"""A fine-tuned pipeline goes on over the noise schedule that it was trained over."""
+"""Fine-tuning keeps the noise schedule of the pretrained pipeline."""
 
 import shutil
 
@@ -101,7 +101,7 @@ def test_a_noise_schedule_is_not_moved_twice(tmp_path):
 
 
 def test_a_pipeline_of_diffusers_is_trained_on_over_its_own_noise_schedule(tmp_path):
-    """Under scheduler/, at the root as in the first pipelines, with betas of its own; a solver's betas too."""
+    """Under scheduler/, at the root as in the first pipelines, with given betas; a solver's betas too."""
     betas = torch.linspace(1e-3, 3e-2, 500).tolist()
     for number, scheduler in enumerate(
         (

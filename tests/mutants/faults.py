@@ -52,7 +52,7 @@ FAULTS = [
         "counter=[0, row, step, 0]", "counter=[0, row, 0, 0]", ("tests/data/test_order.py",),
     ),
     Fault(
-        "epochs_alike", "each epoch has an order of its own", "trainkit/data/loading/order.py",
+        "epochs_alike", "each epoch has its own order", "trainkit/data/loading/order.py",
         "_mix(epochs.astype(np.uint64) +", "_mix(0 * epochs.astype(np.uint64) +", ("tests/data/test_order.py",),
     ),
     Fault(
@@ -157,7 +157,7 @@ FAULTS = [
         ("tests/data/test_images.py", "tests/data/test_resize_modes.py"),
     ),
     Fault(
-        "byte_order_mark_kept", "a byte order mark is no part of a caption", "trainkit/data/sources/texts.py",
+        "byte_order_mark_kept", "a byte order mark is not part of a caption", "trainkit/data/sources/texts.py",
         '"utf-8-sig"', '"utf-8"', ("tests/data/test_meaning.py",),
     ),
     Fault(

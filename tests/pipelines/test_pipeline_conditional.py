@@ -237,9 +237,9 @@ def test_a_callback_sees_and_changes_every_step_and_can_stop():
 
 def test_a_callback_may_leave_everything_as_it_is():
     pipeline, seen = class_pipeline(), []
-    for told in (None, [], ["latents"]):
+    for names in (None, [], ["latents"]):
         images = images_of(
-            pipeline, class_labels=[0, 1], callback_on_step_end_tensor_inputs=told,
+            pipeline, class_labels=[0, 1], callback_on_step_end_tensor_inputs=names,
             callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(list(tensors)),
         )  # fmt: skip
         assert torch.equal(images, images_of(pipeline, class_labels=[0, 1]))

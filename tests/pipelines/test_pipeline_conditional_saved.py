@@ -90,7 +90,7 @@ def test_a_saved_folder_loads_and_is_saved_again_without_this_repository(saved):
     values = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
     expected = pipeline(vectors=[[1.0, 2, 3], None], generator=torch.Generator().manual_seed(0), **values).images
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-3)  # another process, other threads
-    assert isinstance(unet.class_embedding, VectorEmbedding), "training goes on with its own"
+    assert isinstance(unet.class_embedding, VectorEmbedding), "training continues with its own layer"
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def draw_images(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 class Networks(torch.nn.Module):
-    """K networks of two hidden layers, which are told the noise level."""
+    """K networks of two hidden layers, whose inputs include the noise level."""
 
     def __init__(self, count: int):
         super().__init__()
@@ -91,12 +91,12 @@ class Networks(torch.nn.Module):
     def forward(self, noisy: torch.Tensor, level: torch.Tensor, which: int | slice = slice(None)) -> torch.Tensor:
         """(K, B, 1, 4, 4) from the same and atan(sigma / alpha) (K, B); `which` of the networks."""
         angles = level[..., None] * torch.arange(1, 9)
-        told = torch.cat([angles.sin(), angles.cos(), torch.ones_like(level)[..., None]], dim=-1)
+        level_input = torch.cat([angles.sin(), angles.cos(), torch.ones_like(level)[..., None]], dim=-1)
         pixels = noisy.flatten(2)
-        hidden = torch.cat([pixels, told], dim=-1)
+        hidden = torch.cat([pixels, level_input], dim=-1)
         for weights in self.layers[:-1]:
             hidden = functional.silu(hidden @ weights[which])
-        return (hidden @ self.layers[-1][which] + (told @ self.skips[which]) * pixels).reshape(noisy.shape)
+        return (hidden @ self.layers[-1][which] + (level_input @ self.skips[which]) * pixels).reshape(noisy.shape)
 
 
 class OneNetwork(torch.nn.Module):

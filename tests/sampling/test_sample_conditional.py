@@ -61,10 +61,10 @@ def samples(models, tmp_path_factory):
 
 
 def test_all_divides_the_images_evenly_and_says_what_each_shows(samples):
-    told = rows(samples)
-    assert [row["file_name"] for row in told] == [f"{index:06d}.png" for index in range(6)]
-    assert [row["label"] for row in told] == ["cat", "dog", "7"] * 2
-    assert [row["label_id"] for row in told] == [0, 1, 2] * 2
+    metadata = rows(samples)
+    assert [row["file_name"] for row in metadata] == [f"{index:06d}.png" for index in range(6)]
+    assert [row["label"] for row in metadata] == ["cat", "dog", "7"] * 2
+    assert [row["label_id"] for row in metadata] == [0, 1, 2] * 2
     record = json.loads((samples / "sampling.json").read_text())
     assert record["condition"] == "class_labels" and record["guidance_scale"] == 3.0 and record["complete"]
 

@@ -1,4 +1,4 @@
-"""Sampling: an image depends on its seed alone, a second start makes what is missing, anybody can load the folder."""
+"""Sampling: an image depends on its seed alone, a second start makes what is missing, `datasets` loads the folder."""
 
 import json
 import subprocess

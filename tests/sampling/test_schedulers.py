@@ -193,7 +193,7 @@ def test_runs_at_any_number_of_steps(saved_bundles, schedule):
     noise_scheduler, bundle = saved_bundles[schedule, "epsilon"]
     unet = ExactUNet(noise_scheduler, best_pixels, (1, 2, 2))
     for name, scheduler in bundle.items():
-        for steps in (1, 2, 3, 7, 61, 100, 1000):  # 1000 is what DDPMPipeline takes when told nothing
+        for steps in (1, 2, 3, 7, 61, 100, 1000):  # 1000 is the default of DDPMPipeline
             if name == "ddim" and steps in (7, 61):
                 continue
             check_steps(scheduler, steps)

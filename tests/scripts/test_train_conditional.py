@@ -23,7 +23,7 @@ EMBEDDING, STEPS = "vector_embedding/diffusion_pytorch_model.safetensors", 8
 
 @pytest.fixture(scope="module")
 def photos(image_folder, tmp_path_factory):
-    """The images of two classes, a third of a third one, and a vector beside each."""
+    """The images of two classes, a third of a third one, and a vector next to each."""
     folder = tmp_path_factory.mktemp("photos") / "train"
     shutil.copytree(image_folder, folder)
     (folder / "third").mkdir()
@@ -148,7 +148,7 @@ def test_two_processes_find_the_learning_rate_of_one(train, photos, tiny_unet, c
 
 @pytest.mark.slow
 def test_vectors_with_divided_weights_are_the_same_run(train, photos, tiny_unet, cache_dir, tmp_path):
-    """Saved as a stock UNet and an embedding with its statistics; and a checkpoint goes on in one process."""
+    """Saved as a stock UNet and an embedding with its statistics; and a checkpoint resumes in one process."""
     flags = {"condition": "vector", "save_images_epochs": 1000}
     whole = train("whole", **flags)
     halves = {"train_batch_size": 4, "shard_weights": True, "find_batch_size": True} | flags
@@ -181,7 +181,7 @@ def test_a_pipeline_is_the_start_of_another(train, capsys):
     flags = {"max_train_steps": 2, "checkpointing_steps": 0, "save_images_epochs": 1000}
     classes = train("classes", **flags)
     train("vectors", condition="vector", pretrained_model_name_or_path=classes, resolution=24, **flags)
-    assert f"started from {classes}: " in (told := capsys.readouterr().out) and "vectors added at zero" in told
+    assert f"started from {classes}: " in (output := capsys.readouterr().out) and "vectors added at zero" in output
     sys.argv[0] = "train_unconditional.py"
     for flag in ("--condition", "--conditioning_dropout"):
         del sys.argv[sys.argv.index(flag) : sys.argv.index(flag) + 2]

@@ -47,7 +47,7 @@ def test_two_processes_that_accumulate_are_the_run_of_one(two_process_run, argum
 
 @pytest.mark.slow
 def test_the_launcher_restarts_the_group_when_a_rank_is_killed(two_process_run, arguments, tmp_path):
-    """One command for all: the first start finds no checkpoint, the second goes on from the newest."""
+    """One command for all: the first start finds no checkpoint, the second resumes from the newest."""
     command = launch_command(SCRIPT, *arguments(tmp_path), "--resume_from_checkpoint", "latest", processes=2)
     command[command.index("--multi_gpu") : command.index("--multi_gpu")] = ["--max_restarts", "1"]
     output = _run_and_kill([command], "1", tmp_path / "checkpoint-3")
@@ -87,8 +87,8 @@ def _run_and_kill(commands: list[list[str]], rank: str, checkpoint: Path, enviro
                 launchers.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + 100
         while not checkpoint.exists():
-            told = "\n".join(log.read_text()[-3000:] for log in logs)
-            assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers), told
+            log_ends = "\n".join(log.read_text()[-3000:] for log in logs)
+            assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers), log_ends
             time.sleep(0.01)
         os.kill(_training_process(launchers, rank), signal.SIGKILL)
         statuses = [launcher.wait(timeout=120) for launcher in launchers]

@@ -69,11 +69,11 @@ def test_a_broken_gradient_leaves_weights_and_optimizer_as_they_are(fused):
 def test_a_broken_step_is_skipped_and_its_images_are_named(train, broken_steps, capsys, image_folder, cache_dir):
     broken_steps(4)
     output_dir = train(max_train_steps=8, checkpointing_steps=1)
-    told = [json.loads(line) for line in (output_dir / "skipped_steps.jsonl").read_text().splitlines()]
+    skipped = [json.loads(line) for line in (output_dir / "skipped_steps.jsonl").read_text().splitlines()]
     indices = sample_indices(np.arange(4 * 8, 5 * 8), 37, 7)  # positions of step 5, seed 7
-    assert [line["step"] for line in told] == [5] and told[0]["indices"] == indices.tolist()
-    assert all((image_folder / source).is_file() for source in told[0]["sources"])
-    assert f"step 5 was skipped because its gradient is not finite; its images: {told[0]['sources'][0]}" in (
+    assert [line["step"] for line in skipped] == [5] and skipped[0]["indices"] == indices.tolist()
+    assert all((image_folder / source).is_file() for source in skipped[0]["sources"])
+    assert f"step 5 was skipped because its gradient is not finite; its images: {skipped[0]['sources'][0]}" in (
         capsys.readouterr().out
     )
     same_weights(output_dir / "checkpoint-4" / WEIGHTS, output_dir / "checkpoint-5" / WEIGHTS)
@@ -122,7 +122,7 @@ def test_replicas_that_drift_apart_are_told_with_the_parameter(image_folder, tin
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_one_step(train, image_folder, tiny_unet, cache_dir, tmp_path):
-    """And the checkpoint of two processes goes on with one, and of one with two, as the uninterrupted run."""
+    """A checkpoint of two processes resumes with one, and one of one process with two, as the uninterrupted run."""
     import signal
 
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", train_batch_size=4)
@@ -173,7 +173,7 @@ def test_training_waits_for_no_more_than_the_copy(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_snapshot_shares_nothing_with_the_training(train, monkeypatch):
-    """Checkpoints written in the background, while training goes on, are those written at once."""
+    """Checkpoints written in the background, while training continues, are those written at once."""
     at_once = train("at_once", max_train_steps=6, checkpointing_steps=1, async_checkpointing="false")
     behind = train("behind", max_train_steps=6, checkpointing_steps=1)
     for step in range(1, 7):
@@ -273,7 +273,7 @@ def test_muon_takes_the_inner_matrices_and_resumes_bit_for_bit(train, tiny_unet)
 def test_sharded_weights_are_the_same_run_and_resume_anywhere(
     train, image_folder, tiny_unet, cache_dir, tmp_path, capsys
 ):
-    """Two processes with half of the weights each, and accumulation: their checkpoint goes on in one process."""
+    """Two processes with half of the weights each, and accumulation: their checkpoint resumes in one process."""
     flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shard_weights": True, "preview_steps": 10}
     averages = {"ema_power_lengths": [0.05, 0.1], "ema_snapshot_steps": 10}
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **flags, **averages)

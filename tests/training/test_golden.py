@@ -34,7 +34,7 @@ SHARDED = SHORT | {"shard_weights": True, "train_batch_size": 2, "gradient_accum
 
 @pytest.fixture(scope="module")
 def described(image_folder, tmp_path_factory):
-    """The images with a vector and a caption beside each."""
+    """The images with a vector and a caption next to each."""
     folder = shutil.copytree(image_folder, tmp_path_factory.mktemp("described") / "images")
     for number, path in enumerate(sorted(path for path in folder.rglob("*.*"))):
         np.save(path.with_suffix(".npy"), np.float32([number, 100 + number % 3, 0.01 * number]))

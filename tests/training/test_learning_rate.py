@@ -18,7 +18,7 @@ def test_a_third_of_the_rate_of_the_lowest_loss_is_suggested():
     curve = [1 - 0.8 * np.exp(-((np.log10(rate) + 2) ** 2)) for rate in RATES]  # lowest at 1e-2
     assert suggested_rate(RATES, curve) == pytest.approx(3e-3)
     lucky = list(curve)
-    lucky[20] = 0.01  # one step is no minimum
+    lucky[20] = 0.01  # one step is not a minimum
     assert suggested_rate(RATES, lucky) == pytest.approx(3e-3)
     assert suggested_rate(RATES[:85], [*curve[:84], float("nan")]) == pytest.approx(3e-3)  # failed at 1.6e-2
 

@@ -101,7 +101,7 @@ def test_norms_and_biases_are_not_decayed(name, tiny_unet):
 
 
 def test_the_schedule_free_average_is_the_papers_and_leaves_the_weights_as_they_are():
-    """x_t averages z_1 .. z_t, weighed by the square of the rate (Defazio et al. 2024); beside it z is plain steps."""
+    """x_t averages z_1 .. z_t, weighted by the square of the rate (Defazio et al. 2024); z takes plain steps."""
     weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
     model = torch.nn.ParameterList([weight])
     optimizer = build_optimizer(options_for("schedule_free_adamw"), model)
@@ -181,7 +181,7 @@ class Options(OptimizationOptions, HardwareOptions):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         ({"optimizer": "schedule_free_adamw"}, "add --no_use_ema"),
         ({"optimizer": "prodigy"}, "use 1"),
@@ -190,12 +190,12 @@ class Options(OptimizationOptions, HardwareOptions):
         ({"lr_decay_steps": 0}, "--lr_decay_steps 0 must be at least 1"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_in_one_line(flags, told):
+def test_what_cannot_be_kept_is_refused_in_one_line(flags, message):
     options = Options(**flags)
     options.shard_weights = False
     with pytest.raises(UserError, match="--") as refusal:
         check_optimization(options)
-    assert told in str(refusal.value) and "\n" not in str(refusal.value)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_what_needs_more_than_is_here_is_refused(monkeypatch):
@@ -210,8 +210,8 @@ def test_what_needs_more_than_is_here_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(UserError, match="pip install pytorch-optimizer"):
         check_optimization(Options(optimizer="lamb"))
-    for cuda, told in ((False, "needs a CUDA GPU"), (True, "pip install bitsandbytes")):
+    for cuda, message in ((False, "needs a CUDA GPU"), (True, "pip install bitsandbytes")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             check_optimization(Options(optimizer="adamw_8bit"))

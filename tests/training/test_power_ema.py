@@ -64,7 +64,7 @@ def test_exponents_of_relative_lengths(sigma_rel, gamma):
     assert gamma_of(sigma_rel) == pytest.approx(gamma, abs=0.005)
     assert sigma_rel_of(gamma_of(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-9)
     rng = np.random.default_rng(0)
-    times = rng.beta(gamma_of(sigma_rel) + 1, 1, 200_000)  # where the weight of the average lies
+    times = rng.beta(gamma_of(sigma_rel) + 1, 1, 200_000)  # the distribution of the weights of the average
     assert times.std() == pytest.approx(sigma_rel, rel=0.02)
 
 
@@ -137,9 +137,14 @@ def test_a_run_leaves_snapshots_of_its_averages(run):
     files = snapshot_files(run)
     assert list(files) == [snapshot_file(run, step, length) for step in (5, 10, 12) for length in (0.05, 0.08, 0.1)]
     with safe_open(snapshot_file(run, 12, 0.05), "pt") as snapshot:
-        told = snapshot.metadata()
-    assert (told["step"], told["sigma_rel"], told["images"], told["global_batch_size"]) == ("12", "0.05", "96", "8")
-    assert json.loads(told["config"])["_class_name"] == "UNet2DModel"
+        metadata = snapshot.metadata()
+    assert (metadata["step"], metadata["sigma_rel"], metadata["images"], metadata["global_batch_size"]) == (
+        "12",
+        "0.05",
+        "96",
+        "8",
+    )
+    assert json.loads(metadata["config"])["_class_name"] == "UNet2DModel"
     saved = load_file(run / "checkpoint-12" / "unet_ema_0.05" / WEIGHTS)
     found = load_file(snapshot_file(run, 12, 0.05))
     assert found.keys() == saved.keys() and {value.dtype for value in found.values()} == {torch.float16}
@@ -305,14 +310,14 @@ def test_damaged_snapshots_are_named(two_lengths, reconstruct, tmp_path):
     file = snapshot_file(two_lengths, 5, 0.1)
     whole = load_file(file)
     with safe_open(file, "pt") as opened:
-        told = opened.metadata()
+        metadata = opened.metadata()
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match="step-5-sigma_rel-0.1.safetensors is cut or damaged"):
         reconstruct(two_lengths, sigma_rel=0.1)
-    save_file(whole | {"conv_in.bias": torch.zeros(5)}, file, told)
+    save_file(whole | {"conv_in.bias": torch.zeros(5)}, file, metadata)
     with pytest.raises(UserError, match="step-5-sigma_rel-0.1.safetensors .* different models .conv_in.bias"):
         reconstruct(two_lengths, sigma_rel=0.1)
-    save_file(whole, file, told)
+    save_file(whole, file, metadata)
     (two_lengths / "unet").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="--model_dir .*no unet/config.json there"):
         reconstruct(two_lengths, sigma_rel=0.1)

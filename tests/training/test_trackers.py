@@ -1,4 +1,4 @@
-"""Experiment trackers: refused early where they cannot work, told every step and setting, and no secret."""
+"""Experiment trackers: refused early if they cannot work, given every step and setting, and no secret."""
 
 import json
 import struct
