@@ -55,7 +55,7 @@ class ScoreOptions:
 
 @dataclass
 class Options(AverageOptions, ScoreOptions, ConditionOptions):
-    """Everything reconstruct_ema.py can be told."""
+    """The options of reconstruct_ema.py."""
 
 
 def reconstruct(options: Options) -> None:
@@ -66,7 +66,7 @@ def reconstruct(options: Options) -> None:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir} is there already: give a new folder")
     if not model_dir.is_dir():
-        raise UserError(f"--model_dir {model_dir} is no folder: give the --output_dir of a training run")
+        raise UserError(f"--model_dir {model_dir} is not a folder: give the --output_dir of a training run")
     snapshots = Snapshots(model_dir, options.step)
     record = {}
     try:
@@ -129,9 +129,9 @@ def best_length(options: Options, snapshots) -> tuple[float, dict]:
     if len(lengths) > 2 and best["sigma_rel"] in (lengths[0], lengths[-1]):
         print(f"the best, {best['sigma_rel']:g}, is at the end of the lengths tried: a better one may lie beyond it")
     names = ("reference", "num_images", "num_inference_steps", "scheduler", "seed", "guidance_scale")
-    told = {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in names}
     return best["sigma_rel"], {
-        "scores": rows, "num_reference": len(reference), "feature_extractor": extractor.name, **told,
+        "scores": rows, "num_reference": len(reference), "feature_extractor": extractor.name, **settings,
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python benchmarks/growth.py
 
 Prepares folders of 1,000 to 100,000 small images in this process (no process start counts), listing included. Then
-opens prepared sets of 10,000 to 1,000,000 rows (8x8 px), each in a process of its own whose imports are done, and
+opens prepared sets of 10,000 to 1,000,000 rows (8x8 px), each in a separate process whose imports are done, and
 takes a first batch of 64 rows from all over the set. Last, it opens a set of 50,000 shards, as 10**8 images have:
 there each shard is a hard link to the same small file, since only their number is of interest.
 """

@@ -3,7 +3,7 @@
     python benchmarks/prepare.py --num_images 2000 --num_proc 2
 
 Both turn the same generated JPEGs (512 px, quality 90) into a folder of 64 px images that `datasets.load_from_disk`
-opens, with the same bilinear resize and centre crop, and take turns in one run. Each runs in a process of its own
+opens, with the same bilinear resize and centre crop, and take turns in one run. Each runs in a separate process
 (imports and process start count, as they do for a user) and starts from an empty cache.
 """
 

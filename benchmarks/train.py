@@ -57,7 +57,7 @@ class BenchmarkOptions:
     batch_size: int | None = option(None, "images a step; default: 128 on CUDA, else 32")
     mixed_precision: str = option("bf16", "autocast of all three", choices=("no", "bf16"))
     compile: bool | None = option(None, "let the engine compile its UNet; default: on CUDA")
-    memory: bool = option(True, "measure memory, each loop in a process of its own")
+    memory: bool = option(True, "measure memory, each loop in a separate process")
     only: str | None = option(None, "run this loop alone and print its peak memory in MiB", choices=LOOPS)
 
     def wait(self) -> None:
@@ -130,7 +130,7 @@ def plain(options, files: Path, work: Path) -> Iterator[float]:
 
 
 def example(options, files: Path, work: Path) -> Iterator[float]:
-    """What diffusers' example does in a step, torchvision's transforms told in Pillow and torch."""
+    """What diffusers' example does in a step, torchvision's transforms written with Pillow and torch."""
     import numpy as np
     import torch
     from accelerate import Accelerator
@@ -187,7 +187,7 @@ def turn(loop: Iterator[float], options) -> tuple[float, float]:
 
 
 def peak_memory_mib(options, name: str) -> float:
-    """The memory peak of a process of its own that runs the loop `name`."""
+    """The memory peak of a separate process that runs the loop `name`."""
     command = [sys.executable, __file__, "--only", name, "--rounds", 1, "--steps", 3, "--unet", options.unet]
     command += ["--batch_size", options.batch_size, "--mixed_precision", options.mixed_precision]
     command += ["--compile", str(options.compile).lower()]

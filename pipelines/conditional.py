@@ -309,7 +309,7 @@ class ConditionalPipeline(DiffusionPipeline):
         """Generate `num_images_per_prompt` images per label, vector or prompt; None in a list is the null condition.
 
         Args:
-            guidance_scale: 1 is no guidance and needs one UNet call per step; larger scales need two.
+            guidance_scale: 1 means no guidance and needs one UNet call per step; larger scales need two.
             guidance_interval: noise levels sigma to guide at, low < sigma <= high (Kynkaanniemi et al. 2024).
             guidance_rescale: 0 to 1, against the over-exposure of high scales (Lin et al. 2023, section 3.4).
             eta: of DDIM; 0 is deterministic.

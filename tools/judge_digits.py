@@ -86,8 +86,8 @@ def load_digits(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 def trained_judge(digits: Path, weights_file: Path, seed: int) -> nn.Module:
     """The judge in eval mode: from `weights_file` where this very file trained it with this seed, else trained now."""
     judge = seeded_network(1, 11, seed)
-    told = str((FORMAT, seed, digits.resolve())).encode()
-    identity = hashlib.sha256(Path(__file__).read_bytes() + told).hexdigest()
+    settings = str((FORMAT, seed, digits.resolve())).encode()
+    identity = hashlib.sha256(Path(__file__).read_bytes() + settings).hexdigest()
     if load_network(weights_file, judge, identity) is None:
         started = time.monotonic()
         train(judge, *load_digits(digits, "train"), seed)

@@ -322,7 +322,7 @@ def test_damaged_snapshots_are_named(two_lengths, reconstruct, tmp_path):
     with pytest.raises(UserError, match="--model_dir .*no unet/config.json there"):
         reconstruct(two_lengths, sigma_rel=0.1)
     shutil.rmtree(two_lengths / "ema_snapshots")
-    with pytest.raises(UserError, match="--model_dir nowhere is no folder"):
+    with pytest.raises(UserError, match="--model_dir nowhere is not a folder"):
         reconstruct("nowhere", sigma_rel=0.1)
     with pytest.raises(UserError, match="holds no ema_snapshots: train with --ema_power_lengths"):
         reconstruct(two_lengths, sigma_rel=0.1)
