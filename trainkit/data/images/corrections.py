@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageFile, Jpeg2KImagePlugin, TiffImagePlugin
 
 from trainkit.data import faults
 from trainkit.data.faults import RejectedImage
@@ -29,8 +29,9 @@ def check_readable(image: Image.Image) -> None:
 
     Pillow rounds its samples to 8 bits with an overflow that turns white into black.
     """
-    if image.format != "JPEG2000" or image.mode not in ("LA", "RGB", "RGBA"):
+    if not isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile) or image.mode not in ("LA", "RGB", "RGBA"):
         return
+    assert image.fp is not None, "it is not decoded yet"
     position = image.fp.tell()
     image.fp.seek(0)
     head = image.fp.read(JPEG2000_HEAD_BYTES)
@@ -61,7 +62,7 @@ def load_corrected(image: Image.Image, open_again: Callable[[], Image.Image]) ->
         return corrected, None if mode == "CMYK" else samples
     if image.format == "PNG" and raw_mode in ("L;2", "L;4") and "transparency" in image.info:
         image.info["transparency"] *= 255 // (2 ** int(raw_mode[2:]) - 1)  # Pillow scales the samples alone
-    return (_deep_grey(image) if image.format == "TIFF" else image), None
+    return (_deep_grey(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else image), None
 
 
 def raw_mode_of(image: Image.Image) -> str | None:
@@ -74,6 +75,7 @@ def raw_mode_of(image: Image.Image) -> str | None:
 
 def read_as(image: Image.Image, raw_mode: str) -> np.ndarray:
     """The samples of an opened image, decoded as if they had the layout `raw_mode`."""
+    assert isinstance(image, ImageFile.ImageFile)
     image.tile = [
         tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode)
         for tile in image.tile
@@ -94,10 +96,12 @@ def both_bytes(raw_mode: str, open_again: Callable[[], Image.Image]) -> np.ndarr
 
 def _deep_colour(image: Image.Image, open_again: Callable[[], Image.Image]) -> tuple[np.ndarray, str] | None:
     """Samples (H, W, C) uint16 and the mode (RGB, RGBA, CMYK) of colour that Pillow misreads."""
-    if image.format == "TIFF" and _has_misread_planes(image.tag_v2):
-        with open_again() as again:
-            again.fp.seek(0)
-            content = again.fp.read()
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _has_misread_planes(image.tag_v2):
+        assert image.fp is not None, "it is not decoded yet"
+        position = image.fp.tell()
+        image.fp.seek(0)
+        content = image.fp.read()
+        image.fp.seek(position)
         planes = [_plane(content, image.tag_v2, number) for number in range(len(image.getbands()))]
         samples = np.stack(planes, axis=2)
         samples = samples * np.uint16(257) if samples.dtype == np.uint8 else samples
@@ -155,21 +159,17 @@ def _plane(content: bytes, tags: TiffImagePlugin.ImageFileDirectory_v2, number: 
         return np.asarray(plane)
 
 
-def _deep_grey(image: Image.Image) -> Image.Image:
+def _deep_grey(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
     """The same TIFF of one channel, or one in mode F if Pillow ignores its sign or that white is zero."""
-    tags = image.tag_v2
+    tags, grey = image.tag_v2, None
     bits, sample_format = tags.get(BITS, (1,))[0], tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
     if sample_format == SIGNED and bits in (8, 16) and image.mode in ("L", "I"):
         samples = np.asarray(image)
         samples = samples.view(np.int8) if bits == 8 else samples
-        image = Image.fromarray(np.maximum(samples / (2 ** (bits - 1) - 1), -1).astype(np.float32))
+        grey = np.maximum(samples / (2 ** (bits - 1) - 1), -1)
     elif sample_format == UNSIGNED and bits == 32 and image.mode == "I":
         samples = np.asarray(image).view(np.uint32)
-        full = 65535 if samples.max(initial=0) <= 65535 else 2**32 - 1
-        image = Image.fromarray((samples / full).astype(np.float32))
-    elif tags.get(PHOTOMETRIC) != WHITE_IS_ZERO or image.mode not in DEEP_MODES:
-        return image
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        image.format = image.format or "TIFF"
-        return Image.fromarray(1 - unit_samples(image))
-    return image
+        grey = samples / (65535 if samples.max(initial=0) <= 65535 else 2**32 - 1)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO and image.mode in DEEP_MODES:
+        grey = 1 - (unit_samples(image) if grey is None else grey)
+    return image if grey is None else Image.fromarray(grey.astype(np.float32))

@@ -30,7 +30,7 @@ def unit_name(number: int) -> str:
 
 
 def make_units(
-    folder: Path, names: list[str], make: Callable[[int], None], first: int = 0, on_done: Callable[[int], None] = int
+    folder: Path, names: list[str], make: Callable[[int], None], first: int = 0, on_done: Callable[[int], object] = int
 ) -> None:
     """Call `make(number)` for each of `names` that is not in `folder`, and share the work with other processes.
 
