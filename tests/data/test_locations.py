@@ -91,7 +91,7 @@ def test_mistakes_with_urls_are_one_line_and_tell_no_secret(store, tmp_path, mon
             open_given(given, num_proc=0, storage_options=store)
         assert "\n" not in str(raised.value) and SECRET not in str(raised.value)
     for text in ("{", "[1]", f"'{SECRET}'"):
-        with pytest.raises(UserError, match="--storage_options is no JSON object") as raised:
+        with pytest.raises(UserError, match="--storage_options is not a JSON object") as raised:
             open_given("s3://bucket/p.zip", storage_options=text)
         assert SECRET not in str(raised.value)
     assert "storage_options" in SECRET_OPTIONS

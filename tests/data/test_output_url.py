@@ -171,8 +171,8 @@ def test_mistakes_are_one_line(photos, store):
     for url, options, message in [
         ("s3://bucket/full", store, "--output_dir s3://bucket/full holds other files"),
         ("s3://nowhere/set", store, "--output_dir s3://nowhere/set cannot be written"),
-        ("s3://bucket/set", "{endpoint", "--storage_options is no JSON object"),
-        ("nosuch://bucket/set", "{}", "nosuch://bucket/set is no URL that fsspec knows"),
+        ("s3://bucket/set", "{endpoint", "--storage_options is not a JSON object"),
+        ("nosuch://bucket/set", "{}", "nosuch://bucket/set is not a URL that fsspec knows"),
     ]:
         with pytest.raises(UserError, match=message) as raised:
             prepare(ImageFolder(photos), SETTINGS, location(url, options), show_progress=False)

@@ -296,7 +296,7 @@ def test_user_mistakes_are_one_line(photos, tmp_path):
         (["--resolution", "12x"], "--resolution 12x is not a size"),
         (["--resolution", "0"], "--resolution 0 is not a size"),
         (["--num_proc", "-2"], "--num_proc -2 must be at least 0"),
-        (["--background", "puce-ish"], "--background puce-ish is no colour"),
+        (["--background", "puce-ish"], "--background puce-ish is not a colour"),
         (["--train_data_dir", tmp_path / "nowhere"], "--train_data_dir .*nowhere does not exist"),
     ]
     for arguments, message in cases:

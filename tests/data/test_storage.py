@@ -109,14 +109,14 @@ def test_threads_decode_the_same_batches(photos, tmp_path):
     [
         (
             {"storage": "jpeg", "image_mode": "RGBA"},
-            "--storage jpeg holds no transparency; give --storage png or webp",
+            "--storage jpeg stores no transparency; give --storage png or webp",
         ),
-        ({"storage": "webp", "preserve_input_precision": True}, "--storage webp holds 8 bits .* --storage png"),
-        ({"storage": "jpeg", "preserve_input_precision": True}, "--storage jpeg holds 8 bits"),
+        ({"storage": "webp", "preserve_input_precision": True}, "--storage webp stores 8 bits .* --storage png"),
+        ({"storage": "jpeg", "preserve_input_precision": True}, "--storage jpeg stores 8 bits"),
         ({"storage_quality": 0}, "--storage_quality 0 must be from 1 to 100"),
         ({"resize_mode": "pad", "center_crop": True}, "--center_crop means --resize_mode crop, not pad"),
         ({"stored_resolution": "48"}, "--resolution 64x64, stored at 48x48: .* at least as large"),
-        ({"stored_resolution": "96x128"}, "one aspect ratio"),
+        ({"stored_resolution": "96x128"}, "the same aspect ratio"),
         ({"stored_resolution": "big"}, "--stored_resolution big is not a size"),
         ({"min_size": -1}, "--min_size -1"),
         ({"max_image_pixels": -1}, "--max_image_pixels -1"),
@@ -152,7 +152,7 @@ def test_a_larger_stored_size_trains_at_any_resolution_below(photos, tmp_path, c
         assert open_or_prepare(dataclasses.replace(given, resolution=resolution)).height == height
     for contradiction, message in {
         ("resolution", "40"): "must be at least as large as --resolution",
-        ("resolution", "8x16"): "one aspect ratio",
+        ("resolution", "8x16"): "the same aspect ratio",
         ("stored_resolution", "48"): "--stored_resolution 48, but .* holds 32x32",
         ("resize_mode", "pad"): "--resize_mode pad .* was prepared with random_crop",
         ("center_crop", True): "--resize_mode crop .* was prepared with random_crop",

@@ -1,7 +1,7 @@
-"""Where prepared data lies: in a folder of this machine, or at an fsspec URL such as s3://bucket/set.
+"""Files of prepared data in a local folder or at an fsspec URL such as s3://bucket/set.
 
-A local file is read by memory map, and renamed when it is whole. An object store has no rename, and needs none: an
-object appears whole, when its upload ends, or not at all.
+A local file is read by memory map, and renamed when complete. An object store has no rename and needs none: an object
+appears only when its upload is complete.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from trainkit.atomic import TEMPORARY_PREFIX, replacing
 from trainkit.errors import UserError, one_line
 from trainkit.packages import load_package
 
-CONNECTIONS = 32  # to an object store at once: each request waits for tens of milliseconds
-HEAD_BYTES = 2**16  # of an object, in which its schema ends as a rule
+CONNECTIONS = 32  # to an object store at a time: each request takes tens of milliseconds
+HEAD_BYTES = 2**16  # of an object, which usually contain its schema
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A folder or an object at an fsspec URL. Pickles; every process connects by itself."""
+    """A folder or an object at an fsspec URL. It can be pickled; every process opens its own connection."""
 
     url: str
     storage_options: str = "{}"  # JSON
@@ -52,14 +52,14 @@ class RemotePath:
         return self.name.rpartition(".")[0] or self.name
 
     def connect(self) -> tuple[Any, str]:
-        """The fsspec file system, and the path in it. fsspec keeps one connection for the same options."""
+        """Return the fsspec file system and the path in it. fsspec keeps one connection for the same options."""
         fsspec = load_package("fsspec", self.url)
         try:
             return fsspec.core.url_to_fs(self.url, **json.loads(self.storage_options))
         except ImportError as error:
             raise UserError(f"{self.url}: {one_line(error)} (pip install it)") from None
         except ValueError as error:
-            raise UserError(f"{self.url} is no URL that fsspec knows ({error}); give s3://, gs://, ...") from None
+            raise UserError(f"{self.url} is not a URL that fsspec knows ({error}); give s3://, gs://, ...") from None
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -68,7 +68,7 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def location(where: "str | Path | RemotePath", storage_options: str | None = None) -> "Path | RemotePath":
-    """A path, or what `--storage_options` (JSON) and a URL say. Raises `UserError`."""
+    """Return a path, or for a URL a `RemotePath` with `--storage_options` (JSON). Raises `UserError`."""
     if not isinstance(where, str) or "://" not in where:
         return where if isinstance(where, RemotePath) else Path(where)
     if where.startswith(("file://", "local://")):
@@ -78,13 +78,13 @@ def location(where: "str | Path | RemotePath", storage_options: str | None = Non
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        told = '\'{"endpoint_url": "https://host:9000"}\''
-        raise UserError(f"--storage_options is no JSON object; write for example {told}")  # it may hold keys
+        example = '\'{"endpoint_url": "https://host:9000"}\''
+        raise UserError(f"--storage_options is not a JSON object; write for example {example}")  # it may hold keys
     return RemotePath(where, json.dumps(options, sort_keys=True))
 
 
 def exists(path: Path | RemotePath) -> bool:
-    """Whether the file or folder is there."""
+    """Return whether the file or folder exists."""
     if isinstance(path, Path):
         return path.exists()
     with _remote(path) as (fs, key):
@@ -92,7 +92,7 @@ def exists(path: Path | RemotePath) -> bool:
 
 
 def size(path: Path | RemotePath) -> int:
-    """Bytes. Raises FileNotFoundError."""
+    """Return the size in bytes. Raises FileNotFoundError."""
     if isinstance(path, Path):
         return path.stat().st_size
     with _remote(path) as (fs, key):
@@ -100,7 +100,7 @@ def size(path: Path | RemotePath) -> int:
 
 
 def sizes(folder: Path | RemotePath) -> dict[str, int]:
-    """The names in a folder, in no order, with the bytes of each; none where there is no folder."""
+    """Return the names in a folder, in no order, with their sizes in bytes; empty if there is no folder."""
     try:
         if isinstance(folder, Path):
             return _local_sizes(folder)
@@ -117,13 +117,13 @@ def _local_sizes(folder: Path) -> dict[str, int]:
     found = {}
     with os.scandir(folder) as items:
         for item in items:
-            with contextlib.suppress(FileNotFoundError):  # gone meanwhile: a temporary file of another process
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile: a temporary file of another process
                 found[item.name] = item.stat().st_size
     return found
 
 
 def read_text(path: Path | RemotePath) -> str:
-    """Raises OSError, FileNotFoundError among them."""
+    """Read UTF-8 text. Raises OSError, for example FileNotFoundError."""
     if isinstance(path, Path):
         return path.read_text(encoding="utf-8")
     with _remote(path) as (fs, key):
@@ -131,7 +131,7 @@ def read_text(path: Path | RemotePath) -> str:
 
 
 def open_stream(path: Path | RemotePath) -> pa.RecordBatchStreamReader:
-    """An Arrow stream: mapped into memory, or fetched whole. Raises OSError or pa.ArrowInvalid where it is none."""
+    """Open an Arrow stream, mapped into memory or fetched whole. Raises OSError or pa.ArrowInvalid."""
     if isinstance(path, Path):
         return pa.ipc.open_stream(pa.memory_map(str(path)))
     with _remote(path) as (fs, key):
@@ -139,18 +139,18 @@ def open_stream(path: Path | RemotePath) -> pa.RecordBatchStreamReader:
 
 
 def read_schema(path: Path | RemotePath) -> pa.Schema:
-    """The schema of an Arrow stream, of which no more is read than that."""
+    """Read the schema of an Arrow stream, and no more of the file."""
     if isinstance(path, RemotePath):
         with _remote(path) as (fs, key):
             head = fs.cat_file(key, 0, HEAD_BYTES)
-        with contextlib.suppress(OSError, pa.ArrowInvalid):  # it is longer: many rejected files
+        with contextlib.suppress(OSError, pa.ArrowInvalid):  # the schema is longer: it lists many rejected files
             return pa.ipc.read_schema(pa.py_buffer(head))
     with open_stream(path) as stream:
         return stream.schema
 
 
 def for_each(function: Callable, paths: Sequence[Path | RemotePath]) -> Iterator:
-    """`map`, with many requests at once where the paths are remote."""
+    """`map`, with many requests at a time if the paths are remote."""
     if not paths or isinstance(paths[0], Path):
         yield from map(function, paths)
         return
@@ -160,7 +160,7 @@ def for_each(function: Callable, paths: Sequence[Path | RemotePath]) -> Iterator
 
 @contextlib.contextmanager
 def written(path: Path | RemotePath) -> Iterator[Path]:
-    """A local file to write, which appears at `path` when it is whole."""
+    """Yield a local file to write, which appears at `path` when complete."""
     if isinstance(path, Path):
         with replacing(path) as temporary:
             yield temporary
@@ -179,7 +179,7 @@ def fetch(path: RemotePath, copy: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name was being written by `written`; after a kill it is left over."""
+    """Return whether the name is one of `written` for an unfinished file, which a killed process leaves behind."""
     return re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{12}}-.+", name) is not None
 
 
@@ -193,13 +193,13 @@ def write_json(path: Path | RemotePath, content: Any) -> None:
 
 
 def make_folder(folder: Path | RemotePath) -> None:
-    """An object store has none: there names with slashes are enough."""
+    """Create a folder; an object store has no folders."""
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def delete(path: Path | RemotePath) -> None:
-    """A file, if it is there."""
+    """Delete a file if it exists."""
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
         return
@@ -219,7 +219,7 @@ def remove_empty_folder(folder: Path | RemotePath) -> None:
 
 @contextlib.contextmanager
 def _remote(path: RemotePath) -> Iterator[tuple[Any, str]]:
-    """Its file system without remembered listings; each library's own errors become OSErrors with the path in them."""
+    """Yield the file system, without cached listings, and the key; its errors become OSErrors with the path."""
     fs, key = path.connect()
     fs.invalidate_cache()
     try:

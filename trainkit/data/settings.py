@@ -1,4 +1,4 @@
-"""What is made of an image: the settings of a preparation, and how a script's options become them."""
+"""The settings of a preparation, which decide how images are stored, and their values from a script's options."""
 
 # H/W height and width in pixels
 
@@ -17,24 +17,20 @@ LOSSY_STORAGES = ("jpeg", "webp")
 
 @dataclass(frozen=True)
 class PreparationSettings:
-    """All that decides the stored bytes besides the file itself, and the size that was meant for training.
+    """Everything besides the file that decides the stored bytes, and the training size.
 
-    `height` and `width` are those of the stored window; `train_height` and `train_width` are set where training shall
-    use a smaller one (`--stored_resolution`).
+    `height` and `width` are the size of the stored window; `train_height` and `train_width` are set if training uses a
+    smaller one (`--stored_resolution`).
     """
 
     height: int
     width: int
     resize_mode: str = "random_crop"  # crop, random_crop, pad or stretch
     image_mode: str = "RGB"  # L, RGB or RGBA
-    background: tuple[int, int, int] = (
-        255,
-        255,
-        255,
-    )  # behind transparent pixels in L and RGB, and around padded ones
+    background: tuple[int, int, int] = (255, 255, 255)  # behind transparent pixels in L and RGB, and in padding
     bit_depth: int = 8  # 8 or 16
     storage: str = "pixels"  # pixels, png, jpeg or webp
-    storage_quality: int = 100  # of jpeg and webp; 100 where it does not matter
+    storage_quality: int = 100  # of jpeg and webp; 100 for other storages
     min_size: int = 0  # pixels of the shorter side
     max_aspect_ratio: float = 0.0  # longer by shorter side; 0: any
     animated: str = "first"  # first or reject
@@ -57,12 +53,12 @@ class PreparationSettings:
 
     @property
     def identity(self) -> tuple:
-        """What the stored bytes depend on: not on the size that training uses."""
+        """The values that the stored bytes depend on, which excludes the training size."""
         return dataclasses.astuple(dataclasses.replace(self, train_height=None, train_width=None))
 
 
 def settings_from_options(options) -> PreparationSettings:
-    """What a script's `ImageOptions` ask for. Raises `UserError` naming the flag."""
+    """Return the settings of a script's `ImageOptions`. Raises `UserError` naming the flag."""
     resolution = parse_resolution(options.resolution or DEFAULT_RESOLUTION)
     stored = resolution
     if options.stored_resolution is not None:
@@ -71,7 +67,7 @@ def settings_from_options(options) -> PreparationSettings:
     try:
         background = ImageColor.getrgb(options.background)[:3]
     except ValueError:
-        raise UserError(f"--background {options.background} is no colour; give a name or #rrggbb") from None
+        raise UserError(f"--background {options.background} is not a colour; give a name or #rrggbb") from None
     _check_storage(options)
     for name in ("min_size", "max_image_pixels"):
         if getattr(options, name) < 0:
@@ -98,14 +94,14 @@ def settings_from_options(options) -> PreparationSettings:
 
 
 def resize_mode_from_options(options) -> str | None:
-    """`--resize_mode`, or crop where `--center_crop` says so; None where neither was given. Raises `UserError`."""
+    """Return `--resize_mode`, or crop for `--center_crop`; None if neither is given. Raises `UserError`."""
     if options.center_crop and options.resize_mode not in (None, "crop"):
         raise UserError(f"--center_crop means --resize_mode crop, not {options.resize_mode}: leave one of them out")
     return "crop" if options.center_crop else options.resize_mode
 
 
 def parse_resolution(resolution: str, flag: str = "--resolution") -> tuple[int, int]:
-    """'64' -> (64, 64); '64x96' -> height 64, width 96. Raises `UserError`."""
+    """Parse '64' as (64, 64) and '64x96' as height 64, width 96. Raises `UserError`."""
     sides = str(resolution).lower().split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
         raise UserError(f"{flag} {resolution} is not a size; give pixels, or HEIGHTxWIDTH as in 64x96")
@@ -113,13 +109,13 @@ def parse_resolution(resolution: str, flag: str = "--resolution") -> tuple[int, 
 
 
 def check_training_size(resolution: tuple[int, int], stored: tuple[int, int]) -> None:
-    """Training may shrink what is stored, not stretch it. Raises `UserError`."""
+    """Raise `UserError` if stored images would have to be enlarged or stretched for training."""
     (height, width), (stored_height, stored_width) = resolution, stored
     what = f"--resolution {height}x{width}, stored at {stored_height}x{stored_width}"
     if height > stored_height or width > stored_width:
         raise UserError(f"{what}: --stored_resolution must be at least as large as --resolution")
     if height * stored_width != width * stored_height:
-        raise UserError(f"{what}: the two must have one aspect ratio")
+        raise UserError(f"{what}: both must have the same aspect ratio")
 
 
 def _check_storage(options) -> None:
@@ -127,8 +123,8 @@ def _check_storage(options) -> None:
     if not 1 <= options.storage_quality <= 100:
         raise UserError(f"--storage_quality {options.storage_quality} must be from 1 to 100")
     if storage == "jpeg" and options.image_mode == "RGBA":
-        raise UserError("--storage jpeg holds no transparency; give --storage png or webp, or --image_mode RGB")
+        raise UserError("--storage jpeg stores no transparency; give --storage png or webp, or --image_mode RGB")
     if storage in LOSSY_STORAGES and options.preserve_input_precision:
         raise UserError(
-            f"--storage {storage} holds 8 bits a channel; give --storage png, or leave out --preserve_input_precision"
+            f"--storage {storage} stores 8 bits per channel; give --storage png, or drop --preserve_input_precision"
         )

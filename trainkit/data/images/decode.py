@@ -28,7 +28,7 @@ from PIL import (
 from trainkit.data.faults import RejectedImage
 from trainkit.data.images.colour import is_srgb, standard_mode
 from trainkit.data.images.corrections import check_readable, load_corrected
-from trainkit.data.images.deep import decode_deep, unit_array
+from trainkit.data.images.decode_16bit import decode_16bit, unit_array
 from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
 from trainkit.data.images.limits import check_header, pillow_limits, rejection
 from trainkit.data.settings import PreparationSettings
@@ -73,7 +73,7 @@ def decode_image(image: bytes | str | Path | np.ndarray, settings: PreparationSe
                 check_readable(opened)
                 if settings.bit_depth == 16:
                     samples = unit_array(image) if isinstance(image, np.ndarray) else None
-                    return decode_deep(opened, lambda: _open(image), settings, samples)
+                    return decode_16bit(opened, lambda: _open(image), settings, samples)
                 return _decode(opened, lambda: _open(image), settings)
         except RejectedImage:
             raise

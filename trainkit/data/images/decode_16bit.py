@@ -15,7 +15,7 @@ from trainkit.data.settings import PreparationSettings
 DEEP_COLOUR = {f"{mode};16{order}" for mode in ("RGB", "RGBX", "RGBA") for order in "LBN"}  # Pillow's raw modes
 
 
-def decode_deep(
+def decode_16bit(
     image: Image.Image,
     open_again: Callable[[], Image.Image],
     settings: PreparationSettings,
