@@ -88,6 +88,7 @@ mutants: $(DEV_READY)
 lint: $(DEV_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(RUN_READY)
 	$(BIN)/python benchmarks/prepare.py --num_images 500 --rounds 1

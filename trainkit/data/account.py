@@ -81,7 +81,7 @@ USES = (
 class Account:
     """Counts per kind with up to three examples each, and ignored files by extension."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts: dict[Kind, int] = {}
         self.examples: dict[Kind, list[str]] = {}
         self.ignored: dict[str, int] = {}  # extension, or the name of a file without one

@@ -46,7 +46,9 @@ def open_or_prepare(options) -> PreparedImages:
     fingerprint = dataset_fingerprint(source, settings)
     root, name = cache_root(options.cache_dir) / "prepared", re.sub(r"[^A-Za-z0-9_-]+", "-", source.name)[:60]
     folder = next(root.glob(f"*-{fingerprint}"), root / f"{name}-{fingerprint}")  # a source may have been renamed
-    resolution = None if settings.train_height is None else (settings.train_height, settings.train_width)
+    resolution = None
+    if settings.train_height is not None and settings.train_width is not None:
+        resolution = settings.train_height, settings.train_width
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         images = PreparedImages(folder, resolution)

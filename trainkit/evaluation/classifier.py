@@ -74,14 +74,14 @@ def _train_and_measure(
     pixels = np.concatenate(list(batches))
     kept = [index for index in chosen if index not in images.unreadable]
     names = annotations.label_names
-    targets = np.array([names.index(annotations.labels[index]) for index in kept])
+    numbers = np.array([names.index(annotations.labels[index]) for index in kept])
     held_out = np.zeros(len(kept), dtype=bool)
     for number, name in enumerate(names):
-        of_class = np.flatnonzero(targets == number)
+        of_class = np.flatnonzero(numbers == number)
         if len(of_class) < 2:
             raise UserError(f"{flag} has {len(of_class)} images of class {name}; give at least 2 of each class")
         held_out[of_class[:: min(HELD_OUT, len(of_class))]] = True
-    inputs, targets = _as_input(pixels), torch.from_numpy(targets)
+    inputs, targets = _as_input(pixels), torch.from_numpy(numbers)
     training = torch.from_numpy(np.flatnonzero(~held_out))
 
     def batch_of(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     )
     cos, sin = turn.cos() * (1 + scale), turn.sin() * (1 + scale)
     theta = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)
-    moved = F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), align_corners=False)
+    moved = F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False)
     noise = torch.randn(images.shape, generator=generator) * 0.12
     return (moved + noise * torch.rand(len(images), 1, 1, 1, generator=generator)).clamp(0, 1)
 

@@ -168,6 +168,9 @@ class VisionModel(nn.Module):
         UserError: there is no vision model.
     """
 
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(self, name: str, flag: str):
         super().__init__()
         from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection

@@ -130,7 +130,7 @@ class ImageArray:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()[:16]
+        return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()[:16]
 
     def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
         """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""

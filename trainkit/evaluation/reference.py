@@ -69,7 +69,7 @@ def reference_features(
     parts = FORMAT, images.fingerprint, extractor.weights_sha256, extractor.input_size, RESIZE, indices.tobytes()
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:24] + ".safetensors"
     folders = [cache_root(cache_dir) / "features"]
-    if isinstance(images, PreparedFolder):
+    if isinstance(images, PreparedFolder) and isinstance(images.folder, Path):
         folders.insert(0, images.folder / FOLDER)
     for folder in folders:
         if (found := _read(folder / name)) is not None:

@@ -53,7 +53,8 @@ def unit_samples(image: Image.Image) -> np.ndarray:
     if image.mode == "F":  # it defines no range: the smallest common one that holds the samples
         full = next((full for full in (1.0, 255.0, 65535.0) if top <= full), top)
     elif image.format == "TIFF" and image.mode != "I":
-        full = 2.0 ** image.tag_v2.get(BITS_PER_SAMPLE_TAG, (16,))[0] - 1
+        tags = image.tag_v2  # type: ignore[attr-defined]  # it is a TiffImageFile
+        full = 2.0 ** tags.get(BITS_PER_SAMPLE_TAG, (16,))[0] - 1
     else:
         full = 65535.0 if top <= 65535.0 else 2.0**31 - 1
     samples = np.clip(samples / full, -1.0, 1.0)
@@ -134,7 +135,9 @@ def _apply(image: Image.Image, transform) -> Image.Image:
         image = image.convert("RGB") if alpha else image
         image = image.point(transform * len(image.getbands()))
     else:
-        image = ImageCms.applyTransform(image.convert("RGB") if alpha else image, transform)
+        applied = ImageCms.applyTransform(image.convert("RGB") if alpha else image, transform)
+        assert applied is not None  # as it would be in place
+        image = applied
     if alpha:
         image.putalpha(alpha)
     return image

@@ -8,7 +8,7 @@ This module uses Pillow and numpy without torch: worker processes import it and 
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from PIL import (
@@ -86,13 +86,13 @@ def _open(image: bytes | str | Path | np.ndarray) -> Image.Image:
         pixels = image if image.dtype == np.uint8 else np.rint(unit_array(image) * 255).astype(np.uint8)
         return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
-    if opened.format == "TGA" and not _is_targa(image, opened.fp):
+    if opened.format == "TGA" and opened.fp is not None and not _is_targa(image, opened.fp):
         opened.close()
         raise Image.UnidentifiedImageError
     return opened
 
 
-def _is_targa(image: bytes | str | Path, file: BinaryIO) -> bool:
+def _is_targa(image: bytes | str | Path, file: IO[bytes]) -> bool:
     """Whether a file is a TGA by its name or the mark at its end; others look like it, since none is at its start."""
     if not isinstance(image, bytes) and Path(image).suffix.lower() in TGA_EXTENSIONS:
         return True
@@ -113,7 +113,7 @@ def _decode(image: Image.Image, open_again: Callable[[], Image.Image], settings:
         orientation, full_size = orientation_of(image), image.size
         part, resized_size = plan_resize(full_size, settings, orientation)
         wanted = [2 * side * full // kept for side, full, kept in zip(resized_size, full_size, part, strict=True)]
-        image.draft("L" if settings.image_mode == "L" and is_srgb(image) else None, tuple(wanted))
+        image.draft("L" if settings.image_mode == "L" and is_srgb(image) else None, (wanted[0], wanted[1]))
         image.load()
     else:
         image, _ = load_corrected(image, open_again)

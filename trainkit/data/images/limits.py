@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from trainkit.data import faults
@@ -94,7 +95,7 @@ def _unidentified(image: bytes | str | Path) -> RejectedImage:
     return RejectedImage(faults.NOT_AN_IMAGE, "Pillow knows no image format that starts like this")
 
 
-def rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
+def rejection(image: bytes | str | Path | np.ndarray, error: Exception) -> RejectedImage:
     """Return the fault of a file for which Pillow raised `error`."""
     message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError)):
@@ -102,11 +103,11 @@ def rejection(image: bytes | str | Path, error: Exception) -> RejectedImage:
     if isinstance(error, FileNotFoundError):
         return RejectedImage(faults.MISSING, "the file does not exist")
     if isinstance(error, (PermissionError, IsADirectoryError)) or getattr(error, "errno", None):
-        return RejectedImage(faults.UNREADABLE, error.strerror or message)
+        return RejectedImage(faults.UNREADABLE, getattr(error, "strerror", None) or message)
     size = Path(image).stat().st_size if isinstance(image, str | Path) else len(image)
     if size == 0:
         return RejectedImage(faults.EMPTY, "the file has no bytes")
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, Image.UnidentifiedImageError) and not isinstance(image, np.ndarray):
         return _unidentified(image)
     if isinstance(error, (OSError, EOFError)) and "truncated" in message.lower() or isinstance(error, EOFError):
         return RejectedImage(faults.TRUNCATED, message)

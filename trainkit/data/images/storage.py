@@ -20,6 +20,7 @@ PNG_UP_FILTER = 2
 def image_features(settings: PreparationSettings) -> dict[str, dict]:
     """Return the columns of an image as `datasets` writes features; not by `datasets`, whose import takes a second."""
     pixel = {"dtype": settings.dtype.name, "_type": "Value"}
+    features: dict[str, dict]
     if settings.storage != "pixels":
         features = {"image": {"_type": "Image"}}
     elif settings.fixed_size:
@@ -81,11 +82,14 @@ def decode(content: bytes, settings: PreparationSettings) -> np.ndarray:
     """Return the image (H, W, C) that `encode` was given, up to its losses. Other threads run while Pillow decodes."""
     with Image.open(io.BytesIO(content), formats=[settings.storage.upper()]) as image:
         if settings.bit_depth == 16 and settings.channels > 1:
-            return both_bytes(raw_mode_of(image), lambda: Image.open(io.BytesIO(content)))
+            raw_mode = raw_mode_of(image)
+            assert raw_mode is not None  # of a PNG
+            return both_bytes(raw_mode, lambda: Image.open(io.BytesIO(content)))
         image.load()
+        picture: Image.Image = image
         if settings.bit_depth == 8 and image.mode != settings.image_mode:  # WebP has neither grey nor opaque RGBA
-            image = image.convert(settings.image_mode)
-        pixels = np.asarray(image, dtype=settings.dtype)
+            picture = image.convert(settings.image_mode)
+        pixels = np.asarray(picture, dtype=settings.dtype)
     return pixels.reshape(*pixels.shape[:2], settings.channels)
 
 

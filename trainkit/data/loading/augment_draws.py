@@ -8,6 +8,7 @@ B batch, H/W height and width of training images, h/w of the stored window.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,8 @@ class Parameters:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Parameters":
         tensors = {name: getattr(self, name) for name in ("geometry", "colour", "labels", "untouched")}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **changed)
 
 
 def draw_parameters(
@@ -108,10 +110,12 @@ def draw_parameters(
         )
     if augmentation.with_labels:
         labels = _labels(flipped, turn, across, down, zoom, crop, brightness, contrast, saturation, hue)
-    geometry, colour, labels = (
-        None if x is None else torch.from_numpy(x.astype(np.float32)) for x in (geometry, colour, labels)
-    )
-    return Parameters(geometry, colour, labels, untouched, _oversampling(augmentation, size, window))
+    oversampling = _oversampling(augmentation, size, window)
+    return Parameters(_tensor(geometry), _tensor(colour), _tensor(labels), untouched, oversampling)
+
+
+def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(values.astype(np.float32))
 
 
 class _Draws:

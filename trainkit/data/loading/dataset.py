@@ -139,9 +139,11 @@ class PreparedImages:
 
     def _whole_image(self, batch: _Batch, row: int) -> np.ndarray:
         """Return an image (h, w, C) of its own size."""
+        assert batch.offsets is not None  # images of several sizes are stored flat
         flat = batch.pixels[batch.offsets[row] : batch.offsets[row + 1]]
         if self.settings.storage != "pixels":
             return decode(flat.tobytes(), self.settings)
+        assert batch.heights is not None and batch.widths is not None
         return flat.reshape(batch.heights[row], batch.widths[row], self.channels)
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
@@ -321,6 +323,7 @@ def _copied(addresses: np.ndarray, size: int) -> np.ndarray:
     if len(addresses) == 0:
         return np.empty(0, dtype=np.uint8)
     lowest, highest = int(addresses.min()), int(addresses.max())
-    first = np.frombuffer((ctypes.c_char * size).from_address(lowest), dtype=f"V{size}")
+    memory = (ctypes.c_char * size).from_address(lowest)
+    first = np.frombuffer(memory, dtype=f"V{size}")  # type: ignore[call-overload]  # an array of ctypes is a buffer
     everywhere = np.lib.stride_tricks.as_strided(first, shape=(highest - lowest + 1,), strides=(1,), writeable=False)
     return everywhere[addresses - lowest].view(np.uint8)

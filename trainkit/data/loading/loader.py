@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -158,7 +158,8 @@ class BatchLoader:
         flip, augmentation = uniforms(Purpose.FLIP) < 0.5 if self.random_flip else None, None
         if self.images.holds_latents:  # a new sample per visit; flips use the latents of the mirrored image
             noise = normal_draws(self.seed, step, rows, shape, Purpose.LATENT)
-            pixels, flip = self.images.sample(indices, flip, noise), None
+            latents: Any = self.images  # trainkit.diffusion.latents.LatentImages, which stands above this folder
+            pixels, flip = latents.sample(indices, flip, noise), None
         else:
             pixels = self.images.gather(indices, crops)
         if pixels.dtype == np.uint16:  # torch cannot compute with uint16
@@ -185,7 +186,7 @@ class BatchLoader:
 
     def _read_ahead(self, position: int) -> None:
         """With blocks, start to read the window of `position` and the next one, the first time it is entered."""
-        if self.order.block_size == 0:
+        if not isinstance(self.order, SampleOrder) or self.order.block_size == 0:
             return
         with self._reading_ahead:  # several threads make batches
             if self._window is not None and position < self._window[1]:

@@ -30,7 +30,7 @@ def vector_statistics(images: ImagesWithVectors, options) -> tuple[np.ndarray, n
     path = cache_root(options.cache_dir) / "vector_statistics" / f"{images.fingerprint}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return np.float32(kept["mean"]), np.float32(kept["std"])
+        return np.asarray(kept["mean"], np.float32), np.asarray(kept["std"], np.float32)
     except (OSError, ValueError, KeyError):
         pass
     mean, std = mean_and_std(images.column("vector"))
@@ -48,7 +48,7 @@ def mean_and_std(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     Sums of squares are about the mean of each batch (Chan et al. 1979), so large means lose no digits. A number that
     is the same in all rows gets a deviation of 1.
     """
-    count, mean, squares = 0, 0.0, 0.0
+    count, mean, squares = 0, np.zeros(()), np.zeros(())
     for batch in batches:
         rows = batch.astype(np.float64)
         own_mean, total = rows.mean(0), count + len(rows)

@@ -24,6 +24,7 @@ from trainkit.data.images.decode import FORMATS, decode_image
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation.pool import call_in_process, quiet_decoders
 from trainkit.data.preparation.shards import ShardWriter
+from trainkit.data.sources.folder import FolderReader
 from trainkit.data.sources.source import Source
 from trainkit.errors import one_line
 
@@ -64,7 +65,8 @@ def write_contact_sheet(folder: Path | RemotePath, source: Source | None = None)
         print(f"{path} is not a contact sheet and is kept: no contact sheet is written", flush=True)
         return None
     if (
-        isinstance(path, Path)
+        isinstance(folder, Path)
+        and isinstance(path, Path)
         and path.is_file()
         and path.stat().st_mtime_ns >= (folder / PREPARATION_NAME).stat().st_mtime_ns
     ):
@@ -147,7 +149,7 @@ def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[s
         for line in lines
         for name in _names(line)
     ]
-    reader = ShardWriter(None, images.settings, None, has_text=False)
+    reader = ShardWriter(FolderReader("", {}), images.settings, None, has_text=False)
     pictures = dict(zip(paths, call_in_process(reader, picture_of, paths), strict=True))
     parts = []
     for fault, lines in sorted(by_fault.items()):

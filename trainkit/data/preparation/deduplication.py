@@ -72,7 +72,7 @@ class UnitFiles:
 
     def summary(self, shard: Path | RemotePath) -> dict:
         """Return the summary of a complete unit: its rejected files, its account."""
-        digest = read_stats(shard).digest
+        digest = _stats_of(shard).digest
         found = (_read(part.path, digest) for part in self.parts(shard, TRAIN))
         return next(read[0] for read in found if read)
 
@@ -80,9 +80,10 @@ class UnitFiles:
         """Return all rows of one split of a unit in the source's order; None if some are lost."""
         for part in self.parts(shard, split):
             read = [_read(path, digest) for path in part if path is not None]
-            if all(read):
-                positions = [summary["positions"] for summary, _ in read]
-                batches = [batch for _, batches in read for batch in batches]
+            whole = [one for one in read if one]
+            if len(whole) == len(read):
+                positions = [summary["positions"] for summary, _ in whole]
+                batches = [batch for _, batches in whole for batch in batches]
                 return Rows(batches, None if part.dropped is None else np.concatenate(positions))
         return None
 
@@ -122,6 +123,13 @@ def read_stats(shard: Path | RemotePath) -> UnitStats | None:
     return UnitStats(digest, batches[0]) if batches else None
 
 
+def _stats_of(shard: Path | RemotePath) -> UnitStats:
+    """The statistics of a unit that is complete."""
+    stats = read_stats(shard)
+    assert stats is not None
+    return stats
+
+
 def drop_duplicates(
     writer: ShardWriter, output_dir: Path | RemotePath, shards: list[Path | RemotePath], sweep_at_once: bool
 ) -> tuple[dict[int, list[Part]], dict[Path | RemotePath, list[dict]]]:
@@ -132,7 +140,7 @@ def drop_duplicates(
     """
     repeated = _repeated(writer, shards)
     files, parts = UnitFiles(output_dir), {split: [] for split in writer.filters.splits}
-    starts = np.cumsum([0] + [read_stats(shard).table.num_rows for shard in shards])
+    starts = np.cumsum([0] + [_stats_of(shard).table.num_rows for shard in shards])
     for shard, start, end in zip(shards, starts[:-1], starts[1:], strict=True):
         is_dropped = repeated[start:end] != KEPT
         for split in writer.filters.splits:
@@ -151,7 +159,7 @@ def _repeated(writer: ShardWriter, shards: list[Path | RemotePath]) -> np.ndarra
     is_near = writer.filters.deduplicate == "near"
     content, perceptual = [np.empty((0, 2), dtype=np.uint64)], [np.empty(0, dtype=np.uint64)]
     for shard in shards:
-        table = read_stats(shard).table
+        table = _stats_of(shard).table
         content.append(_hashes(table.column("content_hash"), 2).reshape(-1, 2))
         if is_near:
             perceptual.append(_hashes(table.column("perceptual_hash"), 1))
@@ -171,7 +179,7 @@ def _split_part(
     writer: ShardWriter, files: UnitFiles, shard: Path | RemotePath, split: int, is_dropped: np.ndarray
 ) -> tuple[Part, bool]:
     """Return the part of one split of a unit without the dropped images, and whether it had to be written."""
-    stats = read_stats(shard)
+    stats = _stats_of(shard)
     of_split = np.flatnonzero(stats.table.column("side").to_numpy() == split)
     is_dropped = is_dropped[of_split]
     leaving = np.flatnonzero(is_dropped).tolist()
@@ -180,6 +188,7 @@ def _split_part(
     if all(_read(path, stats.digest) for path in part if path is not None):
         return part, False
     rows = files.rows(shard, split, stats.digest)
+    assert rows is not None  # as the unit is complete
     image_stats = [_as_stats(row) for row in stats.table.take(pa.array(of_split)).to_pylist()]
     unit = files.summary(shard) if split == TRAIN else {"rejected": []}
     for path, picked in zip(part, (np.flatnonzero(~is_dropped), np.flatnonzero(is_dropped)), strict=True):
@@ -201,7 +210,7 @@ def _duplicate_lines(
 
     @functools.lru_cache(maxsize=OPEN_UNITS)
     def table(unit: int) -> pa.RecordBatch:
-        return read_stats(shards[unit]).table
+        return _stats_of(shards[unit]).table
 
     def row_of(image: int) -> tuple[int, dict]:
         unit = int(np.searchsorted(starts, image, side="right")) - 1
@@ -222,4 +231,4 @@ def _duplicate_lines(
 
 
 def _class_name(writer: ShardWriter, label: int) -> str:
-    return writer.label_names[label] if label >= 0 else "none"
+    return "none" if label < 0 or writer.label_names is None else writer.label_names[label]

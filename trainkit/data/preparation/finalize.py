@@ -4,6 +4,7 @@ import dataclasses
 import json
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def finalize(
         _delete_replaced(output_dir, parts, shards, replaced)
     else:
         _delete_leftovers(writer, output_dir, parts, shards, had_validation)
-    return read_preparation(output_dir)
+    written = read_preparation(output_dir)
+    assert written is not None  # just now
+    return written
 
 
 def _parts(
@@ -177,7 +180,11 @@ def _write_dataset(
 
 
 def _delete_leftovers(
-    writer: ShardWriter, output_dir: Path, parts: dict[int, list[Part]], shards: list[Path], had_validation: bool
+    writer: ShardWriter,
+    output_dir: Path,
+    parts: dict[int, list[Part]],
+    shards: Sequence[Path | RemotePath],
+    had_validation: bool,
 ) -> None:
     """Delete the shards that another run or other settings left in a local folder; no other file."""
     delete_own_files(output_dir, {part.path.name for part in parts[TRAIN]})
@@ -192,7 +199,10 @@ def _delete_leftovers(
 
 
 def _delete_replaced(
-    output_dir: RemotePath, parts: dict[int, list[Part]], shards: list[RemotePath], replaced: dict[str, set[str]]
+    output_dir: RemotePath,
+    parts: dict[int, list[Part]],
+    shards: Sequence[Path | RemotePath],
+    replaced: dict[str, set[str]],
 ) -> None:
     """Delete at a URL only the files of the dataset that is replaced, since no lock keeps other runs away."""
     wanted = {str(path) for split in parts.values() for part in split for path in part if path is not None}

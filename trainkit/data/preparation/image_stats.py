@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,7 @@ def image_stats(pixels: np.ndarray, filters: FilterSettings) -> ImageStats:
     content_hash = ""
     if filters.needs_content_hash:
         digest = hashlib.blake2b(f"{height} {width} {channels} {pixels.dtype}".encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(pixels))
+        digest.update(np.ascontiguousarray(pixels).data)
         content_hash = digest.hexdigest()
     sums, squares = _exact_sums(pixels.reshape(-1, channels))
     near_hash = perceptual_hash(pixels) if filters.deduplicate == "near" else 0
@@ -86,8 +86,8 @@ def stats_batch(
     splits: list[int], stats: list[ImageStats], labels: list[int | None], sources: list[str]
 ) -> pa.RecordBatch:
     """Return the statistics of a unit's images as a table, with the split, label and source of each."""
-    stats = [image._replace(content_hash=bytes.fromhex(image.content_hash)) for image in stats]
-    columns = [splits, *(list(zip(*stats, strict=True)) or [[]] * len(ImageStats._fields)), labels, sources]
+    rows = [(bytes.fromhex(image.content_hash), *image[1:]) for image in stats]
+    columns: list[Any] = [splits, *(list(zip(*rows, strict=True)) or [()] * len(ImageStats._fields)), labels, sources]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, STATS_SCHEMA, strict=True)]
     return pa.record_batch(arrays, schema=STATS_SCHEMA)
 

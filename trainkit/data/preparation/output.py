@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pyarrow as pa
@@ -146,7 +146,7 @@ def is_own_shard(path: Path | RemotePath) -> bool:
         return False
 
 
-def delete_own_files(folder: Path | RemotePath, keep: set[str] = frozenset(), everything: bool = False) -> None:
+def delete_own_files(folder: Path | RemotePath, keep: Set[str] = frozenset(), everything: bool = False) -> None:
     """Delete a preparation's shards and temporary files in `folder`, except the names in `keep`.
 
     With `everything`, its JSON files go too, and the folder if that leaves it empty.

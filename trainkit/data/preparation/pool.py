@@ -174,7 +174,9 @@ def _start_worker(writer: ShardWriter) -> None:
 
 def _exit_with_parent() -> None:
     """End this worker if its parent is killed, which closes no queue: the worker would wait indefinitely."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     os._exit(1)
 
 

@@ -61,12 +61,12 @@ class Archives:
             self._keep_split(options, given)
             self._read_metadata_next_to_archives(metadata, options)
         if all(member.fault for member in self.members):
-            faults = [f"{member.path}: {member.fault[1]}" for member in self.members]
+            faults = [f"{member.path}: {member.fault[1]}" for member in self.members if member.fault]
             found = f"{len(faults)} rejected, the first {faults[0]}" if faults else "no image file found inside"
             raise UserError(f"--train_data_dir {given} holds no image that can be read ({found})")
         if not any(member.label for member in self.members):
             self._label_by_folder(options.label_from)
-        names = {member.label for member in self.members} - {None}
+        names = {member.label for member in self.members if member.label is not None}
         self.label_names = sorted_labels(names, self.account) if names else None
         self.has_text = any(member.text is not None or member.caption for member in self.members)
         self.vector_length = first_length(self.reader.vector(member) for member in self.members)
@@ -179,7 +179,8 @@ class ArchiveReader(NamedTuple):
         # In the order in which they are stored: a compressed stream cannot go back.
         wanted = [span for span in (member.span, member.caption, member.vector_file) if span]
         contents = {span: self._content(member.container, span) for span in sorted(wanted, key=lambda s: s.offset)}
-        text, vector, notes = member.text, None, ()
+        text, vector = member.text, None
+        notes: tuple[Kind, ...] = ()
         if member.caption and text is None:
             text, notes = read_caption(contents[member.caption], member.caption.path)
         if text is None and self.has_text:
@@ -188,7 +189,8 @@ class ArchiveReader(NamedTuple):
             vector = np.frombuffer(member.vector, np.float32)
         elif member.vector_file:
             vector = parse_npy(contents[member.vector_file])
-        return Record(contents[member.span], self.label_ids.get(member.label, NO_LABEL), text, vector, notes)
+        label = NO_LABEL if member.label is None else self.label_ids.get(member.label, NO_LABEL)
+        return Record(contents[member.span], label, text, vector, notes)
 
     def vector(self, member: Member):
         """A function that reads the member's vector; None where it has none."""

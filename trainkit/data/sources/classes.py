@@ -13,8 +13,11 @@ class FolderClasses:
 
     def __init__(self, label_from: str):
         self.names: set[str] = set()
-        self._label_from, self._last, self._depth, self._is_uneven = label_from, None, None, label_from == "none"
-        self._example, self._reason = None, None
+        self._label_from, self._is_uneven = label_from, label_from == "none"
+        self._last: str | None = None
+        self._depth: int | None = None
+        self._example: str | None = None
+        self._reason: str | None = None
         self._num_without_folder, self._without_folder = 0, []
 
     @property

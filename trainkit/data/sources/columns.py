@@ -63,7 +63,8 @@ class Labels(NamedTuple):
             name = class_name(value)
         except NotAClass:
             return NO_LABEL, False
-        return self.numbers.get(name, NO_LABEL), name in self.numbers or name in (None, "-1")
+        number = NO_LABEL if name is None else self.numbers.get(name, NO_LABEL)
+        return number, name in self.numbers or name in (None, "-1")
 
 
 def find_table_columns(schema: pa.Schema, options: ColumnOptions, account: Account, where: str, what: str) -> Columns:
@@ -151,7 +152,7 @@ def class_labels(
             found.add(class_name(value))
         except NotAClass as error:
             account.add(Kind.LABEL_NOT_A_CLASS, f"{column} of {where}: {error}", count)
-    names = sorted_labels(found - {None}, account) or None
+    names = sorted_labels({name for name in found if name is not None}, account) or None
     return Labels(names, {name: number for number, name in enumerate(names or ())}, is_counted=True)
 
 

@@ -76,7 +76,7 @@ def _is_read_now(path: str, size: int, extensions: tuple[str, ...]) -> bool:
 class _Bounded(io.RawIOBase):
     """A .tar's stream for its headers: a header that claims to be huge is not read into memory."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO | gzip.GzipFile):
         self._file = file
 
     def read(self, size: int = -1) -> bytes:
@@ -97,7 +97,7 @@ def _list_tar(archive: DataFile, file: BinaryIO) -> Iterator[File]:
     extensions = CONTENT_EXTENSIONS if is_packed else SAMPLE_EXTENSIONS  # once, now, rather than out of order later
     headers, place = tarfile.open(fileobj=_Bounded(stream), mode="r:", errorlevel=0), -1
     while (info := headers.next()) is not None:
-        headers.members.clear()
+        headers.members.clear()  # type: ignore[attr-defined]  # missing in the stubs; it grows without end
         if headers.offset <= place:
             raise tarfile.ReadError("a header leads back")
         place = headers.offset

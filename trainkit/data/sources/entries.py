@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import pyarrow as pa
 
@@ -179,8 +179,24 @@ def ignore_file(account: Account, path: str) -> None:
     account.ignore(path)
 
 
+@overload
+def encoded(text: str) -> bytes: ...
+
+
+@overload
+def encoded(text: None) -> None: ...
+
+
 def encoded(text: str | None) -> bytes | None:
     return None if text is None else text.encode("utf-8", "surrogatepass")
+
+
+@overload
+def decoded(text: bytes) -> str: ...
+
+
+@overload
+def decoded(text: None) -> None: ...
 
 
 def decoded(text: bytes | None) -> str | None:

@@ -4,7 +4,7 @@ import errno
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +82,7 @@ def find_files(given: str, storage_options: str, flag: str) -> FoundFiles | None
     if given.startswith("file://"):
         given = given.removeprefix("file://")
     names = [given] if not is_url(given) and os.path.exists(given) else expand_braces(given)
+    found: FoundFiles | None = None
     try:
         if is_url(given):
             found = _find_remote(names, storage_options, flag)
@@ -91,12 +92,10 @@ def find_files(given: str, storage_options: str, flag: str) -> FoundFiles | None
             files = _local_files(names, storage_options, flag)
             folders = sorted({Path(file.location.path).parent for file in files})
             found = FoundFiles(files, metadata=_metadata_in(folders) if len(folders) == 1 else ())
-        else:
-            found = None
     except OSError as error:
         raise UserError(f"{flag} {error.filename or given}: {error.strerror or error}; it must be readable") from None
     found = found and found.without_tables_of_archives()
-    kinds = {file.kind for file in found.files} - {None} if found else set()
+    kinds = {file.kind for file in found.files if file.kind is not None} if found else set()
     if len(kinds) > 1 and not kinds <= {"zip", "tar", "tar.gz"}:
         raise UserError(f"{flag} {given} holds {' and '.join(sorted(kinds))} files; give one kind, as in '*.parquet'")
     return found
@@ -105,7 +104,8 @@ def find_files(given: str, storage_options: str, flag: str) -> FoundFiles | None
 def expand_braces(pattern: str) -> list[str]:
     """`a-{000..002}.tar` -> three names, `{a,b}.zip` -> two. Raises `UserError` where there are too many."""
     parts = re.split(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}", pattern)
-    choices, count = [], 1
+    choices: list[Iterable[str]] = []
+    count = 1
     for position, part in enumerate(parts):
         if position % 2 == 0:
             choices.append([part])
@@ -116,8 +116,9 @@ def expand_braces(pattern: str) -> list[str]:
             choices.append(f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
             count *= max(0, int(last) - int(first) + 1)
         else:
-            choices.append(part.split(","))
-            count *= len(choices[-1])
+            words = part.split(",")
+            choices.append(words)
+            count *= len(words)
     if not 0 < count <= MAX_BRACE_NAMES:
         raise UserError(f"--train_data_dir {pattern} stands for {count:,} files; give 1 to {MAX_BRACE_NAMES:,}")
     return ["".join(name) for name in itertools.product(*choices)]

@@ -61,24 +61,27 @@ class FolderReader(NamedTuple):
     def read(self, entry: Entry) -> Record:
         if entry.size == NOT_A_FILE:
             raise RejectedImage(faults.NOT_A_FILE, "a device, a pipe or a socket")
-        path, text, notes = Path(self.folder, entry.path), entry.text, ()
+        path, text = Path(self.folder, entry.path), entry.text
+        notes: tuple[Kind, ...] = ()
         if text is None and entry.caption_file:
             text, notes = _read_caption(sidecar_path(path, entry.caption_file, ".txt"))
         if text is None and self.has_text:
             notes = (*notes, Kind.NO_CAPTION)
         vector = None
-        if self.reads_vectors and (entry.vector is not None or entry.vector_file):
-            vector = _entry_vector(self.folder, entry)()
-        return Record(path, self.label_ids.get(entry.label, NO_LABEL), text, vector, notes)
+        if self.reads_vectors and (read_vector := _entry_vector(self.folder, entry)) is not None:
+            vector = read_vector()
+        label = NO_LABEL if entry.label is None else self.label_ids.get(entry.label, NO_LABEL)
+        return Record(path, label, text, vector, notes)
 
 
 def _entry_vector(folder: str | Path, entry: Entry) -> Callable[[], np.ndarray] | None:
     """A function that reads it; None for an entry that has none."""
-    if entry.vector is not None:
-        return lambda: np.frombuffer(entry.vector, np.float32)
-    if not entry.vector_file:
+    vector, file = entry.vector, entry.vector_file
+    if vector is not None:
+        return lambda: np.frombuffer(vector, np.float32)
+    if not file:
         return None
-    return lambda: _read_npy(sidecar_path(Path(folder, entry.path), entry.vector_file, ".npy"))
+    return lambda: _read_npy(sidecar_path(Path(folder, entry.path), file, ".npy"))
 
 
 def _read_npy(path: Path) -> np.ndarray:

@@ -103,6 +103,7 @@ class Hdf5Reader(NamedTuple):
         caption = None if text is None else _caption(text)
         if self.arrays.text is not None and caption is None:
             notes = (*notes, Kind.EMPTY_CAPTION)
+        assert image is not None  # `arrays.image` is always set
         return Record(self._image(image), number, caption, vector, notes)
 
     def _image(self, image: np.ndarray) -> np.ndarray | bytes:

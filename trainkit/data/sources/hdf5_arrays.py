@@ -62,7 +62,7 @@ def find_arrays(file: Any, options: ReadOptions, account: Account, what: str) ->
         if path is not None and path not in (*STANDARD[meaning], options.columns.caption, options.columns.vector):
             account.add(Kind.COLUMN_ALIAS, f"{path} as {meaning}")
     is_one_hot = label is not None and arrays[label].ndim == 2 and arrays[label].shape[1] > 1
-    if is_one_hot and not _is_one_hot(arrays[label]):
+    if label is not None and is_one_hot and not _is_one_hot(arrays[label]):
         account.add(Kind.LABEL_NOT_A_CLASS, f"{label} {arrays[label].shape} holds several values per image")
         label = None
     for path in arrays:
@@ -90,7 +90,7 @@ def read_labels(file: Any, arrays: Arrays, account: Account) -> Labels:
             account.add(Kind.LABEL_NOT_A_CLASS, f"{arrays.label}: {error}", rows)
     if array.dtype.kind in "iuf":
         found = {name for name in found if name is not None and int(name) >= 0}
-    names = sorted_labels(found - {None}, account) or None
+    names = sorted_labels({name for name in found if name is not None}, account) or None
     return Labels(names, {name: number for number, name in enumerate(names or ())}, is_counted=True)
 
 

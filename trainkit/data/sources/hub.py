@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,7 +48,7 @@ class HubDataset:
             self._dataset = self._dataset.cast_column(self.columns.image, _undecoded_image())
         self._folder = Path(name) if Path(name).is_dir() else None
         vectors = self._dataset.select_columns([self.columns.vector]) if self.columns.vector else ()
-        self.vector_length = first_length((lambda row=row: as_vector(row[self.columns.vector])) for row in vectors)
+        self.vector_length = first_length(partial(as_vector, row[self.columns.vector]) for row in vectors)
 
     def __len__(self) -> int:
         return len(self._dataset)

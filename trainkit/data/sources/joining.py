@@ -143,6 +143,7 @@ def _joined(root: Path, rows: Iterator[tuple], named: Iterator[tuple], found: Fo
     row, about = next(rows, None), next(named, None)
     while row is not None or about is not None:
         if about is None or (row is not None and row[0] < about[0]):
+            assert row is not None  # one of the two is left
             found.account.add(Kind.IMAGE_WITHOUT_ROW, decoded(row[0]))
             row = next(rows, None)
             continue
@@ -168,11 +169,11 @@ def _found_entry(path: Path, found: Found) -> tuple[tuple, tuple, tuple]:
         found.account.add(Kind.EXTRA_ITEMS)
         return (size, mtime_ns), NO_SIDECAR, NO_SIDECAR
     found.account.unignore(path.name)
-    sidecars = []
+    sidecars: list[tuple] = []
     for extension in STANDARD_SIDECARS:
         found_sidecar = size_and_time(path.with_suffix(extension))
         if found_sidecar[0] >= 0:
             found.account.unignore(f"_{extension}")
             found.num_sidecars += 1
         sidecars.append(NO_SIDECAR if found_sidecar[0] < 0 else (*found_sidecar, extension.encode()))
-    return (size, mtime_ns), *sidecars
+    return (size, mtime_ns), sidecars[0], sidecars[1]

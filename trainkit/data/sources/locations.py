@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from trainkit.data.files import location
+from trainkit.data.files import RemotePath, location
 from trainkit.errors import UserError, one_line
 from trainkit.packages import load_package
 
@@ -65,7 +65,9 @@ def kind_of(name: str) -> str | None:
 
 def read_storage_options(text: str | None) -> str:
     """`--storage_options` checked, as JSON text. Raises `UserError`."""
-    return location("memory://", text).storage_options
+    place = location("memory://", text)
+    assert isinstance(place, RemotePath)  # as for every URL
+    return place.storage_options
 
 
 def version_of(info: dict) -> str:

@@ -127,6 +127,7 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
     known = images.keys() | others.keys()
     rows = []
     for file in metadata:
+        assert file.content is not None  # as for every file in `metadata`
         content, path = io.BytesIO(file.content), file.span.path
         read = read_metadata(content, Path(where, path), options.columns, account)
         rows += [row._replace(name=relative_name(row.name, path.rpartition("/")[0])) for row in read]
@@ -230,7 +231,7 @@ class _Samples:
             content = None if file is None or file.content is None else json.loads(file.content)
         except ValueError:  # RecursionError is not a ValueError, but content is small
             content = None
-        if not isinstance(content, dict):
+        if file is None or not isinstance(content, dict):
             return {}
         self.use(file, Kind.LABEL_FILES)
         return content
@@ -298,7 +299,7 @@ def _member(
         caption = None
     if vector is None and vector_file is None:
         vector = vector_bytes(sample.get(samples.options.columns.vector))
-    elif vector is None:
+    elif vector is None and vector_file is not None:
         samples.use(vector_file, Kind.VECTOR_FILES)
     return Member(
         container,

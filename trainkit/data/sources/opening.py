@@ -30,15 +30,15 @@ def open_source(options: SourceOptions) -> Source:
         raise UserError(f"--train_data_dir {folder} is a prepared dataset already; train on it, or give raw images")
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return HubDataset(str(folder), None, read.split, flag="--train_data_dir", options=read)
-    return _open_files(options, read) or ImageFolder(folder, options=read)
+    return _open_files(options.train_data_dir, options, read) or ImageFolder(folder, options=read)
 
 
-def _open_files(options: SourceOptions, read: ReadOptions) -> Source | None:
+def _open_files(given: str, options: SourceOptions, read: ReadOptions) -> Source | None:
     """A source of archives, of Parquet or HDF5 files, or of what is below a URL; None for a folder of images.
 
     Raises `UserError`.
     """
-    given, storage_options = options.train_data_dir, read_storage_options(options.storage_options)
+    storage_options = read_storage_options(options.storage_options)
     if given.startswith("memory://") and options.num_proc != 1:
         raise UserError(f"--train_data_dir {given} is visible to this process only: give --num_proc 1")
     found = find_files(given, storage_options, "--train_data_dir")
@@ -49,6 +49,7 @@ def _open_files(options: SourceOptions, read: ReadOptions) -> Source | None:
     files, is_split = found.files, False
     if files:
         files, is_split = found.of_split(read, given, account, is_image_folder)
+    source: Source
     if kinds == {"parquet"}:
         from trainkit.data.sources.tables import ParquetFiles
 

@@ -4,20 +4,28 @@ A source lists itself without opening an image, cuts that listing into work unit
 `reader` with which any process names a unit's items and turns them into `Record`s.
 """
 
-import contextlib
 import hashlib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from trainkit.data.account import Account, Kind
 from trainkit.data.faults import RejectedImage
-from trainkit.data.sources.entries import Entry
 
 UNIT_ITEMS = 2048  # mean length of a work unit
+
+
+class HasPath(Protocol):
+    """An entry of a listing, sorted by `path`."""
+
+    @property
+    def path(self) -> str: ...
+
+
+T = TypeVar("T", bound=HasPath)
 
 
 class Record(NamedTuple):
@@ -40,22 +48,28 @@ class Unit(NamedTuple):
     items: Sequence
 
 
-def first_length(vectors: Iterable[Callable[[], np.ndarray] | None]) -> int | None:
+def first_length(vectors: Iterable[Callable[[], np.ndarray | None] | None]) -> int | None:
     """Length of the first vector that can be read: the others must be like it.
 
     None where nothing has a vector, 0 where no vector can be read.
     """
     length = None
     for read in vectors:
-        if read is not None:
+        if read is None:
+            continue
+        try:
+            vector = read()
+        except RejectedImage:
             length = 0
-            with contextlib.suppress(RejectedImage):
-                if len(vector := read()):
-                    return len(vector)
+            continue
+        if vector is not None:
+            if len(vector):
+                return len(vector)
+            length = 0
     return length
 
 
-def cut_by_name(entries: list[Entry], mean: int) -> Iterator[list[Entry]]:
+def cut_by_name(entries: list[T], mean: int) -> Iterator[list[T]]:
     """The runs of `cuts`, as lists."""
     return (entries[start:stop] for start, stop in cuts((entry.path for entry in entries), mean))
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -123,11 +124,11 @@ def _rule_for(
 ) -> tuple[SplitOf | None, Counter, int]:
     """The rule of the splits, the number of files of each, and that of files outside of them."""
     if patterns is not None:
-        rule = split_by_patterns(patterns)
-        counts = Counter(map(rule, paths()))
+        by_pattern = split_by_patterns(patterns)
+        counts = Counter(map(by_pattern, paths()))
         counts.pop(None, None)
         if counts:
-            return rule, counts, 0
+            return by_pattern, counts, 0
     rule, counts = find_splits(paths(), rules)
     counts.pop("in the top folder", 0)
     return rule, counts, counts.pop(None, 0)
@@ -191,7 +192,7 @@ def data_files_of(text: str, config: str | None, where: str) -> dict[str, list[s
     return _patterns(usable[0]["data_files"]) if usable else None
 
 
-def _patterns(data_files: object) -> dict[str, list[str]]:
+def _patterns(data_files: Any) -> dict[str, list[str]]:
     if isinstance(data_files, dict):
         return {str(split): path if isinstance(path, list) else [path] for split, path in data_files.items()}
     entries = data_files if isinstance(data_files, list) else [data_files]

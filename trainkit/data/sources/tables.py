@@ -3,6 +3,7 @@
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class ParquetFiles:
         self.has_text = self.columns.text is not None
         self.vector_length = None
         if self.columns.vector:
-            self.vector_length = first_length(lambda v=value: as_vector(v) for value in self._vectors())
+            self.vector_length = first_length(partial(as_vector, value) for value in self._vectors())
         self.has_paths = holds_paths(schema.field(self.columns.image).type)
         if self.has_paths:
             self.files = [_with_stamps(file, self.columns.image) for file in self.files]
@@ -151,7 +152,9 @@ class _Forward:
         self._parquet = pq.ParquetFile(open_file(location), buffer_size=BUFFER_BYTES)
         metadata = self._parquet.metadata
         self._ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-        self._group, self._batches, self._start, self._batch = None, iter(()), 0, None
+        self._group: tuple[int, Columns] | None = None
+        self._batches, self._start = iter(()), 0
+        self._batch: Any = None
 
     def row(self, number: int, columns: Columns) -> tuple[Any, ...]:
         group = int(np.searchsorted(self._ends, number, side="right"))
@@ -197,13 +200,14 @@ def _common_schema(schemas: list[pa.Schema]) -> pa.Schema:
 
 def _check_schemas(files: list[DataFile], schemas: list[pa.Schema], columns: Columns) -> None:
     """Raises `UserError` where a file lacks one of the `columns` or has other class names."""
-    names = [table_features(schema).get(columns.label, {}).get("names") for schema in schemas]
+    label = columns.label
+    names = [None if label is None else table_features(schema).get(label, {}).get("names") for schema in schemas]
     for file, schema, classes in zip(files, schemas, names, strict=True):
         if not {name for name in columns if name} <= set(schema.names) or classes != names[0]:
             raise UserError(f"{file.location.path} has other columns or classes than {files[0].location.path}")
 
 
-def _column_parts(parquet: pq.ParquetFile, column: str) -> Iterator[pa.ChunkedArray]:
+def _column_parts(parquet: pq.ParquetFile, column: str | None) -> Iterator[pa.ChunkedArray]:
     for group in range(parquet.num_row_groups):
         yield parquet.read_row_group(group, columns=[column]).column(column)
 
