@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainkit.atomic import write_json
-from trainkit.config import parse_options
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
+from trainkit.options.parsing import parse_options
 
 METRICS = ("kid", "fid", "fid_infinity", "precision", "recall", "density", "coverage")
 

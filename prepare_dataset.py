@@ -13,10 +13,10 @@ The training scripts also accept raw images and prepare them in the cache. See d
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainkit.config import parse_options
 from trainkit.errors import UserError, run_script
 from trainkit.options.data import ImageOptions, SourceOptions
 from trainkit.options.fields import option
+from trainkit.options.parsing import parse_options
 
 
 @dataclass

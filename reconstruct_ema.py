@@ -17,9 +17,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainkit.config import parse_options
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
+from trainkit.options.parsing import parse_options
 from trainkit.sampling.conditions import ConditionOptions
 
 AUTO = "auto"

@@ -16,9 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainkit.config import parse_options
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
+from trainkit.options.parsing import parse_options
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
 
 GRID_IMAGES = 100

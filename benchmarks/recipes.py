@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainkit.config import parse_options
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
+from trainkit.options.parsing import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = 18  # pixels above a strip of samples

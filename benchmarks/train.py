@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainkit.config import parse_options
 from trainkit.errors import run_script
 from trainkit.options.fields import option
+from trainkit.options.parsing import parse_options
 
 SIDE, NUM_IMAGES = 32, 2000
 UNETS = {

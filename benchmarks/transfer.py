@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes import RunOptions, kept, own_folder, run_folder, tabled, trained
-from trainkit.config import parse_options
 from trainkit.errors import run_script
 from trainkit.options.fields import option
+from trainkit.options.parsing import parse_options
 
 BATCH_SIZE = 16  # the default
 PRETRAINED = "pretraining"

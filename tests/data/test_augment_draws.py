@@ -5,13 +5,13 @@ import pytest
 import torch
 from test_augment import ALL, close
 
-from trainkit.config import parse_options
 from trainkit.data.loading import augment as module
 from trainkit.data.loading.augment import build_augmentation
 from trainkit.data.loading.augment_draws import LABELS, Augmentation, draw_parameters
 from trainkit.data.loading.loader import BatchLoader, BatchShape
 from trainkit.errors import UserError
 from trainkit.options.data import AugmentationOptions
+from trainkit.options.parsing import parse_options
 
 
 def drawn(augmentation, count=4000, step=0, seed=0, flipped=None):

@@ -19,7 +19,6 @@ from PIL import Image
 from test_prepare import ROOT, SETTINGS, Stopped, count_decoded, run, write_images
 
 from train_unconditional import Options
-from trainkit.config import parse_options
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation import contact_sheet
@@ -28,6 +27,7 @@ from trainkit.data.preparation.filtering import NO_FILTERS, FilterSettings
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.folder import ImageFolder
+from trainkit.options.parsing import parse_options
 
 WICKED = "<script>alert('1')</script><img src=x onerror=alert(2)>.jpg".replace("/", "|")
 

@@ -138,7 +138,7 @@ def held_out_folder(tmp_path_factory):
 
 def options_for(image_folder, tiny_unet, cache_dir, **flags):
     from train_unconditional import Options
-    from trainkit.config import parse_options
+    from trainkit.options.parsing import parse_options
 
     return parse_options(Options, "", tiny_run(image_folder, tiny_unet, cache_dir, "unused", **flags))
 

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from typing import TypeVar
 
-from trainkit.config import parse_options
 from trainkit.options.data import AugmentationOptions, ImageOptions, LoadingOptions, SourceOptions
 from trainkit.options.model import (
     ConditioningOptions,
@@ -13,6 +12,7 @@ from trainkit.options.model import (
     ObjectiveOptions,
     TextOptions,
 )
+from trainkit.options.parsing import parse_options
 from trainkit.options.training import (
     CheckpointOptions,
     EmaOptions,

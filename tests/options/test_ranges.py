@@ -11,10 +11,10 @@ import pytest
 from source_tree import ROOT, scripts
 
 import trainkit
-from trainkit.config import parse_options
 from trainkit.errors import UserError
 from trainkit.options.fields import check_ranges
 from trainkit.options.help import format_help
+from trainkit.options.parsing import parse_options
 from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
 
 ALL_OPTIONS = [TrainingOptions, ConditionalTrainingOptions] + [

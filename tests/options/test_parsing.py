@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 from source_tree import ROOT, modules, reachable, scripts
 
-from trainkit.config import parse_options
 from trainkit.errors import UserError
 from trainkit.options.fields import option
+from trainkit.options.parsing import parse_options
 
 HEAVY = {"torch", "diffusers", "transformers", "datasets", "pandas", "matplotlib"}
 
