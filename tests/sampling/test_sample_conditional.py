@@ -134,7 +134,7 @@ def test_nothing_in_the_folder_is_executed(models, tmp_path):
         (
             "class",
             {"class_labels": ["all"], "prompts_file": "x"},
-            "--prompts_file: this pipeline takes --class_labels",
+            "--prompts_file: this pipeline is conditioned by --class_labels",
         ),
         ("class", {"class_labels": ["all"], "guidance_scale": 0.5}, "--guidance_scale 0.5 must be at least 1"),
         (
@@ -151,7 +151,7 @@ def test_nothing_in_the_folder_is_executed(models, tmp_path):
         ("text", {"prompts_file": "long.txt"}, "has 22 tokens, the model accepts 8: shorten it"),
         ("text", {"prompts_file": "none.txt"}, "--prompts_file none.txt cannot be read"),
         ("text", {"prompts_file": "empty.txt"}, "--prompts_file empty.txt is empty"),
-        ("plain", {"class_labels": ["0"]}, "--class_labels: this pipeline is unconditional; leave the flag out"),
+        ("plain", {"class_labels": ["0"]}, "--class_labels: this pipeline is unconditional; remove the flag"),
         ("plain", {"guidance_scale": 2.0}, "--guidance_scale: this pipeline is unconditional"),
     ],
 )

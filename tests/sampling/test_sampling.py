@@ -121,7 +121,7 @@ def test_a_second_start_makes_only_what_is_missing(model_folder, samples, capsys
     ],
 )
 def test_other_settings_do_not_mix_into_a_folder(model_folder, samples, change, message):
-    with pytest.raises(UserError, match="give another --output_dir") as refused:
+    with pytest.raises(UserError, match="use another --output_dir") as refused:
         sample(model_folder, samples, **change)
     assert message in str(refused.value)
 

@@ -211,7 +211,7 @@ def test_unusual_noise_schedules_run(settings):
 def test_bad_numbers_of_steps_are_refused_with_a_good_one():
     bundle = scheduler_bundle(DDPMScheduler())
     for steps, instead in ((61, 50), (600, 500)):  # a timestep of -1; a stride of 1 where 1.67 is meant
-        with pytest.raises(UserError, match=f"--num_inference_steps {steps}.*take {instead}"):
+        with pytest.raises(UserError, match=f"--num_inference_steps {steps}.*use {instead}"):
             check_steps(bundle["ddim"], steps)
         check_steps(bundle["ddpm"], steps)
     for steps in (0, 1001):
@@ -238,5 +238,5 @@ def test_a_pipeline_of_flow_matching_gets_its_bundle(tmp_path):
     for name in FLOW_SCHEDULER_NAMES:
         assert load_scheduler(tmp_path, name).config.num_train_timesteps == 1000
     assert load_scheduler(tmp_path).config.prediction_type == "flow_prediction"
-    with pytest.raises(UserError, match="--scheduler ddim is none of sde_dpmsolver, dpmsolver, flow_euler"):
+    with pytest.raises(UserError, match="--scheduler ddim must be one of sde_dpmsolver, dpmsolver, flow_euler"):
         load_scheduler(tmp_path, "ddim")

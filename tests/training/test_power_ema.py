@@ -1,4 +1,4 @@
-"""Power-function averages: their closed forms, their snapshots, and any length put together from these."""
+"""Power-function averages: their closed forms, their snapshots, and any length reconstructed from these."""
 
 import json
 import shutil
@@ -293,10 +293,10 @@ def test_weights_and_the_embedding_of_vectors_as_if_tracked(tmp_path, reconstruc
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"sigma_rel": 0.25}, "--sigma_rel 0.25: 6 snapshots up to step 12 miss 55% .* they give 0.035 to 0.145"),
+        ({"sigma_rel": 0.25}, "--sigma_rel 0.25: 6 snapshots up to step 12 miss 55% .* use 0.035 to 0.145"),
         ({"sigma_rel": 0.5}, "--sigma_rel 0.5 must be more than 0 and at most 0.289"),
         ({"sigma_rel": "long"}, "--sigma_rel long must be a number such as 0.08, or auto"),
-        ({"sigma_rel": 0.1, "step": 7}, "--step 7: .* has snapshots of 5, 10, 12"),
+        ({"sigma_rel": 0.1, "step": 7}, "--step 7: .* has snapshots of steps 5, 10, 12"),
         ({"sigma_rel": "auto"}, "--reference is missing"),
         ({"sigma_rel": 0.1, "output_dir": "."}, "--output_dir . is there already"),
     ],
@@ -312,7 +312,7 @@ def test_damaged_snapshots_are_named(two_lengths, reconstruct, tmp_path):
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(UserError, match="step-5-sigma_rel-0.1.safetensors is cut or damaged"):
+    with pytest.raises(UserError, match="step-5-sigma_rel-0.1.safetensors is truncated or damaged"):
         reconstruct(two_lengths, sigma_rel=0.1)
     save_file(whole | {"conv_in.bias": torch.zeros(5)}, file, metadata)
     with pytest.raises(UserError, match="step-5-sigma_rel-0.1.safetensors .* different models .conv_in.bias"):

@@ -1,4 +1,4 @@
-"""What sample.py is asked for: image i shows condition i of a list of labels, prompts or vectors, which goes round."""
+"""The conditions of sample.py: image i shows condition i of a list of labels, prompts or vectors, which repeats."""
 
 # K conditions, D numbers of a vector
 
@@ -25,17 +25,17 @@ class ConditionOptions:
     """condition: what a conditional pipeline should show; the images cycle through the conditions"""
 
     class_labels: list[str] | None = option(
-        None, "classes, by name or id; all: each of them; null: no class in particular", nargs="+"
+        None, "names or ids of classes; all: every class; null: no class", nargs="+"
     )
-    prompts_file: str | None = option(None, "text file of one prompt a line; an empty line is no prompt in particular")
+    prompts_file: str | None = option(None, "text file with one prompt per line; an empty line is no prompt")
     vectors_file: str | None = option(
-        None, ".npy (images, numbers) or .csv of a vector a line; a row of nan is no vector in particular"
+        None, ".npy (images, numbers), or .csv with one vector per line; a row of nan is no vector"
     )
     guidance_scale: float = option(
         1.0, "guidance scale; 1: no guidance, which halves the time per step", within="[1, inf)"
     )
     guidance_interval: list[float] | None = option(
-        None, "noise levels LOW HIGH (sigma) between which to guide; default: at all", nargs="+", within="[0, inf)"
+        None, "noise levels LOW HIGH (sigma) between which to guide; default: all levels", nargs="+", within="[0, inf)"
     )
     guidance_rescale: float = option(
         0.0, "fraction of the contrast added by guidance that is removed again", within="[0, 1]"
@@ -43,14 +43,14 @@ class ConditionOptions:
 
 
 class Conditions:
-    """The conditions of a folder of samples, as `pipeline` takes them."""
+    """The conditions of a folder of samples, in the form that `pipeline` accepts."""
 
     def __init__(self, options: ConditionOptions, pipeline):
         flag = FLAGS[pipeline.condition]
         check_guidance(options)
         for other in set(FLAGS.values()) - {flag}:
             if getattr(options, other) is not None:
-                raise UserError(f"--{other}: this pipeline takes --{flag}")
+                raise UserError(f"--{other}: this pipeline is conditioned by --{flag}")
         self.kind = pipeline.condition
         by_kind: dict[str, tuple[Callable[..., list], Any]] = {
             "class_labels": (_labels, options.class_labels),
@@ -59,7 +59,7 @@ class Conditions:
         }
         read, given = by_kind[self.kind]
         if given is None:
-            raise UserError(f"--{flag} is missing: say what the images should show")
+            raise UserError(f"--{flag} is missing: it sets what the images show")
         self.values = read(given, pipeline)
         self.guidance = {
             "guidance_scale": options.guidance_scale,
@@ -73,7 +73,7 @@ class Conditions:
         return [self.values[image % len(self.values)] for image in images]
 
     def settings(self) -> dict:
-        """What decides what the images show, for their record."""
+        """The settings that decide what the images show, for their record."""
         plain = json.dumps([_plain(value) for value in self.values])
         return {
             "condition": self.kind,
@@ -100,9 +100,9 @@ def read_conditions(options: ConditionOptions, pipeline) -> Conditions | None:
 
 
 def check_guidance(options: ConditionOptions) -> None:
-    """Raise `UserError` for guidance that makes no sense."""
+    """Raise `UserError` for guidance settings outside their ranges."""
     if not 1 <= options.guidance_scale < math.inf:
-        raise UserError(f"--guidance_scale {options.guidance_scale} must be at least 1, which is no guidance")
+        raise UserError(f"--guidance_scale {options.guidance_scale} must be at least 1 (no guidance)")
     if not 0 <= options.guidance_rescale <= 1:
         raise UserError(f"--guidance_rescale {options.guidance_rescale} must be 0 to 1")
     interval = options.guidance_interval
@@ -114,11 +114,11 @@ def check_guidance(options: ConditionOptions) -> None:
 
 
 def _refuse_conditions(options: ConditionOptions) -> None:
-    """Raise `UserError` where conditions or guidance are asked of a pipeline that takes none."""
+    """Raise `UserError` if conditions or guidance are given for an unconditional pipeline."""
     neutral = ConditionOptions()
     for name in (*FLAGS.values(), "guidance_scale", "guidance_interval", "guidance_rescale"):
         if getattr(options, name) != getattr(neutral, name):
-            raise UserError(f"--{name}: this pipeline is unconditional; leave the flag out")
+            raise UserError(f"--{name}: this pipeline is unconditional; remove the flag")
 
 
 def _labels(words: list[str], pipeline) -> list[int | None]:
@@ -144,7 +144,7 @@ def _prompts(file: str, pipeline) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts_file {file} cannot be read ({error}); give a text file in UTF-8") from None
     if not prompts:
-        raise UserError(f"--prompts_file {file} is empty; write one prompt a line")
+        raise UserError(f"--prompts_file {file} is empty; write one prompt per line")
     try:
         check_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, pipeline.config.prompt_length)
     except ValueError as error:
@@ -169,7 +169,7 @@ def _vectors(name: str, pipeline) -> list[np.ndarray]:
 
 
 def _read_csv(file: Path) -> list[list[float]]:
-    """Its rows of numbers; a first line of words is a heading."""
+    """The rows of numbers in `file`; a first line of words is a header."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
         rows = [row for row in csv.reader(lines) if row]
     try:
@@ -180,7 +180,7 @@ def _read_csv(file: Path) -> list[list[float]]:
 
 
 def _plain(value):
-    """A condition in JSON: a null vector is null."""
+    """A condition as JSON; a null vector becomes null."""
     if isinstance(value, np.ndarray):
         return None if np.isnan(value).all() else value.tolist()
     return value

@@ -1,4 +1,4 @@
-"""Images side by side in one picture, and pictures on disk."""
+"""Image grids, and PNG files."""
 
 # N images, H/W pixels, C channels (1 grey, 3 RGB, 4 RGBA)
 
@@ -21,17 +21,17 @@ def to_pil(image: np.ndarray) -> Image.Image:
 def image_grid(
     images: np.ndarray, columns: int | None = None, padding: int = 2, background: str = "white"
 ) -> Image.Image:
-    """`images` (N, H, W, C) uint8 row by row in one picture, by default about square.
+    """A grid of `images` (N, H, W, C) uint8, filled row by row, by default about square.
 
-    Tiny images are enlarged by whole numbers, so that the grid is at least `MINIMUM_WIDTH` pixels wide. `padding`
+    Small images are enlarged by an integer factor, so that the grid is at least `MINIMUM_WIDTH` pixels wide. `padding`
     is in pixels of the picture. Transparent images keep their alpha.
     """
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count * height / width))
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    room = MINIMUM_WIDTH - padding * (columns + 1)
-    scale = max(1, math.ceil(room / (columns * width)))
+    available = MINIMUM_WIDTH - padding * (columns + 1)
+    scale = max(1, math.ceil(available / (columns * width)))
     cell_width, cell_height = width * scale + padding, height * scale + padding
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     grid = Image.new(mode, (columns * cell_width + padding, rows * cell_height + padding), background)

@@ -1,4 +1,4 @@
-"""The parts of a saved pipeline, from a local folder or the Hub, without executing anything that lies in it."""
+"""The parts of a saved pipeline, from a local folder or the Hub, without executing anything in it."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def find_pipeline(name_or_path: str) -> Path:
     folder = Path(name_or_path) if Path(name_or_path).is_dir() else _download(name_or_path)
     _check_pipeline_class(folder)
     if not (_unet_folder(folder) / CONFIG_NAME).is_file():
-        raise UserError(f"{FLAG} {name_or_path}: no unet/{CONFIG_NAME} there; give the folder of a saved pipeline")
+        raise UserError(f"{FLAG} {name_or_path}: no unet/{CONFIG_NAME} there; use the folder of a saved pipeline")
     return folder
 
 
@@ -51,7 +51,7 @@ def load_pipeline(folder: Path, scheduler: SchedulerMixin) -> Pipeline:
     Our own classes around the saved components: no code in the folder is executed.
 
     Raises:
-        UserError: a component is of a class that cannot be sampled, or cannot be read.
+        UserError: a component has an unsupported class, or cannot be read.
     """
     index = folder / "model_index.json"
     if index.is_file() and _class_name(_read_json(index)) == ConditionalPipeline.__name__:
@@ -63,25 +63,25 @@ def _load_unet(folder: Path) -> UNet2DModel:
     """The UNet of a saved pipeline, in evaluation mode, float32, on the CPU.
 
     Raises:
-        UserError: it is no UNet2DModel that makes L, RGB or RGBA images, or its weights cannot be read.
+        UserError: it is not a UNet2DModel for L, RGB or RGBA images, or its weights cannot be read.
     """
     source = _unet_folder(folder)
     class_name = _read_json(source / CONFIG_NAME).get("_class_name")
     if class_name != "UNet2DModel":
-        raise UserError(f"{FLAG} {folder}: its unet is a {class_name}; only a UNet2DModel samples without a condition")
+        raise UserError(f"{FLAG} {folder}: its UNet is a {class_name}; only a UNet2DModel samples without a condition")
     try:
         unet = load_any_variant(UNet2DModel, source, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{FLAG} {folder}: the UNet cannot be loaded: {one_line(error)}") from None
     if unet.class_embedding is not None:
-        raise UserError(f"{FLAG} {folder}: its unet takes a condition, but the pipeline names no class that gives one")
+        raise UserError(f"{FLAG} {folder}: its UNet needs a condition, but the pipeline class provides none")
     channels, out_channels = unet.config.in_channels, unet.config.out_channels
     if channels not in (1, 3, 4) or channels != out_channels:
         raise UserError(
-            f"{FLAG} {folder}: its UNet maps {channels} channels to {out_channels}; it must be 1, 3 or 4 to as many"
+            f"{FLAG} {folder}: its UNet maps {channels} channels to {out_channels}; both must be the same 1, 3 or 4"
         )
     if unet.config.sample_size is None:
-        raise UserError(f"{FLAG} {folder}: its unet/{CONFIG_NAME} names no sample_size; write the resolution there")
+        raise UserError(f"{FLAG} {folder}: its unet/{CONFIG_NAME} has no sample_size; add the resolution")
     return unet.eval()
 
 
@@ -89,7 +89,7 @@ def _load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> Condi
     """Our own ConditionalPipeline around the components in `folder`, in evaluation mode, float32, on the CPU.
 
     Raises:
-        UserError: a component is of a class it cannot be, or cannot be read.
+        UserError: a component has an unsupported class, or cannot be read.
     """
     index = _read_json(folder / "model_index.json")
     unets = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
@@ -109,7 +109,7 @@ def _load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> Condi
             continue
         component_class = known.get(class_name) if isinstance(known, dict) else getattr(known, class_name, None)
         if component_class is None or not hasattr(component_class, "from_pretrained"):
-            raise UserError(f"{FLAG} {folder}: its {name} is a {class_name}, which this script does not know")
+            raise UserError(f"{FLAG} {folder}: its {name} is a {class_name}, which is not supported")
         try:
             if name == "tokenizer":
                 parts[name] = component_class.from_pretrained(folder / name, local_files_only=True)
@@ -126,7 +126,7 @@ def _load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> Condi
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the configuration and weight files of the UNet and its companions, to tell two models apart."""
+    """SHA-256 of the configuration and weight files of the UNet and its companions: it identifies a model."""
     digest, source = hashlib.sha256(), _unet_folder(folder)
     companions = [path for pattern in CONDITIONAL_FILES for path in sorted(folder.glob(pattern))]
     for path in [source / CONFIG_NAME, *sorted(source.glob(f"{WEIGHTS_STEM}*")), *companions]:
@@ -147,11 +147,11 @@ def _check_pipeline_class(folder: Path) -> None:
     name = _class_name(_read_json(index))
     # the first three consist of the same two parts: unet and scheduler
     if name not in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", ConditionalPipeline.__name__):
-        raise UserError(f"{FLAG} {folder}: a {name}; this script samples DDPMPipeline and ConditionalPipeline")
+        raise UserError(f"{FLAG} {folder}: a {name}; only DDPMPipeline and ConditionalPipeline can be sampled")
 
 
 def _class_name(index: dict) -> str | None:
-    """The pipeline's class; one that ships its own file stands as [file, class]."""
+    """The pipeline's class; a pipeline with its own file stores [file, class]."""
     name: Any = index.get("_class_name")
     return name[-1] if isinstance(name, list) and name else name
 
@@ -174,7 +174,7 @@ def _download(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + PICKLED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{FLAG} {name} is no local folder, and the Hub gave no such repository ({type(error).__name__}); "
-            "give the folder of a saved pipeline or a Hub id like google/ddpm-cifar10-32"
+            f"{FLAG} {name} is neither a local folder nor an available Hub repository ({type(error).__name__}); use "
+            "the folder of a saved pipeline or a Hub id such as google/ddpm-cifar10-32"
         ) from None
     return folder

@@ -15,7 +15,7 @@ from trainkit.diffusion.noise_schedule import NoiseScheduler
 from trainkit.sampling.generate import Pipeline
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, save_bundle, scheduler_bundle
 
-# Everything that a saved pipeline may consist of, and all that is ever pushed to the Hub.
+# Everything that a saved pipeline can contain. Nothing else is pushed to the Hub.
 PIPELINE_PARTS = (
     "conditional.py", "vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet",
     "guidance_vector_embedding", "model_index.json", "unet", "scheduler", "schedulers", "README.md", "samples.png",
@@ -28,7 +28,7 @@ def conditional_pipeline(
 ) -> ConditionalPipeline:
     """A ConditionalPipeline of a UNet in training. It shares the weights of `unet`, which is not changed.
 
-    A VectorEmbedding that training put into `unet.class_embedding` becomes the pipeline's `vector_embedding`, and the
+    A VectorEmbedding that training stored in `unet.class_embedding` becomes the pipeline's `vector_embedding`, and the
     pipeline's UNet is then a stock one whose class_labels are the embedding's output. `components` are the pipeline's
     other arguments.
     """
@@ -47,7 +47,7 @@ def _split_vector_embedding(unet: nn.Module) -> tuple[nn.Module, VectorEmbedding
 
 
 def use_default_scheduler(pipeline: Pipeline) -> Pipeline:
-    """Replace the noise schedule of training by the solver that samples it by default; returns `pipeline`."""
+    """Replace the training noise schedule by its default solver; returns `pipeline`."""
     pipeline.scheduler = scheduler_bundle(pipeline.scheduler)[DEFAULT_SCHEDULER]
     return pipeline
 

@@ -1,4 +1,4 @@
-"""A folder of samples: its images, what it says of how they were made, what each shows, and its grid."""
+"""A folder of samples: its images, a record of their settings, the condition of each, and a grid."""
 
 import json
 from importlib.metadata import version
@@ -19,21 +19,21 @@ def image_path(folder: Path, index: int) -> Path:
 
 
 def read_record(folder: Path, settings: dict) -> dict:
-    """What `folder` says of the images in it, {} for a new one; `UserError` where they were made otherwise."""
+    """The record of the images in `folder`, {} for a new one. Raises `UserError` if their `settings` differ."""
     path = folder / RECORD_NAME
     if not path.exists():
         if any(folder.glob("[0-9]*.png")):
-            raise UserError(f"--output_dir {folder} holds images but no {RECORD_NAME}; give another folder")
+            raise UserError(f"--output_dir {folder} holds images but no {RECORD_NAME}; use another folder")
         return {}
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"--output_dir {folder}: {RECORD_NAME} is not readable; give another folder") from None
+        raise UserError(f"--output_dir {folder}: {RECORD_NAME} is not readable; use another folder") from None
     for name, value in settings.items():
         if earlier.get(name) != value:
             raise UserError(
                 f"--output_dir {folder} holds images made with another {name} ({brief(earlier.get(name))} there, "
-                f"{brief(value)} now); give another --output_dir, or delete this one"
+                f"{brief(value)} now); use another --output_dir, or delete this one"
             )
     return earlier
 
@@ -54,7 +54,7 @@ def start_record(folder: Path, record: dict) -> None:
 
 
 def write_metadata(folder: Path, rows: list[dict]) -> None:
-    """metadata.jsonl, as the imagefolder of `datasets` reads it: what each image was asked to show."""
+    """Write the condition of each image to metadata.jsonl, in the format that `datasets` reads with an imagefolder."""
     lines = [json.dumps({"file_name": image_path(folder, index).name} | row) for index, row in enumerate(rows)]
     write_text(folder / METADATA_NAME, "\n".join(lines) + "\n")
 

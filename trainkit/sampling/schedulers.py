@@ -1,9 +1,8 @@
-"""The schedulers that travel with a saved pipeline: each samples a pixel-space model, and runs in stock DDPMPipeline.
+"""The schedulers that are saved with a pipeline: each samples a pixel-space model, and runs in stock DDPMPipeline.
 
 The settings were chosen by sampling distributions whose exact denoiser is known (tests/sampling/test_schedulers.py).
-Other
-classes of diffusers raise in DDPMPipeline (UniPC, DEIS, Heun: no `generator` in `step`) or sample garbage without a
-word (Euler, EDM: the pipeline scales neither the noise nor the model's input).
+Other classes of diffusers raise in DDPMPipeline (UniPC, DEIS, Heun: no `generator` in `step`) or silently sample
+garbage (Euler, EDM: the pipeline scales neither the noise nor the model's input).
 """
 
 # T training timesteps, alpha_bar_t product of (1 - beta), sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)
@@ -28,7 +27,7 @@ from trainkit.atomic import write_text
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
 
-DEFAULT_SCHEDULER = "sde_dpmsolver"  # the best of trained models at 20 steps (docs/sampling.md)
+DEFAULT_SCHEDULER = "sde_dpmsolver"  # the best on trained models at 20 steps (docs/sampling.md)
 SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "sasolver", "ddim", "ddpm")
 FLOW_SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "flow_euler")
 SIGMA_MAX = 40.0
@@ -38,7 +37,7 @@ CONFIG_NAME = "scheduler_config.json"
 
 
 def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixin]:
-    """Schedulers by name that sample a model trained with `noise_scheduler`; `DEFAULT_SCHEDULER` is the few-step one.
+    """Name -> scheduler that samples a model trained with `noise_scheduler`; `DEFAULT_SCHEDULER` needs few steps.
 
     sde_dpmsolver  SDE-DPM-Solver++(2M), stochastic: 10 steps and more (Lu et al. 2022)
     dpmsolver      DPM-Solver++(2M), deterministic: 10 to 50 steps (Lu et al. 2022)
@@ -46,7 +45,7 @@ def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixi
     ddim           DDIM, deterministic, first order: steps that divide T, 50 and more (Song et al. 2021)
     ddpm           ancestral sampling: 250 steps to T (Ho et al. 2020)
 
-    A model of flow matching gets the first two, and flow_euler: Euler steps, 50 and more (Esser et al. 2024).
+    A flow-matching model gets the first two, and flow_euler: Euler steps, 50 and more (Esser et al. 2024).
     """
     if is_flow(noise_scheduler):
         return _flow_bundle(noise_scheduler)
@@ -81,10 +80,10 @@ def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixi
 
 
 def _flow_bundle(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, SchedulerMixin]:
-    """The schedulers of a model of flow matching; the solvers shift their steps by the root of the training's shift.
+    """The schedulers of a flow-matching model; the solvers shift their steps by the square root of the training shift.
 
-    With all of it, 20 steps end at a noise that smooths what is finest in the image; with none of it, too few of them
-    are where a large image is decided.
+    With the full shift, 20 steps end at a noise level that smooths the finest details. With none, too few of the steps
+    are at the noise levels where a large image takes shape.
     """
     config = noise_scheduler.config
     solver = {
@@ -116,7 +115,7 @@ def capped_betas(noise_scheduler: DDPMScheduler) -> list[float]:
 
 
 def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, flag: str = "--num_inference_steps") -> None:
-    """Raise `UserError` for a number of steps that the scheduler would take without a word, or crash on."""
+    """Raise `UserError` for a number of steps at which the scheduler would fail or sample garbage."""
     num_train_timesteps = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise UserError(f"{flag} {num_inference_steps} must be 1 to {num_train_timesteps}, the steps of training")
@@ -124,19 +123,19 @@ def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, flag: str =
         return
     scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps
-    # DDIMScheduler steps by the whole part of T / steps, whatever its timesteps are; rounding may add a step at -1
+    # DDIMScheduler strides by floor(T / steps), whatever its timesteps are; rounding may add a step at -1
     spacing = num_train_timesteps / num_inference_steps
     if len(timesteps) != num_inference_steps or timesteps.min() < 0 or (spacing % 1) / spacing > 0.05:
         divisors = [steps for steps in range(1, num_train_timesteps + 1) if num_train_timesteps % steps == 0]
         nearest = min(divisors, key=lambda steps: abs(steps - num_inference_steps))
         raise UserError(
-            f"{flag} {num_inference_steps}: DDIM samples garbage where its steps do not divide the "
-            f"{num_train_timesteps} of training; take {nearest}"
+            f"{flag} {num_inference_steps}: DDIM samples garbage if its steps do not divide the {num_train_timesteps} "
+            f"of training; use {nearest}"
         )
 
 
 def describe_scheduler(scheduler: SchedulerMixin) -> dict:
-    """Class and configuration in plain JSON; a list of betas is given by its digest."""
+    """Class and configuration in plain JSON; a list of betas is replaced by its digest."""
     described = {"class": type(scheduler).__name__}
     for key, value in sorted(scheduler.config.items()):
         if key == "trained_betas" and value is not None:
@@ -161,19 +160,19 @@ def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
     A pipeline without `schedulers/` (any other DDPMPipeline) gets the bundle that fits the betas of its own scheduler.
 
     Raises:
-        UserError: the folder holds no scheduler, or not the one asked for.
+        UserError: the folder has no scheduler, or not the requested one.
     """
     shipped = sorted(path.parent.name for path in folder.glob(f"schedulers/*/{CONFIG_NAME}"))
     if shipped and name is not None:
         if name not in shipped:
-            raise UserError(f"--scheduler {name}: {folder} ships {', '.join(shipped)}")
+            raise UserError(f"--scheduler {name}: {folder} has {', '.join(shipped)}; use one of these")
         return _load(folder / "schedulers" / name)
     own = _load(folder / "scheduler" if (folder / "scheduler").is_dir() else folder)
     if shipped:
         return own
     bundle = scheduler_bundle(own if is_flow(own) else DDPMScheduler.from_config(own.config))
     if name is not None and name not in bundle:
-        raise UserError(f"--scheduler {name} is none of {', '.join(bundle)}")
+        raise UserError(f"--scheduler {name} must be one of {', '.join(bundle)}")
     return bundle[name or DEFAULT_SCHEDULER]
 
 
@@ -192,21 +191,21 @@ def _sigma_at_half(noise_scheduler: DDPMScheduler) -> float:
 
 
 def _lambda_min(noise_scheduler: DDPMScheduler) -> float:
-    """Log signal-to-noise ratio below which SA-Solver takes no step: cosine betas reach -10, where it is unstable."""
+    """The log SNR at which SA-Solver starts: cosine betas reach -10, where it is unstable."""
     last_alpha_bar = noise_scheduler.alphas_cumprod[-1].item()
     cosine_like = last_alpha_bar * (5 * SIGMA_MAX) ** 2 < 1
     return -math.log(SIGMA_MAX) if cosine_like else -float("inf")
 
 
 def _load(folder: Path) -> SchedulerMixin:
-    """A scheduler of diffusers' own, from the class name in its config: nothing in the folder is executed."""
+    """The diffusers scheduler whose class the config names; nothing in the folder is executed."""
     try:
         class_name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"--model_name_or_path: {folder} holds no readable {CONFIG_NAME}") from None
+        raise UserError(f"--model_name_or_path: {folder} has no readable {CONFIG_NAME}") from None
     found = getattr(diffusers, str(class_name), None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-        raise UserError(f"--model_name_or_path: {folder} names {class_name}, which is no scheduler of diffusers")
+        raise UserError(f"--model_name_or_path: {folder} names {class_name}, which is not a scheduler of diffusers")
     scheduler_class: type[SchedulerMixin] = found
     return scheduler_class.from_pretrained(folder)
 

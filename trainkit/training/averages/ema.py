@@ -89,7 +89,7 @@ class ShardedEMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[torch.nn.Module]:
-        """`model` with the averages in place of its weights inside the block. Do not train inside."""
+        """`model` with the averages instead of its weights inside the block. Do not train inside."""
         self._swap()
         try:
             yield self.model

@@ -26,9 +26,12 @@ RECORD_NAME = "reconstruction.json"
 
 
 class Snapshots:
-    """The snapshots of a run up to `step` (default: the last), whose sums are averages of other lengths.
+    """The snapshots of a run up to `step` (default: the last). Weighted sums of them are averages of other lengths.
 
-    Reads headers alone until weights are asked for. Raises `UserError` where there are none or one is damaged.
+    Only headers are read until weights are needed.
+
+    Raises:
+        UserError: there are no snapshots, or one is damaged.
     """
 
     def __init__(self, folder: Path, step: int | None = None):
@@ -42,14 +45,14 @@ class Snapshots:
         self.step = known[-1] if step is None else step
         if self.step not in known:
             raise UserError(
-                f"--step {step}: {folder} has snapshots of {', '.join(map(str, known))}; give one of these"
+                f"--step {step}: {folder} has snapshots of steps {', '.join(map(str, known))}; use one of these"
             )
         self.files = [file for file, of_step in files.items() if of_step <= self.step]
         self.opened = [_opened(file) for file in self.files]
-        told = [opened.metadata() for opened in self.opened]
-        self.steps = np.array([int(each["step"]) for each in told])
-        self.tracked = sorted({float(each["sigma_rel"]) for each in told})
-        self.gammas = np.array([gamma_of(float(each["sigma_rel"])) for each in told])
+        metadata = [opened.metadata() for opened in self.opened]
+        self.steps = np.array([int(each["step"]) for each in metadata])
+        self.tracked = sorted({float(each["sigma_rel"]) for each in metadata})
+        self.gammas = np.array([gamma_of(float(each["sigma_rel"])) for each in metadata])
         self.shapes = _shapes(self.opened[-1])
         for file, opened in zip(self.files, self.opened, strict=True):
             difference = self.shapes.items() ^ _shapes(opened).items()
@@ -60,9 +63,12 @@ class Snapshots:
                 )
 
     def coefficients(self, sigma_rel: float) -> tuple[np.ndarray, float]:
-        """How much of each snapshot goes into the average of `sigma_rel` at `step`, (K,), and what that misses.
+        """The weight of each snapshot (K,) in the average of `sigma_rel` at `step`, and the error.
 
-        The latter is a part of the profile, 0 to 1. Raises `UserError` for a length that the snapshots do not give.
+        The error is relative to the profile, 0 to 1.
+
+        Raises:
+            UserError: the snapshots cannot approximate this length.
         """
         try:
             found, missing = combination(self.steps, self.gammas, self.step, gamma_of(sigma_rel))
@@ -73,13 +79,13 @@ class Snapshots:
             given = self.reachable()
             raise UserError(
                 f"--sigma_rel {sigma_rel:g}: {len(self.files)} snapshots up to step {self.step} miss {missing:.0%} of "
-                f"its profile and multiply their rounding by {rounding:.1f}; they give {min(given):g} to "
-                f"{max(given):g}, and more snapshots give more"
+                f"its profile and multiply their rounding error by {rounding:.1f}; use {min(given):g} to "
+                f"{max(given):g}, or train with more snapshots"
             )
         return found, missing
 
     def reachable(self) -> list[float]:
-        """The lengths that the snapshots give, in steps of 0.005 and the tracked ones, ascending."""
+        """The lengths that the snapshots can approximate, in steps of 0.005, and the tracked ones, ascending."""
         found = []
         for sigma_rel in [*np.arange(0.005, LONGEST, 0.005).round(3).tolist(), *self.tracked]:
             coefficients, missing = combination(self.steps, self.gammas, self.step, gamma_of(sigma_rel))
@@ -88,7 +94,7 @@ class Snapshots:
         return sorted({*found, *self.tracked})
 
     def average(self, name: str, coefficients: np.ndarray) -> torch.Tensor:
-        """The sum of the snapshots of the tensor `name`, taken in float64, as float32. Raises `UserError`."""
+        """The weighted sum of the snapshots of the tensor `name`, float32, summed in float64. Raises `UserError`."""
         if name not in self.shapes:
             raise UserError(f"{FLAG} {self.folder}: its snapshots are of another model than unet/ ({name} is missing)")
         newest = self.opened[-1].get_tensor(name)
@@ -100,7 +106,7 @@ class Snapshots:
         return total.float()
 
     def load_into(self, module: torch.nn.Module, part: str, coefficients: np.ndarray) -> None:
-        """Put the average into `module`, the `part` of a pipeline that is called so in `PARTS`."""
+        """Load the average into `module`, which is the `part` of a pipeline (a key of `PARTS`)."""
         names = module.state_dict()
         module.load_state_dict({name: self.average(PARTS[part] + name, coefficients) for name in names})
 
@@ -108,7 +114,8 @@ class Snapshots:
 def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path, record: dict) -> dict:
     """Save the pipeline of the run with the average of `sigma_rel` in `output_dir`, staged, then renamed.
 
-    All but the weights is copied. reconstruction.json holds what is returned: how it was made, and `record`.
+    Everything except the weights is copied. reconstruction.json records the snapshots and their weights, and `record`;
+    it is also returned.
     """
     coefficients, missing = snapshots.coefficients(sigma_rel)
     record = {
@@ -128,7 +135,7 @@ def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path
             elif source.is_file():
                 shutil.copy2(source, staging / name)
         if not any((staging / "unet").glob("*.safetensors")):
-            raise UserError(f"{FLAG} {snapshots.folder}: unet/ holds no safetensors to take the place of")
+            raise UserError(f"{FLAG} {snapshots.folder}: unet/ has no safetensors weights to replace")
         for part, prefix in PARTS.items():
             for file in sorted((staging / part).glob("*.safetensors")):
                 with safe_open(file, "pt") as saved:
@@ -137,7 +144,7 @@ def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path
         with (staging / "README.md").open("a", encoding="utf-8") as card:
             card.write(
                 f"\n## Average\n\nThe weights are the power-function average of sigma_rel {sigma_rel:g} at step "
-                f"{snapshots.step} (Karras et al. 2024), put together from {len(coefficients)} snapshots.\n"
+                f"{snapshots.step} (Karras et al. 2024), reconstructed from {len(coefficients)} snapshots.\n"
             )
         write_json(staging / RECORD_NAME, record)
         if output_dir.exists():
@@ -153,11 +160,11 @@ def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path
 def _opened(file: Path):
     try:
         opened = safe_open(file, "pt")
-        told = opened.metadata() or {}
-        int(told["step"]), gamma_of(float(told["sigma_rel"])), json.loads(told["config"])
+        metadata = opened.metadata() or {}
+        int(metadata["step"]), gamma_of(float(metadata["sigma_rel"])), json.loads(metadata["config"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
-            f"{FLAG}: {file} is cut or damaged ({one_line(error)}); delete it, the others may do"
+            f"{FLAG}: {file} is truncated or damaged ({one_line(error)}); delete it, the others may suffice"
         ) from None
     return opened
 

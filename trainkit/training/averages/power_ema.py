@@ -150,14 +150,14 @@ class PowerAverages:
         started = time.perf_counter()
         self.wait()
         names = {name for name, _ in self.model.named_parameters()}
-        taken = {
+        weights = {
             average.sigma_rel: {
                 name: _half(value) if name in names else value for name, value in average.full_weights().items()
             }
             for average in self.averages
         }
         if self.is_main:
-            self._pending = f"ema_snapshot-{step}", self._executor.submit(self._write, step, taken)
+            self._pending = f"ema_snapshot-{step}", self._executor.submit(self._write, step, weights)
             if self._waits:
                 self.wait()
         return time.perf_counter() - started
@@ -175,7 +175,7 @@ class PowerAverages:
     def _due(self, step: int) -> bool:
         return bool(self.averages) and (step == self.last_step or (self.every is not None and step % self.every == 0))
 
-    def _write(self, step: int, taken: dict[float, dict[str, torch.Tensor]]) -> None:
+    def _write(self, step: int, averages: dict[float, dict[str, torch.Tensor]]) -> None:
         metadata = {
             "format": "pt",
             "step": str(step),
@@ -184,7 +184,7 @@ class PowerAverages:
             "config": json.dumps(json.loads(self.model.to_json_string())),
         }
         (self.output_dir / FOLDER).mkdir(exist_ok=True)
-        for sigma_rel, weights in taken.items():
+        for sigma_rel, weights in averages.items():
             with replacing(snapshot_file(self.output_dir, step, sigma_rel), flush=True) as temporary:
                 save_file(weights, temporary, metadata=metadata | {"sigma_rel": repr(sigma_rel)})
 

@@ -65,7 +65,7 @@ def _complete_checkpoints(output_dir: Path, resume_from: str) -> list[Path]:
         if problem is None:
             complete.append(folder)
         else:
-            print(f"WARNING: {folder} is damaged ({problem}); trying the one before", flush=True)
+            print(f"WARNING: {folder} is damaged ({problem}); trying the previous one", flush=True)
     if candidates and not complete:
         raise UserError(
             f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged; "
@@ -128,14 +128,14 @@ def restore_first(candidates: list[Path], restore: Callable[[Path], dict]) -> tu
                 f"--resume_from_checkpoint {folder} does not fit this run or is damaged ({reason}): resume with the "
                 "options in its training_state.json"
             )
-        print(f"WARNING: {folder} cannot be loaded ({reason}); trying the one before", flush=True)
+        print(f"WARNING: {folder} cannot be loaded ({reason}); trying the previous one", flush=True)
     return None, {}
 
 
 def report_resume(
     options: TrainingOptions, images: PreparedImages, folder: Path, saved: dict, max_train_steps: int
 ) -> None:
-    """Print what is resumed and what has changed, and move a branch that is abandoned aside. Main process only."""
+    """Print what is resumed and what has changed, and move an abandoned branch aside. Main process only."""
     output_dir, step = Path(options.output_dir), saved["step"]
     print(f"resumed from {folder}: {step} of {max_train_steps} steps done", flush=True)
     if options.resume_from_checkpoint != "latest":
