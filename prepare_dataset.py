@@ -28,32 +28,32 @@ class OutputOptions:
         "folder for the prepared dataset, a new or empty one, or an fsspec URL such as s3://bucket/set (required)",
     )
     engine: str = option(
-        "processes", "what decodes: processes of this machine, or a Ray cluster", choices=("processes", "ray")
+        "processes",
+        "where images are decoded: processes on this machine, or a Ray cluster",
+        choices=("processes", "ray"),
     )
     ray_address: str | None = option(
-        None, "with --engine ray: HOST:PORT of the cluster, or auto; default: one started on this machine for the run"
+        None, "with --engine ray: HOST:PORT of the cluster, or auto; default: a new cluster on this machine"
     )
     export_hdf5: str | None = option(
         None, "FILE.h5 to write the prepared dataset to as well (--train_data_dir may be one that is prepared)"
     )
     hdf5_compression: str = option(
         "none",
-        "how --export_hdf5 packs each image: gzip is smallest, none is fastest",
+        "how --export_hdf5 compresses each image: gzip is smallest, none is fastest",
         choices=("none", "lzf", "gzip"),
     )
-    overwrite_output_dir: bool = option(
-        False, "replace a dataset that --output_dir holds of other images or of other settings"
-    )
+    overwrite_output_dir: bool = option(False, "replace a dataset of other images or other settings in --output_dir")
     contact_sheet: bool = option(True, "write contact_sheet.html: samples of each class, duplicates, rejected files")
     inspect: str | None = option(None, "print what is in this prepared dataset, and do nothing else")
 
 
 @dataclass
 class FilterOptions:
-    """filtering: which images are kept, and for what"""
+    """filtering: which images are kept, and for which split"""
 
     deduplicate: str = option(
-        "none", "drop what repeats an earlier image: exact is the same pixels once prepared, near looks the same too",
+        "none", "drop images that repeat an earlier one: exact compares prepared pixels, near also their looks",
         choices=("none", "exact", "near"),
     )  # fmt: skip
     near_distance: int = option(

@@ -178,7 +178,7 @@ def test_the_flag(tmp_path):
     for name, message in (
         ("mine.h5", "was not written by an export"),
         ("x.txt", "must end in .h5"),
-        ("no/x.h5", "folder is mis"),
+        ("no/x.h5", "folder does not exist"),
     ):
         done = run("--train_data_dir", folder, "--export_hdf5", tmp_path / name)
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

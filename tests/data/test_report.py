@@ -96,8 +96,8 @@ def test_a_card_of_no_whole_dataset_says_what_to_do(photos, tmp_path, monkeypatc
     shard.write_bytes(shard.read_bytes()[:-100])
     for folder, message, shows_card in (
         ("out", r"data-\w+.arrow is damaged \(.*delete it and run the preparation again", True),
-        ("unfinished", r"is unfinished \(.*run the prepare_dataset.py command that made it again", False),
-        ("empty", r"empty is not a prepared dataset \(no preparation.json", False),
+        ("unfinished", r"is unfinished \(.*run its prepare_dataset.py command again", False),
+        ("empty", r"empty is not a prepared dataset \(it has no preparation.json", False),
         ("file", r"file is a file; give a folder", False),
         ("nowhere", r"nowhere does not exist", False),
         (photos, r"photos is not a prepared dataset", False),
