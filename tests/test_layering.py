@@ -10,7 +10,6 @@ from source_tree import PACKAGES, ROOT, imports, imports_of, modules, reachable,
 LAYERS = (
     ("pipelines",),
     (
-        "trainkit.options.parsing",
         "trainkit.errors",
         "trainkit.atomic",
         "trainkit.packages",
@@ -65,7 +64,6 @@ def test_the_reader_sees_every_form_of_import():
 
 
 def test_the_tree_is_found():
-    assert {"train_unconditional", "trainkit.options.parsing", "trainkit.errors"} <= set(modules())
     assert {"train_unconditional", "trainkit.data.cache", "trainkit.data.preparation.prepare"} <= reachable(
         "train_unconditional"
     )
@@ -105,7 +103,6 @@ def test_the_rules_find_what_breaks_them():
     assert forbidden_imports("trainkit.data.loading.dataset", {"trainkit.data.preparation.shards"})
     assert forbidden_imports("trainkit.sampling.generate", {"trainkit.training.run"})
     assert forbidden_imports("trainkit.diffusion.unet", {"trainkit.data.loading.dataset", "trainkit.sampling.load"})
-    assert forbidden_imports("trainkit.options.parsing", {"trainkit.data.files"})
     assert forbidden_imports("pipelines.conditional", {"trainkit.errors"})
     assert forbidden_imports("pipelines.conditional", {"accelerate"})
     assert not forbidden_imports("trainkit.training.run", {"trainkit.evaluation.metrics", "pipelines.conditional"})
