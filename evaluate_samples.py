@@ -18,16 +18,21 @@ that show what was requested: the class by a classifier trained on real images, 
     python evaluate_samples.py --generated samples --reference photos --classifier_data_dir photos
 
 `--held_out` adds a search for copies: the share of samples that are nearer to a reference image than 99 % of the
-held-out images are.
+held-out images are. `accelerate launch evaluate_samples.py ...` splits the images over all processes.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainkit.atomic import write_json
-from trainkit.errors import UserError, run_script
+from trainkit.errors import UserError, one_line, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+
+if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
+    from trainkit.evaluation.features import FeatureExtractor
+    from trainkit.evaluation.reference import ScoredImages
 
 METRICS = ("kid", "fid", "fid_infinity", "precision", "recall", "density", "coverage")
 
@@ -73,30 +78,51 @@ class Options:
     )
 
 
-def evaluate(options: Options) -> dict:
-    """Plan, compute features, score; return everything that the report needs."""
-    import torch
-
-    from trainkit.evaluation.features import RESIZE, open_extractor
+def evaluate(options: Options) -> dict | None:
+    """Features of all images, computed by all processes; the main process returns what the report needs."""
+    from trainkit.evaluation.features import open_extractor
     from trainkit.evaluation.images import open_images, read_sampling_record
-    from trainkit.evaluation.metrics import noise_floor, scores
     from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
-    from trainkit.evaluation.report import comparability
+    from trainkit.training.launch import start_accelerator
 
     record = read_sampling_record(options.generated)
     generated = open_images(options.generated, "--generated")
     reference = open_images(options.reference, "--reference", skip_unreadable=True)
-    extractor = open_extractor(options.feature_extractor, options.cache_dir)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held_out = None
+    if options.held_out is not None:
+        held_out = open_images(options.held_out, "--held_out", skip_unreadable=True)
     samples = choose_images(generated, "generated", options.num_images, options.seed)
     references = choose_images(reference, "reference", options.num_images, options.seed)
+    extractor = open_extractor(options.feature_extractor, options.cache_dir)
+    accelerator = start_accelerator("no")
     accuracy = None if options.classifier_data_dir is None else judge_classes(options, generated, samples)
 
-    made = score_images(generated, samples, extractor, options.batch_size, device, "generated")
-    real = reference_features(reference, references, extractor, options.batch_size, device, options.cache_dir)
-    num_generated, num_reference = len(made.features), len(real.features)
-    check_count("reference", num_reference)  # unreadable images were left out
+    compute = extractor, options.batch_size, accelerator
+    made = score_images(generated, samples, *compute, "generated")
+    real = reference_features(reference, references, *compute, options.cache_dir)
+    check_count("reference", len(real.indices))  # unreadable images are left out
+    if held_out is not None:
+        chosen = choose_images(held_out, "held_out", options.num_images, options.seed)
+        held_out = score_images(held_out, chosen, *compute, "held-out")
+    is_main = accelerator.is_main_process
+    accelerator.end_training()
+    if not is_main:
+        return None
+    return {
+        **score(options, extractor, made, real),
+        "sampling": record or None,
+        "accuracy": accuracy,
+        "memorization": search_copies(options, made, real, held_out),
+        **compare_conditions(options, extractor.weights_sha256, made, real),
+    }
 
+
+def score(options: Options, extractor: "FeatureExtractor", made: "ScoredImages", real: "ScoredImages") -> dict:
+    """The metrics of all images, and everything that they depend on."""
+    from trainkit.evaluation.metrics import noise_floor, scores
+    from trainkit.evaluation.report import comparability
+
+    num_generated, num_reference = len(made.indices), len(real.indices)
     floor, floor_size = noise_floor(real.features, num_generated, options.metrics, options.seed)
     return {
         "scores": scores(real.features, made.features, options.metrics, options.seed),
@@ -107,54 +133,34 @@ def evaluate(options: Options) -> dict:
         "note": comparability(extractor.weights_sha256, num_generated, num_reference),
         "feature_extractor": extractor.name,
         "weights_sha256": extractor.weights_sha256,
-        "resize": RESIZE,
+        "resize": extractor.resize,
         "generated": options.generated,
         "reference": options.reference,
-        "same_images": generated.fingerprint == reference.fingerprint,
-        "sampling": record or None,
+        "same_images": made.images.fingerprint == real.images.fingerprint,
         "seed": options.seed,
-        "unreadable_reference": {str(reference.files[index]): why for index, why in reference.unreadable.items()},
-        "accuracy": accuracy,
-        "memorization": search_copies(options, extractor, device, (generated, made), (reference, real)),
-        **compare_conditions(options, extractor.weights_sha256, (generated, made), (reference, real)),
+        "unreadable_reference": {str(real.images.files[index]): why for index, why in real.images.unreadable.items()},
     }
 
 
-def search_copies(options: Options, extractor, device, generated: tuple, reference: tuple) -> dict | None:
-    """Nearest reference images of the samples, in feature and in pixel space; None unless it is asked for.
-
-    `generated` and `reference` are pairs of the images and their `ScoredImages`.
-    """
-    if options.held_out is None and options.closest_pairs_file is None:
+def search_copies(
+    options: Options, made: "ScoredImages", real: "ScoredImages", held_out: "ScoredImages | None"
+) -> dict | None:
+    """Nearest reference images of the samples, in feature and in pixel space; None unless a flag requests it."""
+    if held_out is None and options.closest_pairs_file is None:
         return None
-    import numpy as np
+    from trainkit.evaluation.memorization import closest_pairs, memorization, save_closest_pairs, thumbnails
 
-    from trainkit.evaluation.images import open_images
-    from trainkit.evaluation.memorization import memorization, save_closest_pairs, thumbnails
-    from trainkit.evaluation.reference import score_images
-
-    (samples, made), (training, real) = generated, reference
-    held_out, held_out_pixels = None, None
-    if options.held_out is not None:
-        images = open_images(options.held_out, "--held_out", skip_unreadable=True)
-        indices = np.arange(min(len(images), options.num_images or len(images)))
-        scored = score_images(images, indices, extractor, options.batch_size, device, "held-out")
-        held_out, held_out_pixels = scored.features, thumbnails(images, scored.indices)
-    found = {
-        "features": memorization(real.features, made.features, held_out),
-        "pixels": memorization(thumbnails(training, real.indices), thumbnails(samples, made.indices), held_out_pixels),
-        "held_out": options.held_out,
-    }
-    nearest = found["features"].pop("nearest")
-    found["pixels"].pop("nearest")
-    order = sorted(range(len(nearest)), key=lambda row: nearest[row]["distance"])
-    pairs = [(int(made.indices[row]), int(real.indices[nearest[row]["row"]])) for row in order[:16]]
-    found["closest_pairs"] = [
-        {"generated": sample, "reference": image, "distance": nearest[row]["distance"]}
-        for row, (sample, image) in zip(order, pairs, strict=False)
-    ]
+    found: dict = {"held_out": options.held_out}
+    for space in ("features", "pixels"):
+        training, samples, spare = (
+            None if side is None else side.features if space == "features" else thumbnails(side.images, side.indices)
+            for side in (real, made, held_out)
+        )
+        found[space] = memorization(training, samples, spare)
+    pairs = closest_pairs(made, real)
+    found["closest_pairs"] = [pair._asdict() for pair in pairs]
     if options.closest_pairs_file is not None:
-        save_closest_pairs(Path(options.closest_pairs_file), samples, training, pairs)
+        save_closest_pairs(Path(options.closest_pairs_file), made.images, real.images, pairs)
     return found
 
 
@@ -177,19 +183,15 @@ def judge_classes(options: Options, images, indices) -> dict:
     return found | {"trained_on": options.classifier_data_dir, "num_unreadable": len(real.unreadable)}
 
 
-def compare_conditions(options: Options, weights_sha256: str, generated: tuple, reference: tuple) -> dict:
-    """Scores per class and caption retrieval, if both sides have classes or captions.
-
-    `generated` and `reference` are pairs of the images and their `ScoredImages`.
-    """
+def compare_conditions(options: Options, weights_sha256: str, made: "ScoredImages", real: "ScoredImages") -> dict:
+    """Scores per class and caption retrieval, if both sides have classes or captions."""
     from trainkit.evaluation.conditioning import caption_retrieval, scores_per_class
     from trainkit.evaluation.conditions import read_annotations
 
-    (samples, made), (training, real) = generated, reference
-    requested, found = read_annotations(samples, "--generated"), {}
+    requested, found = read_annotations(made.images, "--generated"), {}
     if not (requested.has_labels or requested.has_texts):
         return found
-    annotations = read_annotations(training, "--reference")
+    annotations = read_annotations(real.images, "--reference")
 
     def of_both(name: str) -> tuple:
         values = [
@@ -284,13 +286,18 @@ def main() -> None:
     if options.closest_pairs_file is not None and Path(options.closest_pairs_file).suffix != ".png":
         raise UserError(f"--closest_pairs_file {options.closest_pairs_file} must end in .png")
     result = evaluate(options)
+    if result is None:  # not the main process
+        return
     print_scores(result, options.metrics)
     print_memorization(result)
     print_conditioning(result, options.metrics)
     if options.output_file is not None:
         file = Path(options.output_file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, result)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, result)
+        except OSError as error:
+            raise UserError(f"--output_file {file} cannot be written: {one_line(error)}") from None
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from evaluation_helpers import evaluate, write_images
 from PIL import Image
 
-import evaluate_samples
 from trainkit.errors import UserError
 from trainkit.evaluation.features import INCEPTION_SHA256, INPUT_SIZE, EfficientNetLite0, extract_features
 from trainkit.evaluation.images import open_images
@@ -18,29 +18,9 @@ from trainkit.evaluation.metrics import frechet_distance, kernel_distance, noise
 from trainkit.evaluation.report import comparability
 
 
-def write_images(folder, count, noise=0.0, seed=0, mode="RGB"):
-    """Coloured waves of 24 px, with `noise` grey levels on top."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[0:24, 0:24] / 24
-    for i in range(count):
-        frequency, phase, colour = rng.uniform(2, 9, 2), rng.uniform(0, 6, 2), rng.uniform(60, 250, 3)
-        waves = 0.5 + 0.4 * np.sin(frequency[0] * rows + phase[0]) * np.cos(frequency[1] * columns + phase[1])
-        pixels = waves[..., None] * colour + noise * rng.standard_normal((24, 24, 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode).save(folder / f"{i:06d}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images") / "reference", 48)
-
-
-def evaluate(monkeypatch, **flags):
-    """evaluate_samples.py in this process."""
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["evaluate_samples.py", *words])
-    evaluate_samples.main()
 
 
 def test_distances_of_known_distributions():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from evaluation_helpers import evaluate
 from PIL import Image
 
-import evaluate_samples
 from tools import measure_digits
 from trainkit.errors import UserError
 from trainkit.evaluation import classifier as classifiers
@@ -61,13 +61,6 @@ def write_samples(folder, asked, drawn, column="label"):
     record = {"complete": True, "scheduler_name": "default", "num_inference_steps": 20, "num_images": len(lines)}
     (folder / "sampling.json").write_text(json.dumps(record | {"scheduler": {"class": "DDIMScheduler"}}))
     return folder
-
-
-def evaluate(monkeypatch, **flags):
-    """evaluate_samples.py in this process."""
-    words = [word for name, value in flags.items() for word in (f"--{name}", *str(value).split(";"))]
-    monkeypatch.setattr(sys, "argv", ["evaluate_samples.py", *words])
-    evaluate_samples.main()
 
 
 @pytest.mark.slow

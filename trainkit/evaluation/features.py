@@ -21,7 +21,8 @@ INCEPTION, EFFICIENTNET = "inception", "efficientnet_lite0"
 INCEPTION_FILE = "inception-2015-12-05.pt"  # below the cache folder
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 FETCH_COMMAND = "python tools/fetch_weights.py inception"
-RESIZE = "bicubic with antialiasing (Pillow), rounded to 8 bits"
+ROUNDED_RESIZE = "bicubic with antialiasing (Pillow), rounded to 8 bits"
+CLEAN_RESIZE = "bicubic with antialiasing, not rounded (clean-fid)"
 
 
 class FeatureExtractor(Protocol):
@@ -31,9 +32,10 @@ class FeatureExtractor(Protocol):
     weights_sha256: str
     input_size: int
     num_features: int
+    resize: str  # `ROUNDED_RESIZE` or `CLEAN_RESIZE`
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (B, num_features) float32 of images (B, S, S, 3) uint8."""
+        """Features (B, num_features) float32 of images (B, S, S, 3) with values in [0, 255]."""
         ...
 
     def to(self, device: torch.device) -> "FeatureExtractor": ...
@@ -63,7 +65,7 @@ def open_extractor(name: str, cache_dir: str | None = None, flag: str = "--featu
 
 @torch.inference_mode()
 def extract_features(extractor: FeatureExtractor, batches: Iterable[np.ndarray], device: torch.device) -> Tensor:
-    """Features (N, D) float32 on the CPU of `batches` of (B, S, S, 3) uint8; there may be none.
+    """Features (N, D) float32 on the CPU of `batches` of (B, S, S, 3) with values in [0, 255]; there may be none.
 
     Raises:
         UserError: a feature is not finite.
@@ -100,7 +102,7 @@ class EfficientNetLite0(nn.Module):
         UserError: the packages that contain code and weights are not installed.
     """
 
-    num_features, input_size = 1280, INPUT_SIZE
+    num_features, input_size, resize = 1280, INPUT_SIZE, ROUNDED_RESIZE
 
     def __init__(self):
         super().__init__()
@@ -136,7 +138,7 @@ class InceptionV3(nn.Module):
         UserError: the file is not such a network.
     """
 
-    num_features, input_size = 2048, 299
+    num_features, input_size, resize = 2048, 299, CLEAN_RESIZE
 
     def __init__(self, file: Path, flag: str):
         super().__init__()
@@ -168,6 +170,7 @@ class VisionModel(nn.Module):
         UserError: there is no vision model.
     """
 
+    resize = ROUNDED_RESIZE  # as the image processors of transformers do
     image_mean: Tensor
     image_std: Tensor
 

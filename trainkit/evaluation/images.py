@@ -35,8 +35,11 @@ class ImageSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
-        """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
+    def batches(self, indices: np.ndarray, batch_size: int, side: int, rounded: bool = True) -> Iterator[np.ndarray]:
+        """Yield (B, S, S, 3) of the images `indices`, `batch_size` at a time.
+
+        The pixels are uint8, or float32 in [0, 255] if they are not `rounded` after the resize.
+        """
         ...
 
 
@@ -74,20 +77,21 @@ class ImageFolder:
                 continue
         raise UserError(f"{self.flag} {self.folder} holds no image that can be read")
 
-    def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
-        """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
+    def batches(self, indices: np.ndarray, batch_size: int, side: int, rounded: bool = True) -> Iterator[np.ndarray]:
+        """Yield (B, S, S, 3) of the images `indices`: see `ImageSet.batches`."""
         with ThreadPoolExecutor(4) as pool:
             for start in range(0, len(indices), batch_size):
-                found = pool.map(lambda index: self._read(int(index), side), indices[start : start + batch_size])
+                chosen = indices[start : start + batch_size]
+                found = pool.map(lambda index: self._read(int(index), side, rounded), chosen)
                 images = [image for image in found if image is not None]
                 if images:
                     yield np.stack(images)
 
-    def _read(self, index: int, side: int) -> np.ndarray | None:
+    def _read(self, index: int, side: int, rounded: bool) -> np.ndarray | None:
         file = self.files[index]
         try:
             with Image.open(file) as image:
-                return _resized(ImageOps.exif_transpose(image), side)
+                return _resized(ImageOps.exif_transpose(image), side, rounded)
         except NOT_READABLE as error:
             reason = one_line(error).replace(repr(str(file)), "it")
             if not self.skip_unreadable:
@@ -108,13 +112,13 @@ class PreparedFolder:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
-        """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
+    def batches(self, indices: np.ndarray, batch_size: int, side: int, rounded: bool = True) -> Iterator[np.ndarray]:
+        """Yield (B, S, S, 3) of the images `indices`: see `ImageSet.batches`."""
         for start in range(0, len(indices), batch_size):
             pixels = self.images.gather(np.asarray(indices[start : start + batch_size], dtype=np.int64), None)
             if pixels.dtype == np.uint16:
                 pixels = (pixels >> 8).astype(np.uint8)
-            yield np.stack([_resized(_from_array(image), side) for image in pixels])
+            yield np.stack([_resized(_from_array(image), side, rounded) for image in pixels])
 
 
 class ImageArray:
@@ -132,11 +136,11 @@ class ImageArray:
     def fingerprint(self) -> str:
         return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()[:16]
 
-    def batches(self, indices: np.ndarray, batch_size: int, side: int) -> Iterator[np.ndarray]:
-        """Yield (B, S, S, 3) uint8 of the images `indices`, `batch_size` at a time."""
+    def batches(self, indices: np.ndarray, batch_size: int, side: int, rounded: bool = True) -> Iterator[np.ndarray]:
+        """Yield (B, S, S, 3) of the images `indices`: see `ImageSet.batches`."""
         for start in range(0, len(indices), batch_size):
             chosen = self.images[indices[start : start + batch_size]]
-            yield np.stack([_resized(_from_array(image), side) for image in chosen])
+            yield np.stack([_resized(_from_array(image), side, rounded) for image in chosen])
 
 
 def open_images(path: str, flag: str, skip_unreadable: bool = False) -> ImageFolder | PreparedFolder | ImageArray:
@@ -198,14 +202,18 @@ def _from_array(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def _resized(image: Image.Image, side: int) -> np.ndarray:
-    """(S, S, 3) uint8: transparency over white, grey repeated, bicubic with antialiasing.
+def _resized(image: Image.Image, side: int, rounded: bool) -> np.ndarray:
+    """(S, S, 3) uint8, or float32 in [0, 255]: transparency over white, grey repeated, bicubic with antialiasing.
 
-    The antialiased resize of Pillow is that of clean-fid (Parmar et al. 2022), except that it rounds to 8 bits.
+    Without rounding it is the resize of clean-fid (Parmar et al. 2022): each channel is resized as float32.
     """
     if image.mode.startswith("I"):  # 16 bits per channel
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+    image = image.convert("RGB")
+    if rounded:
+        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+    channels = [channel.convert("F").resize((side, side), Image.Resampling.BICUBIC) for channel in image.split()]
+    return np.stack([np.asarray(channel) for channel in channels], axis=-1).clip(0, 255)

@@ -24,8 +24,8 @@ def manifold_scores(reference: Tensor, generated: Tensor) -> dict[str, float]:
     at most the number of other images.
     """
     reference, generated = reference.double(), generated.double()
-    real_radii = {k: neighbour_distances(reference, k) for k in (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)}
-    generated_radii = neighbour_distances(generated, PRECISION_NEIGHBOURS)
+    precision_radii, density_radii = neighbour_distances(reference, PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
+    (generated_radii,) = neighbour_distances(generated, PRECISION_NEIGHBOURS)
     precise, dense = [], []
     recalled = torch.zeros(len(reference), dtype=torch.bool)
     covered = torch.zeros(len(reference), dtype=torch.bool)
@@ -33,8 +33,8 @@ def manifold_scores(reference: Tensor, generated: Tensor) -> dict[str, float]:
     for start in range(0, len(generated), ROWS_PER_BLOCK):
         block = slice(start, start + ROWS_PER_BLOCK)
         distances = _distances(generated[block], reference)
-        precise.append((distances <= real_radii[PRECISION_NEIGHBOURS]).any(dim=1))
-        inside = distances <= real_radii[DENSITY_NEIGHBOURS]
+        precise.append((distances <= precision_radii).any(dim=1))
+        inside = distances <= density_radii
         dense.append(inside.sum(dim=1).double() / density_neighbours)
         covered |= inside.any(dim=0)
         recalled |= (distances <= generated_radii[block, None]).any(dim=0)
@@ -44,12 +44,12 @@ def manifold_scores(reference: Tensor, generated: Tensor) -> dict[str, float]:
     return means | errors
 
 
-def neighbour_distances(features: Tensor, k: int) -> Tensor:
-    """The distance (N,) of each of `features` (N, D) to its k-th nearest neighbour among the others."""
-    k = min(k, len(features) - 1)
+def neighbour_distances(features: Tensor, *neighbours: int) -> list[Tensor]:
+    """For each k of `neighbours` the distances (N,) of `features` (N, D) to their k-th nearest among the others."""
+    columns = [min(k, len(features) - 1) for k in neighbours]  # column 0 is the distance of the image to itself
     blocks = (features[start : start + ROWS_PER_BLOCK] for start in range(0, len(features), ROWS_PER_BLOCK))
-    # the smallest distance of each row is that of the image to itself
-    return torch.cat([_distances(block, features).kthvalue(k + 1, dim=1).values for block in blocks])
+    found = torch.cat([_distances(block, features).topk(max(columns) + 1, largest=False).values for block in blocks])
+    return [found[:, column] for column in columns]
 
 
 def nearest(queries: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 # N training images, M samples, D dimensions of a feature, P pixels of a thumbnail
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,12 +11,22 @@ from PIL import Image
 from torch import Tensor
 
 from trainkit.atomic import replacing
+from trainkit.errors import UserError, one_line
 from trainkit.evaluation.images import ImageSet
 from trainkit.evaluation.manifold import nearest
+from trainkit.evaluation.reference import ScoredImages
 
 THUMBNAIL_SIDE, PICTURE_SIDE, BATCH_SIZE = 32, 96, 256
 QUANTILE = 0.01  # a sample is suspicious if it is nearer than 99 % of held-out images
 CLOSEST_PAIRS = 16
+
+
+class Pair(NamedTuple):
+    """Indices of a sample and of its nearest reference image, and the distance of their features."""
+
+    generated: int
+    reference: int
+    distance: float
 
 
 def thumbnails(images: ImageSet, indices: np.ndarray) -> Tensor:
@@ -30,14 +41,11 @@ def memorization(training: Tensor, generated: Tensor, held_out: Tensor | None) -
     A sample is too near if its distance is below that of 99 % of the held-out images. Without `held_out` images
     there is no such share. Equal images have distance 0; these are counted as `num_copies`.
     """
-    distances, rows = nearest(generated, training)
+    distances, _ = nearest(generated, training)
     scale = training.double().std(dim=0).norm().item() or 1.0
     found = {
         "median_distance": distances.median().item(),
         "num_copies": int((distances <= 1e-5 * scale).sum()),
-        "nearest": [
-            {"distance": distance, "row": row} for distance, row in zip(distances.tolist(), rows.tolist(), strict=True)
-        ],
     }
     if held_out is not None and len(held_out):
         threshold = torch.quantile(nearest(held_out, training)[0], QUANTILE).item()
@@ -46,18 +54,29 @@ def memorization(training: Tensor, generated: Tensor, held_out: Tensor | None) -
     return found
 
 
-def save_closest_pairs(
-    file: Path, generated: ImageSet, training: ImageSet, pairs: list[tuple[int, int]], num_pairs: int = CLOSEST_PAIRS
-) -> None:
-    """Write a picture with a row of samples above a row of their nearest training images, closest first.
-
-    `pairs` are indices into `generated` and `training`, in order of distance.
-    """
-    pairs = pairs[:num_pairs]
-    rows = [
-        np.concatenate(list(images.batches(np.array(indices), len(indices), PICTURE_SIDE)))
-        for images, indices in zip((generated, training), zip(*pairs, strict=True), strict=True)
+def closest_pairs(generated: ScoredImages, training: ScoredImages, num_pairs: int = CLOSEST_PAIRS) -> list[Pair]:
+    """The samples whose features are nearest to a training image, with that image, closest first."""
+    distances, rows = nearest(generated.features, training.features)
+    order = distances.argsort(stable=True)[:num_pairs].tolist()
+    return [
+        Pair(int(generated.indices[row]), int(training.indices[rows[row]]), distances[row].item()) for row in order
     ]
-    picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    with replacing(file) as temporary:
-        Image.fromarray(picture).save(temporary)
+
+
+def save_closest_pairs(file: Path, generated: ImageSet, training: ImageSet, pairs: list[Pair]) -> None:
+    """Write a picture with a row of samples above a row of their nearest training images.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    columns = (generated, [pair.generated for pair in pairs]), (training, [pair.reference for pair in pairs])
+    rows = [
+        np.concatenate(next(images.batches(np.array(indices), len(indices), PICTURE_SIDE)), axis=1)
+        for images, indices in columns
+    ]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            Image.fromarray(np.concatenate(rows)).save(temporary)
+    except OSError as error:
+        raise UserError(f"--closest_pairs_file {file} cannot be written: {one_line(error)}") from None

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +19,7 @@ from tqdm.auto import tqdm
 from trainkit.atomic import replacing
 from trainkit.data.files import cache_root
 from trainkit.errors import UserError
-from trainkit.evaluation.features import RESIZE, FeatureExtractor, extract_features
+from trainkit.evaluation.features import ROUNDED_RESIZE, FeatureExtractor, extract_features
 from trainkit.evaluation.images import ImageSet, PreparedFolder
 
 FORMAT = 1  # increase it when the same images and extractor would give other features
@@ -27,6 +29,7 @@ FOLDER = ".features"  # in a prepared dataset
 class ScoredImages(NamedTuple):
     """Features (N, D) of the images `indices` (N,) of a set; unreadable images are left out."""
 
+    images: ImageSet
     features: Tensor
     indices: np.ndarray
 
@@ -43,14 +46,27 @@ def score_images(
     indices: np.ndarray,
     extractor: FeatureExtractor,
     batch_size: int,
-    device: torch.device,
+    accelerator: Accelerator,
     side: str,
 ) -> ScoredImages:
-    """The features of `images[indices]`, with a progress bar named after `side`."""
-    batches: Iterable[np.ndarray] = images.batches(indices, batch_size, extractor.input_size)
-    batches = tqdm(batches, total=-(-len(indices) // batch_size), desc=f"{side} features")
-    features = extract_features(extractor, batches, device)
-    return ScoredImages(features, np.array([index for index in indices.tolist() if index not in images.unreadable]))
+    """The features of `images[indices]` on every process, with a progress bar named after `side`. A collective.
+
+    Each process computes its share. `batch_size` is per process.
+    """
+    own = indices[accelerator.process_index :: accelerator.num_processes]
+    rounded = extractor.resize == ROUNDED_RESIZE
+    batches: Iterable[np.ndarray] = images.batches(own, batch_size, extractor.input_size, rounded)
+    total, quiet = -(-len(own) // batch_size), not accelerator.is_main_process
+    features = extract_features(
+        extractor, tqdm(batches, total=total, desc=f"{side} features", disable=quiet), accelerator.device
+    )
+    kept = np.array([index for index in own.tolist() if index not in images.unreadable], dtype=np.int64)
+    parts = gather_object([(features, kept, images.unreadable)])
+    for _, _, unreadable in parts:
+        images.unreadable.update(unreadable)
+    kept = np.concatenate([part[1] for part in parts])
+    order = np.argsort(kept)
+    return ScoredImages(images, torch.cat([part[0] for part in parts])[order], kept[order])
 
 
 def reference_features(
@@ -58,7 +74,7 @@ def reference_features(
     indices: np.ndarray,
     extractor: FeatureExtractor,
     batch_size: int,
-    device: torch.device,
+    accelerator: Accelerator,
     cache_dir: str | None,
 ) -> ScoredImages:
     """As `score_images`, from a file that an earlier call wrote for the same images, indices and weights.
@@ -66,25 +82,17 @@ def reference_features(
     A changed image changes the name of the file, so old features are never used. The file is stored in the prepared
     dataset if that is writable, otherwise in the cache.
     """
-    parts = FORMAT, images.fingerprint, extractor.weights_sha256, extractor.input_size, RESIZE, indices.tobytes()
-    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:24] + ".safetensors"
+    parts = FORMAT, images.fingerprint, extractor.weights_sha256, extractor.input_size, extractor.resize
+    name = hashlib.sha256(repr((*parts, indices.tobytes())).encode()).hexdigest()[:24] + ".safetensors"
     folders = [cache_root(cache_dir) / "features"]
     if isinstance(images, PreparedFolder) and isinstance(images.folder, Path):
         folders.insert(0, images.folder / FOLDER)
-    for folder in folders:
-        if (found := _read(folder / name)) is not None:
-            return found
-    found = score_images(images, indices, extractor, batch_size, device, "reference")
-    if images.unreadable:
-        return found  # so that each run reports them
-    for folder in folders:
-        try:
-            folder.mkdir(exist_ok=True, parents=True)
-            with replacing(folder / name) as temporary:
-                save_file({"features": found.features, "indices": torch.from_numpy(found.indices)}, temporary)
-            break
-        except OSError:  # read-only or full: the next folder, or no cache
-            continue
+    stored = next((found for folder in folders if (found := _read(folder / name)) is not None), None)
+    if all(gather_object([stored is not None])):
+        return ScoredImages(images, *stored)
+    found = score_images(images, indices, extractor, batch_size, accelerator, "reference")
+    if accelerator.is_main_process and not images.unreadable:  # a run with unreadable images reports them each time
+        _store(found, folders, name)
     return found
 
 
@@ -95,9 +103,22 @@ def check_count(side: str, count: int) -> None:
         raise UserError(f"--{side}: {count} images are too few for a score; give at least {least} that can be read")
 
 
-def _read(file: Path) -> ScoredImages | None:
+def _read(file: Path) -> tuple[Tensor, np.ndarray] | None:
+    """Features and indices in `file`; None if there is no such file, or a damaged one."""
     try:
         with safe_open(file, "pt") as stored:
-            return ScoredImages(stored.get_tensor("features"), stored.get_tensor("indices").numpy())
+            return stored.get_tensor("features"), stored.get_tensor("indices").numpy()
     except (OSError, SafetensorError):
         return None
+
+
+def _store(found: ScoredImages, folders: list[Path], name: str) -> None:
+    """Write `name` in the first of `folders` that can be written, or nowhere: the scores do not depend on it."""
+    for folder in folders:
+        try:
+            folder.mkdir(exist_ok=True, parents=True)
+            with replacing(folder / name) as temporary:
+                save_file({"features": found.features, "indices": torch.from_numpy(found.indices)}, temporary)
+            return
+        except (OSError, SafetensorError):  # read-only or full
+            continue
