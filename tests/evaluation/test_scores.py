@@ -42,6 +42,7 @@ def test_kid_of_whole_sets_is_the_unbiased_estimator():
     assert squared_mmd(torch.from_numpy(real), torch.from_numpy(made)) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_standard_errors_are_the_spread_over_new_samples():
     real = gaussian(2000, 8, 0)
     found = [scores(real, gaussian(200, 8, seed, 1.2), ["fid", "precision"]) for seed in range(1, 25)]
