@@ -87,8 +87,9 @@ def reference_features(
     folders = [cache_root(cache_dir) / "features"]
     if isinstance(images, PreparedFolder) and isinstance(images.folder, Path):
         folders.insert(0, images.folder / FOLDER)
-    stored = next((found for folder in folders if (found := _read(folder / name)) is not None), None)
-    if all(gather_object([stored is not None])):
+    stored = next((read for folder in folders if (read := _read(folder / name)) is not None), None)
+    everywhere = all(gather_object([stored is not None]))  # a collective, so every process takes the same branch
+    if stored is not None and everywhere:
         return ScoredImages(images, *stored)
     found = score_images(images, indices, extractor, batch_size, accelerator, "reference")
     if accelerator.is_main_process and not images.unreadable:  # a run with unreadable images reports them each time
