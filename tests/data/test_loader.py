@@ -11,10 +11,13 @@ class CountingImages:
     height, width, channels, bit_depth, fixed_size, holds_latents = 4, 6, 1, 8, True, False
 
     def __init__(self):
-        self.read = 0
+        self.read, self.soon = 0, set()
 
     def __len__(self):
         return 200
+
+    def read_soon(self, indices):
+        self.soon |= set(indices.tolist())
 
     def gather(self, indices, crops):
         self.read += len(indices)
@@ -99,6 +102,13 @@ def test_sixteen_bits_keep_their_steps():
 
     batch = next(loader(images=Deep()).iterate(0, 1))
     assert batch.images[0, 0, 0, 0].item() == pytest.approx(40001 / 32767.5 - 1, abs=1e-6)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_without_blocks_the_next_batches_are_read_ahead(threads):
+    images, ahead = CountingImages(), max(1, threads)
+    batches = list(loader(2, 2, images=images, threads=threads).iterate(3, 10))
+    assert images.soon >= {int(row) for batch in batches[ahead:] for row in batch.indices}
 
 
 @pytest.mark.parametrize("threads", [0, 3])

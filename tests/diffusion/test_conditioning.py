@@ -38,6 +38,9 @@ class Labelled:
     def __len__(self):
         return len(LABELS)
 
+    def read_soon(self, indices):
+        pass
+
     def gather(self, indices, crops):
         return np.zeros((len(indices), 4, 4, 1), dtype=np.uint8)
 

@@ -23,6 +23,7 @@ from trainkit.data.loading.augment import build_augmentation
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.encodings import Rows, make_units, read_complete, unit_name, write_complete, write_rows
 from trainkit.data.loading.loader import to_model_range
+from trainkit.data.loading.mapped_memory import will_need
 from trainkit.data.settings import parse_resolution, resize_mode_from_options
 from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
@@ -72,6 +73,11 @@ class LatentImages:
         """Latents (B, h, w, C) float32 of images, mirrored where `flip` (B,), drawn with `noise` (B, C, h, w)."""
         rows = self._rows(indices, flip)
         return self._scaled(rows[:, 0] + rows[:, 1] * noise)
+
+    def read_soon(self, indices: np.ndarray) -> None:
+        """Start to read the latents of the images `indices` (B,), without waiting."""
+        rows = [part[row] for part in (self.rows, self.mirrored) if part is not None for row in indices.tolist()]
+        will_need((row.ctypes.data, row.nbytes) for row in rows)
 
     def _rows(self, indices: np.ndarray, flip: np.ndarray | None) -> np.ndarray:
         found = np.empty((len(indices), 2, self.channels, self.height, self.width), dtype=np.float32)

@@ -3,10 +3,9 @@
 # B batch, H/W height and width of the stored window, h/w of a single image, C channels
 
 import bisect
-import ctypes
+import contextlib
 import errno
 import json
-import mmap
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import pyarrow as pa
 from trainkit.data.files import RemotePath, location, open_stream, read_text, size, sizes
 from trainkit.data.format import FORMAT, NO_LABEL, PREPARATION_NAME, read_preparation
 from trainkit.data.images.storage import decode
+from trainkit.data.loading.mapped_memory import copy_rows, will_need
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
 
@@ -111,7 +111,7 @@ class PreparedImages:
         in the threads that gather.
         """
         height, width = self.stored_height, self.stored_width
-        if self.fixed_size and self.settings.storage == "pixels":
+        if self._in_rows:
             return self._gather_fixed(indices)
         images = np.empty((len(indices), height, width, self.channels), dtype=self.settings.dtype)
         for position, (batch, row) in enumerate(self._located(indices)):
@@ -126,16 +126,27 @@ class PreparedImages:
 
     def _gather_fixed(self, indices: np.ndarray) -> np.ndarray:
         """Copy images of one size with a single call for all shards."""
+        addresses = self._fixed_addresses(indices)
+        if addresses is None:
+            return np.stack([batch.pixels[row] for batch, row in self._located(indices)])
+        shape = (len(addresses), self.stored_height, self.stored_width, self.channels)
+        return copy_rows(addresses, self._image_bytes).view(self.settings.dtype).reshape(shape)
+
+    def _fixed_addresses(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return where images of one size are in memory (B,); None for large images in several batches of a shard."""
         numbers, rows = self._shards_and_rows(indices)
+        if not self._addresses[numbers].all():
+            self._located(indices)  # opens their shards
         addresses = self._addresses[numbers]
-        if not addresses.all():  # not open yet, or large images in several batches, where calls cost little
-            located = self._located(indices)
-            addresses = self._addresses[numbers]
-            if not addresses.all():
-                return np.stack([batch.pixels[row] for batch, row in located])
-        shape = (self.stored_height, self.stored_width, self.channels)
-        size = int(np.prod(shape)) * self.settings.dtype.itemsize
-        return _copied(addresses + rows * size, size).view(self.settings.dtype).reshape(len(numbers), *shape)
+        return addresses + rows * self._image_bytes if addresses.all() else None
+
+    @property
+    def _in_rows(self) -> bool:
+        return self.fixed_size and self.settings.storage == "pixels"
+
+    @property
+    def _image_bytes(self) -> int:
+        return self.stored_height * self.stored_width * self.channels * self.settings.dtype.itemsize
 
     def _whole_image(self, batch: _Batch, row: int) -> np.ndarray:
         """Return an image (h, w, C) of its own size."""
@@ -190,8 +201,18 @@ class PreparedImages:
             self._fetch_ahead(ranges)
             return
         for first, end in ranges:
-            for batch, start, stop in self._parts(first, end):
-                _will_need(batch.pixels, start, stop, batch.offsets)
+            will_need(_memory(batch, start, stop) for batch, start, stop in self._parts(first, end))
+
+    def read_soon(self, indices: np.ndarray) -> None:
+        """Start to read the images `indices` (B,) of a local dataset, in any order, without waiting."""
+        if isinstance(self.folder, RemotePath):  # its shards are fetched whole, by `read_ahead` or `gather`
+            return
+        with contextlib.suppress(UserError):  # a damaged shard is reported by `gather`
+            addresses = self._fixed_addresses(indices) if self._in_rows else None
+            if addresses is None:
+                will_need(_memory(batch, row, row + 1) for batch, row in self._located(indices))
+            else:
+                will_need((address, self._image_bytes) for address in addresses.tolist())
 
     def _fetch_ahead(self, ranges: list[tuple[int, int]]) -> None:
         ends = [self._shards_and_rows(np.array([first, end - 1]))[0].tolist() for first, end in ranges]
@@ -302,28 +323,8 @@ class PreparedImages:
         )
 
 
-def _will_need(pixels: np.ndarray, first: int, end: int, offsets: list[int] | None) -> None:
-    """Advise the kernel that these rows of mapped `pixels` are read soon, if the system has such a call."""
-    start, stop = (first, end) if offsets is None else (offsets[first], offsets[end])
-    part = pixels[start:stop]
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is None or not part.size:
-        return
-    address = part.ctypes.data
-    page_start = address - address % mmap.PAGESIZE
-    madvise(ctypes.c_void_p(page_start), ctypes.c_size_t(address + part.nbytes - page_start), mmap.MADV_WILLNEED)
-
-
-def _copied(addresses: np.ndarray, size: int) -> np.ndarray:
-    """Return the `size` bytes at each of `addresses` (B,), concatenated: uint8 (B * size,).
-
-    Every one of them is an element of an array that starts at the lowest address, with elements of `size` bytes that
-    are one byte apart. So numpy's indexing copies them, 1.6 times as fast as a loop over rows.
-    """
-    if len(addresses) == 0:
-        return np.empty(0, dtype=np.uint8)
-    lowest, highest = int(addresses.min()), int(addresses.max())
-    memory = (ctypes.c_char * size).from_address(lowest)
-    first = np.frombuffer(memory, dtype=f"V{size}")  # type: ignore[call-overload]  # an array of ctypes is a buffer
-    everywhere = np.lib.stride_tricks.as_strided(first, shape=(highest - lowest + 1,), strides=(1,), writeable=False)
-    return everywhere[addresses - lowest].view(np.uint8)
+def _memory(batch: _Batch, first: int, end: int) -> tuple[int, int]:
+    """Return where the pixels of rows `first` to `end` - 1 are in memory: address and number of bytes."""
+    start, stop = (first, end) if batch.offsets is None else (batch.offsets[first], batch.offsets[end])
+    part = batch.pixels[start:stop]
+    return part.ctypes.data, part.nbytes

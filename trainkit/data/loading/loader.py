@@ -149,7 +149,7 @@ class BatchLoader:
             return uniform_draws(self.seed, step, purpose, total)[here]
 
         positions = step * total + np.arange(rows.start, rows.stop)
-        self._read_ahead(int(positions[-1]))
+        self._read_ahead(step, micro_step)
         indices = self.order.indices(positions)
         crops = None
         if not self.images.fixed_size:
@@ -184,14 +184,22 @@ class BatchLoader:
             condition = {name: x.pin_memory() for name, x in condition.items()}
         return host_batch | {"condition": condition, "indices": indices, "step": step, "micro_step": micro_step}
 
-    def _read_ahead(self, position: int) -> None:
-        """With blocks, start to read the window of `position` and the next one, the first time it is entered."""
-        if not isinstance(self.order, SampleOrder) or self.order.block_size == 0:
+    def _read_ahead(self, step: int, micro_step: int) -> None:
+        """Start to read from the disk what later batches need.
+
+        With blocks that is the window of this batch and the next window, the first time one is entered. Otherwise it
+        is the batch that this thread makes next.
+        """
+        last = step * self.shape.global_size + self.shape.rows(micro_step)[-1]
+        if not self.order.block_size:
+            steps, micro_step = divmod(micro_step + max(1, self.num_threads), self.shape.micro_steps)
+            first = (step + steps) * self.shape.global_size + self.shape.rows(micro_step).start
+            self.images.read_soon(self.order.indices(first + np.arange(self.shape.per_device)))
             return
         with self._reading_ahead:  # several threads make batches
-            if self._window is not None and position < self._window[1]:
+            if self._window is not None and last < self._window[1]:
                 return
-            self._window = first, end = self.order.window(position)
+            self._window = first, end = self.order.window(last)
             self.images.read_ahead(self.order.ranges(first, end) + self.order.ranges(*self.order.window(end)))
 
     def _to_device(self, host_batch: dict) -> Batch:
