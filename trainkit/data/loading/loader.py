@@ -191,7 +191,7 @@ class BatchLoader:
         is the batch that this thread makes next.
         """
         last = step * self.shape.global_size + self.shape.rows(micro_step)[-1]
-        if not self.order.block_size:
+        if not isinstance(self.order, SampleOrder) or not self.order.block_size:
             steps, micro_step = divmod(micro_step + max(1, self.num_threads), self.shape.micro_steps)
             first = (step + steps) * self.shape.global_size + self.shape.rows(micro_step).start
             self.images.read_soon(self.order.indices(first + np.arange(self.shape.per_device)))
