@@ -106,8 +106,8 @@ def test_images_do_not_depend_on_the_division_of_the_batch_nor_on_a_resume(per_d
 def test_flips_alone_are_exact_and_the_same_with_other_augmentations(monkeypatch):
     plain = [batch.images for batch in batches(None, flip=False)]
     flipped = [batch.images for batch in batches(None)]
-    told = list(batches(Augmentation(with_labels=True)))
-    for straight, mirrored, batch in zip(plain, flipped, told, strict=True):
+    labelled = list(batches(Augmentation(with_labels=True)))
+    for straight, mirrored, batch in zip(plain, flipped, labelled, strict=True):
         mirror = batch.augmentation[:, 0, None, None, None] == 1
         assert 0 < mirror.sum() < 8 and torch.equal(mirrored, torch.where(mirror, straight.flip(3), straight))
         assert torch.equal(batch.images, mirrored) and not batch.augmentation[:, 1:].any()

@@ -1,4 +1,4 @@
-"""Files that are not wanted are told in rejected.jsonl, each with its class; none takes the process down."""
+"""Files that are not wanted are listed in rejected.jsonl, each with its class; none takes the process down."""
 
 import dataclasses
 import io

@@ -111,7 +111,7 @@ def test_lists_of_captions_come_from_metadata(tmp_path):
         (tmp_path / "raw" / f"{number}.png").write_bytes(png(number))
     prepare(open_given(tmp_path / "raw"), SETTINGS, tmp_path / "prepared", 1, show_progress=False)
     texts = PreparedImages(tmp_path / "prepared").texts(np.arange(2))
-    assert [split_captions(told) for told in texts] == [["one", "two lines"], ["three"]]
+    assert [split_captions(text) for text in texts] == [["one", "two lines"], ["three"]]
 
 
 def test_a_killed_run_goes_on_where_it_stopped(images, tmp_path, monkeypatch):

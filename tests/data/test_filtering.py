@@ -93,13 +93,13 @@ def test_the_same_photo_saved_twice_goes_and_the_first_stays(repeated, tmp_path)
     assert done.returncode == 0 and "300 images, 6 rejected (6 duplicate" in done.stdout, done.stderr
     assert names(tmp_path / "out") == [f"{'ab'[number // 150]}/{number:05d}." + "png jpg".split()[number % 2]
                                        for number in range(300)]  # fmt: skip
-    told = {line["source"]: line for line in rejected(tmp_path / "out")}
-    assert {name: line["repeats"] for name, line in told.items()} == {
+    lines = {line["source"]: line for line in rejected(tmp_path / "out")}
+    assert {name: line["repeats"] for name, line in lines.items()} == {
         "a/x0.png": "a/00000.png", "a/x1.bmp": "a/00002.png", "b/x2.png": "a/00000.png",
         "b/y170.png": "b/00170.png", "b/y200.png": "b/00200.png", "b/y298.png": "b/00298.png",
     }  # fmt: skip
-    assert told["a/x0.png"]["message"] == "the same pixels as a/00000.png"
-    assert told["b/x2.png"]["message"].endswith("which has another class: a")
+    assert lines["a/x0.png"]["message"] == "the same pixels as a/00000.png"
+    assert lines["b/x2.png"]["message"].endswith("which has another class: a")
     preparation = read_preparation(tmp_path / "out")
     assert preparation["classes"] == {"a": 150, "b": 150} and preparation["rejected"] == {"duplicate": 6}
     assert len(PreparedImages(tmp_path / "out")) == 300

@@ -1,4 +1,4 @@
-"""The thousand hostile files that Pillow tests itself with: each is taken or told of, and the screen stays quiet."""
+"""The thousand hostile files that Pillow tests itself with: each is used or rejected, and nothing is printed."""
 
 import json
 import os

@@ -70,11 +70,11 @@ def test_metadata_in_any_order_joins_and_captions_of_several_rows_are_kept(tmp_p
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,label", *lines]))
     (tmp_path / "sub/metadata.csv").write_text("file_name,text\n8.png,deeper\n")
     source = ImageFolder(tmp_path)
-    told = {entry.path: (entry.text, entry.label, entry.size) for entry in source.entries}
-    assert len(told) == 41 and source.label_names == ["x", "y"]
-    assert told["sub/8.png"] == ("first 8\ndeeper", "x", 0)
-    assert sorted(told["sub/7.png"][0].split("\n")) == ["first 7", "second"]
-    assert told["sub/9.png"] == ("first 9", "x", 0) and told["zz.png"] == ("gone", "y", -1)
+    entries = {entry.path: (entry.text, entry.label, entry.size) for entry in source.entries}
+    assert len(entries) == 41 and source.label_names == ["x", "y"]
+    assert entries["sub/8.png"] == ("first 8\ndeeper", "x", 0)
+    assert sorted(entries["sub/7.png"][0].split("\n")) == ["first 7", "second"]
+    assert entries["sub/9.png"] == ("first 9", "x", 0) and entries["zz.png"] == ("gone", "y", -1)
     with (tmp_path / "metadata.csv").open("a") as file:
         file.write("\nsub/9.png,other,y\n")
     with pytest.raises(UserError, match="give sub/9.png different labels \\(x and y\\): keep one row per image"):

@@ -25,7 +25,7 @@ class Outputs:
 
     `losses(model, batch, timesteps)` returns one loss per image (B,), for training and validation alike.
     `pipeline_of(unet)` returns the pipeline of a trained UNet, whose scheduler is the noise schedule of training.
-    `held_out` and `held_out_condition` are the validation images and what the model is told about them.
+    `held_out` and `held_out_condition` are the validation images and the condition of each.
     """
 
     def __init__(
