@@ -139,7 +139,8 @@ def drop_duplicates(
     dropped. `sweep_at_once` deletes the shard that a new part replaces: for a folder without a finished dataset.
     """
     repeated = _repeated(writer, shards)
-    files, parts = UnitFiles(output_dir), {split: [] for split in writer.filters.splits}
+    files = UnitFiles(output_dir)
+    parts: dict[int, list[Part]] = {split: [] for split in writer.filters.splits}
     starts = np.cumsum([0] + [_stats_of(shard).table.num_rows for shard in shards])
     for shard, start, end in zip(shards, starts[:-1], starts[1:], strict=True):
         is_dropped = repeated[start:end] != KEPT

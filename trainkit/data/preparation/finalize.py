@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from trainkit import __version__
 from trainkit.data.account import Account, Kind
@@ -141,7 +142,8 @@ def _write_dataset(
     about: dict,
 ) -> None:
     """Write the JSON files of a dataset; `about` holds further entries of its preparation.json."""
-    classes, present = Counter(), sizes(folder)
+    classes: Counter[str] = Counter()
+    present = sizes(folder)
     for summary in summaries:
         classes.update(summary["classes"])
     shard_files = [
@@ -164,7 +166,7 @@ def _write_dataset(
         "versions": {"python": platform.python_version(), "trainkit": __version__}
         | {package: version(package) for package in ("pillow", "numpy", "pyarrow")},
     }
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": shard["filename"]} for shard in shard_files],
         "_fingerprint": fingerprint,
         "_format_columns": None,

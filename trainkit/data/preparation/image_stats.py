@@ -99,7 +99,9 @@ def stats_digest(batch: pa.RecordBatch) -> str:
 
 def sum_stats(stats: Iterable[ImageStats]) -> dict:
     """Add up the pixels, and by channel the sums and sums of squares, exactly."""
-    count, sums, squares = 0, [], []
+    count = 0
+    sums: list[int] = []
+    squares: list[int] = []
     for image in stats:
         count += image.num_pixels
         sums = [a + b for a, b in itertools.zip_longest(sums, image.sums, fillvalue=0)]

@@ -40,8 +40,8 @@ class Plan:
         self._done = [(len(items), done[shard.name]) for shard, items in units if shard.name in done]
         self.num_missing = sum(len(items) for _, items in missing_units)
         self._slices = self._missing_slices(missing_units)
-        self._joins = deque()
-        self._unfinished = {}  # slice -> its unit
+        self._joins: deque[JoinJob] = deque()
+        self._unfinished: dict[Path | RemotePath, _Unit] = {}  # slice -> its unit
 
     def earlier_results(self) -> Iterator[tuple[int, list[dict]]]:
         """Yield numbers of files that earlier runs finished, and the rejected ones among them."""

@@ -55,10 +55,11 @@ def run_jobs_in_processes(writer: ShardWriter, next_job: Callable, num_proc: int
     """
     num_proc = num_proc or num_cores()
     with _single_threaded_children():
-        pool, in_flight = _start_pool(writer, num_proc), {}
+        pool = _start_pool(writer, num_proc)
+        in_flight: dict[Future, SliceJob | JoinJob] = {}
         try:
             while True:
-                suspects = []
+                suspects: list[SliceJob | JoinJob] = []
                 while not suspects and len(in_flight) < JOBS_IN_FLIGHT * num_proc:
                     if (job := next_job()) is None:
                         break

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from trainkit.data.preparation.pool import JOBS_IN_FLIGHT, num_cores, run_alone, run_job
 from trainkit.data.preparation.shards import JoinJob, ShardWriter, SliceJob
@@ -61,7 +62,7 @@ def _run_jobs(
             places = enumerate(arguments)
             return tuple(place for place, argument in places if died(call.remote(shared, function, argument)))
 
-        in_flight = {}
+        in_flight: dict[Any, SliceJob | JoinJob] = {}  # by Ray's reference to the task
         while True:
             while len(in_flight) < _tasks_at_once(ray, address, num_proc) and (job := next_job()) is not None:
                 in_flight[call.remote(shared, run_job, job)] = job

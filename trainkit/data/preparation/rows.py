@@ -44,7 +44,8 @@ def rebatch(batches: Iterable[pa.RecordBatch], max_bytes: int) -> Iterator[pa.Re
 
     A larger image has a batch of its own. Where a batch ends depends on the rows alone, not on the given batches.
     """
-    group, size = [], 0
+    group: list[pa.RecordBatch] = []
+    size = 0
     for batch in batches:
         ends = np.cumsum(_image_bytes(batch))
         start = done = 0

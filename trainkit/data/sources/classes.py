@@ -18,7 +18,8 @@ class FolderClasses:
         self._depth: int | None = None
         self._example: str | None = None
         self._reason: str | None = None
-        self._num_without_folder, self._without_folder = 0, []
+        self._num_without_folder = 0
+        self._without_folder: list[str] = []
 
     @property
     def are_classes(self) -> bool:

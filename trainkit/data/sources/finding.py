@@ -207,7 +207,8 @@ def _find_remote(names: list[str], storage_options: str, flag: str) -> FoundFile
     """What URLs name. Raises `UserError`."""
     filesystem, _ = filesystem_of(names[0], storage_options, flag)
     filesystem.invalidate_cache()  # fsspec keeps listings for the life of the process
-    found, folder = {}, None
+    found: dict[str, dict] = {}
+    folder = None
     try:
         for name in names:
             path = filesystem._strip_protocol(name)

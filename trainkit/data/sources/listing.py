@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trainkit.data.account import Account, Kind
 from trainkit.data.sources.classes import FolderClasses
@@ -186,7 +186,8 @@ def _with_sidecars(items: Iterator[tuple], prefix: str, found: Found) -> Iterato
     These are NAME.txt or NAME.png.txt of NAME.png, and so on. An image waits until none can follow: names that begin
     with the same "NAME." are neighbours.
     """
-    waiting, sidecars = deque(), {}
+    waiting: deque[tuple] = deque()
+    sidecars: dict[bytes, dict[tuple, list]] = {}
 
     def settled(key: bytes) -> Iterator[tuple]:
         while waiting and not (waiting[0][1] == IMAGE and key.startswith(_stem(waiting[0][0]))):
@@ -223,7 +224,7 @@ def _count_unused(account: Account, path: str, use: int) -> None:
 
 def _take_sidecars(name: bytes, sidecars: dict) -> tuple:
     """Size, mtime_ns and ending of the caption file and of the vector file of an image; marks them as used."""
-    used_sidecars = []
+    used_sidecars: list[Any] = []
     for stem in (_stem(name), name + b"."):
         for entry in sidecars.get(stem, {}).values():
             entry[2] = max(entry[2], OF_AN_IMAGE)
@@ -249,7 +250,8 @@ class _Seen:
     """What is learnt from all rows while they pass by."""
 
     def __init__(self, label_from: str):
-        self.named_labels, self.folders = set(), FolderClasses(label_from)
+        self.named_labels: set[str] = set()
+        self.folders = FolderClasses(label_from)
         self.has_text, self.has_vector, self.caption_files, self.vector_files = False, False, 0, 0
 
     def noted(self, rows: Iterator[tuple]) -> Iterator[tuple]:

@@ -99,7 +99,9 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
 
     Raises `UserError` for metadata that cannot be read, or that names no image.
     """
-    images, others, metadata, rejected = {}, {}, [], []
+    images: dict[str, File] = {}
+    others: dict[str, File] = {}
+    metadata, rejected = [], []
     for file in files:
         path = file.span.path
         name, (stem, extension) = path.rpartition("/")[2], os.path.splitext(path)

@@ -75,7 +75,7 @@ def find_columns(names: Iterable[str], options: ColumnOptions, account: Account,
     Raises `UserError` for an `--image_column` or `--caption_column` that is not there.
     """
     names = [name for name in names if isinstance(name, str)]
-    by_name = {}
+    by_name: dict[str, str] = {}
     for name in names:
         by_name.setdefault(normal_name(name), name)
     if options.image is not None and options.image not in names:
@@ -100,7 +100,7 @@ def find_columns(names: Iterable[str], options: ColumnOptions, account: Account,
             hint = " (images as a condition are not supported; training does without them)"
         account.add(Kind.COLUMN_NOT_USED, f"{name} of {where}{hint}")
     standard = {"file_name", "label", options.vector, options.caption, options.image, *CAPTION_COLUMNS}
-    for name in sorted(read - standard - {None}):
+    for name in sorted(name for name in read - standard if name is not None):
         meaning = {file_name: "file_name", label: "label"}.get(name, "captions")
         account.add(Kind.COLUMN_ALIAS, f"{name.strip()} as {meaning} in {where}")
     return TableColumns(file_name, label, tuple(captions), vector, unused)

@@ -78,7 +78,8 @@ class ShardedEMA:
         """Update the average with the current parameters. Parameters that are not trained are copied."""
         self.optimization_step += 1
         rest = 1 - self.decay_at(self.optimization_step)
-        trained, frozen = [], []
+        trained: list[tuple[torch.Tensor, torch.Tensor]] = []
+        frozen: list[tuple[torch.Tensor, torch.Tensor]] = []
         pairs = zip(self._averages, local_parameters(self.model), self.model.parameters(), strict=True)
         for average, parameter, whole in pairs:
             (trained if whole.requires_grad else frozen).append((average, parameter))

@@ -59,7 +59,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> An
 def _complete_checkpoints(output_dir: Path, resume_from: str) -> list[Path]:
     """The newest complete checkpoint, then those whose file sizes are right, in case it cannot be loaded."""
     candidates = checkpoints.resume_candidates(output_dir, resume_from)
-    complete = []
+    complete: list[Path] = []
     for folder in candidates:
         problem = checkpoints.damage(folder, checksums=not complete)
         if problem is None:

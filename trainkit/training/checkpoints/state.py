@@ -59,7 +59,8 @@ def take_snapshot(
     for name, average in averages.items():
         configs[name], weights[name] = config | average.state_dict(), average.full_weights()
     saved = full_optimizer_state(unet, optimizer)
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     for name, values in saved.get("state", {}).items():
         for what, value in values.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"{name}/{what}"] = value
