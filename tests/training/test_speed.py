@@ -1,18 +1,24 @@
 """Speed and memory options: the run stays the same run, weights keep their names, nothing waits for the device."""
 
 import json
+import math
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY_UNET
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import losses, run_in_process, same_weights, tiny_run
 
+from trainkit.diffusion.timesteps import draw_timesteps
 from trainkit.errors import UserError
+from trainkit.options.training import OptimizationOptions
+from trainkit.training import guards
 from trainkit.training.device import largest_micro_batch, memory_format, move_to_device
+from trainkit.training.optimizers import build_optimizer
 from trainkit.training.throughput import Throughput, flops_of_image, memory_peak_mib, peak_tflops
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -83,12 +89,13 @@ def test_compile_is_asked_of_torch(train, monkeypatch):
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what `.item()` and `float()` of a tensor call: on a GPU, each waits for all that was asked of it."""
+    """Counts what `.item()`, `float()` and `bool()` of a tensor and `nonzero` call: on a GPU, each waits for it."""
 
     count = 0
+    functions = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function in self.functions:
             self.count += 1
         return function(*arguments, **(keywords or {}))
 
@@ -106,6 +113,73 @@ def test_a_micro_step_does_not_wait_for_the_device(train, monkeypatch):
     monkeypatch.setattr(Run, "update", counted)
     train("run", logging_steps=4, train_batch_size=4, gradient_accumulation_steps=2, checkpointing_steps=0)
     assert [count for end, count in counts if not end] == [0] * 4
+
+
+def device_decides(monkeypatch):
+    """As on an accelerator: the CPU, which has nothing to wait for, lets the host decide about a step."""
+    monkeypatch.setattr(guards, "_host_decides", lambda optimizer, device: not optimizer.state)
+
+
+def test_default_options_read_nothing_between_log_lines(train, monkeypatch):
+    from trainkit.training.run import Run
+
+    device_decides(monkeypatch)
+    update, counts = Run.update, []
+
+    def counted(run, loss):
+        with HostReads() as reads:
+            update(run, loss)
+        counts.append(reads.count)
+
+    monkeypatch.setattr(Run, "update", counted)
+    train("run", optimizer=None, logging_steps=None, checkpointing_steps=0, max_train_steps=5)
+    assert counts[1:4] == [0, 0, 0]  # the first step creates the optimizer's state; the last one is logged
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon", "lion", "lamb", "schedule_free_adamw"])
+def test_a_step_reads_nothing_and_a_broken_one_changes_nothing(name, monkeypatch):
+    device_decides(monkeypatch)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 6, 3), torch.nn.GroupNorm(2, 6))
+    model.to(memory_format=torch.channels_last)
+    other = deepcopy(model)
+    options = OptimizationOptions(optimizer=name, learning_rate=1e-2)
+    optimizer, plain = build_optimizer(options, model), build_optimizer(options, other)
+    for step in range(5):
+        before = [value.clone() for value in values_of(model, optimizer)]
+        for parameter, same in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            same.grad = parameter.grad.clone()
+        norm = torch.tensor(math.nan if step == 3 else 1.0)
+        if step == 3:
+            model[0].weight.grad.fill_(math.nan)
+        with HostReads() as reads:
+            guards.step_if_finite(optimizer, norm)
+        assert reads.count == (step == 0 and name not in ("adamw", "adam"))
+        if step < 3:
+            plain.step()
+            assert all(map(torch.equal, values_of(model, optimizer), values_of(other, plain)))
+        changed = [not torch.equal(*pair) for pair in zip(before, values_of(model, optimizer), strict=False)]
+        assert any(changed) == (step != 3)
+
+
+def values_of(model, optimizer):
+    states = [value for p in model.parameters() for value in optimizer.state.get(p, {}).values()]
+    return [*model.parameters(), *filter(torch.is_tensor, states)]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "edm_lognormal"])
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, FlowMatchEulerDiscreteScheduler])
+def test_drawing_timesteps_reads_nothing(sampling, scheduler_class):
+    """Tensors on the meta device have no values, so a read raises."""
+    options = SimpleNamespace(
+        timestep_sampling=sampling, noise_shift=1.5, logit_mean=0.0, logit_std=1.0, edm_p_mean=-1.2, edm_p_std=1.2
+    )
+    scheduler = scheduler_class()
+    if scheduler_class is DDPMScheduler:
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")  # as `add_noise` moves it to the GPU
+    timesteps = draw_timesteps(options, scheduler, torch.empty(8, dtype=torch.float64, device="meta"))
+    assert timesteps.device.type == "meta" and timesteps.shape == (8,)
 
 
 @pytest.mark.parametrize("most, expected", [(1, 1), (5, 4), (12, 12), (13, 12), (24, 24), (99, 24)])

@@ -42,10 +42,10 @@ def _below(times: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
 
 
 def _nearest_log_sigma(scheduler: NoiseScheduler, uniforms: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    alphas_cumprod = scheduler.alphas_cumprod.double()
+    # on the device, without reading it: an index list or a Python number would make the host wait
+    alphas_cumprod = scheduler.alphas_cumprod.to(uniforms.device, non_blocking=True).to(uniforms.dtype)
     levels = ((1 - alphas_cumprod) / alphas_cumprod).log() / 2  # (T,), rising
     # quantiles of the ends: a truncated normal distribution uses only the uniforms between them
-    ends = torch.special.ndtr((levels[[0, -1]] - mean) / std).tolist()
-    log_sigma = mean + std * torch.special.ndtri(ends[0] + uniforms * (ends[1] - ends[0]))
-    between = ((levels[1:] + levels[:-1]) / 2).to(uniforms.device)
-    return torch.bucketize(log_sigma, between)
+    lowest, highest = (torch.special.ndtr((levels[end] - mean) / std) for end in (0, -1))
+    log_sigma = mean + std * torch.special.ndtri(lowest + uniforms * (highest - lowest))
+    return torch.bucketize(log_sigma, (levels[1:] + levels[:-1]) / 2)

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
 from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import SampleOrder
 from trainkit.errors import UserError, one_line
 
+READ_THE_DEVICE = ("Adafactor", "Prodigy")  # optimizers whose steps compute on the host with values from the device
 SKIPPED_FILE, NAMED_IMAGES = "skipped_steps.jsonl", 8
 
 
@@ -52,18 +54,65 @@ class WriteGuard:
 def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> None:
     """Run one optimizer step, or none if `grad_norm` (a scalar on the device, equal on all ranks) is not finite.
 
-    A fused optimizer decides on the device, so the host does not wait for the norm. A skipped step leaves weights and
-    optimizer state unchanged; the caller clears the gradients.
+    A skipped step leaves weights and optimizer state unchanged; the caller clears the gradients. On an accelerator the
+    device decides, so the host does not wait for the norm; step counters on the host then include skipped steps. The
+    host decides in the first step, which creates the state, and for optimizers that read the device themselves.
     """
+    finite = torch.isfinite(grad_norm)
     if all(group.get("fused") for group in optimizer.param_groups):
         # The attribute that torch's GradScaler sets; the stubs do not have it.
-        optimizer.found_inf = (~torch.isfinite(grad_norm)).to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         try:
             optimizer.step()
         finally:
             del optimizer.found_inf  # type: ignore[attr-defined]
-    elif torch.isfinite(grad_norm):
-        optimizer.step()
+    elif _host_decides(optimizer, grad_norm.device):
+        if finite:
+            optimizer.step()
+    else:
+        _step_or_restore(optimizer, finite)
+
+
+def _host_decides(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    if device.type == "cpu" or type(optimizer).__name__ in READ_THE_DEVICE:
+        return True
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return any(not optimizer.state.get(parameter) for parameter in parameters)
+
+
+@torch.no_grad()
+def _step_or_restore(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """Step, then put back weights and state if `finite` is false. The copies use memory that activations left free.
+
+    There is one copy per type of numbers, not per tensor: thousands of small kernels would take longer than the wait.
+    """
+    before = {dtype: _flat_copy(parts)[0] for dtype, parts in _parts_by_type(optimizer, finite.device).items()}
+    optimizer.step()
+    for dtype, parts in _parts_by_type(optimizer, finite.device).items():  # some optimizers replace tensors
+        chosen, views = _flat_copy(parts)
+        torch.where(finite, chosen, before.pop(dtype), out=chosen)
+        torch._foreach_copy_(parts, views)
+
+
+def _parts_by_type(optimizer: torch.optim.Optimizer, device: torch.device) -> dict[torch.dtype, list[torch.Tensor]]:
+    """This rank's parts of the weights and the optimizer state that are on `device`."""
+    values = [p for group in optimizer.param_groups for p in group["params"]]
+    values += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+    for value in values:
+        part = value.to_local() if isinstance(value, DTensor) else value.detach()
+        if part.device == device:
+            by_type.setdefault(part.dtype, []).append(part)
+    return by_type
+
+
+def _flat_copy(parts: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Copy `parts` of one type into one flat tensor; returns it and its views of their shapes and strides."""
+    flat = torch.empty(sum(part.numel() for part in parts), dtype=parts[0].dtype, device=parts[0].device)
+    pieces = flat.split([part.numel() for part in parts])
+    views = [piece.as_strided(part.shape, part.stride()) for piece, part in zip(pieces, parts, strict=True)]
+    torch._foreach_copy_(views, parts)
+    return flat, views
 
 
 class SkippedSteps:
