@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from trainkit.errors import UserError
@@ -49,7 +48,9 @@ def check_optimization(options) -> None:
 
 
 def build_optimizer(options, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `OptimizationOptions` name, fused if it can be. Norms and biases get no weight decay.
+    """The optimizer that `OptimizationOptions` name. Norms and biases get no weight decay.
+
+    Adam and AdamW are fused, also with sharded weights.
 
     adamw       Loshchilov & Hutter 2019
     adam        Kingma & Ba 2015
@@ -87,9 +88,7 @@ def build_optimizer(options, model: torch.nn.Module) -> torch.optim.Optimizer:
         {"params": vectors, "weight_decay": 0.0},
     ]
     if name in ("adamw", "adam"):
-        parts = [*matrices.values(), *vectors]
-        fused = not any(isinstance(part, DTensor) for part in parts)
-        return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, **settings, fused=fused or None)
+        return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, **settings, fused=True)
     if name == "adafactor":
         return torch.optim.Adafactor(groups, lr=options.learning_rate)
     if name == "lion":
