@@ -2,14 +2,15 @@
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
 from conftest import ROOT, launch
 from process_helpers import run_forked
 from training_helpers import losses, same_weights, tiny_run
 
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
-from trainkit.training.launch import shard_as_launched
+from trainkit.training.launch import compile_as_launched, shard_as_launched
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -65,6 +66,45 @@ def test_the_deepspeed_config_asks_for_zero_2(launched):
 def test_what_is_not_done_is_refused(launched, environment, message):
     with pytest.raises(UserError, match=message):
         launched(environment)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Options as a script has them if the launcher's configuration has `dynamo_config`."""
+
+    def call(dynamo_config, **flags):
+        words = [word for name, value in dynamo_config.items() for word in (f"--{name}", *([value] if value else []))]
+        arguments = launch_command_parser().parse_args([*words, "--cpu", "train_unconditional.py"])
+        arguments, *_ = _validate_launch_command(arguments)
+        for name, value in prepare_simple_launcher_cmd_env(arguments)[1].items():
+            if "DYNAMO" in name:
+                monkeypatch.setenv(name, value)
+        return compile_as_launched(TrainingOptions(**flags))
+
+    return call
+
+
+def test_a_dynamo_config_is_the_flag_compile(compiled):
+    """Accelerate itself would wrap the compiled model and rename every weight."""
+    assert compiled({}) == compiled({"dynamo_backend": "no"}) == TrainingOptions()
+    options = compiled({"dynamo_backend": "inductor", "dynamo_mode": "reduce-overhead"})
+    assert options == TrainingOptions(compile=True, compile_mode="reduce-overhead")
+    assert TorchDynamoPlugin().backend == DynamoBackend.NO  # what Accelerate does from here on
+    options = compiled({"dynamo_backend": "inductor"}, compile=True, compile_mode="max-autotune")
+    assert options.compile_mode == "max-autotune"  # the script's own flag
+
+
+@pytest.mark.parametrize(
+    ("dynamo_config", "message"),
+    [
+        ({"dynamo_backend": "eager"}, "dynamo_backend EAGER is not supported: use INDUCTOR or NO"),
+        ({"dynamo_backend": "inductor", "dynamo_use_fullgraph": None}, "dynamo_use_fullgraph true is not supported"),
+    ],
+)
+def test_other_compilations_are_refused_in_one_line(compiled, dynamo_config, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        compiled(dynamo_config)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
 
+DYNAMO = "ACCELERATE_DYNAMO_"  # environment variables of Accelerate's launcher
 TWO_CPU_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "
     "--mixed_precision no --dynamo_backend no {script} ..."
@@ -76,6 +77,30 @@ def shard_as_launched(options: TrainingOptions) -> TrainingOptions:
             "Accelerate config; --gradient_checkpointing and --find_batch_size also save memory"
         )
     return replace(options, shard_weights=options.shard_weights or stage > 0, reshard_after_forward=stage == 3)
+
+
+def compile_as_launched(options: TrainingOptions) -> TrainingOptions:
+    """A copy of `options` with `--compile` for a launch with `dynamo_config`; before `start_accelerator`.
+
+    Accelerate would wrap the compiled model: weights would change their names, and sampling would be compiled too.
+    Removes the launcher's variable from the environment, so that Accelerate does not compile. Raises `UserError` for
+    settings that `--compile` does not have.
+    """
+    backend = os.environ.get(DYNAMO + "BACKEND", "NO").upper()
+    if backend == "NO":
+        return options
+    if backend != "INDUCTOR":
+        raise UserError(
+            f"dynamo_backend {backend} is not supported: use INDUCTOR or NO in the Accelerate config, or --compile"
+        )
+    for name in ("USE_FULLGRAPH", "USE_DYNAMIC", "USE_REGIONAL_COMPILATION"):
+        if parse_flag_from_env(DYNAMO + name):
+            raise UserError(
+                f"dynamo_{name.lower()} true is not supported: remove it from the Accelerate config, or use --compile"
+            )
+    del os.environ[DYNAMO + "BACKEND"]
+    mode = os.environ.get(DYNAMO + "MODE", options.compile_mode)
+    return options if options.compile else replace(options, compile=True, compile_mode=mode)
 
 
 def _is_deepspeed_offload(name: str) -> bool:

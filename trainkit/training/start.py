@@ -52,9 +52,10 @@ def resolve_options(options: TrainingOptions) -> TrainingOptions:
     """A copy of `options` in which every default that depends on other settings has its value.
 
     The prediction type, loss weighting and noise schedule follow the pretrained model, if any. An FSDP or DeepSpeed
-    launch turns into `--shard_weights`. Raises `UserError` for settings that contradict each other.
+    launch turns into `--shard_weights`, and a launch with `dynamo_config` into `--compile`. Raises `UserError` for
+    settings that contradict each other.
     """
-    return launch.shard_as_launched(resolve_objective(options))
+    return launch.compile_as_launched(launch.shard_as_launched(resolve_objective(options)))
 
 
 def check_options(options: TrainingOptions) -> None:
