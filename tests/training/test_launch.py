@@ -128,3 +128,28 @@ def test_the_fsdp_config_trains_the_same_run(whole, image_folder, tiny_unet, cac
     assert f"weights sharded over the processes ({'ZeRO-3' if reshard else 'ZeRO-2'})" in done.stdout
     assert losses(tmp_path / "divided") == pytest.approx(losses(whole), abs=1e-4)
     same_weights(tmp_path / "divided" / WEIGHTS, whole / WEIGHTS, tolerance=1e-4)
+
+
+OTHER_COPY = """
+import trainkit.training.start as start
+start_run = start.start_run
+def start_with_another_copy(options, accelerator, unet, images):
+    if accelerator.process_index == 1:
+        images.fingerprint = "another copy"
+    return start_run(options, accelerator, unet, images)
+start.start_run = start_with_another_copy
+import train_unconditional
+from trainkit.errors import run_script
+run_script(train_unconditional.main)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_different_datasets_are_named_before_training(image_folder, tiny_unet, cache_dir, tmp_path):
+    (tmp_path / "other_copy.py").write_text(OTHER_COPY, encoding="utf-8")
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", train_batch_size=4)
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = run_forked(tmp_path / "other_copy.py", *arguments, processes=2, environment=environment, check=False)
+    assert done.returncode != 0
+    assert "the dataset of rank 1 (37 images) differs from that of rank 0 (37 images)" in done.stderr
+    assert not (tmp_path / "out").exists()

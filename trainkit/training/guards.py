@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
@@ -162,6 +163,20 @@ class SkippedSteps:
                 file.write(json.dumps({"step": step, "indices": indices.tolist(), "sources": sources}) + "\n")
         except OSError as error:  # a full disk must not end the training
             print(f"\nWARNING: {SKIPPED_FILE} could not be written: {error.strerror}", flush=True)
+
+
+def check_same_dataset(accelerator: Accelerator, images: PreparedImages) -> None:
+    """Raise `UserError` on all ranks if not every rank opened the same dataset: they would diverge or wait forever."""
+    if accelerator.num_processes == 1:
+        return
+    by_rank = gather_object([(len(images), images.fingerprint)])
+    others = [rank for rank, found in enumerate(by_rank) if found != by_rank[0]]
+    if others:
+        ranks = ", ".join(map(str, others))
+        raise UserError(
+            f"--train_data_dir or --dataset_name: the dataset of rank {ranks} ({by_rank[others[0]][0]} images) "
+            f"differs from that of rank 0 ({by_rank[0][0]} images): copy the prepared folder of rank 0 to the others"
+        )
 
 
 def check_replicas(accelerator: Accelerator, model: torch.nn.Module, step: int) -> None:

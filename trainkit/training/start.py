@@ -37,7 +37,7 @@ from trainkit.training.checkpoints.state import restore, restore_random_states
 from trainkit.training.checkpoints.writer import CheckpointWriter
 from trainkit.training.device import compile_unet, memory_format, move_to_device, prepare_device
 from trainkit.training.global_batch import split_global_batch
-from trainkit.training.guards import SkippedSteps, WriteGuard
+from trainkit.training.guards import SkippedSteps, WriteGuard, check_same_dataset
 from trainkit.training.learning_rate_finder import check_learning_rate_search
 from trainkit.training.log import check_tracker, truncate_metrics
 from trainkit.training.optimizers import build_lr_scheduler, build_optimizer, check_optimization, resume_lr_scheduler
@@ -119,6 +119,7 @@ def start_run(
     `condition` gives the model's further inputs; `order` replaces the default of every image once per epoch. A
     collective: call it on every rank. Raises `UserError` on all ranks.
     """
+    check_same_dataset(accelerator, images)
     locks: list[FileLock] = []
     on_main_process(accelerator, lambda: locks.append(claim_output_dir(options)))
     candidates = complete_checkpoints(options, accelerator)
