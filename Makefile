@@ -9,6 +9,8 @@ RUN_READY := .venv/.run-ready
 DEV_READY := .venv/.dev-ready
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+# One worker more than cores: many tests wait for processes.
+WORKERS := $(shell expr $(CORES) + 1)
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process $(CORES)
 
 .PHONY: help venv demo test test-fast golden mutants lint bench clean
@@ -74,10 +76,10 @@ demo/.sampled: demo/.trained
 	@touch $@
 
 test: $(DEV_READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: $(DEV_READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 golden: $(DEV_READY)
 	$(BIN)/python -m pytest tests/training/test_golden.py --write_golden

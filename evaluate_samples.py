@@ -81,7 +81,7 @@ class Options:
 def evaluate(options: Options) -> dict | None:
     """Features of all images, computed by all processes; the main process returns what the report needs."""
     from trainkit.evaluation.features import open_extractor
-    from trainkit.evaluation.images import open_images, read_sampling_record
+    from trainkit.evaluation.images import describe_splits, open_images, read_sampling_record
     from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
     from trainkit.training.launch import start_accelerator
 
@@ -104,6 +104,7 @@ def evaluate(options: Options) -> dict | None:
     if held_out is not None:
         chosen = choose_images(held_out, "held_out", options.num_images, options.seed)
         held_out = score_images(held_out, chosen, *compute, "held-out")
+    sides = (("--generated", generated), ("--reference", reference))
     is_main = accelerator.is_main_process
     accelerator.end_training()
     if not is_main:
@@ -111,6 +112,7 @@ def evaluate(options: Options) -> dict | None:
     return {
         **score(options, extractor, made, real),
         "sampling": record or None,
+        "splits": {flag: splits for flag, images in sides if (splits := describe_splits(images))},
         "accuracy": accuracy,
         "memorization": search_copies(options, made, real, held_out),
         **compare_conditions(options, extractor.weights_sha256, made, real),
@@ -220,6 +222,8 @@ def print_scores(result: dict, metrics: list[str]) -> None:
             f"{describe_sampling(result['sampling'])} | {result['feature_extractor']}, weights "
             f"{result['weights_sha256'][:12]} | resize {result['resize']} | {result['note']}"
         )
+    for flag, splits in result["splits"].items():
+        print(f"{flag}: images of the splits {splits} are all used; give the folder of one split to use it alone")
     if result["same_images"]:
         print("WARNING: --generated and --reference hold the same images")
     for name, why in list(result["unreadable_reference"].items())[:10]:

@@ -127,6 +127,16 @@ def test_images_without_a_caption_are_named_where_others_have_one(tmp_path, pack
     assert content["account"][Kind.NO_CAPTION.words()] == {"count": 1, "examples": ["b.png"]}
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_images_without_a_class_are_named_where_others_have_one(tmp_path, packed):
+    table = b",file_name,label\n0,a.png,x\n1,b.png,\n"  # as pandas writes it, with its index
+    given = given_files(tmp_path, [("a.png", png()), ("b.png", png(1)), ("metadata.csv", table)], packed)
+    prepared(given, tmp_path / "out")
+    content = json.loads((tmp_path / "out/preparation.json").read_text(encoding="utf-8"))
+    assert content["account"][Kind.NO_CLASS.words()] == {"count": 1, "examples": ["b.png"]}
+    assert content["account"][Kind.COLUMN_NOT_USED.words()]["examples"] == ["a column without a name of metadata.csv"]
+
+
 def test_a_metadata_file_next_to_archives_is_counted(tmp_path):
     write_zip(tmp_path / "a.zip", [("1.png", png())])
     (tmp_path / "metadata.csv").write_text("file_name,text\n1.png,one\n", encoding="utf-8")

@@ -114,6 +114,20 @@ def test_the_same_images_on_both_sides_are_named(real, tmp_path, monkeypatch, ca
     assert "WARNING: --generated and --reference hold the same images" in capsys.readouterr().out
 
 
+def test_splits_are_named_and_a_folder_of_one_split_is_read(tmp_path, monkeypatch, capsys):
+    """Files named test0.png are of the test split alone, which evaluation uses like any other."""
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            folder = write_images(tmp_path / "real" / split / label, 8, seed=len(label + split))
+            for number, file in enumerate(sorted(folder.iterdir())):
+                file.rename(folder / f"{split}{number}.png")
+    flags = {"generated": tmp_path / "real/train", "metrics": "kid", "cache_dir": tmp_path / "cache"}
+    evaluate(monkeypatch, **flags, reference=tmp_path / "real")
+    assert "--reference: images of the splits test (16), train (16) are all used" in capsys.readouterr().out
+    evaluate(monkeypatch, **flags, reference=tmp_path / "real/test")
+    assert "all used" not in capsys.readouterr().out
+
+
 def test_mistakes_are_reported_in_one_line(real, made, tmp_path, monkeypatch):
     whole = as_npz(made, tmp_path / "whole.npz")
     (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:200])

@@ -14,13 +14,20 @@ RATES = np.geomspace(1e-6, 1, 121).tolist()
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def test_a_third_of_the_rate_of_the_lowest_loss_is_suggested():
-    curve = [1 - 0.8 * np.exp(-((np.log10(rate) + 2) ** 2)) for rate in RATES]  # lowest at 1e-2
-    assert suggested_rate(RATES, curve) == pytest.approx(3e-3)
+def test_the_smallest_rate_near_the_lowest_loss_is_suggested():
+    curve = [0.1 + 0.9 / (1 + (rate / 1e-3) ** 2) for rate in RATES]  # flat from 4e-3 on
+    assert suggested_rate(RATES, curve) == pytest.approx(4e-3)
     lucky = list(curve)
     lucky[20] = 0.01  # one step is not a minimum
-    assert suggested_rate(RATES, lucky) == pytest.approx(3e-3)
-    assert suggested_rate(RATES[:85], [*curve[:84], float("nan")]) == pytest.approx(3e-3)  # failed at 1.6e-2
+    assert suggested_rate(RATES, lucky) == pytest.approx(4e-3)
+    assert suggested_rate(RATES[:85], [*curve[:84], float("nan")]) == pytest.approx(4e-3)  # failed at 1.6e-2
+
+
+def test_noise_in_the_flat_part_of_the_curve_does_not_move_the_suggestion():
+    curve = np.array([0.1 + 0.9 / (1 + (rate / 1e-3) ** 2) for rate in RATES])
+    noisy = [curve * np.random.default_rng(seed).uniform(0.8, 1.25, len(curve)) for seed in range(20)]
+    suggested = [suggested_rate(RATES, losses.tolist()) for losses in noisy]
+    assert max(suggested) <= 2 * min(suggested)
 
 
 def test_a_loss_that_never_falls_is_said():

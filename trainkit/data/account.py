@@ -53,6 +53,7 @@ class Kind(str, Enum):
     SAMPLE_PART = "further image~ of a WebDataset sample, not read"
     LINK_NOT_FOLLOWED = "linked folder~ not read, since what it links to is read elsewhere"
     NO_CAPTION = "image~ without a caption"
+    NO_CLASS = "image~ without a class"
     EMPTY_CAPTION = "empty caption~"
     FALLBACK_ENCODING = "text file~ not in UTF-8, read as cp1252"
     OTHER_SPLIT = "file~ of another split, not read"

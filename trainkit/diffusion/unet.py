@@ -56,9 +56,14 @@ def _final_config(
         if name is not None and config.get(key, 3) != channels:
             what = "latents of --vae_name_or_path" if _takes_latents(options) else "images"
             mode = "" if _takes_latents(options) else f" (--image_mode {options.image_mode or 'RGB'})"
+            fix = (
+                "add --image_mode L, or choose another UNet"
+                if mode and config.get(key, 3) == 1
+                else "change one of the two"
+            )
             raise UserError(
                 f"--model_config_name_or_path {name} has {key} {config.get(key, 3)}, but the {what}{mode} have "
-                f"{channels} channels: change one of the two"
+                f"{channels} channels: {fix}"
             )
     config |= {"sample_size": height if height == width else (height, width)}
     config |= {"in_channels": channels, "out_channels": channels}

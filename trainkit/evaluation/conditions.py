@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.folder import ImageFolder as FolderSource
 from trainkit.data.sources.records import sorted_labels
+from trainkit.data.sources.splits import ALL
 from trainkit.evaluation.images import ImageFolder, ImageSet, PreparedFolder
 
 NULL = "null"  # sample.py writes this for the null class
@@ -45,7 +47,7 @@ def read_annotations(images: ImageSet, flag: str) -> Annotations:
         return _read_prepared(images)
     if not isinstance(images, ImageFolder):
         return Annotations([None] * len(images), [None] * len(images), images.fingerprint)
-    source = FolderSource(images.folder, flag)
+    source = FolderSource(images.folder, flag, ReadOptions(split=ALL))
     reader, names = source.reader, source.label_names or []
     known = {}
     for entry in source.entries:

@@ -19,7 +19,7 @@ from trainkit.data.format import PREPARATION_NAME
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.listing import list_folder
-from trainkit.data.sources.splits import ALL
+from trainkit.data.sources.splits import ALL, find_splits
 from trainkit.errors import UserError, one_line
 
 NOT_READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -59,6 +59,7 @@ class ImageFolder:
             entries = [entry for entry in entries if re.fullmatch(r"\d{6,}\.[^./]+", entry.path)]
         if not entries:
             raise UserError(f"{flag} {folder} holds no image that can be read")
+        _, self.splits = find_splits(entry.path for entry in entries)
         self.files = [folder / entry.path for entry in entries]
         state = repr([(entry.path, entry.size, entry.mtime_ns) for entry in entries])
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()[:16]
@@ -98,6 +99,13 @@ class ImageFolder:
                 raise UserError(f"{self.flag}: {file} cannot be read ({reason}); remove or replace it") from None
             self.unreadable[index] = reason
             return None
+
+
+def describe_splits(images: ImageSet) -> str:
+    """The splits of a folder that has several, such as "train (160), test (40)"; else an empty string."""
+    splits = images.splits if isinstance(images, ImageFolder) else {}
+    named = [f"{split} ({count:,})" for split, count in splits.items() if split is not None and count]
+    return ", ".join(named) if len(named) > 1 else ""
 
 
 class PreparedFolder:

@@ -22,7 +22,7 @@ from trainkit.training.run import Run
 LEAST_RATE, MOST_RATE, STEPS = 1e-6, 1.0, 120  # 20 steps per factor of ten
 PROBE_IMAGES = 64  # at least, over all processes
 FAILED = 1.5  # stop when the loss exceeds this times the lowest loss so far
-BEFORE_LOWEST = 3.0  # a full run keeps its rate far longer than the sweep does
+FALL = 0.8  # the suggested rate is the smallest one at which the logarithm of the loss has this share of its fall
 FILE = "learning_rate.json"
 
 
@@ -64,9 +64,10 @@ def find_learning_rate(run: Run, loss_of: Callable[[torch.nn.Module, Batch], tor
 
 
 def suggested_rate(rates: list[float], losses: list[float]) -> float:
-    """The rate suggested by a sweep: a third of the rate with the lowest smoothed loss, rounded to one digit.
+    """The rate suggested by a sweep: the smallest one near the lowest smoothed loss, rounded to one digit.
 
-    Raises `UserError` if the loss never fell.
+    Beyond that rate the curve is flat and noisy up to where it diverges, so the position of the lowest loss itself
+    varies by a factor of ten between seeds. Raises `UserError` if the loss never fell.
     """
     smooth = _smoothed([loss if math.isfinite(loss) else float("inf") for loss in losses])
     lowest = int(np.argmin(smooth))
@@ -75,7 +76,9 @@ def suggested_rate(rates: list[float], losses: list[float]) -> float:
             f"--find_learning_rate: the loss ({losses[0]:.3f}) fell at no rate from {rates[0]:g} to {rates[-1]:g}; "
             "leave the flag out, or, with --pretrained_model_name_or_path, start from --learning_rate 2e-5"
         )
-    return float(f"{rates[lowest] / BEFORE_LOWEST:.0e}")
+    enough = losses[0] ** (1 - FALL) * smooth[lowest] ** FALL
+    suggested = next(rate for rate, loss in zip(rates, smooth, strict=True) if loss <= enough)
+    return float(f"{suggested:.0e}")
 
 
 def _smoothed(losses: list[float]) -> np.ndarray:

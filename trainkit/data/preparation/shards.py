@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from trainkit.data import faults
-from trainkit.data.account import Account
+from trainkit.data.account import Account, Kind
 from trainkit.data.faults import RejectedImage
 from trainkit.data.files import RemotePath, delete, exists, open_stream, written
-from trainkit.data.format import SUMMARY_KEY, UNITS_FOLDER, VALIDATION_FOLDER
+from trainkit.data.format import NO_LABEL, SUMMARY_KEY, UNITS_FOLDER, VALIDATION_FOLDER
 from trainkit.data.images.decode import decode_image
 from trainkit.data.images.storage import image_columns, image_features, image_types
 from trainkit.data.preparation.filtering import NO_FILTERS, TRAIN, VALIDATION, FilterSettings, is_held_out
@@ -165,6 +165,8 @@ class ShardWriter:
                 continue
             for kind in record.notes:
                 account.add(kind, _valid_text(name))
+            if self.label_names is not None and record.label == NO_LABEL:
+                account.add(Kind.NO_CLASS, _valid_text(name))
             known = {"label": record.label, "text": record.text, "vector": vector}
             yield {"image": image, "source": _valid_text(name), **known}
 

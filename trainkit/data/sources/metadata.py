@@ -75,11 +75,11 @@ def find_columns(names: Iterable[str], options: ColumnOptions, account: Account,
     Raises `UserError` for an `--image_column` or `--caption_column` that is not there.
     """
     names = [name for name in names if isinstance(name, str)]
-    by_name: dict[str, str] = {}
+    by_name, shown = dict[str, str](), ", ".join(filter(str.strip, names))
     for name in names:
         by_name.setdefault(normal_name(name), name)
     if options.image is not None and options.image not in names:
-        raise UserError(f"--image_column {options.image} is not in {where}; it has {', '.join(names)}")
+        raise UserError(f"--image_column {options.image} is not in {where}; it has {shown}")
     file_name = options.image or _file_column(by_name, where)
     label = next((by_name[name] for name in LABEL_COLUMNS if name in by_name), None)
     vector = next((name for name in (options.vector, by_name.get(normal_name(options.vector))) if name in names), None)
@@ -87,13 +87,15 @@ def find_columns(names: Iterable[str], options: ColumnOptions, account: Account,
     others = []
     if options.caption is not None:
         if options.caption not in names:
-            raise UserError(f"--caption_column {options.caption} is not in {where}; it has {', '.join(names)}")
+            raise UserError(f"--caption_column {options.caption} is not in {where}; it has {shown}")
         captions = [options.caption]
     elif not captions:
         others = [name for key, name in by_name.items() if OTHER_CAPTION_COLUMNS.fullmatch(key)]
         captions, others = (others, []) if len(others) == 1 else ([], others)
     read = {file_name, label, vector, *captions}
     unused = tuple(name for name in names if name not in read)
+    if any(not name.strip() for name in unused):
+        account.add(Kind.COLUMN_NOT_USED, f"a column without a name of {where}")
     for name in filter(str.strip, unused):
         hint = f" (for captions: --caption_column {name})" if name in others else ""
         if CONDITIONING_COLUMNS.fullmatch(normal_name(name)):
