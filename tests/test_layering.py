@@ -153,5 +153,6 @@ def _normal(distribution: str) -> str:
 def test_no_module_of_ours_shadows_a_distribution():
     """Python looks in the folder of the script first: an `evaluate.py` here would hide the package of that name."""
     ours = {file.stem for file in scripts()} | {package for package in PACKAGES if (ROOT / package).is_dir()}
-    taken = set(packages_distributions()) | set(sys.stdlib_module_names) | {"evaluate"}
+    others = {name for name, projects in packages_distributions().items() if set(projects) != {"trainkit"}}
+    taken = others | set(sys.stdlib_module_names) | {"evaluate"}
     assert not ours & taken

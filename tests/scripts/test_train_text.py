@@ -43,7 +43,7 @@ TINY_TEXT_UNET = {
 PROMPT_SCRIPT = """
 import sys, torch
 from diffusers import DiffusionPipeline
-assert not any("trainkit" in name for name in sys.modules)
+assert "trainkit" not in sys.modules
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 make = lambda prompts, scale: pipeline(
     prompt=prompts, num_inference_steps=2, guidance_scale=scale, output_type="np",

@@ -36,6 +36,8 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
     del store  # the process group keeps it
     _check_processes(asked, accelerator.num_processes, accelerator.device.type)
     if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16":  # Accelerate accepts it if ACCELERATE_USE_CPU is set
+            raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
         set_cpu_threads(cpu_threads)
     return accelerator
 
