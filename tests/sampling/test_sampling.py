@@ -131,7 +131,7 @@ def test_a_retrained_model_does_not_mix_into_a_folder(samples, tmp_path):
     with torch.no_grad():
         next(retrained.parameters()).add_(1)
     save_pipeline(tmp_path, DDPMPipeline(retrained, DDPMScheduler()), "Another.")
-    with pytest.raises(UserError, match="another weights_sha256"):
+    with pytest.raises(UserError, match="images of another model"):
         sample(tmp_path, samples)
 
 

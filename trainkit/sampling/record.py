@@ -31,9 +31,11 @@ def read_record(folder: Path, settings: dict) -> dict:
         raise UserError(f"--output_dir {folder}: {RECORD_NAME} is not readable; use another folder") from None
     for name, value in settings.items():
         if earlier.get(name) != value:
+            difference = f"made with another {name} ({brief(earlier.get(name))} there, {brief(value)} now)"
+            if name == "weights_sha256":
+                difference = "of another model"
             raise UserError(
-                f"--output_dir {folder} holds images made with another {name} ({brief(earlier.get(name))} there, "
-                f"{brief(value)} now); use another --output_dir, or delete this one"
+                f"--output_dir {folder} holds images {difference}; use another --output_dir, or delete this one"
             )
     return earlier
 
