@@ -80,6 +80,11 @@ def checked_interval(scale: float, interval: Sequence[float] | None, rescale: fl
     return interval[0], interval[1]
 
 
+def most_steps(scheduler) -> int:
+    """The most steps that `scheduler` takes: those of a few-step student, else those of training."""
+    return scheduler.config.get("original_inference_steps") or scheduler.config.num_train_timesteps
+
+
 def check_output(num_images_per_prompt: int, num_inference_steps: int, output_type: str, tensors: set) -> None:
     """Raise `ValueError` for counts below 1, unknown output types and unknown callback tensors."""
     if min(num_images_per_prompt, num_inference_steps) < 1:
@@ -111,6 +116,7 @@ class ConditionalPipeline(DiffusionPipeline):
         guidance_vector_embedding: the guide's embedding of vectors; None if it shares `vector_embedding`.
         id2label: the names of the classes.
         prompt_length: tokens that prompts were padded to in training; None for the encoder's limit.
+        unet_timesteps: timesteps of the UNet by those of the scheduler, if they differ (few-step students).
     """
 
     model_cpu_offload_seq = "text_encoder->vector_embedding->unet->vae"
@@ -132,6 +138,7 @@ class ConditionalPipeline(DiffusionPipeline):
         guidance_vector_embedding: torch.nn.Module | None = None,
         id2label: dict | None = None,
         prompt_length: int | None = None,
+        unet_timesteps: list[int] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -140,7 +147,7 @@ class ConditionalPipeline(DiffusionPipeline):
             guidance_vector_embedding=guidance_vector_embedding,
         )  # fmt: skip
         names = None if id2label is None else {int(label): str(name) for label, name in id2label.items()}
-        self.register_to_config(id2label=names, prompt_length=prompt_length)
+        self.register_to_config(id2label=names, prompt_length=prompt_length, unet_timesteps=unet_timesteps)
 
     @property
     def condition(self) -> str:
@@ -227,8 +234,8 @@ class ConditionalPipeline(DiffusionPipeline):
             null = torch.full_like(labels, self.num_classes)
             encoded = [{"class_labels": rows} for rows in (labels, null, labels)]
         guide = self.guidance_unet
-        if guide is not None and self.condition != "prompt" and guide.class_embedding is None:
-            encoded[2] = {}  # an unconditional guide
+        if guide is not None and self.condition != "prompt" and guide.class_embedding is None:  # unconditional
+            encoded[2] = {}
         encoded = [{name: rows.repeat_interleave(copies, 0) for name, rows in one.items()} for one in encoded]
         return encoded, len(next(iter(encoded[0].values())))
 
@@ -262,8 +269,9 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def _predict(self, sample, timestep, encoded: list[dict], guided: bool, rescale: float) -> torch.Tensor:
         """The UNet's prediction (B, C, H, W) float32, guided by the null condition or by `guidance_unet`."""
-        sample = sample.to(self.unet.dtype)
-        condition, null, weak = encoded
+        if self.config.unet_timesteps is not None:
+            timestep = torch.tensor(self.config.unet_timesteps, device=timestep.device)[timestep]
+        sample, (condition, null, weak) = sample.to(self.unet.dtype), encoded
         if not guided:
             return self.unet(sample, timestep, **condition).sample.float()
         if self.guidance_unet is None:
@@ -294,7 +302,7 @@ class ConditionalPipeline(DiffusionPipeline):
         vectors: Sequence | np.ndarray | torch.Tensor | None = None,
         prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
@@ -309,6 +317,7 @@ class ConditionalPipeline(DiffusionPipeline):
         """Generate `num_images_per_prompt` images per label, vector or prompt; None in a list is the null condition.
 
         Args:
+            num_inference_steps: by default 20, or all steps of a few-step student.
             guidance_scale: 1 means no guidance and needs one UNet call per step; larger scales need two.
             guidance_interval: noise levels sigma to guide at, low < sigma <= high (Kynkaanniemi et al. 2024).
             guidance_rescale: 0 to 1, against the over-exposure of high scales (Lin et al. 2023, section 3.4).
@@ -318,6 +327,9 @@ class ConditionalPipeline(DiffusionPipeline):
             callback_on_step_end: called as (pipeline, step, timestep, tensors) and returns tensors, as in diffusers.
         """
         conditions = self._given(class_labels=class_labels, vectors=vectors, prompt=prompt)
+        num_inference_steps = (
+            min(20, most_steps(self.scheduler)) if num_inference_steps is None else num_inference_steps
+        )
         low, high = checked_interval(guidance_scale, guidance_interval, guidance_rescale)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs

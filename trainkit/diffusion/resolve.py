@@ -35,7 +35,8 @@ def resolve_objective(options: T) -> T:
     """
     name = options.pretrained_model_name_or_path
     if name is not None:
-        find_unet(name, FLAG)
+        if find_unet(name, FLAG)[0].get("time_embedding_type") == "learned":
+            raise UserError(f"{FLAG} {name} is a few-step student with timesteps of its own: start from its teacher")
         saved = saved_noise_scheduler(name)
         if saved is None:
             _check_objective_is_given(options)

@@ -11,6 +11,7 @@ from torch import nn
 from pipelines.conditional import ConditionalPipeline
 from pipelines.vector_embedding import VectorEmbedding
 from trainkit.atomic import TEMPORARY_PREFIX, write_text
+from trainkit.diffusion.few_step import is_few_step
 from trainkit.diffusion.noise_schedule import NoiseScheduler
 from trainkit.sampling.generate import Pipeline
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, save_bundle, scheduler_bundle
@@ -47,8 +48,9 @@ def _split_vector_embedding(unet: nn.Module) -> tuple[nn.Module, VectorEmbedding
 
 
 def use_default_scheduler(pipeline: Pipeline) -> Pipeline:
-    """Replace the training noise schedule by its default solver; returns `pipeline`."""
-    pipeline.scheduler = scheduler_bundle(pipeline.scheduler)[DEFAULT_SCHEDULER]
+    """Replace the training noise schedule by its default solver, except for a few-step student; returns `pipeline`."""
+    if not is_few_step(pipeline.scheduler):
+        pipeline.scheduler = scheduler_bundle(pipeline.scheduler)[DEFAULT_SCHEDULER]
     return pipeline
 
 
@@ -56,18 +58,20 @@ def save_pipeline(folder: Path, pipeline: Pipeline, card: str) -> None:
     """Save `pipeline` with its schedulers, its code if it is our own, and README.md (`card`).
 
     `pipeline.scheduler` is the noise schedule of training. The saved folder gets the default solver as `scheduler/`
-    and all that fit as `schedulers/<name>/`. Everything is staged, then renamed part by part: a kill leaves the old
-    part or the new one. Other files in `folder` are kept.
+    and all that fit as `schedulers/<name>/`. A few-step student has only its own. Everything
+    is staged, then renamed part by part: a kill leaves the old part or the new one. Other files in `folder` are kept.
     """
     staging = folder / f"{TEMPORARY_PREFIX}pipeline"
     shutil.rmtree(staging, ignore_errors=True)
-    noise_scheduler, bundle = pipeline.scheduler, scheduler_bundle(pipeline.scheduler)
+    noise_scheduler, few_step = pipeline.scheduler, is_few_step(pipeline.scheduler)
+    bundle = {} if few_step else scheduler_bundle(noise_scheduler)
     try:
-        pipeline.scheduler = bundle[DEFAULT_SCHEDULER]
+        use_default_scheduler(pipeline)
         pipeline.save_pretrained(staging)
     finally:
         pipeline.scheduler = noise_scheduler
-    save_bundle(staging, bundle)
+    if not few_step:
+        save_bundle(staging, bundle)
     write_text(staging / "README.md", card)
     for name in PIPELINE_PARTS:
         if (staging / name).exists():

@@ -24,6 +24,7 @@ from diffusers import (
 )
 
 from trainkit.atomic import write_text
+from trainkit.diffusion.few_step import is_few_step, student_steps
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
 
@@ -117,6 +118,9 @@ def capped_betas(noise_scheduler: DDPMScheduler) -> list[float]:
 def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, flag: str = "--num_inference_steps") -> None:
     """Raise `UserError` for a number of steps at which the scheduler would fail or sample garbage."""
     num_train_timesteps = scheduler.config.num_train_timesteps
+    if is_few_step(scheduler) and num_inference_steps > student_steps(scheduler):
+        most = student_steps(scheduler)
+        raise UserError(f"{flag} {num_inference_steps}: this is a student of {most} steps; use {most} or fewer")
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise UserError(f"{flag} {num_inference_steps} must be 1 to {num_train_timesteps}, the steps of training")
     if not isinstance(scheduler, DDIMScheduler):
@@ -168,7 +172,11 @@ def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
             raise UserError(f"--scheduler {name}: {folder} has {', '.join(shipped)}; use one of these")
         return _load(folder / "schedulers" / name)
     own = _load(folder / "scheduler" if (folder / "scheduler").is_dir() else folder)
-    if shipped:
+    if is_few_step(own) and name is not None:
+        raise UserError(
+            f"--scheduler {name}: {folder} is a few-step student, which has one scheduler; remove the flag"
+        )
+    if shipped or is_few_step(own):
         return own
     bundle = scheduler_bundle(own if is_flow(own) else DDPMScheduler.from_config(own.config))
     if name is not None and name not in bundle:

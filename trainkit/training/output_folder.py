@@ -27,7 +27,7 @@ from trainkit.training.log import METRICS_FILE
 MARKER_FOLDER, MARKER = ".trainkit", "run.json"
 RUN_FILES = (
     *PIPELINE_PARTS, "samples", "loss.png", METRICS_FILE, "skipped_steps.jsonl", "ema_snapshots", "learning_rate.json",
-    "learning_rate.png",
+    "learning_rate.png", "stages", "distillation.json",
 )  # fmt: skip
 LOCK_WAIT_S = 20.0  # a stopped run may need this long to write its last checkpoint
 NAMED_FILES = 5

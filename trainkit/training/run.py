@@ -184,18 +184,23 @@ class Run:
         self.unet.train()
         self.log.pause(time.perf_counter() - started)
 
-    def close(self) -> None:
-        """End the trackers and the process group's work, and let other runs use the output folder."""
-        self.accelerator.end_training()
+    def close(self, another_follows: bool = False) -> None:
+        """End the trackers and, unless another run follows in this process, the process group; free the folder."""
+        if another_follows:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self.accelerator.free_memory()
+        else:
+            self.accelerator.end_training()
         if self.lock is not None:
             self.lock.release()
 
-    def finish(self) -> None:
+    def finish(self, another_follows: bool = False) -> None:
         """End the run with loss.png and a last line. Raises `UserError` if a file could not be written."""
         if self.accelerator.is_main_process:
             with self.writing("loss.png"):
                 plot_loss(self.output_dir)
-        self.close()
+        self.close(another_follows and not self.stopped)
         self.writing.raise_failure()
         if self.stopped:
             self.accelerator.print(

@@ -1,0 +1,124 @@
+"""The images and conditions that a distillation learns from, checked against its teacher."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipelines.conditional import ConditionalPipeline
+from trainkit.data.cache import open_or_prepare
+from trainkit.data.files import cache_root
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition
+from trainkit.diffusion.latents import LatentImages, check_latent_options, open_latents
+from trainkit.diffusion.text import TextCondition, load_text_encoder
+from trainkit.distillation.stages import RECORD, read_record
+from trainkit.distillation.teacher import FLAG, SavedTeacher
+from trainkit.errors import UserError
+from trainkit.options.distillation import DistillationOptions
+from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
+from trainkit.sampling.generate import image_shape
+from trainkit.training.averages.power_ema import check_ema_power_lengths
+from trainkit.training.learning_rate_finder import check_learning_rate_search
+from trainkit.training.log import check_tracker
+from trainkit.training.optimizers import check_optimization
+from trainkit.training.output_folder import check_output_dir
+from trainkit.training.score import check_score
+from trainkit.training.start import prepare_process
+from trainkit.training.validation import open_validation_images
+
+
+@dataclass
+class DistillationData:
+    """Images, held-out images and the condition of each, and the options of the engine for them."""
+
+    engine: TrainingOptions
+    images: PreparedImages | LatentImages
+    condition: ImageCondition | None
+    held_out: PreparedImages | LatentImages | None
+    held_out_condition: ImageCondition | None
+
+
+def check_options(options: DistillationOptions, engine: TrainingOptions) -> None:
+    """Raise `UserError` for settings that cannot work, before any image is prepared."""
+    check_tracker(engine.logger)
+    check_score(engine)
+    check_optimization(engine)
+    check_ema_power_lengths(engine)
+    check_learning_rate_search(engine)
+    if isinstance(engine, ConditionalTrainingOptions):
+        check_latent_options(engine)
+    check_output_dir(engine)
+    earlier = read_record(Path(options.output_dir))
+    if earlier is not None and options.resume_from_checkpoint is None and not options.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {options.output_dir} holds {RECORD} of an earlier distillation: continue it with "
+            "--resume_from_checkpoint latest, or start again with --overwrite_output_dir"
+        )
+
+
+def open_data(options: DistillationOptions, engine: TrainingOptions, teacher: SavedTeacher) -> DistillationData:
+    """Open or prepare the images, and encode what the teacher needs encoded. Raises `UserError` if they do not fit."""
+    given = f"--train_data_dir {options.train_data_dir}"
+    if options.dataset_name is not None:
+        given = f"--dataset_name {options.dataset_name}"
+    images = open_or_prepare(engine)
+    check_images(teacher, images, given)
+    prepare_process(engine)
+    condition = open_student_condition(engine, teacher, images, given)
+    held_out = open_validation_images(engine, images)
+    held_out_condition = None if held_out is None or condition is None else condition.for_images(held_out)
+    if not engine.max_train_steps and not engine.max_train_images:
+        engine = replace(engine, max_train_images=engine.num_epochs * len(images))
+    data = DistillationData(engine, images, condition, held_out, held_out_condition)
+    if isinstance(engine, ConditionalTrainingOptions) and engine.vae_name_or_path is not None:
+        data.images = open_latents(engine, images, flips=engine.random_flip)
+        data.held_out = None if held_out is None else open_latents(engine, held_out, flips=False)
+    return data
+
+
+def check_images(teacher: SavedTeacher, images: PreparedImages, given: str) -> None:
+    """Raise `UserError` unless `images` (of the flag and value `given`) have the size and mode of the teacher's."""
+    wanted, found = image_shape(teacher.pipeline), (images.height, images.width, images.channels)
+    if wanted != found:
+        sizes = ["{}x{} pixels and {} channels".format(*shape) for shape in (found, wanted)]
+        raise UserError(
+            f"{given} holds images of {sizes[0]}, but {FLAG} {teacher.name} makes {sizes[1]}: prepare the images at "
+            "that size, or give another teacher"
+        )
+
+
+def open_student_condition(
+    options: TrainingOptions, teacher: SavedTeacher, images: PreparedImages, given: str
+) -> ImageCondition | None:
+    """The condition of `images` as the teacher takes it; None for an unconditional teacher. Raises `UserError`."""
+    if teacher.condition is None:
+        return None
+    assert isinstance(options, ConditionalTrainingOptions)
+    assert isinstance(teacher.pipeline, ConditionalPipeline)
+    dropout = options.conditioning_dropout
+    if teacher.condition == "text":
+        encoder = load_text_encoder(options)
+        return TextCondition(images, encoder, cache_root(options.cache_dir), given, dropout)
+    if teacher.condition == "vector":
+        length = teacher.pipeline.vector_embedding.config.vector_length
+        if images.vector_length != length:
+            raise UserError(
+                f"{given} has vectors of {images.vector_length or 0} numbers, but {FLAG} {teacher.name} takes {length}"
+            )
+        return VectorCondition(images, dropout)
+    names = _class_names(teacher.pipeline, images)
+    unknown = sorted(set(images.label_names or ()) - set(names))
+    if images.label_names is None or unknown:
+        problem = f"has the class {unknown[0]}" if unknown else "has no classes"
+        raise UserError(
+            f"{given} {problem}; {FLAG} {teacher.name} knows {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        )
+    return ClassCondition(images, names, dropout)
+
+
+def _class_names(pipeline: ConditionalPipeline, images: PreparedImages) -> list[str]:
+    """The names of the teacher's classes in the order of their numbers; those of `images` if it has none."""
+    names = pipeline.config.id2label
+    if names:
+        return [names[number] for number in sorted(names)]
+    labels = images.label_names or []
+    return list(labels) if len(labels) == pipeline.num_classes else [str(n) for n in range(pipeline.num_classes)]

@@ -1,0 +1,127 @@
+"""The pipeline to distill: what it predicts, over which noise schedule, under which condition."""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from pipelines.conditional import ConditionalPipeline
+from trainkit.diffusion import few_step
+from trainkit.diffusion.distillation import student_prediction
+from trainkit.diffusion.noise_schedule import NoiseScheduler, prediction_type_of, saved_noise_scheduler
+from trainkit.errors import UserError
+from trainkit.options.distillation import DistillationOptions
+from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
+from trainkit.sampling.generate import Pipeline, image_shape
+from trainkit.sampling.load import find_pipeline, load_pipeline
+from trainkit.sampling.schedulers import load_scheduler
+
+FLAG = "--teacher_model_name_or_path"
+KINDS = {"class_labels": "class", "vectors": "vector", "prompt": "text"}  # argument of the pipeline -> --condition
+
+
+@dataclass
+class SavedTeacher:
+    """The pipeline to distill, with the noise schedule that it was trained over."""
+
+    name: str
+    folder: Path
+    pipeline: Pipeline
+    noise_scheduler: NoiseScheduler
+
+    @property
+    def condition(self) -> str | None:
+        """class, vector or text; None for an unconditional teacher."""
+        return KINDS[self.pipeline.condition] if isinstance(self.pipeline, ConditionalPipeline) else None
+
+    @property
+    def has_latents(self) -> bool:
+        return getattr(self.pipeline, "vae", None) is not None
+
+    @property
+    def prediction_type(self) -> str:
+        return prediction_type_of(self.noise_scheduler)
+
+    @property
+    def clips(self) -> bool:
+        """Whether its sampler clips images to [-1, 1]."""
+        return not self.has_latents and bool(self.noise_scheduler.config.get("clip_sample", True))
+
+    @cached_property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """alpha_bar (T,) float64 of its students."""
+        return few_step.student_schedule(self.noise_scheduler)
+
+    @cached_property
+    def unet(self) -> UNet2DModel | UNet2DConditionModel:
+        """Its UNet as it is trained: with the embedding of vectors inside."""
+        return trainable_unet(self.pipeline)
+
+
+def open_teacher(options: DistillationOptions) -> SavedTeacher:
+    """The pipeline of `--teacher_model_name_or_path`. Raises `UserError` if it cannot be distilled."""
+    name = options.teacher_model_name_or_path
+    if name is None:
+        raise UserError(f"{FLAG} is missing: give the folder of a saved pipeline, or a Hub id")
+    try:
+        folder = find_pipeline(name)
+        scheduler = load_scheduler(folder)
+        if few_step.is_few_step(scheduler):
+            raise UserError(
+                f"{FLAG} {name} is itself a student of {few_step.student_steps(scheduler)} steps: give its teacher"
+            )
+        noise_scheduler = saved_noise_scheduler(str(folder))
+        if noise_scheduler is None:
+            raise UserError(f"{FLAG} {name} has no scheduler that says what it was trained for: add scheduler/")
+        pipeline = load_pipeline(folder, noise_scheduler)
+    except UserError as error:
+        raise UserError(str(error).replace("--model_name_or_path", FLAG)) from None
+    teacher = SavedTeacher(name, folder, pipeline, noise_scheduler)
+    _check_teacher(options, teacher)
+    return teacher
+
+
+def _check_teacher(options: DistillationOptions, teacher: SavedTeacher) -> None:
+    given = f"{FLAG} {teacher.name}"
+    if teacher.unet.config.time_embedding_type != "positional":
+        kind = teacher.unet.config.time_embedding_type
+        raise UserError(f"{given}: its UNet has {kind} timesteps; only sinusoidal ones (positional) can be distilled")
+    if options.guidance_scale == 1:
+        return
+    scale = f"--guidance_scale {options.guidance_scale:g}"
+    if teacher.condition is None:
+        raise UserError(f"{scale}: {given} is unconditional; remove the flag")
+    if options.method == "consistency":
+        raise UserError(f"{scale}: --method consistency learns from images, not from guided ones; use progressive")
+    if getattr(teacher.pipeline, "guidance_unet", None) is not None:
+        raise UserError(f"{scale}: {given} is guided by a guidance_unet, which is not supported; use 1")
+
+
+def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> TrainingOptions:
+    """The options of the training engine; the model, its objective and its conditions are those of the teacher."""
+    condition, config = teacher.condition, teacher.noise_scheduler.config
+    options_class = TrainingOptions if condition is None else ConditionalTrainingOptions
+    height, width, channels = image_shape(teacher.pipeline)
+    shared = {field.name for field in fields(options)} & {field.name for field in fields(options_class)}
+    values = {name: getattr(options, name) for name in shared} | {
+        "prediction_type": student_prediction(teacher.prediction_type),
+        "ddpm_num_steps": config.num_train_timesteps,
+        "resolution": options.resolution or f"{height}x{width}",
+        "image_mode": options.image_mode or {1: "L", 3: "RGB", 4: "RGBA"}[channels],
+    }
+    if condition is not None:
+        folder = str(teacher.folder)
+        values |= {"condition": condition, "preview_guidance_scale": 1.0}
+        values |= {"vae_name_or_path": folder} if teacher.has_latents else {}
+        values |= {"text_encoder_name_or_path": folder} if condition == "text" else {}
+    return options_class(**values)
+
+
+def trainable_unet(pipeline: Pipeline) -> UNet2DModel | UNet2DConditionModel:
+    """The UNet of `pipeline` as it is trained: the embedding of vectors is a part of it."""
+    embedding = getattr(pipeline, "vector_embedding", None)
+    if embedding is not None:
+        pipeline.unet.class_embedding = embedding
+    return pipeline.unet
