@@ -82,7 +82,8 @@ def train_student(distillation, stage, data) -> bool:
     if options.find_learning_rate:
         find_learning_rate(run, loss_of)
         return False
-    outputs = Outputs(run, losses, distillation.pipeline_of(stage), data.held_out, data.held_out_condition)
+    held_out = data.held_out, data.held_out_condition
+    outputs = Outputs(run, losses, distillation.pipeline_of(stage), *held_out, distillation.origin(stage))
 
     for batch in run.batches():
         run.update(loss_of(run.model, batch))

@@ -20,6 +20,7 @@ LAYERS = (
     ("trainkit.sampling",),
     ("trainkit.evaluation",),
     ("trainkit.training",),
+    ("trainkit.distillation",),
 )
 DATA_LAYERS = (
     (

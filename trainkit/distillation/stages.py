@@ -194,6 +194,22 @@ class Distillation:
 
         return build
 
+    def origin(self, stage: Stage) -> str:
+        """What the student of `stage` is, for its card."""
+        name = self.teacher.name
+        if Path(name).is_dir():
+            name = Path(name).resolve().name
+        how = "consistency tuning (Geng et al. 2024)"
+        if stage.substeps:
+            how = "progressive distillation (Salimans & Ho 2022)"
+            guided = self.options.guidance_scale
+            how += f" with a guidance scale of {guided:g}, which it needs no more" if guided > 1 else ""
+        steps = f"takes {stage.num_steps} steps" if stage.substeps else f"takes 1 to {stage.num_steps} steps"
+        return (
+            f"It {steps}, and its scheduler refuses more: always give `num_inference_steps`. It was distilled from "
+            f"`{name}` by {how}."
+        )
+
 
 def student_pipeline(teacher: Pipeline, unet, scheduler, timesteps: torch.Tensor | None) -> Pipeline:
     """The pipeline of a student: stock like its teacher's, with the teacher's other components.

@@ -22,13 +22,7 @@ pipeline = DiffusionPipeline.from_pretrained("{name}"{trust})
 images = pipeline({arguments}, num_inference_steps={num_inference_steps}).images
 ```
 {classes}
-`scheduler/` is the default for few steps. `schedulers/` has others:
-
-```python
-from diffusers import {other_class}
-
-pipeline.scheduler = {other_class}.from_pretrained("{name}", subfolder="schedulers/{other}")
-```
+{schedulers}
 
 ![samples](samples.png)
 
@@ -36,6 +30,13 @@ pipeline.scheduler = {other_class}.from_pretrained("{name}", subfolder="schedule
 
 {settings}
 """
+OTHER_SCHEDULERS = """`scheduler/` is the default for few steps. `schedulers/` has others:
+
+```python
+from diffusers import {other_class}
+
+pipeline.scheduler = {other_class}.from_pretrained("{name}", subfolder="schedulers/{other}")
+```"""
 UNCONDITIONAL_METADATA = """pipeline_tag: unconditional-image-generation
 tags:
 - diffusers
@@ -61,29 +62,36 @@ def model_card(
     step: int,
     global_batch_size: int,
     repo_id: str | None = None,
+    origin: str | None = None,
 ) -> str:
-    """The text of README.md for `pipeline`, after `step` optimizer steps of `global_batch_size` images."""
+    """The text of README.md for `pipeline`, after `step` optimizer steps of `global_batch_size` images.
+
+    `origin` says what a few-step student was distilled from.
+    """
     height, width, _ = image_shape(pipeline)
     flow = options.prediction_type == "flow_prediction"
     arguments = "batch_size=16"
     if condition is not None:
-        arguments = f"{condition.argument}={condition.example()}, guidance_scale=2.0"
+        guidance = "" if origin else ", guidance_scale=2.0"
+        arguments = f"{condition.argument}={condition.example()}{guidance}"
+    name = repo_id or options.hub_model_id or Path(options.output_dir).resolve().name
     names = getattr(condition, "names", None) or []
+    other, other_class = ("flow_euler", "FlowMatchEulerDiscreteScheduler") if flow else ("ddim", "DDIMScheduler")
+    schedulers = OTHER_SCHEDULERS.format(name=name, other=other, other_class=other_class)
     more = f", ... ({len(names):,} in all)" if len(names) > NAMED_CLASSES else ""
     return CARD.format(
         metadata=UNCONDITIONAL_METADATA if condition is None else CONDITIONAL_METADATA,
-        name=repo_id or options.hub_model_id or Path(options.output_dir).resolve().name,
+        name=name,
         title="An unconditional" if condition is None else "A conditional",
         height=height,
         width=width,
         step=step,
         global_batch=global_batch_size,
-        note="" if condition is None else CUSTOM_CODE_NOTE,
+        note=(f"\n{origin}\n" if origin else "") + ("" if condition is None else f"\n{CUSTOM_CODE_NOTE}"),
         trust="" if condition is None else ", trust_remote_code=True",
         arguments=arguments,
         num_inference_steps=options.ddpm_num_inference_steps,
         classes=f"\nClasses: {', '.join(names[:NAMED_CLASSES])}{more}.\n" if names else "",
-        other="flow_euler" if flow else "ddim",
-        other_class="FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler",
+        schedulers="" if origin else schedulers,
         settings="\n".join(f"- {name}: {getattr(options, name)}" for name in LISTED_OPTIONS if hasattr(options, name)),
     )

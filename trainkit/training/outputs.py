@@ -25,7 +25,8 @@ class Outputs:
 
     `losses(model, batch, timesteps)` returns one loss per image (B,), for training and validation alike.
     `pipeline_of(unet)` returns the pipeline of a trained UNet, whose scheduler is the noise schedule of training.
-    `held_out` and `held_out_condition` are the validation images and the condition of each.
+    `held_out` and `held_out_condition` are the validation images and the condition of each. `origin` goes into the
+    card of a few-step student.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Outputs:
         pipeline_of: Callable[[torch.nn.Module], Pipeline],
         held_out: PreparedImages | None = None,
         held_out_condition: ImageCondition | None = None,
+        origin: str | None = None,
     ):
-        self.run, self.pipeline_of, options = run, pipeline_of, run.options
+        self.run, self.pipeline_of, self.origin, options = run, pipeline_of, origin, run.options
         self.validation: HeldOutLoss | None = None
         self.score: SampleScore | None = None
         self.repo_id: str | None = None
@@ -94,7 +96,8 @@ class Outputs:
         with run.averaged_weights() as unet:
             if run.accelerator.is_main_process:
                 pipeline = self.pipeline_of(unet)
-                card = model_card(options, pipeline, run.condition, run.step, run.shape.global_size, self.repo_id)
+                place = run.step, run.shape.global_size
+                card = model_card(options, pipeline, run.condition, *place, self.repo_id, self.origin)
                 with run.writing("the pipeline"):
                     save_pipeline(run.output_dir, pipeline, card)
                     if self.repo_id is not None:
