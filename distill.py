@@ -44,6 +44,7 @@ def distill(options: DistillationOptions) -> None:
                 return
             distillation.complete(stage)
         distillation.next_teacher(stage)
+    accelerator.end_training()
 
 
 def train_student(distillation, stage, data) -> bool:
@@ -90,7 +91,7 @@ def train_student(distillation, stage, data) -> bool:
         outputs.write_due()
 
     outputs.write_final()
-    run.finish(another_follows=stage != distillation.stages[-1])
+    run.finish(another_follows=True)
     return run.stopped
 
 

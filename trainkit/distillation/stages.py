@@ -135,7 +135,9 @@ class Distillation:
         self.accelerator.wait_for_everyone()
 
     def next_teacher(self, stage: Stage) -> None:
-        """Make the saved student of `stage` the teacher of the next one."""
+        """Make the saved student of `stage` the teacher of the next one, if any."""
+        if stage == self.stages[-1]:
+            return
         folder = self.folder(stage)
         unet = trainable_unet(load_pipeline(folder, load_scheduler(folder)))
         if unet.config.time_embedding_type == "learned":
