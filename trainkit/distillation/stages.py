@@ -31,11 +31,12 @@ from trainkit.sampling.load import load_pipeline, weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline
 from trainkit.sampling.schedulers import load_scheduler
 from trainkit.training.checkpoints.resume import on_main_process
-from trainkit.training.device import move_to_device
+from trainkit.training.device import compile_unet, move_to_device
 from trainkit.training.output_folder import claim_output_dir
 
 RECORD, STAGES, ADAPTED = "distillation.json", "stages", "adapted"
 FIRST_STEPS = 32  # of the first student: its teacher takes 64
+PREVIEW_STEPS = 50  # at most, for grids and scores: a student of 1,000 steps takes a part of them
 SETTINGS = ("method", "num_steps", "first_steps", "guidance_scale", "seed")
 
 
@@ -160,7 +161,7 @@ class Distillation:
             max_train_steps=share(engine.max_train_steps),
             max_train_images=share(engine.max_train_images),
             seed=engine.seed + number,
-            ddpm_num_inference_steps=min(stage.num_steps, 50),
+            ddpm_num_inference_steps=max(n for n in range(1, PREVIEW_STEPS + 1) if stage.num_steps % n == 0),
             push_to_hub=engine.push_to_hub and last,
             hub_model_id=engine.hub_model_id or self.output_dir.resolve().name,
         )
@@ -170,6 +171,7 @@ class Distillation:
         first = stage == self.stages[0]
         device = self.accelerator.device
         unet = move_to_device(copy.deepcopy(self.unet), replace(self.engine, gradient_checkpointing=False), device)
+        compile_unet(unet, self.engine, micro_steps=2)  # several calls per step: no CUDA graphs
         guided = first and self.options.guidance_scale > 1
         return Teacher(
             unet.eval().requires_grad_(False),
