@@ -230,6 +230,8 @@ def test_teachers_that_cannot_be_distilled_are_refused(distill, whole_run, tmp_p
     bare = save_teacher(tmp_path / "bare")
     shutil.rmtree(bare / "scheduler")
     refused(distill, f"{bare}", bare)
+    unknown = save_teacher(tmp_path / "unknown", DDPMScheduler(prediction_type="score"))
+    refused(distill, f"{unknown} predicts score; students can be made of epsilon", unknown)
     fourier = save_teacher(tmp_path / "fourier", time_embedding_type="fourier")
     refused(distill, "its UNet has fourier timesteps", fourier)
 

@@ -19,6 +19,7 @@ from trainkit.sampling.load import find_pipeline, load_pipeline
 from trainkit.sampling.schedulers import load_scheduler
 
 FLAG = "--teacher_model_name_or_path"
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 KINDS = {"class_labels": "class", "vectors": "vector", "prompt": "text"}  # argument of the pipeline -> --condition
 
 
@@ -85,6 +86,10 @@ def open_teacher(options: DistillationOptions) -> SavedTeacher:
 
 def _check_teacher(options: DistillationOptions, teacher: SavedTeacher) -> None:
     given = f"{FLAG} {teacher.name}"
+    if teacher.prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"{given} predicts {teacher.prediction_type}; students can be made of {', '.join(PREDICTION_TYPES)}"
+        )
     if teacher.unet.config.time_embedding_type != "positional":
         kind = teacher.unet.config.time_embedding_type
         raise UserError(f"{given}: its UNet has {kind} timesteps; only sinusoidal ones (positional) can be distilled")
