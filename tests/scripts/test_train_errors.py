@@ -115,7 +115,7 @@ def test_cpu_processes_of_the_launcher_are_refused(image_folder, tiny_unet, cach
     done = subprocess.run(
         [*launcher, str(ROOT / "train_unconditional.py"), *arguments],
         env={name: value for name, value in launch_environment().items() if name != "ACCELERATE_USE_CPU"},
-        capture_output=True, text=True, timeout=100,
+        capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     check_refusal(done, tmp_path / "out")
 
