@@ -1,6 +1,6 @@
 """Run scripts as processes of their own, in children of the fork server: without seconds of imports for each.
 
-    python tests/process_helpers.py SCRIPT ...      as `python SCRIPT ...`, for a launcher that starts processes
+python tests/process_helpers.py SCRIPT ...      as `python SCRIPT ...`, for a launcher that starts processes
 """
 
 import atexit

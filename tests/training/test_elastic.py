@@ -64,9 +64,7 @@ def test_two_machines_are_the_run_of_one_machine_and_outlive_a_killed_rank(two_p
     ]  # fmt: skip
     words = [*agent, str(ROOT / SCRIPT), *arguments(tmp_path), "--resume_from_checkpoint", "latest"]
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    launchers = [
-        start_launcher(tmp_path, "torch.distributed.run", *words, environment=environment) for _ in range(2)
-    ]
+    launchers = [start_launcher(tmp_path, "torch.distributed.run", *words, environment=environment) for _ in range(2)]
     output = _kill_and_wait(launchers, "1", tmp_path / "checkpoint-3")
     assert "2 per device x 2 processes x 2 micro-steps" in output and "resumed from" in output
     assert losses(tmp_path) == losses(two_process_run)

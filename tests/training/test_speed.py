@@ -66,9 +66,13 @@ def test_what_is_learned_and_saved_stays_the_same(train, monkeypatch, flags):
         graphs.append(graph)
         return as_captured(graph, inputs)
 
-    monkeypatch.setattr(UNet2DModel, "compile", lambda unet, mode, **rest: compile_module(unet, backend=capture, **rest))
+    monkeypatch.setattr(
+        UNet2DModel, "compile", lambda unet, mode, **rest: compile_module(unet, backend=capture, **rest)
+    )
     plain, other = train("plain"), train("other", **flags)
-    assert len(graphs) == ("compile" in flags)  # one for all steps, before and after a checkpoint, and none for sampling
+    assert len(graphs) == (
+        "compile" in flags
+    )  # one for all steps, before and after a checkpoint, and none for sampling
     assert losses(other) == pytest.approx(losses(plain), rel=1e-4)
     same_weights(plain / WEIGHTS, other / WEIGHTS, tolerance=1e-4)
     same_weights(plain / "checkpoint-4" / WEIGHTS, other / "checkpoint-4" / WEIGHTS, tolerance=1e-4)
