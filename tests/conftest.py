@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+LAUNCHER = "accelerate.commands.launch"
 TINY_UNET = {
     "_class_name": "UNet2DModel",
     "in_channels": 3,
@@ -83,9 +84,9 @@ def fresh_s3(key="k", secret="s"):
         server.stop()
 
 
-def launch_command(script, *arguments, processes=1, config_file=None):
-    """The command line that really starts `processes` CPU processes."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+def launch_words(script, *arguments, processes=1, config_file=None):
+    """The arguments of `accelerate launch` that really start `processes` CPU processes."""
+    launcher = []
     if processes > 1:
         launcher += ["--main_process_port", "0", *([] if config_file else ["--multi_gpu"])]
     if config_file:
@@ -98,10 +99,13 @@ def launch_command(script, *arguments, processes=1, config_file=None):
 launch_environment = process_helpers.script_environment
 
 
-def launch(script, *arguments, processes=1, config_file=None, environment=None, check=True):
-    """Run a script of ours through `accelerate launch`; returns the finished process with its output as text."""
+def launch(script, *arguments, processes=1, environment=None, check=True):
+    """Run a script of ours through `accelerate launch`; returns the finished process with its output as text.
+
+    All processes are fresh interpreters, which costs seconds of imports for each: see `launch_forked`.
+    """
     done = subprocess.run(
-        launch_command(script, *arguments, processes=processes, config_file=config_file),
+        [sys.executable, "-m", LAUNCHER, *launch_words(script, *arguments, processes=processes)],
         env=launch_environment(**(environment or {})),
         capture_output=True,
         text=True,
@@ -109,4 +113,12 @@ def launch(script, *arguments, processes=1, config_file=None, environment=None, 
     )
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def launch_forked(folder, script, *arguments, processes=1, config_file=None):
+    """As `launch`, but all processes are children of the fork server; `folder` is of the test."""
+    words = launch_words(script, *arguments, processes=processes, config_file=config_file)
+    done = process_helpers.start_launcher(folder, LAUNCHER, *words).wait()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done

@@ -21,14 +21,13 @@ import sys
 from pathlib import Path
 
 PRELOADED = [
-    "accelerate", "accelerate.tracking", "accelerate.utils", "datasets", "diffusers", "diffusers.optimization",
-    "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.schedulers.scheduling_ddpm", "diffusers.training_utils",
-    "diffusers.models.unets.unet_2d", "diffusers.models.unets.unet_2d_condition", "filelock",
-    "diffusers.models.autoencoders.autoencoder_kl", "diffusers.pipelines.pipeline_utils", "huggingface_hub",
-    "matplotlib.pyplot", "numpy", "pandas", "PIL.Image", "PIL.JpegImagePlugin", "pyarrow", "pytorch_optimizer",
-    "safetensors.torch", "torch",
-    "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.data", "transformers",
-    "transformers.models.bert.modeling_bert",
+    "accelerate", "accelerate.commands.launch", "accelerate.tracking", "accelerate.utils", "datasets", "diffusers",
+    "diffusers.optimization", "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.training_utils", "diffusers.models.unets.unet_2d", "diffusers.models.unets.unet_2d_condition",
+    "filelock", "diffusers.models.autoencoders.autoencoder_kl", "diffusers.pipelines.pipeline_utils",
+    "huggingface_hub", "matplotlib.pyplot", "numpy", "pandas", "PIL.Image", "PIL.JpegImagePlugin", "pyarrow",
+    "pytorch_optimizer", "safetensors.torch", "torch", "torch.distributed.run", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torch.utils.data", "transformers", "transformers.models.bert.modeling_bert",
 ]  # fmt: skip
 PR_SET_PDEATHSIG = 1
 

@@ -1,4 +1,7 @@
-"""Run scripts as processes of their own, in children of the fork server: without seconds of imports for each."""
+"""Run scripts as processes of their own, in children of the fork server: without seconds of imports for each.
+
+python tests/process_helpers.py SCRIPT ...      as `python SCRIPT ...`, for a launcher that starts processes
+"""
 
 import atexit
 import contextlib
@@ -21,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVER_FOLDER = "TEST_FORK_SERVER"  # set by the process that starts the workers of pytest, and read by each
 # Libraries read these when they are imported, so that a forked child would not see another value.
 READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DIFFUSERS_", "TORCH_", "MKL_", "PYTORCH_", "XDG_")
+READ_LATER = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # when processes meet
 LAUNCHED = {
     "ACCELERATE_USE_CPU": "true",
     "ACCELERATE_MIXED_PRECISION": "no",
@@ -95,12 +99,12 @@ class ForkedProcess:
     def __init__(self, arguments, environment, stdout, stderr, folder=ROOT, code=None):
         server = script_environment()
         changed = {name for name in {*environment, *server} if environment.get(name) != server.get(name)}
-        late = [name for name in sorted(changed) if name.startswith(READ_AT_IMPORT)]
+        late = [name for name in sorted(changed - READ_LATER) if name.startswith(READ_AT_IMPORT)]
         assert not late, f"{late} are read at import: use `launch`, which starts a fresh interpreter"
         self._connection = _connect()
         request = {"arguments": [*map(str, arguments)], "environment": environment, "folder": str(folder)}
         content = json.dumps(request | {"code": code}).encode()
-        socket.send_fds(self._connection, [content], [stdout.target, stderr.target])
+        socket.send_fds(self._connection, [content], [stdout, stderr])
         self._lines = self._connection.makefile("r")
         self.pid, self.returncode = int(self._lines.readline()), None
 
@@ -126,9 +130,10 @@ class ForkedProcess:
 class ScriptRun:
     """The processes of one run of a script, which end together as under a launcher, and what they print."""
 
-    def __init__(self, script, *arguments, processes=1, environment=None, folder=ROOT, code=None):
+    def __init__(self, script, *arguments, processes=1, environment=None, folder=ROOT, code=None, launched=LAUNCHED):
         self._pipes = [Pipe(), Pipe()]
-        shared = script_environment() | LAUNCHED | (environment or {})
+        shared = script_environment() | launched | (environment or {})
+        shared = {name: value for name, value in shared.items() if value is not None}
         if processes > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -138,7 +143,8 @@ class ScriptRun:
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             own = {name: str(value) for name, value in ranks.items()} if processes > 1 else {}
             words = [script if code else ROOT / script, *arguments]
-            self.ranks.append(ForkedProcess(words, shared | own, *self._pipes, folder, code))
+            targets = (pipe.target for pipe in self._pipes)
+            self.ranks.append(ForkedProcess(words, shared | own, *targets, folder, code))
         for pipe in self._pipes:
             pipe.close()
 
@@ -180,3 +186,43 @@ def run_forked(script, *arguments, processes=1, environment=None, check=True) ->
 def run_code(code, *arguments, folder=ROOT, environment=None) -> subprocess.CompletedProcess:
     """Run the text of a program, as `python -c` would."""
     return ScriptRun("-c", *arguments, code=code, folder=folder, environment=environment).wait()
+
+
+# The launcher, and what it starts by the name of the interpreter.
+LAUNCHER = """
+import os, runpy, sys
+sys.executable = os.environ["PYTHON_EXEC"]
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_launcher(folder: Path, module: str, *arguments, environment=None) -> ScriptRun:
+    """Start a launcher as `python -m module`. It and the processes that it starts are children of the fork server.
+
+    Args:
+        folder: where the program that takes the place of the interpreter is written.
+        environment: added to `script_environment()`; None removes a variable.
+    """
+    interpreter = folder / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__)}" "$@"\n')
+    interpreter.chmod(0o755)
+    environment = (environment or {}) | {"PYTHON_EXEC": str(interpreter)}
+    return ScriptRun("-c", module, *arguments, code=LAUNCHER, environment=environment, launched={})
+
+
+def stand_in_for_python() -> None:
+    """Run the script of the command line, pass on signals, and end as it ends. SIGKILL ends it too."""
+    words = sys.argv[2:] if sys.argv[1] == "-u" else sys.argv[1:]
+    process = ForkedProcess(words, dict(os.environ), sys.stdout.fileno(), sys.stderr.fileno(), os.getcwd())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: os.kill(process.pid, number))
+    if (status := process.wait()) < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    stand_in_for_python()

@@ -1,10 +1,15 @@
 """A user's mistake costs one line that names the flag and the fix, and no work."""
 
+import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
-from conftest import ROOT, launch, launch_environment
+from conftest import LAUNCHER, ROOT, launch_environment, launch_forked
+from process_helpers import run_forked, start_launcher
 from training_helpers import run_in_process, tiny_run
 
 from trainkit.errors import UserError
@@ -81,52 +86,64 @@ def test_an_earlier_run_is_not_overwritten(train, monkeypatch, tmp_path):
     assert (tmp_path / "out" / "checkpoint-3").exists()
 
 
-@pytest.mark.slow
 def test_errors_leave_the_script_as_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "train_unconditional.py"), "--train_data_dir", str(tmp_path / "none")]
-    done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True)
+    done = run_forked("train_unconditional.py", "--train_data_dir", tmp_path / "none", check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: --train_data_dir") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],  # nobody listens there
-    ],
-)
-def test_processes_that_would_not_train_together_are_refused(launcher, image_folder, tiny_unet, cache_dir, tmp_path):
-    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out")
-    environment = {name: value for name, value in launch_environment().items() if name != "ACCELERATE_USE_CPU"}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train_unconditional.py"), *arguments],
-        env=environment, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+@pytest.mark.parametrize("words", [["--standalone"], ["--master_port", "0"]])  # nobody listens at port 0
+def test_processes_that_torchrun_starts_without_a_gpu_are_refused(words, image_folder, tiny_unet, cache_dir, tmp_path):
+    words = ["--nproc_per_node", "2", *words, ROOT / "train_unconditional.py"]
+    words += tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out")
+    environment = {"ACCELERATE_USE_CPU": None}
+    done = start_launcher(tmp_path, "torch.distributed.run", *words, environment=environment).wait(timeout=100)
+    check_refusal(done, tmp_path / "out")
+
+
+def check_refusal(done, output_dir):
     assert done.returncode != 0
     assert "error: 2 processes were requested" in done.stderr and "ACCELERATE_USE_CPU=true" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not output_dir.exists()
 
 
 @pytest.mark.slow
-def test_config_file_with_cpu_processes_is_refused(image_folder, tiny_unet, cache_dir, tmp_path):
-    launcher, config = [sys.executable, "-m", "accelerate.commands.launch"], tmp_path / "two_cpu.yaml"
+def test_cpu_processes_of_the_launcher_are_refused(image_folder, tiny_unet, cache_dir, tmp_path):
+    """Fresh interpreters: the script reads the command line of the process that started it."""
+    launcher = [sys.executable, "-m", LAUNCHER, "--cpu", "--num_processes", "2"]
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out")
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train_unconditional.py"), *arguments],
+        env={name: value for name, value in launch_environment().items() if name != "ACCELERATE_USE_CPU"},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    check_refusal(done, tmp_path / "out")
+
+
+def test_a_launcher_config_with_cpu_processes_is_refused(train, monkeypatch, tmp_path):
+    """In this process, with the environment and the command line that the launcher gives to its one process."""
+    config, script = tmp_path / "two_cpu.yaml", tmp_path / "print_environment.py"
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
     )
-    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out")
-    done = subprocess.run(
-        [*launcher, "--config_file", config, ROOT / "train_unconditional.py", *arguments],
-        env=launch_environment(), capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert "error: 2 processes were requested" in done.stderr, done.stderr[-2000:]
+    script.write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
+    words = ["--config_file", str(config), str(script)]
+    [environment] = start_launcher(tmp_path, LAUNCHER, *words).wait(timeout=100).stdout.splitlines()
+    environment = json.loads(environment)
+    assert environment["ACCELERATE_USE_CPU"].lower() == "true" and "WORLD_SIZE" not in environment
+    for name, value in environment.items():
+        if name.startswith("ACCELERATE_"):
+            monkeypatch.setenv(name, value)
+    parent = SimpleNamespace(cmdline=lambda: ["python", "-m", LAUNCHER, *words])
+    monkeypatch.setattr(psutil, "Process", lambda process_id: {os.getppid(): parent}[process_id])
+    with pytest.raises(UserError, match="^2 processes were requested, but this one runs with 1"):
+        train(monkeypatch)
 
 
 @pytest.mark.slow
 def test_the_command_that_the_refusal_names_works(image_folder, tiny_unet, cache_dir, tmp_path):
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path, max_train_steps=1)
-    done = launch("train_unconditional.py", *arguments, processes=2)
+    done = launch_forked(tmp_path, "train_unconditional.py", *arguments, processes=2)
     assert "8 per device x 2 processes" in done.stdout
 
 

@@ -3,15 +3,13 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, launch_command, launch_environment
-from process_helpers import run_forked
+from conftest import LAUNCHER, ROOT, launch_words
+from process_helpers import ScriptRun, run_forked, start_launcher
 from training_helpers import losses, same_training_state, same_weights, tiny_run
 
 SCRIPT = "train_unconditional.py"
@@ -48,9 +46,9 @@ def test_two_processes_that_accumulate_are_the_run_of_one(two_process_run, argum
 @pytest.mark.slow
 def test_the_launcher_restarts_the_group_when_a_rank_is_killed(two_process_run, arguments, tmp_path):
     """One command for all: the first start finds no checkpoint, the second resumes from the newest."""
-    command = launch_command(SCRIPT, *arguments(tmp_path), "--resume_from_checkpoint", "latest", processes=2)
-    command[command.index("--multi_gpu") : command.index("--multi_gpu")] = ["--max_restarts", "1"]
-    output = _run_and_kill([command], "1", tmp_path / "checkpoint-3")
+    words = launch_words(SCRIPT, *arguments(tmp_path), "--resume_from_checkpoint", "latest", processes=2)
+    launcher = start_launcher(tmp_path, LAUNCHER, "--max_restarts", "1", *words)
+    output = _kill_and_wait([launcher], "1", tmp_path / "checkpoint-3")
     assert "no checkpoint in" in output and "resumed from" in output
     same_training_state(tmp_path / f"checkpoint-{STEPS}", two_process_run / f"checkpoint-{STEPS}")
     same_weights(tmp_path / WEIGHTS, two_process_run / WEIGHTS)
@@ -61,50 +59,43 @@ def test_the_launcher_restarts_the_group_when_a_rank_is_killed(two_process_run, 
 def test_two_machines_are_the_run_of_one_machine_and_outlive_a_killed_rank(two_process_run, arguments, tmp_path):
     """The command of docs/scaling.md, once for each of two `machines` of one process; both agents start again."""
     agent = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "2",
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{_free_port()}", "--rdzv_id", "pictures",
-        "--local_addr", "127.0.0.1",
+        "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "2", "--rdzv_backend", "c10d",
+        "--rdzv_endpoint", f"127.0.0.1:{_free_port()}", "--rdzv_id", "pictures", "--local_addr", "127.0.0.1",
     ]  # fmt: skip
-    command = [*agent, str(ROOT / SCRIPT), *arguments(tmp_path), "--resume_from_checkpoint", "latest"]
+    words = [*agent, str(ROOT / SCRIPT), *arguments(tmp_path), "--resume_from_checkpoint", "latest"]
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    output = _run_and_kill([command, command], "1", tmp_path / "checkpoint-3", environment)
+    launchers = [start_launcher(tmp_path, "torch.distributed.run", *words, environment=environment) for _ in range(2)]
+    output = _kill_and_wait(launchers, "1", tmp_path / "checkpoint-3")
     assert "2 per device x 2 processes x 2 micro-steps" in output and "resumed from" in output
     assert losses(tmp_path) == losses(two_process_run)
     same_weights(tmp_path / WEIGHTS, two_process_run / WEIGHTS)
 
 
-def _run_and_kill(commands: list[list[str]], rank: str, checkpoint: Path, environment: dict | None = None) -> str:
-    """Start `commands` side by side, SIGKILL the training process of `rank` once `checkpoint` is there, and wait.
+def _kill_and_wait(launchers: list[ScriptRun], rank: str, checkpoint: Path) -> str:
+    """SIGKILL the training process of `rank` once `checkpoint` is there, and wait for the `launchers`.
 
     Returns their output; every one must end well.
     """
-    environment = launch_environment(**(environment or {}))
-    logs = [checkpoint.parent.parent / f"launcher{i}.log" for i in range(len(commands))]
-    launchers = []
     try:
-        for command, log in zip(commands, logs, strict=True):
-            with log.open("w") as file:
-                launchers.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + 100
         while not checkpoint.exists():
-            log_ends = "\n".join(log.read_text()[-3000:] for log in logs)
-            assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers), log_ends
+            assert time.monotonic() < deadline and all(launcher.running() for launcher in launchers), [
+                launcher.output() for launcher in launchers
+            ]
             time.sleep(0.01)
         os.kill(_training_process(launchers, rank), signal.SIGKILL)
-        statuses = [launcher.wait(timeout=120) for launcher in launchers]
-        output = "\n".join(log.read_text() for log in logs)
-        assert statuses == [0] * len(commands), output[-6000:]
+        done = [launcher.wait(timeout=120) for launcher in launchers]
+        output = "\n".join(launcher.stdout + launcher.stderr for launcher in done)
+        assert [launcher.returncode for launcher in done] == [0] * len(launchers), output[-6000:]
         return output
     finally:
         for launcher in launchers:
-            if launcher.poll() is None:
-                launcher.terminate()  # it ends its own processes
-                launcher.wait(timeout=60)
+            launcher.ranks[0].send_signal(signal.SIGTERM)  # it ends its own processes
 
 
-def _training_process(launchers: list[subprocess.Popen], rank: str) -> int:
+def _training_process(launchers: list[ScriptRun], rank: str) -> int:
     for launcher in launchers:
-        for process in psutil.Process(launcher.pid).children(recursive=True):
+        for process in psutil.Process(launcher.ranks[0].pid).children(recursive=True):
             try:
                 if process.environ().get("RANK") == rank and str(ROOT / SCRIPT) in process.cmdline():
                     return process.pid

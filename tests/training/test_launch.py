@@ -4,7 +4,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
-from conftest import ROOT, launch
+from conftest import ROOT, launch_forked
 from process_helpers import run_forked
 from training_helpers import losses, same_weights, tiny_run
 
@@ -124,7 +124,8 @@ def test_the_fsdp_config_trains_the_same_run(whole, image_folder, tiny_unet, cac
     (tmp_path / "fsdp.yaml").write_text(config)
     flags = {"max_train_steps": 4, "train_batch_size": 4}
     divided = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "divided", **flags)
-    done = launch("train_unconditional.py", *divided, processes=2, config_file=tmp_path / "fsdp.yaml")
+    config = tmp_path / "fsdp.yaml"
+    done = launch_forked(tmp_path, "train_unconditional.py", *divided, processes=2, config_file=config)
     assert f"weights sharded over the processes ({'ZeRO-3' if reshard else 'ZeRO-2'})" in done.stdout
     assert losses(tmp_path / "divided") == pytest.approx(losses(whole), abs=1e-4)
     same_weights(tmp_path / "divided" / WEIGHTS, whole / WEIGHTS, tolerance=1e-4)

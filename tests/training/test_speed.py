@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_UNET
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import AttnProcessor2_0
+from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import losses, run_in_process, same_weights, tiny_run
 
@@ -17,7 +19,7 @@ from trainkit.diffusion.timesteps import draw_timesteps
 from trainkit.errors import UserError
 from trainkit.options.training import OptimizationOptions
 from trainkit.training import guards
-from trainkit.training.device import largest_micro_batch, memory_format, move_to_device
+from trainkit.training.device import compile_unet, largest_micro_batch, memory_format, move_to_device, uncompiled
 from trainkit.training.optimizers import build_optimizer
 from trainkit.training.throughput import Throughput, flops_of_image, memory_peak_mib, peak_tflops
 
@@ -56,11 +58,52 @@ def train(image_folder, one_level_unet, cache_dir, tmp_path, monkeypatch):
     [{"channels_last": "yes"}, {"gradient_checkpointing": True}, {"compile": True}],
     ids=["channels_last", "gradient_checkpointing", "compile"],
 )
-def test_what_is_learned_and_saved_stays_the_same(train, flags):
+def test_what_is_learned_and_saved_stays_the_same(train, monkeypatch, flags):
+    """Inductor, which takes a minute for the smallest UNet, has the test below; here the captured graph is run."""
+    graphs, compile_module, as_captured = [], UNet2DModel.compile, torch._dynamo.lookup_backend("aot_eager")
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        return as_captured(graph, inputs)
+
+    def compile_without_inductor(unet, mode, dynamic):
+        compile_module(unet, backend=capture, dynamic=dynamic)
+
+    monkeypatch.setattr(UNet2DModel, "compile", compile_without_inductor)
     plain, other = train("plain"), train("other", **flags)
+    assert len(graphs) == ("compile" in flags)  # one for all steps and none for sampling, with a checkpoint between
     assert losses(other) == pytest.approx(losses(plain), rel=1e-4)
     same_weights(plain / WEIGHTS, other / WEIGHTS, tolerance=1e-4)
     same_weights(plain / "checkpoint-4" / WEIGHTS, other / "checkpoint-4" / WEIGHTS, tolerance=1e-4)
+
+
+class OneProduct(ModelMixin, ConfigMixin):
+    """What Inductor hands to a library, without a minute of a C++ compiler."""
+
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 8, bias=False)
+
+    def forward(self, rows):
+        return self.linear(rows)
+
+
+def test_inductor_compiles_in_place():
+    torch.manual_seed(0)
+    model, rows, counters = OneProduct(), torch.randn(5, 4), torch._dynamo.utils.counters
+    same = deepcopy(model)
+    with fresh_cache():
+        counters.clear()
+        compile_unet(model, SimpleNamespace(compile=True, compile_mode="default"), 1)
+        for network in (model, same):
+            network(rows).square().mean().backward()
+        assert counters["inductor"]["extern_calls"] == 2, counters  # forward and backward
+    assert model.state_dict().keys() == same.state_dict().keys()
+    torch.testing.assert_close(model.linear.weight.grad, same.linear.weight.grad)
+    with uncompiled(model):
+        counters.clear()
+        assert torch.equal(model(rows[:3]), same(rows[:3])) and not counters
 
 
 def test_each_option_reaches_the_unet():

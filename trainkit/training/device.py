@@ -49,6 +49,8 @@ def compile_unet(unet: UNet2DModel, options: HardwareOptions, micro_steps: int) 
         mode = options.compile_mode
         if micro_steps > 1:
             mode = WITHOUT_GRAPHS.get(mode, mode)
+        # the first checkpoint would add keys to the configuration, and the next step would be compiled anew for that
+        unet.to_json_string()
         # one shape is trained on; guessing at others would only slow that one down
         unet.compile(mode=mode, dynamic=False)
 
