@@ -198,8 +198,8 @@ def report(options: Options, record: dict, samples, conditions, num_generated: i
     write_grid(folder, samples, min(options.num_images, GRID_IMAGES))
     if num_generated:
         speed = (
-            f" at {record['images_per_second']:.1f} images/s; the device waited {record['waited_for_noise']:.1%} of the "
-            f"time for noise and {record['waited_for_writing']:.1%} for writing"
+            f" at {record['images_per_second']:.1f} images/s; the device waited {record['waited_for_noise']:.1%} of "
+            f"the time for noise and {record['waited_for_writing']:.1%} for writing"
         )
     print(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
 

@@ -92,12 +92,12 @@ class ImageFiles:
 
 class Piece(NamedTuple):
     first: int
-    count: int
+    num_images: int
     path: Path
 
 
 class Staging:
-    """Images on their way into one file: pieces FIRST-COUNT.npy of consecutive images (N, H, W, C), in a folder."""
+    """Images on their way into one file: pieces FIRST-NUMBER.npy of consecutive images (N, H, W, C), in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder / STAGING_FOLDER
@@ -110,7 +110,7 @@ class Staging:
         return sorted(Piece(int(name[1]), int(name[2]), path) for path, name in named if name)
 
     def numbers(self) -> set[int]:
-        return set(chain.from_iterable(range(piece.first, piece.first + piece.count) for piece in self.pieces()))
+        return set(chain.from_iterable(range(piece.first, piece.first + piece.num_images) for piece in self.pieces()))
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class Staging:
     def blocks(self, first: int) -> Iterator[np.ndarray]:
         """Yield the images from number `first` on, a piece (N, H, W, C) at a time."""
         for piece in self.pieces():
-            if piece.first + piece.count > first:
+            if piece.first + piece.num_images > first:
                 yield np.load(piece.path)[max(0, first - piece.first) :]
 
     def clear_temporary(self) -> None:

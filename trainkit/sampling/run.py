@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,12 +62,11 @@ class Sampler:
         Raises:
             UserError: the batch does not fit into memory, or with `find_batch_size` not even one image.
         """
-        conditions, guidance = None, {}
+        settings: dict[str, Any] = {"memory_format": self.memory_format}
         if self.conditions is not None:
-            conditions, guidance = self.conditions.for_images(batch.numbers), self.conditions.guidance
-        settings = self.num_inference_steps, conditions, self.memory_format
+            settings |= {"conditions": self.conditions.for_images(batch.numbers)} | self.conditions.guidance
         try:
-            return to_uint8(sample_batch(self.pipeline, batch, step_noise, *settings, **guidance))
+            return to_uint8(sample_batch(self.pipeline, batch, step_noise, self.num_inference_steps, **settings))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not should_reduce_batch_size(error):
                 raise
