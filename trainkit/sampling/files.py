@@ -47,13 +47,13 @@ class Samples(Protocol):
         """Write what makes images 0 to `num_images` - 1 one file or dataset."""
 
 
-def image_settings(image_shape: tuple[int, int, int], output_format: str = "") -> PreparationSettings:
+def image_settings(image_shape: tuple[int, int, int], output_format: str = "arrow") -> PreparationSettings:
     """How images of (H, W, C) `image_shape` are stored, for the writers that prepared datasets have."""
     height, width, channels = image_shape
     mode = next(mode for mode, count in CHANNELS.items() if count == channels)
-    stored = {"storage": output_format} if output_format in FILE_FORMATS else {}
+    storage = output_format if output_format in FILE_FORMATS else "pixels"
     quality = JPEG_QUALITY if output_format == "jpeg" else 100
-    return PreparationSettings(height, width, "crop", mode, storage_quality=quality, **stored)
+    return PreparationSettings(height, width, "crop", mode, storage=storage, storage_quality=quality)
 
 
 class ImageFiles:
