@@ -1,0 +1,158 @@
+"""Does the device wait while sample.py draws noise and writes images, and do more processes give more images?
+
+    python benchmarks/sampling.py
+    python benchmarks/sampling.py --num_images 2000 --rounds 5
+
+A UNet with random weights (recipes/mnist_unet) generates grey images of 28 px and RGB images of 64 px with the default
+scheduler. First in one process with one thread for the network: images/s and the share of time outside the UNet, of
+a loop that draws, generates, encodes and writes one batch after the other, and of what sample.py does. Then sample.py
+on two processes of one thread against one process of two threads. Rounds alternate; medians are shown. On a busy
+machine the figures mean little: the load is printed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from trainkit.sampling.files import ImageFiles
+from trainkit.sampling.generate import generate, image_shape
+from trainkit.sampling.load import load_pipeline
+from trainkit.sampling.pipeline import save_pipeline
+from trainkit.sampling.run import Sampler, run_units
+from trainkit.sampling.schedulers import load_scheduler
+from trainkit.sampling.team import Team, cut_units
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {28: 1, 64: 3}  # pixels -> channels
+ALTERNATIVES = {"1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}
+
+
+def write_model(folder: Path, side: int, channels: int) -> None:
+    """A pipeline with random weights."""
+    torch.manual_seed(0)
+    config = json.loads((ROOT / "recipes" / "mnist_unet" / "config.json").read_text())
+    config |= {"sample_size": side, "in_channels": channels, "out_channels": channels}
+    unet = UNet2DModel.from_config(config)
+    save_pipeline(folder, DDPMPipeline(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2")), "Random weights.")
+
+
+class NetworkTime:
+    """Seconds in the UNet inside a `with` block, on a device that computes at once (a CPU)."""
+
+    def __enter__(self) -> "NetworkTime":
+        self.seconds, self._forward = 0.0, UNet2DModel.forward
+        forward = self._forward
+
+        def timed(*arguments, **named):
+            started = time.perf_counter()
+            try:
+                return forward(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        UNet2DModel.forward = timed
+        return self
+
+    def __exit__(self, *error) -> None:
+        UNet2DModel.forward = self._forward
+
+
+def one_after_the_other(model: Path, output_dir: Path, arguments) -> tuple[float, float]:
+    """Images/s and the share of the time outside the UNet, of a loop without threads."""
+    pipeline = load_pipeline(model, load_scheduler(model))
+    output_dir.mkdir()
+    files = ImageFiles(output_dir, "png", image_shape(pipeline))
+    seeds, done = range(arguments.num_images), 0
+    started = time.perf_counter()
+    with NetworkTime() as network, torch.inference_mode():
+        for images in generate(pipeline, seeds, arguments.num_inference_steps, arguments.sample_batch_size):
+            files.write(range(done, done + len(images)), images)
+            done += len(images)
+    seconds = time.perf_counter() - started
+    return done / seconds, 1 - network.seconds / seconds
+
+
+def with_threads(model: Path, output_dir: Path, arguments) -> tuple[float, float]:
+    """The same of what sample.py does."""
+    pipeline = load_pipeline(model, load_scheduler(model))
+    output_dir.mkdir()
+    files = ImageFiles(output_dir, "png", image_shape(pipeline))
+    sampler = Sampler(pipeline, arguments.num_inference_steps, 0, None, arguments.sample_batch_size)
+    missing = set(range(arguments.num_images))
+    units = cut_units(arguments.num_images, arguments.sample_batch_size, missing)
+    with NetworkTime() as network, torch.inference_mode():
+        speed = run_units(sampler, files, Team(Accelerator(cpu=True)), units, missing)["images_per_second"]
+    return speed, 1 - network.seconds * speed / arguments.num_images
+
+
+def of_processes(model: Path, output_dir: Path, processes: int, threads: int, arguments) -> float:
+    """Images/s of sample.py with so many processes of so many threads, without their start."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1,
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0,
+               *(["--multi_gpu"] if processes > 1 else []), ROOT / "sample.py", "--model_name_or_path", model,
+               "--output_dir", output_dir, "--num_images", arguments.num_images, "--cpu_threads", threads,
+               "--sample_batch_size", arguments.sample_batch_size,
+               "--num_inference_steps", arguments.num_inference_steps]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
+    subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL, check=True)
+    return json.loads((output_dir / "sampling.json").read_text())["images_per_second"]
+
+
+def median(values) -> float:
+    return statistics.median(values)
+
+
+def compare(side: int, work: Path, arguments) -> None:
+    model, output_dir = work / f"model-{side}", work / "samples"
+    write_model(model, side, SIZES[side])
+    arms = {"one after the other": one_after_the_other, "sample.py": with_threads}
+    found: dict[str, list] = {name: [] for name in [*arms, *ALTERNATIVES]}
+    for number in range(arguments.rounds):
+        for name, measure in list(arms.items())[:: -1 if number % 2 else 1]:
+            found[name].append(measure(model, output_dir, arguments))
+            shutil.rmtree(output_dir)
+    for number in range(arguments.rounds):
+        for name, (processes, threads) in list(ALTERNATIVES.items())[:: -1 if number % 2 else 1]:
+            found[name].append(of_processes(model, output_dir, processes, threads, arguments))
+            shutil.rmtree(output_dir)
+    settings = f"{arguments.num_images} images, {arguments.num_inference_steps} steps"
+    print(f"\n{side} px, {settings}, load {os.getloadavg()[0]:.1f}")
+    print("| | images/s | time outside the UNet |\n|---|---|---|")
+    for name in arms:
+        print(f"| {name} | {median(s for s, _ in found[name]):.1f} | {median(o for _, o in found[name]):.1%} |")
+    for name in ALTERNATIVES:
+        print(f"| {name} | {median(found[name]):.1f} | |")
+    one, two = (median(found[name]) for name in ALTERNATIVES)
+    ratios = [b / a for a, b in zip(*(found[name] for name in ALTERNATIVES), strict=True)]
+    print(f"two processes: {two / one:.2f} times one of two threads ({min(ratios):.2f} to {max(ratios):.2f} by round)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_images", type=int, default=512)
+    parser.add_argument("--sample_batch_size", type=int, default=32)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", type=int, nargs="+", default=list(SIZES), choices=list(SIZES))
+    arguments = parser.parse_args()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as work:
+        for side in arguments.sides:
+            compare(side, Path(work), arguments)
+
+
+if __name__ == "__main__":
+    main()
