@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,52 +49,58 @@ def write_model(folder: Path, side: int, channels: int) -> None:
 
 
 class NetworkTime:
-    """Seconds in the UNet inside a `with` block, on a device that computes at once (a CPU)."""
+    """How much of a `with` block is not spent in the UNet, on a CPU: `outside` of its time, `outside_cpu` of the
+    processor time of all threads, which another program on the machine disturbs less."""
 
     def __enter__(self) -> "NetworkTime":
-        self.seconds, self._forward = 0.0, UNet2DModel.forward
+        self._seconds = self._cpu_seconds = 0.0
+        self._forward, self._started = UNet2DModel.forward, (time.perf_counter(), time.process_time())
         forward = self._forward
 
         def timed(*arguments, **named):
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.thread_time()
             try:
                 return forward(*arguments, **named)
             finally:
-                self.seconds += time.perf_counter() - started
+                self._seconds += time.perf_counter() - started
+                self._cpu_seconds += time.thread_time() - cpu_started
 
         UNet2DModel.forward = timed
         return self
 
     def __exit__(self, *error) -> None:
         UNet2DModel.forward = self._forward
+        self.seconds = time.perf_counter() - self._started[0]
+        self.outside = 1 - self._seconds / self.seconds
+        self.outside_cpu = 1 - self._cpu_seconds / (time.process_time() - self._started[1])
 
 
-def one_after_the_other(model: Path, output_dir: Path, arguments) -> tuple[float, float]:
-    """Images/s and the share of the time outside the UNet, of a loop without threads."""
-    pipeline = load_pipeline(model, load_scheduler(model))
-    output_dir.mkdir()
-    files = ImageFiles(output_dir, "png", image_shape(pipeline))
-    seeds, done = range(arguments.num_images), 0
-    started = time.perf_counter()
-    with NetworkTime() as network, torch.inference_mode():
-        for images in generate(pipeline, seeds, arguments.num_inference_steps, arguments.sample_batch_size):
-            files.write(range(done, done + len(images)), images)
-            done += len(images)
-    seconds = time.perf_counter() - started
-    return done / seconds, 1 - network.seconds / seconds
+def one_after_the_other(pipeline, files: ImageFiles, arguments) -> None:
+    """A loop without threads."""
+    done = 0
+    for images in generate(
+        pipeline, range(arguments.num_images), arguments.num_inference_steps, arguments.sample_batch_size
+    ):
+        files.write(range(done, done + len(images)), images)
+        done += len(images)
 
 
-def with_threads(model: Path, output_dir: Path, arguments) -> tuple[float, float]:
-    """The same of what sample.py does."""
-    pipeline = load_pipeline(model, load_scheduler(model))
-    output_dir.mkdir()
-    files = ImageFiles(output_dir, "png", image_shape(pipeline))
+def with_threads(pipeline, files: ImageFiles, arguments) -> None:
+    """What sample.py does."""
     sampler = Sampler(pipeline, arguments.num_inference_steps, 0, None, arguments.sample_batch_size)
     missing = set(range(arguments.num_images))
     units = cut_units(arguments.num_images, arguments.sample_batch_size, missing)
-    with NetworkTime() as network, torch.inference_mode():
-        speed = run_units(sampler, files, Team(Accelerator(cpu=True)), units, missing)["images_per_second"]
-    return speed, 1 - network.seconds * speed / arguments.num_images
+    run_units(sampler, files, Team(Accelerator(cpu=True)), units, missing)
+
+
+def measured(arm: Callable, model: Path, output_dir: Path, arguments) -> tuple[float, float, float]:
+    """Images/s of an arm in this process, and the shares of time and processor time outside the UNet."""
+    pipeline = load_pipeline(model, load_scheduler(model))
+    output_dir.mkdir()
+    files = ImageFiles(output_dir, "png", image_shape(pipeline))
+    with torch.inference_mode(), NetworkTime() as network:
+        arm(pipeline, files, arguments)
+    return arguments.num_images / network.seconds, network.outside, network.outside_cpu
 
 
 def of_processes(model: Path, output_dir: Path, processes: int, threads: int, arguments) -> float:
@@ -119,8 +126,8 @@ def compare(side: int, work: Path, arguments) -> None:
     arms = {"one after the other": one_after_the_other, "sample.py": with_threads}
     found: dict[str, list] = {name: [] for name in [*arms, *ALTERNATIVES]}
     for number in range(arguments.rounds):
-        for name, measure in list(arms.items())[:: -1 if number % 2 else 1]:
-            found[name].append(measure(model, output_dir, arguments))
+        for name, arm in list(arms.items())[:: -1 if number % 2 else 1]:
+            found[name].append(measured(arm, model, output_dir, arguments))
             shutil.rmtree(output_dir)
     for number in range(arguments.rounds):
         for name, (processes, threads) in list(ALTERNATIVES.items())[:: -1 if number % 2 else 1]:
@@ -128,11 +135,12 @@ def compare(side: int, work: Path, arguments) -> None:
             shutil.rmtree(output_dir)
     settings = f"{arguments.num_images} images, {arguments.num_inference_steps} steps"
     print(f"\n{side} px, {settings}, load {os.getloadavg()[0]:.1f}")
-    print("| | images/s | time outside the UNet |\n|---|---|---|")
+    print("| | images/s | time outside the UNet | processor time outside the UNet |\n|---|---|---|---|")
     for name in arms:
-        print(f"| {name} | {median(s for s, _ in found[name]):.1f} | {median(o for _, o in found[name]):.1%} |")
+        speed, outside, outside_cpu = (median(values) for values in zip(*found[name], strict=True))
+        print(f"| {name} | {speed:.1f} | {outside:.1%} | {outside_cpu:.1%} |")
     for name in ALTERNATIVES:
-        print(f"| {name} | {median(found[name]):.1f} | |")
+        print(f"| {name} | {median(found[name]):.1f} | | |")
     one, two = (median(found[name]) for name in ALTERNATIVES)
     ratios = [b / a for a, b in zip(*(found[name] for name in ALTERNATIVES), strict=True)]
     print(f"two processes: {two / one:.2f} times one of two threads ({min(ratios):.2f} to {max(ratios):.2f} by round)")
