@@ -188,9 +188,11 @@ def generate_missing(options: Options, accelerator, pipeline, conditions, sample
 def report(options: Options, record: dict, samples, conditions, num_generated: int) -> None:
     """Put the images together, complete the record, write metadata.jsonl and the grid, and print a summary."""
     from trainkit.atomic import write_json
+    from trainkit.sampling.files import num_leading
     from trainkit.sampling.record import GRID_NAME, RECORD_NAME, write_grid, write_metadata
 
     folder, speed = Path(options.output_dir), ""
+    record["num_images"] = num_leading(samples.held())  # an earlier run may have made more
     samples.put_together(record["num_images"])
     write_json(folder / RECORD_NAME, record | {"complete": True})
     rows = [{} if conditions is None else conditions.row(index) for index in range(record["num_images"])]

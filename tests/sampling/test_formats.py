@@ -95,6 +95,9 @@ def test_an_interrupted_run_continues_to_the_same_bytes(models, samples, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         sample(models / "plain", tmp_path, output_format=name)
     assert not json.loads((tmp_path / "sampling.json").read_text())["complete"]
+    sample(models / "plain", tmp_path, output_format=name, num_images=2)  # fewer are there already
+    record = json.loads((tmp_path / "sampling.json").read_text())
+    assert record["complete"] and record["num_images"] == len(open_images(str(tmp_path), "--generated")) == 4
     if name in ("png", "webp", "jpeg"):
         lost = next(tmp_path.glob("000001.*"))  # of a batch that was written in part
         lost.unlink()

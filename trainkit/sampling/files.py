@@ -6,10 +6,10 @@ The others are collected in a staging folder, in pieces of a batch, and put toge
 
 # N images, H/W pixels, C channels
 
+import itertools
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -110,7 +110,11 @@ class Staging:
         return sorted(Piece(int(name[1]), int(name[2]), path) for path, name in named if name)
 
     def numbers(self) -> set[int]:
-        return set(chain.from_iterable(range(piece.first, piece.first + piece.num_images) for piece in self.pieces()))
+        return set(
+            itertools.chain.from_iterable(
+                range(piece.first, piece.first + piece.num_images) for piece in self.pieces()
+            )
+        )
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +126,10 @@ class Staging:
     def blocks(self, first: int) -> Iterator[np.ndarray]:
         """Yield the images from number `first` on, a piece (N, H, W, C) at a time."""
         for piece in self.pieces():
-            if piece.first + piece.num_images > first:
+            end = piece.first + piece.num_images
+            if end > first:  # pieces overlap where a process that was taken for lost has gone on
                 yield np.load(piece.path)[max(0, first - piece.first) :]
+                first = end
 
     def clear_temporary(self) -> None:
         for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
@@ -132,6 +138,11 @@ class Staging:
     def delete(self) -> None:
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
+
+
+def num_leading(numbers: set[int]) -> int:
+    """How many of 0, 1, 2, ... `numbers` holds before the first gap."""
+    return next(number for number in itertools.count() if number not in numbers)
 
 
 def first_of(blocks: Iterator[np.ndarray], count: int) -> np.ndarray:
