@@ -116,34 +116,36 @@ def of_processes(model: Path, output_dir: Path, processes: int, threads: int, ar
     return json.loads((output_dir / "sampling.json").read_text())["images_per_second"]
 
 
-def median(values) -> float:
-    return statistics.median(values)
+def rounds(names, number_of_rounds: int):
+    """The names of the arms in the order of their turns, which is reversed in every second round."""
+    for number in range(number_of_rounds):
+        yield from list(names)[:: -1 if number % 2 else 1]
 
 
-def compare(side: int, work: Path, arguments) -> None:
-    model, output_dir = work / f"model-{side}", work / "samples"
-    write_model(model, side, SIZES[side])
+def compare_threads(model: Path, output_dir: Path, arguments) -> None:
     arms = {"one after the other": one_after_the_other, "sample.py": with_threads}
-    found: dict[str, list] = {name: [] for name in [*arms, *ALTERNATIVES]}
-    for number in range(arguments.rounds):
-        for name, arm in list(arms.items())[:: -1 if number % 2 else 1]:
-            found[name].append(measured(arm, model, output_dir, arguments))
-            shutil.rmtree(output_dir)
-    for number in range(arguments.rounds):
-        for name, (processes, threads) in list(ALTERNATIVES.items())[:: -1 if number % 2 else 1]:
-            found[name].append(of_processes(model, output_dir, processes, threads, arguments))
-            shutil.rmtree(output_dir)
-    settings = f"{arguments.num_images} images, {arguments.num_inference_steps} steps"
-    print(f"\n{side} px, {settings}, load {os.getloadavg()[0]:.1f}")
+    found: dict[str, list] = {name: [] for name in arms}
+    for name in rounds(arms, arguments.rounds):
+        found[name].append(measured(arms[name], model, output_dir, arguments))
+        shutil.rmtree(output_dir)
     print("| | images/s | time outside the UNet | processor time outside the UNet |\n|---|---|---|---|")
     for name in arms:
-        speed, outside, outside_cpu = (median(values) for values in zip(*found[name], strict=True))
-        print(f"| {name} | {speed:.1f} | {outside:.1%} | {outside_cpu:.1%} |")
+        speed, outside, outside_cpu = (statistics.median(values) for values in zip(*found[name], strict=True))
+        print(f"| {name} | {speed:.1f} | {outside:.1%} | {outside_cpu:.1%} |", flush=True)
+
+
+def compare_processes(model: Path, output_dir: Path, arguments) -> None:
+    found: dict[str, list] = {name: [] for name in ALTERNATIVES}
+    for name in rounds(ALTERNATIVES, arguments.rounds):
+        found[name].append(of_processes(model, output_dir, *ALTERNATIVES[name], arguments))
+        shutil.rmtree(output_dir)
+    one, two = found.values()
+    ratios = [b / a for a, b in zip(one, two, strict=True)]
     for name in ALTERNATIVES:
-        print(f"| {name} | {median(found[name]):.1f} | | |")
-    one, two = (median(found[name]) for name in ALTERNATIVES)
-    ratios = [b / a for a, b in zip(*(found[name] for name in ALTERNATIVES), strict=True)]
-    print(f"two processes: {two / one:.2f} times one of two threads ({min(ratios):.2f} to {max(ratios):.2f} by round)")
+        print(f"{name}: {statistics.median(found[name]):.2f} images/s")
+    print(
+        f"ratio by round: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}", flush=True
+    )
 
 
 def main() -> None:
@@ -159,7 +161,12 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as work:
         for side in arguments.sides:
-            compare(side, Path(work), arguments)
+            model, output_dir = Path(work) / f"model-{side}", Path(work) / "samples"
+            write_model(model, side, SIZES[side])
+            print(f"\n{side} px, {arguments.num_images} images, {arguments.num_inference_steps} steps", flush=True)
+            compare_threads(model, output_dir, arguments)
+            compare_processes(model, output_dir, arguments)
+            print(f"load {os.getloadavg()[0]:.1f}", flush=True)
 
 
 if __name__ == "__main__":
