@@ -83,8 +83,9 @@ def evaluate(options: Options) -> dict | None:
     from trainkit.evaluation.features import open_extractor
     from trainkit.evaluation.images import describe_splits, open_images, read_sampling_record
     from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
-    from trainkit.training.launch import start_accelerator
+    from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
+    refuse_dynamo_config("evaluate_samples.py")
     record = read_sampling_record(options.generated)
     generated = open_images(options.generated, "--generated")
     reference = open_images(options.reference, "--reference", skip_unreadable=True)

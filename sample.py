@@ -8,13 +8,14 @@
         --class_labels all --guidance_scale 2
 
 Image i uses the seed --seed + i and, for a conditional pipeline, condition i of the requested ones, which repeat. It
-does not depend on the batch size or the number of processes. Writes 000000.png ..., grid.png, sampling.json and
-metadata.jsonl (seed and condition of each image). Run the same command again to generate only the missing images.
+does not depend on the batch size or the number of processes. Writes 000000.png ... (or what --output_format says),
+grid.png, sampling.json and metadata.jsonl (seed and condition of each image). Run the same command again to generate
+only the missing images.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
@@ -41,18 +42,37 @@ class PipelineOptions:
 class OutputOptions:
     """output: number of images, seeds and folder"""
 
-    output_dir: str = option("samples", "folder for 000000.png ..., grid.png, sampling.json and metadata.jsonl")
+    output_dir: str = option("samples", "folder for the images, grid.png, sampling.json and metadata.jsonl")
+    output_format: str = option(
+        "png",
+        "png, webp (lossless), jpeg (quality 95): a file per image; npz: samples.npz, which ADM's evaluator reads; "
+        "arrow: a prepared dataset",
+        choices=("png", "webp", "jpeg", "npz", "arrow"),
+    )
     num_images: int = option(64, "images in all, over all processes", within="[1, inf)")
     seed: int = option(0, "seed of the first image; image i has seed + i", within="[0, inf)")
 
 
 @dataclass
 class ComputeOptions:
-    """hardware: batch size, precision, threads"""
+    """hardware: batch size, precision, compilation, threads"""
 
-    sample_batch_size: int = option(16, "images per process and batch; does not change the images", within="[1, inf)")
+    sample_batch_size: int = option(
+        16, "images per batch of a process; does not change the images by more than rounding", within="[1, inf)"
+    )
+    find_batch_size: bool = option(
+        False, "halve --sample_batch_size on each process until a batch fits into its memory"
+    )
     mixed_precision: str | None = option(
         None, "autocast of the UNet; default: what `accelerate launch` says, else no", choices=("no", "fp16", "bf16")
+    )
+    compile: bool = option(False, "compile the UNet with torch.compile: minutes at the start, faster steps on GPUs")
+    compile_mode: str = option(
+        "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
+        choices=("default", "reduce-overhead", "max-autotune"),
+    )  # fmt: skip
+    channels_last: str = option(
+        "auto", "memory layout of images and weights; auto: yes on CUDA", choices=("auto", "yes", "no")
     )
     cpu_threads: int = option(
         0, "threads a process computes with on a CPU; 0: the cores shared by its processes", within="[0, inf)"
@@ -67,8 +87,9 @@ class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions):
 def sample(options: Options) -> None:
     from trainkit.sampling.load import find_pipeline, load_pipeline
     from trainkit.sampling.schedulers import check_steps, load_scheduler
-    from trainkit.training.launch import start_accelerator
+    from trainkit.training.launch import compile_as_launched, start_accelerator
 
+    options = compile_as_launched(options)
     accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
     with accelerator.main_process_first():
         model_folder = find_pipeline(options.model_name_or_path)
@@ -77,13 +98,11 @@ def sample(options: Options) -> None:
     pipeline = load_pipeline(model_folder, scheduler)
     conditions = read_conditions(options, pipeline)
 
-    record, missing = plan(options, accelerator, model_folder, pipeline, conditions)
-    started = time.perf_counter()
+    record, samples, missing = plan(options, accelerator, model_folder, pipeline, conditions)
     try:
-        generate_missing(options, accelerator, pipeline, conditions, missing)
-        accelerator.wait_for_everyone()
+        speed = generate_missing(options, accelerator, pipeline, conditions, samples, missing)
         if accelerator.is_main_process:
-            report(options, record, conditions, len(missing), time.perf_counter() - started)
+            report(options, record | speed, samples, conditions, len(missing))
     except OSError as error:
         raise UserError(
             f"--output_dir {options.output_dir} cannot be written ({error.strerror}): free some space and run the "
@@ -92,81 +111,98 @@ def sample(options: Options) -> None:
     accelerator.end_training()
 
 
-def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions) -> tuple[dict, list[int]]:
-    """The record of the folder, and the numbers of the images that it lacks. Raises `UserError` for another record."""
+def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions) -> tuple[dict, Any, set[int]]:
+    """The record of the folder, its samples, and the numbers of the images that it lacks.
+
+    Raises `UserError` for the record of other images.
+    """
+    from accelerate.utils import broadcast_object_list
+
     from trainkit.sampling.generate import image_shape
     from trainkit.sampling.load import weights_digest
-    from trainkit.sampling.record import image_path, read_record, start_record, versions
+    from trainkit.sampling.record import SPEED, open_samples, read_record, start_record, versions
     from trainkit.sampling.schedulers import describe_scheduler
 
-    folder = Path(options.output_dir)
+    folder, shape = Path(options.output_dir), image_shape(pipeline)
     settings = {  # what the images depend on
         "weights_sha256": weights_digest(model_folder),
         "scheduler": describe_scheduler(pipeline.scheduler),
         "num_inference_steps": options.num_inference_steps,
         "seed": options.seed,
         "mixed_precision": accelerator.mixed_precision,
-        "height_width": list(image_shape(pipeline)[:2]),
+        "height_width": list(shape[:2]),
         **({} if conditions is None else conditions.settings()),
     }
-    earlier = read_record(folder, settings)
-    missing = [index for index in range(options.num_images) if not image_path(folder, index).exists()]
-    accelerator.wait_for_everyone()  # no process writes before all have seen what is missing
-    record = settings | {
-        "model": options.model_name_or_path,
-        "scheduler_name": options.scheduler or "default",
-        "num_images": max(options.num_images, earlier.get("num_images", 0)),
-        "num_processes": accelerator.num_processes,
-        "sample_batch_size": options.sample_batch_size,
-        "images_per_second": earlier.get("images_per_second"),
-        "versions": versions(),
-    }
-    if accelerator.is_main_process:
-        start_record(folder, record)
-    accelerator.wait_for_everyone()
-    return record, missing
-
-
-def generate_missing(options: Options, accelerator, pipeline, conditions, missing: list[int]) -> None:
-    """Generate this process's share of the images `missing` and write each as it is done."""
-    import torch
-    from tqdm.auto import tqdm
-
-    from trainkit.sampling.generate import generate
-    from trainkit.sampling.grid import save_image, to_pil
-    from trainkit.sampling.record import image_path
-
-    share = missing[accelerator.process_index :: accelerator.num_processes]
-    batches = generate(
-        pipeline.to(accelerator.device),
-        [options.seed + index for index in share],
-        options.num_inference_steps,
-        options.sample_batch_size,
-        None if conditions is None else conditions.for_images(share),
-        **({} if conditions is None else conditions.guidance),
+    samples = open_samples(folder, options.output_format, shape, conditions, settings)
+    earlier = read_record(folder, settings, options.output_format)
+    record = (
+        settings
+        | {
+            "model": options.model_name_or_path,
+            "scheduler_name": options.scheduler or "default",
+            "output_format": options.output_format,
+            "num_images": max(options.num_images, earlier.get("num_images", 0)),
+            "num_processes": accelerator.num_processes,
+            "sample_batch_size": options.sample_batch_size,
+            "versions": versions(),
+        }
+        | {name: earlier[name] for name in SPEED if name in earlier}
     )
-    numbers = iter(share)
-    bar = tqdm(total=len(missing), unit="img", desc="sampling", disable=not accelerator.is_main_process)
-    with torch.inference_mode(), accelerator.autocast(), bar:
-        for images in batches:
-            for image in images:
-                save_image(to_pil(image), image_path(Path(options.output_dir), next(numbers)))
-            bar.update(min(len(images) * accelerator.num_processes, len(missing) - bar.n))
+    accelerator.wait_for_everyone()  # no process writes before all have read the record
+    missing: set[int] = set()
+    if accelerator.is_main_process:
+        missing = set(range(options.num_images)) - samples.held()
+        start_record(folder, record, samples)
+    [missing] = broadcast_object_list([missing])  # one list for all, and nobody writes before the folder is there
+    return record, samples, missing
 
 
-def report(options: Options, record: dict, conditions, num_generated: int, seconds: float) -> None:
-    """Complete the record, write metadata.jsonl and the grid, and print a summary."""
+def generate_missing(options: Options, accelerator, pipeline, conditions, samples, missing: set[int]) -> dict:
+    """Generate and write the images `missing`; on the main process returns speed and waiting times of all processes.
+
+    Processes take batches one after the other. The noise of the next one is drawn, and images are encoded and written,
+    by threads beside the device.
+    """
+    import torch
+
+    from trainkit.sampling.generate import limited_batch_size
+    from trainkit.sampling.run import Sampler, run_units
+    from trainkit.sampling.team import Team, cut_units
+    from trainkit.training.device import compile_unet, memory_format
+
+    if not missing:
+        return {}
+    layout = memory_format(options, accelerator.device)
+    pipeline.to(accelerator.device).unet.to(memory_format=layout)
+    compile_unet(pipeline.unet, options, micro_steps=1)
+    share = -(-options.num_images // accelerator.num_processes)  # so that every process has a batch
+    batch_size = limited_batch_size(pipeline, min(options.sample_batch_size, share))
+    units = cut_units(options.num_images, batch_size, missing, padded=options.compile)
+    sampler = Sampler(
+        pipeline, options.num_inference_steps, options.seed, conditions, batch_size, options.find_batch_size, layout
+    )
+    with torch.inference_mode(), accelerator.autocast():
+        return run_units(sampler, samples, Team(accelerator), units, missing) or {}
+
+
+def report(options: Options, record: dict, samples, conditions, num_generated: int) -> None:
+    """Put the images together, complete the record, write metadata.jsonl and the grid, and print a summary."""
     from trainkit.atomic import write_json
+    from trainkit.sampling.files import num_leading
     from trainkit.sampling.record import GRID_NAME, RECORD_NAME, write_grid, write_metadata
 
     folder, speed = Path(options.output_dir), ""
-    if num_generated:
-        record["images_per_second"] = round(num_generated / seconds, 2)
-        speed = f" at {record['images_per_second']:.1f} images/s"
+    record["num_images"] = num_leading(samples.held())  # an earlier run may have made more
+    samples.put_together(record["num_images"])
     write_json(folder / RECORD_NAME, record | {"complete": True})
     rows = [{} if conditions is None else conditions.row(index) for index in range(record["num_images"])]
-    write_metadata(folder, [{"seed": options.seed + index} | row for index, row in enumerate(rows)])
-    write_grid(folder, min(options.num_images, GRID_IMAGES))
+    write_metadata(folder, samples, [{"seed": options.seed + index} | row for index, row in enumerate(rows)])
+    write_grid(folder, samples, min(options.num_images, GRID_IMAGES))
+    if num_generated:
+        speed = (
+            f" at {record['images_per_second']:.1f} images/s; the device waited {record['waited_for_noise']:.1%} of "
+            f"the time for noise and {record['waited_for_writing']:.1%} for writing"
+        )
     print(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
 
 

@@ -137,7 +137,7 @@ FAULTS = [
         (TRAINING, "-k", "averaged_ones"),
     ),
     Fault(
-        "one_seed_per_batch", "an image depends on its own seed", "trainkit/sampling/generate.py",
+        "one_seed_per_batch", "an image depends on its own seed", "trainkit/sampling/noise.py",
         "manual_seed(seed) for seed in", "manual_seed(seeds[0]) for _ in",
         ("tests/sampling/test_sampling.py", "-k", "batch"),
     ),

@@ -8,24 +8,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_UNET
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from conftest import ROOT
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from process_helpers import run_code, run_forked
+from sampling_helpers import flags, read, sample, tiny_model, words
 
-from sample import Options
-from sample import sample as run_sample
 from trainkit.errors import UserError
 from trainkit.sampling.generate import generate
 from trainkit.sampling.grid import image_grid
 from trainkit.sampling.pipeline import save_pipeline
 from trainkit.sampling.schedulers import SCHEDULER_NAMES, scheduler_bundle
-
-
-def tiny_model(channels=3, sample_size=16):
-    torch.manual_seed(0)
-    config = {key: value for key, value in TINY_UNET.items() if not key.startswith("_")}
-    return UNet2DModel(**config | {"in_channels": channels, "out_channels": channels, "sample_size": sample_size})
 
 
 @pytest.fixture(autouse=True)
@@ -39,20 +32,6 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save_pipeline(folder, DDPMPipeline(tiny_model(), DDPMScheduler()), "A model card.")
     return folder
-
-
-def flags(model, output_dir, **changes):
-    values = {"model_name_or_path": str(model), "output_dir": str(output_dir), "num_images": 7, "seed": 3}
-    return values | {"num_inference_steps": 5, "sample_batch_size": 4, "cpu_threads": 1} | changes
-
-
-def sample(model, output_dir, **changes):
-    """sample.py in this process."""
-    run_sample(Options(**flags(model, output_dir, **changes)))
-
-
-def read(folder, count=7):
-    return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")).astype(int) for i in range(count)])
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +71,7 @@ def test_autocast_keeps_the_chain_in_float32():
 @pytest.mark.slow
 def test_two_processes_make_the_same_images(model_folder, samples, tmp_path):
     values = flags(model_folder, tmp_path, sample_batch_size=3)
-    run_forked("sample.py", *(word for name, value in values.items() for word in (f"--{name}", value)), processes=2)
+    run_forked("sample.py", *words(values), processes=2)
     assert np.abs(read(tmp_path) - read(samples)).max() <= 1
     record = json.loads((tmp_path / "sampling.json").read_text())
     assert record["num_processes"] == 2 and record["complete"] and record["images_per_second"] > 0

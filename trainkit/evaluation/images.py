@@ -21,6 +21,7 @@ from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.listing import list_folder
 from trainkit.data.sources.splits import ALL, find_splits
 from trainkit.errors import UserError, one_line
+from trainkit.sampling.npz import NPZ_NAME
 
 NOT_READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 RECORD_NAME = "sampling.json"
@@ -158,6 +159,8 @@ def open_images(path: str, flag: str, skip_unreadable: bool = False) -> ImageFol
         UserError: there are no images; the message names `flag`.
     """
     folder = Path(path)
+    if (folder / RECORD_NAME).is_file() and (folder / NPZ_NAME).is_file():  # of sample.py --output_format npz
+        folder = folder / NPZ_NAME
     if folder.is_file() and folder.suffix.lower() == ".npz":
         return ImageArray(read_npz(folder, flag))
     if not folder.is_dir():
@@ -187,12 +190,13 @@ def read_npz(file: Path, flag: str) -> np.ndarray:
 
 
 def read_sampling_record(path: str) -> dict:
-    """sampling.json of a folder that sample.py wrote, {} for any other.
+    """sampling.json of a folder that sample.py wrote, or of its samples.npz; {} for anything else.
 
     Raises:
         UserError: the samples are not complete.
     """
-    file = Path(path) / RECORD_NAME
+    folder = Path(path).parent if Path(path).name == NPZ_NAME else Path(path)
+    file = folder / RECORD_NAME
     if not file.is_file():
         return {}
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from trainkit.data.format import NO_LABEL
 from trainkit.errors import UserError
 from trainkit.options.fields import option
 
@@ -67,6 +68,7 @@ class Conditions:
             "guidance_rescale": options.guidance_rescale,
         }
         self._names = pipeline.config.id2label or {}
+        self._num_classes = pipeline.num_classes if self.kind == "class_labels" else 0
 
     def for_images(self, images: Sequence[int]) -> list:
         """The conditions of the images with these numbers."""
@@ -89,6 +91,15 @@ class Conditions:
         if self.kind == "vectors":
             return {"vector": _plain(value)}
         return {"label": NULL if value is None else self._names.get(value, str(value)), "label_id": value}
+
+    def label_ids(self, num_images: int) -> np.ndarray:
+        """The classes (N,) int64 of images 0 to `num_images` - 1; -1 for the null class."""
+        ids = [NO_LABEL if value is None else value for value in self.values]
+        return np.resize(np.array(ids, dtype=np.int64), num_images)
+
+    def label_names(self) -> list[str]:
+        """The names of all classes of the model."""
+        return [self._names.get(label, str(label)) for label in range(self._num_classes)]
 
 
 def read_conditions(options: ConditionOptions, pipeline) -> Conditions | None:

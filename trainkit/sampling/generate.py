@@ -2,18 +2,20 @@
 
 # N images, B batch, H/W pixels, C channels
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel
-from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from pipelines.conditional import ConditionalPipeline
+from pipelines.conditional import ConditionalPipeline, checked_interval, noise_level
+from trainkit.sampling.noise import Batch, draw
 from trainkit.sampling.schedulers import check_steps
+from trainkit.sampling.solve import Predict, solve
 
 Pipeline: TypeAlias = DDPMPipeline | ConditionalPipeline
 MAXIMUM_VALUES = 2**24 - 1  # per batch: some versions of torch.quantile, which thresholding calls, accept no more
@@ -38,17 +40,76 @@ def generate(
         UserError: the scheduler does not accept `num_inference_steps`.
     """
     check_steps(pipeline.scheduler, num_inference_steps)
-    batch_size = _limited_batch_size(pipeline.unet, batch_size)
-    pipeline.set_progress_bar_config(disable=True)
-    with _evaluation_mode(pipeline):
-        for start in range(0, len(seeds), batch_size):
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            inputs: dict[str, Any] = {"batch_size": len(generators)}
-            if conditions is not None:
-                inputs = {pipeline.condition: list(conditions[start : start + batch_size])} | guidance
-            inputs |= {"generator": generators, "num_inference_steps": num_inference_steps, "output_type": "pt"}
-            output: Any = pipeline(**inputs)
-            yield to_uint8(output.images)
+    batch_size = limited_batch_size(pipeline, batch_size)
+    starts = range(0, len(seeds), batch_size)
+    parts = ((range(start, start + batch_size), seeds[start : start + batch_size]) for start in starts)
+    noise = draw(parts, noise_shape(pipeline), pipeline.scheduler, num_inference_steps)
+    with evaluation_mode(pipeline):
+        for batch in noise:
+            assert isinstance(batch, Batch)  # `sample_batch` takes the noise of all steps
+            own = None if conditions is None else conditions[batch.numbers[0] : batch.numbers[-1] + 1]
+            images = sample_batch(pipeline, batch, noise, num_inference_steps, own, **guidance)
+            yield to_uint8(images).cpu().numpy()
+
+
+def sample_batch(
+    pipeline: Pipeline,
+    batch: Batch,
+    step_noise: Iterable,
+    num_inference_steps: int,
+    conditions: Sequence | np.ndarray | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    **guidance,
+) -> torch.Tensor:
+    """Images (B, C, H, W) in [0, 1] of a `Batch` of `noise.draw`, of which `step_noise` yields the noise of each step.
+
+    Call it in `evaluation_mode`. The other arguments are those of `generate`.
+    """
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    scheduler.set_timesteps(num_inference_steps)
+    device = next(unet.parameters()).device
+    start = batch.start.to(device, memory_format=memory_format, non_blocking=True)
+    with torch.no_grad():
+        predict: Predict
+        if isinstance(pipeline, ConditionalPipeline):
+            assert conditions is not None  # of a ConditionalPipeline
+            predict = _guided(pipeline, list(conditions), **guidance)
+        else:
+
+            def predict(index: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+                # float32 under autocast too: the solvers cast the image to the type of the prediction
+                return unet(sample, timestep).sample.float()
+
+        if unet._compiled_call_impl is not None:
+            predict = _copied(predict)
+        images = solve(scheduler, predict, start, batch.generators, step_noise)
+        if isinstance(pipeline, ConditionalPipeline):
+            return pipeline._finish(images, "pt")
+        return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _guided(
+    pipeline: ConditionalPipeline,
+    conditions: list,
+    guidance_scale: float = 1.0,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_rescale: float = 0.0,
+) -> Predict:
+    """The prediction of each step, as ConditionalPipeline makes it in its own loop."""
+    low, high = checked_interval(guidance_scale, guidance_interval, guidance_rescale)
+    encoded, _ = pipeline.encode(conditions)
+    pipeline._guidance_scale = guidance_scale
+
+    def predict(index: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        is_guided = guidance_scale > 1 and low < noise_level(pipeline.scheduler, index, timestep) <= high
+        return pipeline._predict(sample, timestep, encoded, is_guided, guidance_rescale)
+
+    return predict
+
+
+def _copied(predict: Predict) -> Predict:
+    """`predict` with a copy of its output: a CUDA graph writes the next one over it, and solvers keep some."""
+    return lambda index, timestep, sample: predict(index, timestep, sample).clone()
 
 
 def generate_on_all_ranks(
@@ -87,9 +148,9 @@ def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:
     return height * factor, width * factor, vae.config.out_channels
 
 
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """(B, H, W, C) uint8 from (B, C, H, W) in [0, 1]."""
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, C) uint8 from (B, C, H, W) in [0, 1], on their device."""
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _sample_size(unet: UNet2DModel | UNet2DConditionModel) -> tuple[int, int]:
@@ -97,9 +158,14 @@ def _sample_size(unet: UNet2DModel | UNet2DConditionModel) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _limited_batch_size(unet: UNet2DModel | UNet2DConditionModel, batch_size: int) -> int:
-    height, width = _sample_size(unet)
-    return max(1, min(batch_size, MAXIMUM_VALUES // (unet.config.in_channels * height * width)))
+def noise_shape(pipeline: Pipeline) -> tuple[int, int, int]:
+    """(C, H, W) of the noise that an image of `pipeline` starts from."""
+    return (pipeline.unet.config.in_channels, *_sample_size(pipeline.unet))
+
+
+def limited_batch_size(pipeline: Pipeline, batch_size: int) -> int:
+    """`batch_size`, or as many images as thresholding can handle at once."""
+    return max(1, min(batch_size, MAXIMUM_VALUES // math.prod(noise_shape(pipeline))))
 
 
 def _modules(pipeline: Pipeline) -> list[torch.nn.Module]:
@@ -107,22 +173,14 @@ def _modules(pipeline: Pipeline) -> list[torch.nn.Module]:
 
 
 @contextmanager
-def _evaluation_mode(pipeline: Pipeline) -> Iterator[None]:
-    """Evaluation mode inside the block. A stock pipeline also gets float32 output from its UNet under autocast,
-    because the solvers cast the image to the type of that output; ConditionalPipeline does this itself."""
+def evaluation_mode(pipeline: Pipeline) -> Iterator[None]:
+    """All modules of the pipeline in evaluation mode inside the block."""
     were_training = [(module, module.training) for module in _modules(pipeline)]
     for module, _ in were_training:
         module.eval()
-    hook = None
-    if isinstance(pipeline, DDPMPipeline):
-        hook = pipeline.unet.register_forward_hook(
-            lambda module, inputs, output: UNet2DOutput(sample=output.sample.float())
-        )
     try:
         yield
     finally:
-        if hook is not None:
-            hook.remove()
         for module, was_training in were_training:
             module.train(was_training)
 

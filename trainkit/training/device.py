@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,15 @@ from trainkit.errors import UserError
 from trainkit.options.training import HardwareOptions
 
 
+class CompileOptions(Protocol):
+    """Options of a script that can compile its UNet and choose its memory layout; a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    compile: bool
+    compile_mode: str
+    channels_last: str
+
+
 def prepare_device(options: HardwareOptions) -> None:
     """`--allow_tf32`: on CUDA, products of float32 matrices and convolutions in TensorFloat-32 (10 bits mantissa)."""
     if torch.cuda.is_available():
@@ -19,7 +29,7 @@ def prepare_device(options: HardwareOptions) -> None:
         torch.backends.cudnn.allow_tf32 = options.allow_tf32
 
 
-def memory_format(options: HardwareOptions, device: torch.device) -> torch.memory_format:
+def memory_format(options: CompileOptions, device: torch.device) -> torch.memory_format:
     """The memory layout of images and weights; `--channels_last auto` is yes on CUDA only, where it is faster."""
     wanted = options.channels_last == "yes" or (options.channels_last == "auto" and device.type == "cuda")
     return torch.channels_last if wanted else torch.contiguous_format
@@ -39,7 +49,7 @@ def move_to_device(unet: UNet2DModel, options: HardwareOptions, device: torch.de
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_unet(unet: UNet2DModel, options: HardwareOptions, micro_steps: int) -> None:
+def compile_unet(unet: torch.nn.Module, options: CompileOptions, micro_steps: int) -> None:
     """`--compile`: in place, so that weights keep their names; the first step takes a minute or more.
 
     With several micro-steps CUDA graphs are left out: gradients add up in memory that the next replay overwrites
@@ -51,7 +61,7 @@ def compile_unet(unet: UNet2DModel, options: HardwareOptions, micro_steps: int) 
             mode = WITHOUT_GRAPHS.get(mode, mode)
         # the first checkpoint would add keys to the configuration, and the next step would be compiled anew for that
         unet.to_json_string()
-        # one shape is trained on; guessing at others would only slow that one down
+        # one shape is computed; guessing at others would only slow that one down
         unet.compile(mode=mode, dynamic=False)
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,9 @@ from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
+from trainkit.training.device import CompileOptions
 
+CompiledT = TypeVar("CompiledT", bound=CompileOptions)
 DYNAMO = "ACCELERATE_DYNAMO_"  # environment variables of Accelerate's launcher
 TWO_CPU_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "
@@ -81,12 +84,13 @@ def shard_as_launched(options: TrainingOptions) -> TrainingOptions:
     return replace(options, shard_weights=options.shard_weights or stage > 0, reshard_after_forward=stage == 3)
 
 
-def compile_as_launched(options: TrainingOptions) -> TrainingOptions:
+def compile_as_launched(options: CompiledT) -> CompiledT:
     """A copy of `options` with `--compile` for a launch with `dynamo_config`; before `start_accelerator`.
 
-    Accelerate would wrap the compiled model: weights would change their names, and sampling would be compiled too.
-    Removes the launcher's variable from the environment, so that Accelerate does not compile. Raises `UserError` for
-    settings that `--compile` does not have.
+    Accelerate would wrap the compiled model: weights would change their names, and the previews of a training would be
+    compiled too. The UNet of sample.py, which it never prepares, it would not compile at all. Removes the launcher's
+    variable from the environment, so that Accelerate does not compile. Raises `UserError` for settings that
+    `--compile` does not have.
     """
     backend = os.environ.get(DYNAMO + "BACKEND", "NO").upper()
     if backend == "NO":
@@ -103,6 +107,15 @@ def compile_as_launched(options: TrainingOptions) -> TrainingOptions:
     del os.environ[DYNAMO + "BACKEND"]
     mode = os.environ.get(DYNAMO + "MODE", options.compile_mode)
     return options if options.compile else replace(options, compile=True, compile_mode=mode)
+
+
+def refuse_dynamo_config(script: str) -> None:
+    """Raise `UserError` for a launch with `dynamo_config` of a script that compiles nothing."""
+    backend = os.environ.get(DYNAMO + "BACKEND", "NO").upper()
+    if backend != "NO":
+        raise UserError(
+            f"dynamo_backend {backend}: {script} compiles nothing; remove dynamo_config from the Accelerate config"
+        )
 
 
 def _is_deepspeed_offload(name: str) -> bool:
