@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 
 from trainkit.errors import UserError
 from trainkit.options.training import HardwareOptions
@@ -49,7 +49,7 @@ def move_to_device(unet: UNet2DModel, options: HardwareOptions, device: torch.de
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_unet(unet: torch.nn.Module, options: CompileOptions, micro_steps: int) -> None:
+def compile_unet(unet: ModelMixin, options: CompileOptions, micro_steps: int) -> None:
     """`--compile`: in place, so that weights keep their names; the first step takes a minute or more.
 
     With several micro-steps CUDA graphs are left out: gradients add up in memory that the next replay overwrites
