@@ -7,6 +7,7 @@ here, so children run the code as it is on disk. `process_helpers.py` is the cli
     python tests/fork_server.py SOCKET WATCHED_PID      ends with the process WATCHED_PID
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -18,6 +19,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 PRELOADED = [
@@ -115,10 +117,34 @@ def _become(request: dict, descriptors: list[int]) -> None:
     sys.path[:] = [first, *given, *(path for path in sys.path[1:] if path not in given)]
 
 
+def _run(code: str | None) -> int:
+    """Run the script that `sys.argv` names, or the text of a program; returns the exit status of an interpreter."""
+    try:
+        if code is None:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            del globals()["__file__"]  # a program without a file, as of `python -c`, also for its worker processes
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as leaving:
+        if leaving.code is None or isinstance(leaving.code, int):
+            return leaving.code or 0
+        print(leaving.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def _leave(status: int) -> None:
+    """End as an interpreter does, but let no module be taken down, which would copy every page: half a second."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status & 0xFF)
+
+
 if __name__ == "__main__":
-    child = main(sys.argv[1], int(sys.argv[2]))
-    if child and child["code"] is None:
-        runpy.run_path(child["arguments"][0], run_name="__main__")
-    elif child:
-        del __file__  # a program without a file, as of `python -c`, also for its worker processes
-        exec(compile(child["code"], "<string>", "exec"), {"__name__": "__main__"})
+    if child := main(sys.argv[1], int(sys.argv[2])):
+        _leave(_run(child["code"]))

@@ -4,8 +4,6 @@ import io
 import json
 import random
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 import zipfile
@@ -14,13 +12,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from process_helpers import ScriptRun, run_forked
 from source_files import assert_same, files_of, open_given, png, prepared, write_photos, write_tar, write_zip
 
 from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.sources import archives, containers, records
 from trainkit.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -247,17 +244,10 @@ def test_a_killed_run_goes_on_over_an_archive(tmp_path):
     """SIGKILL, several times; the finished folder is that of a run that nothing stopped."""
     files = [(f"{number:05d}.png", png(number % 256, 200)) for number in range(1500)]
     archive = write_tar(tmp_path / "p.tar.gz", files)
-    command = [
-        sys.executable,
-        str(ROOT / "prepare_dataset.py"),
-        "--train_data_dir",
-        str(archive),
-        "--resolution",
-        "16",
-    ]
-    command += ["--center_crop", "--num_proc", "2", "--output_dir"]
+    words = ["prepare_dataset.py", "--train_data_dir", archive, "--resolution", 16, "--center_crop"]
+    words += ["--num_proc", 2, "--output_dir"]
     for _ in range(2):
-        process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+        [process] = ScriptRun(*words, tmp_path / "killed").ranks
         before, deadline = len(list((tmp_path / "killed").glob("work/*.arrow"))), time.monotonic() + 60
         while len(list((tmp_path / "killed").glob("work/*.arrow"))) < before + 2 and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -265,5 +255,5 @@ def test_a_killed_run_goes_on_over_an_archive(tmp_path):
         process.wait()
     assert list((tmp_path / "killed/work").glob("*.arrow"))
     for name in ("killed", "whole"):
-        subprocess.run([*command, str(tmp_path / name)], check=True, stdout=subprocess.DEVNULL, timeout=120)
+        run_forked(*words, tmp_path / name)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")

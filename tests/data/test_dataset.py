@@ -1,7 +1,6 @@
 """Opening prepared images: by number, by crop, from the cache, and what a damaged folder says."""
 
 import dataclasses
-import os
 import pickle
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from process_helpers import ScriptRun
 
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.images.decode import PreparationSettings, decode_image
@@ -210,19 +210,10 @@ def test_other_ranks_wait_in_silence(photos, tmp_path):
         f"images = open_or_prepare(Options(train_data_dir={str(photos)!r}, cache_dir={str(tmp_path)!r}, num_proc=1))\n"
         "assert len(images) == 90"
     )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            env=os.environ | {"LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    said = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
+    runs = [ScriptRun("-c", code=script, environment={"LOCAL_RANK": str(rank)}) for rank in range(3)]
+    done = [run.wait(timeout=60) for run in runs]
+    said = [process.stdout + process.stderr for process in done]
+    assert [process.returncode for process in done] == [0, 0, 0], said
     assert "prepared images" in said[0] and said[1:] == ["", ""]
     assert len(list((tmp_path / "prepared").iterdir())) == 1
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from process_helpers import run_forked
 from source_files import assert_same, files_of, open_given, prepared, write_photos
 
 from trainkit.data.loading.dataset import PreparedImages
@@ -17,7 +18,6 @@ from trainkit.data.preparation.export import export_hdf5
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
 
 
@@ -29,8 +29,7 @@ def write_hdf5(path: Path, **arrays) -> Path:
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "prepare_dataset.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run_forked("prepare_dataset.py", *arguments, check=False)
 
 
 @pytest.mark.parametrize(

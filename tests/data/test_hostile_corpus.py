@@ -12,11 +12,10 @@ import numpy as np
 import PIL
 import pytest
 from PIL import Image, ImageOps
+from process_helpers import run_forked
 
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.sources.entries import IMAGE_EXTENSIONS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def fetch_pillow_source(folder: Path) -> Path:
@@ -52,9 +51,7 @@ def corpus(request, tmp_path_factory) -> Path:
 
 
 def prepared(corpus: Path, output: Path, *arguments: str) -> PreparedImages:
-    command = [sys.executable, "prepare_dataset.py", "--train_data_dir", str(corpus), "--output_dir", str(output)]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_forked("prepare_dataset.py", "--train_data_dir", corpus, "--output_dir", output, *arguments)
     lines = [line for line in done.stdout.splitlines() if not line.startswith("  ")]  # but for the account
     assert len(lines) == 3 - ("--no_contact_sheet" in arguments) and done.stderr == ""
     return PreparedImages(output)

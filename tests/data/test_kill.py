@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from process_helpers import ScriptRun
 
 from trainkit.data.format import read_preparation
 from trainkit.data.images.decode import PreparationSettings
@@ -184,18 +185,10 @@ def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, small_unit
 
 @pytest.mark.slow
 def test_two_runs_with_other_settings_at_one_folder_take_turns(photos, tmp_path):
-    script = [
-        sys.executable,
-        str(ROOT / "prepare_dataset.py"),
-        "--train_data_dir",
-        str(photos),
-        "--center_crop",
-        "--no_contact_sheet",
-        "--overwrite_output_dir",
-    ]
-    script += ["--output_dir", str(tmp_path / "out"), "--num_proc", "1", "--resolution"]
-    both = [subprocess.Popen([*script, side], stdout=subprocess.DEVNULL) for side in ("8", "16")]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    words = ["prepare_dataset.py", "--train_data_dir", photos, "--center_crop", "--no_contact_sheet"]
+    words += ["--overwrite_output_dir", "--output_dir", tmp_path / "out", "--num_proc", 1, "--resolution"]
+    both = [ScriptRun(*words, side) for side in (8, 16)]
+    assert [run.wait(timeout=60).returncode for run in both] == [0, 0]
     last = read_preparation(tmp_path / "out")
     settings = PreparationSettings(last["settings"]["height"], last["settings"]["width"], resize_mode="crop")
     prepare(ImageFolder(photos), settings, tmp_path / "alone", num_proc=1, show_progress=False)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import fresh_s3
 from PIL import Image
+from process_helpers import ScriptRun, run_forked
 
 from trainkit.data.files import RemotePath, location, sizes
 from trainkit.data.images.decode import PreparationSettings
@@ -26,7 +25,6 @@ from trainkit.data.sources import records
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 FOLDERS = ("", "validation", ".units")
 
@@ -73,7 +71,7 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def command(photos: Path, url: str, options: str, cache: Path, *more) -> list[str]:
-    script = [sys.executable, str(ROOT / "prepare_dataset.py"), "--train_data_dir", photos, "--output_dir", url]
+    script = ["prepare_dataset.py", "--train_data_dir", photos, "--output_dir", url]
     script += ["--storage_options", options, "--cache_dir", cache, "--resolution", "16", "--center_crop"]
     script += ["--no_contact_sheet", *more]
     return list(map(str, script))
@@ -81,10 +79,8 @@ def command(photos: Path, url: str, options: str, cache: Path, *more) -> list[st
 
 @pytest.mark.slow
 def test_s3_holds_the_same_bytes_and_datasets_opens_it(photos, local, store, tmp_path):
-    done = subprocess.run(
-        command(photos, "s3://bucket/whole", store, tmp_path, "--num_proc", 2), capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "3,000 images, 1 rejected" in done.stdout, done.stderr
+    done = run_forked(*command(photos, "s3://bucket/whole", store, tmp_path, "--num_proc", 2))
+    assert "3,000 images, 1 rejected" in done.stdout, done.stderr
     assert contents(location("s3://bucket/whole", store)) == contents(local)
     images = datasets.load_from_disk("s3://bucket/whole", storage_options=json.loads(store))
     assert len(images) == 3000 and images[2999]["source"] == "2999.bmp"
@@ -96,18 +92,17 @@ def test_s3_holds_the_same_bytes_and_datasets_opens_it(photos, local, store, tmp
 def test_killed_in_the_middle_s3_keeps_whole_shards_that_are_not_made_again(photos, local, store, tmp_path):
     target = location("s3://bucket/killed", store)
     arguments = command(photos, str(target), store, tmp_path, "--num_proc", 1)
-    process = subprocess.Popen(arguments, start_new_session=True)
+    [process] = ScriptRun(*arguments).ranks
     while process.poll() is None and not any(name.endswith(".arrow") for name in sizes(target)):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {name: content for name, content in contents(target).items() if name.endswith(".arrow")}
     assert kept.items() < contents(local).items() and "preparation.json" not in sizes(target)
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_forked(*arguments)
     prepared = int(done.stdout.partition("prepared ")[2].partition(" files")[0].replace(",", ""))
     assert prepared <= 3001 - 1024 and contents(target) == contents(local)
-    assert "is up to date" in subprocess.run(arguments, capture_output=True, text=True).stdout
+    assert "is up to date" in run_forked(*arguments).stdout
 
 
 def count_decoded(monkeypatch) -> list:

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from process_helpers import ROOT, ScriptRun, run_code, run_forked
 
 from trainkit.data.format import read_preparation
 from trainkit.data.preparation import prepare as prepare_module
@@ -25,7 +25,6 @@ from trainkit.data.preparation.prepare import PreparationSettings, prepare
 from trainkit.data.sources import records
 from trainkit.data.sources.folder import FolderReader, ImageFolder
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
 
 
@@ -60,13 +59,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def command(source: Path, output: Path, *more) -> list[str]:
-    script = [sys.executable, str(ROOT / "prepare_dataset.py"), "--train_data_dir", str(source)]
-    return script + ["--output_dir", str(output), "--resolution", "16", "--center_crop", *map(str, more)]
+def words(source: Path, output: Path, *more) -> list[str]:
+    flags = ["--train_data_dir", source, "--output_dir", output, "--resolution", 16, "--center_crop", *more]
+    return [*map(str, flags)]
 
 
-def run(source: Path, output: Path, *more, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(source, output, *more), capture_output=True, text=True, timeout=120, **options)
+def run(source: Path, output: Path, *more) -> subprocess.CompletedProcess:
+    return run_forked("prepare_dataset.py", *words(source, output, *more), check=False)
 
 
 def test_the_folder_says_what_was_done(photos, tmp_path):
@@ -104,7 +103,8 @@ assert first["image"].shape == (768,) and first["source"] == "a/00000.png" and f
 assert images[450]["label"] == 1
 assert images.select([5]).with_format("torch")[0]["image"].shape == (768,)
 """
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=True, cwd=tmp_path)
+    done = run_code(script, tmp_path / "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_any_number_of_processes_gives_the_same_bytes(photos, tmp_path, small_units):
@@ -119,9 +119,8 @@ def test_killed_again_and_again_it_ends_the_same(tmp_path):
     assert run(tmp_path / "many", tmp_path / "whole", "--num_proc", 2).returncode == 0
     killed_at = []
     for slices in (1, 3, 5):
-        process = subprocess.Popen(
-            command(tmp_path / "many", tmp_path / "killed", "--num_proc", 2), start_new_session=True
-        )
+        flags = words(tmp_path / "many", tmp_path / "killed", "--num_proc", 2)
+        [process] = ScriptRun("prepare_dataset.py", *flags).ranks
         while process.poll() is None and finished_slices(tmp_path / "killed") < slices:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -260,12 +259,10 @@ prepare(ImageFolder({str(photos)!r}), PreparationSettings(16, 16), {str(tmp_path
 
 @pytest.mark.slow
 def test_two_runs_at_one_folder_do_the_work_once(photos, tmp_path):
-    processes = [
-        subprocess.Popen(command(photos, tmp_path / "out", "--num_proc", 2), stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = sorted(process.communicate(timeout=120)[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0]
+    runs = [ScriptRun("prepare_dataset.py", *words(photos, tmp_path / "out", "--num_proc", 2)) for _ in range(2)]
+    done = [run.wait(timeout=120) for run in runs]
+    said = [process.stdout for process in done]
+    assert [process.returncode for process in done] == [0, 0]
     assert (
         sum("is up to date" in text for text in said) == 1 and sum("prepared 703 files" in text for text in said) == 1
     )
@@ -304,17 +301,23 @@ def test_user_mistakes_are_one_line(photos, tmp_path):
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
         assert re.search(message, done.stderr), done.stderr
     assert (tmp_path / "full/thesis.txt").read_text() == "mine"
-    done = subprocess.run([sys.executable, str(ROOT / "prepare_dataset.py")], capture_output=True, text=True)
+    done = run_forked("prepare_dataset.py", check=False)
     assert done.stderr == "error: --output_dir is missing; give a folder for the prepared dataset\n"
+
+
+SMALL_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))  # slices fit, shards do not
+import prepare_dataset
+from trainkit.errors import run_script
+run_script(prepare_dataset.main)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_a_full_disk_is_a_user_error_and_what_is_finished_stays(photos, tmp_path, num_proc):
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))  # slices fit, shards do not
-
-    done = run(photos, tmp_path / "out", "--num_proc", num_proc, preexec_fn=small_files)
+    done = run_code(SMALL_FILES, *words(photos, tmp_path / "out", "--num_proc", num_proc))
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "cannot be written" in done.stderr and "the same command continues it" in done.stderr
     assert finished_slices(tmp_path / "out") > 3

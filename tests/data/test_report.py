@@ -10,13 +10,13 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_prepare import ROOT, SETTINGS, Stopped, count_decoded, run, write_images
+from process_helpers import run_forked
+from test_prepare import SETTINGS, Stopped, count_decoded, run, write_images
 
 from train_unconditional import Options
 from trainkit.data.cache import open_or_prepare
@@ -46,8 +46,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def inspect(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "prepare_dataset.py"), "--inspect", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return run_forked("prepare_dataset.py", "--inspect", folder, check=False)
 
 
 def deadly_picture(writer, path: Path) -> bytes | None:

@@ -1,15 +1,14 @@
 """Scores: near zero where nothing differs, worse where images are worse, and never without what they depend on."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from evaluation_helpers import evaluate, write_images
 from PIL import Image
+from process_helpers import run_forked
 
 from trainkit.errors import UserError
 from trainkit.evaluation.features import INCEPTION_SHA256, INPUT_SIZE, EfficientNetLite0, extract_features
@@ -98,12 +97,8 @@ def test_mode_and_size_of_the_files_do_not_matter(tmp_path):
 @pytest.mark.slow
 def test_a_prepared_dataset_is_a_reference(reference, tmp_path, monkeypatch):
     prepared = tmp_path / "prepared"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "prepare_dataset.py"), "--train_data_dir", str(reference),
-         "--output_dir", str(prepared), "--resolution", "24", "--num_proc", "1"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    flags = ["--train_data_dir", reference, "--output_dir", prepared, "--resolution", 24, "--num_proc", 1]
+    run_forked("prepare_dataset.py", *flags)
     file = tmp_path / "scores.json"
     evaluate(monkeypatch, generated=reference, reference=prepared, metrics="kid", output_file=file)
     result = json.loads(file.read_text())

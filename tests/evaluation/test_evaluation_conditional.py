@@ -2,15 +2,14 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from evaluation_helpers import evaluate
 from PIL import Image
+from process_helpers import run_forked
 
 from tools import measure_digits
 from trainkit.errors import UserError
@@ -116,10 +115,8 @@ def test_the_classifier_is_a_function_of_images_and_seed_and_is_kept(real, cache
 
 
 def test_a_prepared_dataset_says_what_it_shows_as_its_folder_does(real, tmp_path):
-    command = [sys.executable, str(ROOT / "prepare_dataset.py"), "--train_data_dir", str(real), "--output_dir"]
-    command += [str(tmp_path / "prepared"), "--resolution", "20", "--num_proc", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    flags = ["--train_data_dir", real, "--output_dir", tmp_path / "prepared", "--resolution", 20, "--num_proc", 1]
+    run_forked("prepare_dataset.py", *flags)
     folder, prepared = open_images(str(real), "--reference"), open_images(str(tmp_path / "prepared"), "--reference")
     one, other = read_annotations(folder, "--reference"), read_annotations(prepared, "--reference")
     assert sorted(zip(one.labels, one.texts, strict=True)) == sorted(zip(other.labels, other.texts, strict=True))

@@ -93,7 +93,7 @@ def plot_loss(output_dir: Path) -> None:
     sums = np.cumsum(np.insert(np.nan_to_num(losses, nan=np.nanmean(losses)), 0, 0.0))
     means = (sums[window:] - sums[:-window]) / window
     figure = Figure(figsize=(8, 4.5))
-    figure.subplots_adjust(left=0.1, right=0.89, bottom=0.12, top=0.9)  # as a layout engine would, in half the time
+    figure.subplots_adjust(left=0.11, right=0.87, bottom=0.12, top=0.9)  # as a layout engine would, in half the time
     loss_axis = figure.add_subplot(xlabel="optimizer step", ylabel="loss", yscale="log")
     loss_axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.6, label="loss per step")
     loss_axis.plot(steps[window - 1 :], means, color="tab:blue", label=f"mean of {window} steps")
