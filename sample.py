@@ -65,12 +65,13 @@ class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions):
 
 
 def sample(options: Options) -> None:
+    from trainkit.processes import end_together, main_process_first, wait_for_everyone
     from trainkit.sampling.load import find_pipeline, load_pipeline
     from trainkit.sampling.schedulers import check_steps, load_scheduler
     from trainkit.training.launch import start_accelerator
 
     accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
-    with accelerator.main_process_first():
+    with main_process_first():
         model_folder = find_pipeline(options.model_name_or_path)
     scheduler = load_scheduler(model_folder, options.scheduler)
     check_steps(scheduler, options.num_inference_steps)
@@ -81,7 +82,7 @@ def sample(options: Options) -> None:
     started = time.perf_counter()
     try:
         generate_missing(options, accelerator, pipeline, conditions, missing)
-        accelerator.wait_for_everyone()
+        wait_for_everyone()
         if accelerator.is_main_process:
             report(options, record, conditions, len(missing), time.perf_counter() - started)
     except OSError as error:
@@ -89,11 +90,12 @@ def sample(options: Options) -> None:
             f"--output_dir {options.output_dir} cannot be written ({error.strerror}): free some space and run the "
             "same command again, which generates only the missing images"
         ) from None
-    accelerator.end_training()
+    end_together(accelerator)
 
 
 def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions) -> tuple[dict, list[int]]:
     """The record of the folder, and the numbers of the images that it lacks. Raises `UserError` for another record."""
+    from trainkit.processes import wait_for_everyone
     from trainkit.sampling.generate import image_shape
     from trainkit.sampling.load import weights_digest
     from trainkit.sampling.record import image_path, read_record, start_record, versions
@@ -111,7 +113,7 @@ def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions
     }
     earlier = read_record(folder, settings)
     missing = [index for index in range(options.num_images) if not image_path(folder, index).exists()]
-    accelerator.wait_for_everyone()  # no process writes before all have seen what is missing
+    wait_for_everyone()  # no process writes before all have seen what is missing
     record = settings | {
         "model": options.model_name_or_path,
         "scheduler_name": options.scheduler or "default",
@@ -123,7 +125,7 @@ def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions
     }
     if accelerator.is_main_process:
         start_record(folder, record)
-    accelerator.wait_for_everyone()
+    wait_for_everyone()
     return record, missing
 
 

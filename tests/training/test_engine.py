@@ -147,9 +147,6 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(train, image_folder, tiny_un
 class _Alone:
     num_processes, process_index, is_main_process = 1, 0, True
 
-    def wait_for_everyone(self):
-        pass
-
 
 def test_training_waits_for_no_more_than_the_copy(tmp_path, monkeypatch):
     """The disk is slow: `save` is back before anything is written, and the next one waits for it."""

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
+from trainkit.processes import COLLECTIVE_TIMEOUT
 
 DYNAMO = "ACCELERATE_DYNAMO_"  # environment variables of Accelerate's launcher
 TWO_CPU_PROCESSES = (
@@ -30,7 +31,8 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
         _check_processes(asked, 1, "cpu")  # before Accelerate waits for the others for half an hour
     store = _fresh_store()
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[ddp_kwargs()], **kwargs)
+        handlers = [ddp_kwargs(), InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)]
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **kwargs)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision}: {error}") from None
     del store  # the process group keeps it
@@ -143,7 +145,8 @@ def _fresh_store() -> dist.TCPStore | None:
     if restarts == 0:
         return None
     host, key = environment["MASTER_ADDR"], f"port_after_restart_{restarts}"
-    launchers_store = dist.TCPStore(host, int(environment["MASTER_PORT"]), is_master=False)
+    port = int(environment["MASTER_PORT"])
+    launchers_store = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
     own_store = None
     if environment["RANK"] == "0":
         own_store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)

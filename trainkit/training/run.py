@@ -30,6 +30,7 @@ from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.options.script import TrainingOptions
 from trainkit.options.training import SECRET_OPTIONS
+from trainkit.processes import end_together
 from trainkit.training.averages.ema import ShardedEMA
 from trainkit.training.averages.power_ema import PowerAverages
 from trainkit.training.checkpoints.resume import describe_dataset
@@ -86,7 +87,7 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """The micro-batches from the current step on, until `max_train_steps` or a stop signal."""
-        signals = StopSignals()
+        signals = StopSignals(self.step)
         self.log.start(self.step, self.max_train_steps)
         self.model.train()
         try:
@@ -96,7 +97,7 @@ class Run:
                 torch.manual_seed(hash((self.options.seed, batch.step, first_row)))  # for dropout in the model
                 with contextlib.nullcontext() if self.end_of_step else self.no_gradient_sync():
                     yield batch
-                if self.end_of_step and signals.agreed():
+                if self.end_of_step and self.step < self.max_train_steps and signals.agreed(self.step):
                     self.stopped = True
                     break
             self._write_last_checkpoint()
@@ -186,7 +187,7 @@ class Run:
 
     def close(self) -> None:
         """End the trackers and the process group's work, and let other runs use the output folder."""
-        self.accelerator.end_training()
+        end_together(self.accelerator)
         if self.lock is not None:
             self.lock.release()
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from trainkit.processes import wait_for_everyone
 from trainkit.training.averages.ema import ShardedEMA
 from trainkit.training.sharding import (
     full_optimizer_state,
@@ -121,6 +122,7 @@ def _read_on_rank0(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor
         except (OSError, SafetensorError) as error:
             problem = str(error)
     if dist.is_initialized():
+        wait_for_everyone()
         shared = [problem]
         dist.broadcast_object_list(shared)
         problem = shared[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from trainkit.processes import wait_for_everyone
 from trainkit.training.checkpoints import folder as checkpoints
 from trainkit.training.checkpoints.state import Snapshot, write_random_states, write_snapshot
 
@@ -40,7 +41,7 @@ class CheckpointWriter:
         name, staged = f"{checkpoints.PREFIX}{step}", False
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         with self.guard(name):
             staging.mkdir(parents=True, exist_ok=True)
             write_random_states(staging, self.accelerator.process_index)
@@ -97,5 +98,6 @@ class CheckpointWriter:
     def _on_all_ranks(self, value: bool) -> bool:
         if self.accelerator.num_processes == 1:
             return value
+        wait_for_everyone()  # files may take longer than a collective
         failures = torch.tensor([0 if value else 1], device=self.accelerator.device)
         return self.accelerator.reduce(failures, "sum").item() == 0
