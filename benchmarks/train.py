@@ -94,7 +94,7 @@ def engine(options, files: Path, work: Path) -> Iterator[float]:
     noise_scheduler = build_noise_scheduler(settings)
     run = start_run(settings, accelerator, build_unet(settings, SIDE, SIDE, 3), images)
     for batch in run.batches():
-        timesteps = uniform_timesteps(batch.uniforms, settings.ddpm_num_steps)
+        timesteps = uniform_timesteps(batch.uniforms, settings.ddpm_num_steps).to(batch.images.device)
         noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)
         prediction = run.model(noisy_images, timesteps).sample
         errors = denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps)

@@ -171,15 +171,17 @@ def values_of(model, optimizer):
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "edm_lognormal"])
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, FlowMatchEulerDiscreteScheduler])
 def test_drawing_timesteps_reads_nothing(sampling, scheduler_class):
-    """Tensors on the meta device have no values, so a read raises."""
+    """Tensors on the meta device have no values, so a read raises. The timesteps are those of the CPU."""
     options = SimpleNamespace(
         timestep_sampling=sampling, noise_shift=1.5, logit_mean=0.0, logit_std=1.0, edm_p_mean=-1.2, edm_p_std=1.2
     )
-    scheduler = scheduler_class()
+    scheduler, uniforms = scheduler_class(), torch.rand(800, dtype=torch.float64)
+    before = draw_timesteps(options, scheduler, uniforms)
     if scheduler_class is DDPMScheduler:
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")  # as `add_noise` moves it to the GPU
-    timesteps = draw_timesteps(options, scheduler, torch.empty(8, dtype=torch.float64, device="meta"))
-    assert timesteps.device.type == "meta" and timesteps.shape == (8,)
+    assert torch.equal(draw_timesteps(options, scheduler, uniforms), before)
+    timesteps = draw_timesteps(options, scheduler, uniforms, "meta")
+    assert timesteps.device.type == "meta" and timesteps.shape == (800,) and timesteps.dtype == before.dtype
 
 
 @pytest.mark.parametrize("most, expected", [(1, 1), (5, 4), (12, 12), (13, 12), (24, 24), (99, 24)])

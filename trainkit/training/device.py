@@ -95,7 +95,7 @@ def memory_trial(
 
     def fits(size: int) -> bool:
         fitted, reserved = True, []
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # the device's is set before every micro-step of training
             try:
                 # two Adam moments, one average, and the gradients while they are summed
                 reserved += [torch.empty_like(p) for p in unet.parameters() for _ in range(4)]
@@ -112,8 +112,8 @@ def memory_trial(
             finally:
                 reserved.clear()
                 unet.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if accelerator.device.type != "cpu":
+            torch.get_device_module(accelerator.device).empty_cache()
         if accelerator.num_processes == 1:
             return fitted
         failures = torch.tensor([0 if fitted else 1], device=accelerator.device)

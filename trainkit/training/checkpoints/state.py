@@ -138,8 +138,8 @@ def write_random_states(folder: Path, rank: int) -> None:
     version, words, gauss = random.getstate()
     states = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
     states["python"] = torch.tensor(words, dtype=torch.int64)
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.accelerator.is_available():  # under the name of its kind: cuda, mps, xpu
+        states[_accelerator()] = torch.get_device_module(_accelerator()).get_rng_state()
     numbers = json.dumps({"numpy": [kind, *rest], "python": [version, gauss]})
     save_file(states, folder / f"random_states_{rank}.safetensors", metadata={"numbers": numbers})
 
@@ -159,8 +159,14 @@ def restore_random_states(folder: Path, rank: int) -> None:
     np.random.set_state((kind, states["numpy"].numpy().astype(np.uint32), *rest))
     version, gauss = numbers["python"]
     random.setstate((version, tuple(states["python"].tolist()), gauss))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    if torch.accelerator.is_available() and _accelerator() in states:
+        torch.get_device_module(_accelerator()).set_rng_state(states[_accelerator()])
+
+
+def _accelerator() -> str:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None  # it is available
+    return device.type
 
 
 def _with_tuples_of(form: Any, value: Any) -> Any:
