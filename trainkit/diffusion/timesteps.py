@@ -16,7 +16,8 @@ def draw_timesteps(
 ) -> torch.Tensor:
     """Timesteps (B,) to train on from `uniforms` (B,) float64 in [0, 1), distributed as `--timestep_sampling` says.
 
-    They are computed on the host, in float64, and are the same on every `device` they are copied to. int64 in [0, T) for DDPMScheduler, float32 in [0, T) for flow matching, where `--noise_shift` s maps t to
+    They are computed on the host, in float64, and are the same on every `device` that they are copied to. int64 in
+    [0, T) for DDPMScheduler, float32 in [0, T) for flow matching, where `--noise_shift` s maps t to
     s t / (1 + (s - 1) t) (Esser et al. 2024, Eq. 23).
 
     uniform        all timesteps equally often

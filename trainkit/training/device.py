@@ -1,5 +1,9 @@
 """Speed and memory: device settings, memory layout, compilation, micro-batch size. None changes what is learned."""
 
+import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,8 +17,13 @@ from trainkit.options.training import HardwareOptions
 
 
 def prepare_device(options: HardwareOptions) -> None:
-    """`--allow_tf32`: on CUDA, products of float32 matrices and convolutions in TensorFloat-32 (10 bits mantissa)."""
+    """On CUDA: the fastest algorithm for each convolution, and with `--allow_tf32` float32 products in TensorFloat-32.
+
+    TensorFloat-32 has 10 bits of mantissa. torch and diffusers' example use it for convolutions alone, unless told
+    otherwise. It makes no difference under bf16 and fp16 autocast.
+    """
     if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True  # off again with --deterministic
         torch.set_float32_matmul_precision("high" if options.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = options.allow_tf32
 
@@ -39,13 +48,30 @@ def move_to_device(unet: UNet2DModel, options: HardwareOptions, device: torch.de
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_unet(unet: UNet2DModel, options: HardwareOptions, micro_steps: int) -> None:
-    """`--compile`: in place, so that weights keep their names; the first step takes a minute or more.
+def wants_compilation(options: HardwareOptions, device: torch.device) -> bool:
+    """Whether the UNet is compiled: what `--compile` or `--no_compile` says, else on CUDA if torch.compile can run."""
+    if options.compile is not None or device.type != "cuda":
+        return bool(options.compile)
+    missing = None
+    if torch.cuda.get_device_capability(device)[0] < 7:
+        missing = "a GPU of compute capability 7.0 or newer"
+    elif importlib.util.find_spec("triton") is None:
+        missing = "the package triton"
+    elif sys.platform != "win32" and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        missing = "a C compiler"
+    if missing:
+        print(f"the UNet is not compiled, because torch.compile needs {missing}", flush=True)
+    return missing is None
 
-    With several micro-steps CUDA graphs are left out: gradients add up in memory that the next replay overwrites
-    (pytorch#169545).
+
+def compile_unet(unet: UNet2DModel, options: HardwareOptions, micro_steps: int, device: torch.device) -> None:
+    """Compile `unet` in place, so that weights keep their names, if `wants_compilation`.
+
+    The first step then takes a minute or more. By default a part that cannot be compiled runs as it is. With several
+    micro-steps CUDA graphs are left out: gradients add up in memory that the next replay overwrites (pytorch#169545).
     """
-    if options.compile:
+    if wants_compilation(options, device):
+        torch._dynamo.config.suppress_errors = options.compile is None
         mode = options.compile_mode
         if micro_steps > 1:
             mode = WITHOUT_GRAPHS.get(mode, mode)

@@ -104,7 +104,7 @@ def compile_as_launched(options: TrainingOptions) -> TrainingOptions:
             )
     del os.environ[DYNAMO + "BACKEND"]
     mode = os.environ.get(DYNAMO + "MODE", options.compile_mode)
-    return options if options.compile else replace(options, compile=True, compile_mode=mode)
+    return options if options.compile is not None else replace(options, compile=True, compile_mode=mode)
 
 
 def _is_deepspeed_offload(name: str) -> bool:

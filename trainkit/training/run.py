@@ -77,6 +77,7 @@ class Run:
     def __post_init__(self) -> None:
         self.shape, self.output_dir = self.loader.shape, self.writing.output_dir
         self.sharded = is_sharded(self.unet)
+        self._compiling_since: float | None = None  # in the first micro-step, if the UNet is compiled
         self._micro_step, self._step_loss = 0, torch.zeros((), device=self.accelerator.device)
 
     # The loop
@@ -90,6 +91,7 @@ class Run:
         signals = StopSignals(self.step)
         self.log.start(self.step, self.max_train_steps)
         self.model.train()
+        self._compiling_since = None if self.unet._compiled_call_impl is None else time.perf_counter()
         try:
             for batch in self.loader.iterate(self.step, self.max_train_steps):
                 self._micro_step = batch.micro_step
@@ -119,6 +121,8 @@ class Run:
     def update(self, loss: torch.Tensor) -> None:
         """Backward pass of a micro-step's `loss` (scalar, mean over its images); the last one steps the optimizer."""
         self.accelerator.backward(loss)
+        if self._compiling_since is not None:
+            self._report_compilation(time.perf_counter() - self._compiling_since)
         self._step_loss += loss.detach() / self.shape.micro_steps
         if not self.end_of_step:
             return
@@ -138,6 +142,11 @@ class Run:
         self.log.add(self.step, self._step_loss, learning_rate, grad_norm)
         self._step_loss = torch.zeros_like(self._step_loss)
         self._after_step()
+
+    def _report_compilation(self, seconds: float) -> None:
+        self._compiling_since = None
+        self.log.pause(seconds)
+        self.accelerator.print(f"\ncompiled the UNet in {seconds:.1f} s (--no_compile: start without)", flush=True)
 
     def _after_step(self) -> None:
         """Log, compare replicas and write a checkpoint if they are due."""

@@ -133,7 +133,7 @@ def start_run(
     max_train_steps = count_steps(options, len(images), shape.global_size)
     image_flops = flops_of_image(unet, (images.channels, images.height, images.width), inputs_of(1))
     model, optimizer = _prepare_model(options, accelerator, unet)
-    compile_unet(accelerator.unwrap_model(model), options, shape.micro_steps)
+    compile_unet(accelerator.unwrap_model(model), options, shape.micro_steps, accelerator.device)
     run = _build_run(
         options,
         accelerator,
