@@ -8,6 +8,8 @@ import torch.distributed as dist
 from pytorch_optimizer import Muon
 from torch.distributed.tensor import DTensor
 
+GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
 
 class DividedMuon(Muon):
     """`pytorch_optimizer.Muon` with the same updates, bit for bit, on processes that all hold the same gradients.
@@ -53,7 +55,7 @@ class DividedMuon(Muon):
             batch = [own[position] for position in positions]
             for index, update in zip(batch, self._orthogonalize(group, [matrices[i] for i in batch]), strict=True):
                 places[index].copy_(update)
-        dist.all_gather_into_tensor(shares.view(-1), shares[rank].clone())
+        GATHER(shares.view(-1), shares[rank].clone())
         return places
 
 

@@ -1,11 +1,12 @@
 """The log of a run: metrics.jsonl, the experiment tracker, the progress bar and loss.png."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -193,9 +194,10 @@ class StepLog:
         try:
             with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(_to_json(row)) + "\n" for row in rows)
-            for row in rows if self._tracked else ():
-                numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
-                self.accelerator.log(numbers, step=row["step"])
+            with _one_flush(self.accelerator.trackers if self._tracked else []):
+                for row in rows if self._tracked else ():
+                    numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
+                    self.accelerator.log(numbers, step=row["step"])
         except OSError as error:  # a full disk must not end the training
             print(f"\nWARNING: {METRICS_FILE} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
@@ -209,6 +211,20 @@ class StepLog:
 
     def close(self) -> None:
         self.progress.close()
+
+
+@contextlib.contextmanager
+def _one_flush(trackers: list) -> Iterator[None]:
+    """Flush TensorBoard's file once after the block; Accelerate's tracker does so for each step that it is given."""
+    writers = [tracker.writer for tracker in trackers if tracker.name == "tensorboard"]
+    for writer in writers:
+        writer.flush = lambda: None  # hides the method of the class
+    try:
+        yield
+    finally:
+        for writer in writers:
+            del writer.flush
+            writer.flush()
 
 
 def _to_json(row: dict) -> dict:

@@ -126,6 +126,7 @@ class Run:
         self._step_loss += loss.detach() / self.shape.micro_steps
         if not self.end_of_step:
             return
+        self.checkpoints.before_update()
         limit = self.options.max_grad_norm or math.inf
         grad_norm = gradient_norm_to_tensor(self.accelerator.clip_grad_norm_(self.unet.parameters(), limit))
         if self.accelerator.scaler is None:
@@ -184,6 +185,7 @@ class Run:
         In evaluation mode, on every rank. The time inside does not count as training.
         """
         self._flush_log()  # trackers refuse a step below one they have seen
+        self.checkpoints.before_update()
         started = time.perf_counter()
         with averaged_by_optimizer(self.optimizer.optimizer) if self.ema is None else self.ema.swapped_in():
             with without_augmentation_input(self.unet):

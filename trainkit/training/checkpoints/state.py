@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from trainkit.processes import wait_for_everyone
 from trainkit.training.averages.ema import ShardedEMA
+from trainkit.training.checkpoints.host_copies import HostCopies
 from trainkit.training.sharding import (
     full_optimizer_state,
     full_weights,
@@ -43,6 +44,7 @@ class Snapshot:
     weights: dict[str, dict[str, Tensor]]  # folder -> tensors
     optimizer: dict[str, Tensor]  # "<parameter>/<what>"
     training_state: dict[str, Any]  # JSON
+    copies: HostCopies | None = None  # whose tensors have their content once it was waited for
 
 
 def take_snapshot(
@@ -53,13 +55,16 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy the full weights, averages and optimizer state to the CPU of rank 0; a collective.
 
+    Call `copies.before_update()` of the result before any of them changes.
+
     `averages` maps the folder of each average to it. `training_state` is the rest of training_state.json.
     """
     config = json.loads(unet.to_json_string())
-    configs, weights = {UNET: config}, {UNET: full_weights(unet)}
+    copies = HostCopies(next(unet.parameters()).device)
+    configs, weights = {UNET: config}, {UNET: full_weights(unet, copies.add)}
     for name, average in averages.items():
-        configs[name], weights[name] = config | average.state_dict(), average.full_weights()
-    saved = full_optimizer_state(unet, optimizer)
+        configs[name], weights[name] = config | average.state_dict(), average.full_weights(copies.add)
+    saved = full_optimizer_state(unet, optimizer, copies.add)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, values in saved.get("state", {}).items():
@@ -67,11 +72,13 @@ def take_snapshot(
             (tensors if isinstance(value, Tensor) else numbers)[f"{name}/{what}"] = value
     groups = tree_map_only(Tensor, lambda value: {TENSOR: value.tolist()}, saved.get("param_groups", []))
     training_state = training_state | {"optimizer": {"param_groups": groups, "numbers": numbers}}
-    return Snapshot(configs, weights, tensors, training_state)
+    return Snapshot(configs, weights, tensors, training_state, copies)
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> None:
     """Write unet/ and the averages (each loadable by diffusers), optimizer.safetensors and training_state.json."""
+    if snapshot.copies is not None:
+        snapshot.copies.wait()
     for name, config in snapshot.configs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
