@@ -27,6 +27,7 @@ def distill(options: DistillationOptions) -> None:
     from trainkit.distillation.data import check_options, open_data
     from trainkit.distillation.stages import Distillation, plan_stages
     from trainkit.distillation.teacher import engine_options, open_teacher
+    from trainkit.processes import end_together
     from trainkit.training.start import start_accelerator
 
     teacher = open_teacher(options)
@@ -44,7 +45,7 @@ def distill(options: DistillationOptions) -> None:
                 return
             distillation.complete(stage)
         distillation.next_teacher(stage)
-    accelerator.end_training()
+    end_together(accelerator)
 
 
 def train_student(distillation, stage, data) -> bool:

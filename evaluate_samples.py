@@ -83,6 +83,7 @@ def evaluate(options: Options) -> dict | None:
     from trainkit.evaluation.features import open_extractor
     from trainkit.evaluation.images import describe_splits, open_images, read_sampling_record
     from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
+    from trainkit.processes import end_together
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
     refuse_dynamo_config("evaluate_samples.py")
@@ -107,7 +108,7 @@ def evaluate(options: Options) -> dict | None:
         held_out = score_images(held_out, chosen, *compute, "held-out")
     sides = (("--generated", generated), ("--reference", reference))
     is_main = accelerator.is_main_process
-    accelerator.end_training()
+    end_together(accelerator)
     if not is_main:
         return None
     return {

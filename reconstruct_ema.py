@@ -89,6 +89,7 @@ def best_length(options: Options, snapshots) -> tuple[float, dict]:
     import numpy as np
     import torch
 
+    from trainkit.diffusion.frozen import local_device
     from trainkit.evaluation.features import EfficientNetLite0, extract_features
     from trainkit.evaluation.images import ImageArray, open_images
     from trainkit.evaluation.metrics import kernel_distance
@@ -97,7 +98,7 @@ def best_length(options: Options, snapshots) -> tuple[float, dict]:
     from trainkit.training.score import FEATURE_BATCH_SIZE, MINIMUM_IMAGES, REFERENCE_IMAGES
 
     set_cpu_threads(options.cpu_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     lengths = candidates(options, snapshots)
     sums = [snapshots.coefficients(length)[0] for length in lengths]  # refuses before the first is sampled
     extractor = EfficientNetLite0()

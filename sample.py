@@ -13,7 +13,7 @@ grid.png, sampling.json and metadata.jsonl (seed and condition of each image). R
 only the missing images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ class ComputeOptions:
     mixed_precision: str | None = option(
         None, "autocast of the UNet; default: what `accelerate launch` says, else no", choices=("no", "fp16", "bf16")
     )
-    compile: bool = option(False, "compile the UNet with torch.compile: minutes at the start, faster steps on GPUs")
+    compile: bool | None = option(
+        None, "compile the UNet with torch.compile: minutes at the start, faster steps on GPUs; default: no"
+    )
     compile_mode: str = option(
         "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
         choices=("default", "reduce-overhead", "max-autotune"),
@@ -85,13 +87,15 @@ class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions):
 
 
 def sample(options: Options) -> None:
+    from trainkit.processes import end_together, main_process_first
     from trainkit.sampling.load import find_pipeline, load_pipeline
     from trainkit.sampling.schedulers import check_steps, load_scheduler
     from trainkit.training.launch import compile_as_launched, start_accelerator
 
     options = compile_as_launched(options)
+    options = replace(options, compile=bool(options.compile))
     accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
-    with accelerator.main_process_first():
+    with main_process_first():
         model_folder = find_pipeline(options.model_name_or_path)
     scheduler = load_scheduler(model_folder, options.scheduler)
     check_steps(scheduler, options.num_inference_steps)
@@ -108,7 +112,7 @@ def sample(options: Options) -> None:
             f"--output_dir {options.output_dir} cannot be written ({error.strerror}): free some space and run the "
             "same command again, which generates only the missing images"
         ) from None
-    accelerator.end_training()
+    end_together(accelerator)
 
 
 def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions) -> tuple[dict, Any, set[int]]:
@@ -118,6 +122,7 @@ def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions
     """
     from accelerate.utils import broadcast_object_list
 
+    from trainkit.processes import wait_for_everyone
     from trainkit.sampling.generate import image_shape
     from trainkit.sampling.load import weights_digest
     from trainkit.sampling.record import SPEED, open_samples, read_record, start_record, versions
@@ -148,7 +153,7 @@ def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions
         }
         | {name: earlier[name] for name in SPEED if name in earlier}
     )
-    accelerator.wait_for_everyone()  # no process writes before all have read the record
+    wait_for_everyone()  # no process writes before all have read the record
     missing: set[int] = set()
     if accelerator.is_main_process:
         missing = set(range(options.num_images)) - samples.held()
@@ -174,7 +179,7 @@ def generate_missing(options: Options, accelerator, pipeline, conditions, sample
         return {}
     layout = memory_format(options, accelerator.device)
     pipeline.to(accelerator.device).unet.to(memory_format=layout)
-    compile_unet(pipeline.unet, options, micro_steps=1)
+    compile_unet(pipeline.unet, options, 1, accelerator.device)
     share = -(-options.num_images // accelerator.num_processes)  # so that every process has a batch
     batch_size = limited_batch_size(pipeline, min(options.sample_batch_size, share))
     units = cut_units(options.num_images, batch_size, missing, padded=options.compile)

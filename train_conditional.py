@@ -66,7 +66,8 @@ def train(options: ConditionalTrainingOptions) -> None:
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
 
     def loss_of(model, batch):
-        return losses(model, batch, draw_timesteps(options, noise_scheduler, batch.uniforms)).mean()
+        timesteps = draw_timesteps(options, noise_scheduler, batch.uniforms, batch.images.device)
+        return losses(model, batch, timesteps).mean()
 
     def pipeline_of(unet):
         return conditional_pipeline(unet, noise_scheduler, **condition.components, **images.components)

@@ -54,7 +54,8 @@ def train(options: Options) -> None:
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
 
     def loss_of(model, batch):
-        return losses(model, batch, draw_timesteps(options, noise_scheduler, batch.uniforms)).mean()
+        timesteps = draw_timesteps(options, noise_scheduler, batch.uniforms, batch.images.device)
+        return losses(model, batch, timesteps).mean()
 
     def pipeline_of(unet):
         return DDPMPipeline(unet, noise_scheduler)

@@ -2,11 +2,13 @@
 
     python benchmarks/train.py --rounds 6 --steps 20
 
-The three take turns on the same images, UNet, batch, optimizer, EMA and precision, `--steps` optimizer steps a turn:
+They take turns on the same images, UNet, batch, EMA and precision, `--steps` optimizer steps per turn:
 - plain: images in the device's memory as float tensors, autocast, AdamW, clipping, EMA, nothing else
 - example: the loop of diffusers' train_unconditional.py, its DataLoader over PNG files included
-- engine: this project's Run, as train_unconditional.py drives it; on CUDA with --compile (--no_compile here: without)
-Prints images/s of each (median over rounds) and the ratios of the engine to both, the share of its time that the
+- engine: this project's Run, as train_unconditional.py drives it, with AdamW and the objective of the other two; on
+  CUDA with --compile (--no_compile here: without)
+- defaults: the same with its default optimizer and objective (Muon, the image), which cost more per step
+Prints images/s of each (median over rounds) and the ratios of our two to the others, the share of its time that the
 engine waits for data, FLOP/s and, on a device whose peak is known, the share of that. Memory is the peak of a process
 that runs one loop alone, a few steps of it: of the device on CUDA, else all of the process.
 """
@@ -21,11 +23,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainkit.diffusion.unet import EXAMPLE_UNET
 from trainkit.errors import run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 
-SIDE, NUM_IMAGES = 32, 2000
+NUM_IMAGES = 2000
 UNETS = {
     "small": {
         "layers_per_block": 1,
@@ -43,8 +46,9 @@ UNETS = {
         "attention_head_dim": None,
         "dropout": 0.1,
     },
+    "example": EXAMPLE_UNET,  # of diffusers' train_unconditional.py: 113.7 M parameters
 }
-LOOPS = ("engine", "plain", "example")
+LOOPS = ("engine", "defaults", "plain", "example")
 
 
 @dataclass
@@ -55,10 +59,13 @@ class BenchmarkOptions:
     steps: int = option(20, "optimizer steps a turn")
     unet: str | None = option(None, "the UNet; default: ddpm_cifar10 on CUDA, else small", choices=tuple(UNETS))
     batch_size: int | None = option(None, "images a step; default: 128 on CUDA, else 32")
-    mixed_precision: str = option("bf16", "autocast of all three", choices=("no", "bf16"))
+    resolution: int = option(32, "height and width of the images")
+    mixed_precision: str = option("bf16", "autocast of all loops", choices=("no", "bf16"))
     compile: bool | None = option(None, "let the engine compile its UNet; default: on CUDA")
     memory: bool = option(True, "measure memory, each loop in a separate process")
+    loops: list[str] = option(list(LOOPS), "the loops to compare", choices=LOOPS, nargs="+")
     only: str | None = option(None, "run this loop alone and print its peak memory in MiB", choices=LOOPS)
+    json_file: str | None = option(None, "also write the figures to this file")
 
     def wait(self) -> None:
         """Fill in what depends on the device."""
@@ -69,35 +76,47 @@ class BenchmarkOptions:
         self.unet = self.unet or ("ddpm_cifar10" if on_cuda else "small")
         self.batch_size = self.batch_size or (128 if on_cuda else 32)
         self.compile = on_cuda if self.compile is None else self.compile
-        self.unet_config = {"sample_size": SIDE} | UNETS[self.unet]
+        self.unet_config = {"sample_size": self.resolution} | UNETS[self.unet]
 
 
 def engine(options, files: Path, work: Path) -> Iterator[float]:
     """Optimizer steps of this project's Run, one a `next`, which gives the seconds waited for data so far."""
+    yield from _run(options, files, work / "engine", optimizer="adamw", prediction_type="epsilon")
+
+
+def defaults(options, files: Path, work: Path) -> Iterator[float]:
+    """The same with the default optimizer and objective."""
+    yield from _run(options, files, work / "defaults")
+
+
+def _run(options, files: Path, work: Path, **settings) -> Iterator[float]:
     from train_unconditional import Options
     from trainkit.data.cache import open_or_prepare
-    from trainkit.diffusion.noise_schedule import build_noise_scheduler, uniform_timesteps
+    from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
     from trainkit.diffusion.objective import denoising_errors
+    from trainkit.diffusion.timesteps import draw_timesteps
     from trainkit.diffusion.unet import build_unet
-    from trainkit.training.start import start_accelerator, start_run
+    from trainkit.training.start import resolve_options, start_accelerator, start_run
 
-    (work / "unet").mkdir()
+    (work / "unet").mkdir(parents=True)
     (work / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | options.unet_config))
     settings = Options(
-        train_data_dir=str(files), cache_dir=str(work / "cache"), resolution=str(SIDE), center_crop=True,
+        train_data_dir=str(files), cache_dir=str(work / "cache"), resolution=str(options.resolution), center_crop=True,
         model_config_name_or_path=str(work / "unet"), output_dir=str(work / "model"),
         train_batch_size=options.batch_size, max_train_steps=10**6, checkpointing_steps=0, logger="none",
-        mixed_precision=options.mixed_precision, compile=options.compile, optimizer="adamw", prediction_type="epsilon",
+        mixed_precision=options.mixed_precision, compile=options.compile, **settings,
     )  # fmt: skip
+    settings = resolve_options(settings)
     images = open_or_prepare(settings)
     accelerator = start_accelerator(settings)
     noise_scheduler = build_noise_scheduler(settings)
-    run = start_run(settings, accelerator, build_unet(settings, SIDE, SIDE, 3), images)
+    run = start_run(settings, accelerator, build_unet(settings, options.resolution, options.resolution, 3), images)
     for batch in run.batches():
-        timesteps = uniform_timesteps(batch.uniforms, settings.ddpm_num_steps)
-        noisy_images = noise_scheduler.add_noise(batch.images, batch.noise, timesteps)
+        timesteps = draw_timesteps(settings, noise_scheduler, batch.uniforms, batch.images.device)
+        noisy_images = add_noise(noise_scheduler, batch.images, batch.noise, timesteps)
         prediction = run.model(noisy_images, timesteps).sample
-        errors = denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps)
+        weighting = settings.snr_gamma, settings.loss_weighting
+        errors = denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
         run.update(errors.mean())
         yield run.loader.wait_s
 
@@ -146,7 +165,7 @@ def example(options, files: Path, work: Path) -> Iterator[float]:
             return len(paths)
 
         def __getitem__(self, i):
-            image = Image.open(paths[i]).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            image = Image.open(paths[i]).convert("RGB").resize((options.resolution,) * 2, Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
 
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
@@ -190,7 +209,7 @@ def peak_memory_mib(options, name: str) -> float:
     """The memory peak of a separate process that runs the loop `name`."""
     command = [sys.executable, __file__, "--only", name, "--rounds", 1, "--steps", 3, "--unet", options.unet]
     command += ["--batch_size", options.batch_size, "--mixed_precision", options.mixed_precision]
-    command += ["--compile", str(options.compile).lower()]
+    command += ["--resolution", options.resolution, "--compile", str(options.compile).lower()]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -203,7 +222,7 @@ def report(options, speeds: dict, wait_share: float, memory: dict) -> None:
 
     device_name = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
     peak = peak_tflops(device_name, options.mixed_precision)
-    flops = flops_of_image(UNet2DModel(**options.unet_config), (3, SIDE, SIDE))
+    flops = flops_of_image(UNet2DModel(**options.unet_config), (3, options.resolution, options.resolution))
     print(
         f"{device_name}, {options.mixed_precision}, UNet {options.unet}, {options.batch_size} images a step, "
         f"{flops / 1e9:.2f} GFLOPs an image, engine {'compiled' if options.compile else 'not compiled'}"
@@ -215,10 +234,17 @@ def report(options, speeds: dict, wait_share: float, memory: dict) -> None:
         words += [f"MFU {speed * flops / (peak * 1e12):.1%}"] if peak else []
         words += [f"peak memory {memory[name]:,.0f} MiB"] if memory else []
         print(", ".join(words))
-    for peer in ("plain", "example"):
-        ratio = statistics.median(a / b for a, b in zip(speeds["engine"], speeds[peer], strict=True))
-        print(f"engine / {peer}: {ratio:.3f} (median over {options.rounds} turns)")
+    ratios = {}
+    for ours in {"engine", "defaults"} & speeds.keys():
+        for peer in {"plain", "example"} & speeds.keys():
+            ratio = statistics.median(a / b for a, b in zip(speeds[ours], speeds[peer], strict=True))
+            ratios[f"{ours} / {peer}"] = ratio
+            print(f"{ours} / {peer}: {ratio:.3f} (median over {options.rounds} turns)")
     print(f"engine waits for data: {wait_share:.2%} of its time")
+    if options.json_file is not None:
+        found = {"device": device_name, "gflop_per_image": flops / 1e9, "peak_tflops": peak, "images_per_s": speeds}
+        found |= {"ratios": ratios, "wait_share": wait_share, "memory_mib": memory}
+        Path(options.json_file).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def main() -> None:
@@ -229,15 +255,19 @@ def main() -> None:
 
     from trainkit.training.throughput import memory_peak_mib
 
-    memory = {name: peak_memory_mib(options, name) for name in LOOPS} if options.memory and not options.only else {}
+    measured = options.loops if options.memory and not options.only else ()
+    memory = {name: peak_memory_mib(options, name) for name in measured}
     with tempfile.TemporaryDirectory() as folder:
         work, files = Path(folder), Path(folder) / "images"
         files.mkdir()
-        pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(0).integers(
+            0, 256, (NUM_IMAGES, options.resolution, options.resolution, 3), dtype=np.uint8
+        )
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(files / f"{i:05d}.png")
-        loops = {loop.__name__: loop(options, files, work) for loop in (engine, plain, example)}
-        loops = {name: loop for name, loop in loops.items() if options.only in (None, name)}
+        wanted = [options.only] if options.only else options.loops
+        functions = (engine, defaults, plain, example)
+        loops = {loop.__name__: loop(options, files, work) for loop in functions if loop.__name__ in wanted}
         speeds: dict[str, list[float]] = {name: [] for name in loops}
         wait_shares: list[float] = []
         waited_before = 0.0
@@ -255,7 +285,7 @@ def main() -> None:
     if options.only:
         print(f"{memory_peak_mib(options.device):.1f}")
     else:
-        report(options, speeds, statistics.median(wait_shares[1:]), memory)
+        report(options, speeds, statistics.median(wait_shares[1:] or [0.0]), memory)
 
 
 if __name__ == "__main__":

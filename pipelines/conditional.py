@@ -61,7 +61,7 @@ def noise_level(scheduler, index: int, timestep: torch.Tensor) -> float:
         sigma = float(scheduler.sigmas[index])
         return math.inf if sigma >= 1 else sigma / (1 - sigma)
     if hasattr(scheduler, "alphas_cumprod"):
-        alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
+        alphas_cumprod = scheduler.alphas_cumprod.cpu().double().numpy()  # MPS has no float64
         alpha = np.interp(float(timestep), np.arange(len(alphas_cumprod)), alphas_cumprod)
         return math.inf if alpha <= 0 else math.sqrt((1 - alpha) / alpha)
     return float(scheduler.sigmas[index])

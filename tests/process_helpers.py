@@ -1,4 +1,4 @@
-"""Run scripts as processes of their own, in children of the fork server: without seconds of imports for each.
+"""Run scripts as processes of their own; on Linux in children of the fork server, without seconds of imports each.
 
 python tests/process_helpers.py SCRIPT ...      as `python SCRIPT ...`, for a launcher that starts processes
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no other
 ROOT = Path(__file__).resolve().parent.parent
 SERVER_FOLDER = "TEST_FORK_SERVER"  # set by the process that starts the workers of pytest, and read by each
 # Libraries read these when they are imported, so that a forked child would not see another value.
@@ -113,7 +114,7 @@ class ForkedProcess:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
-            self.returncode = int(self._lines.readline() or -signal.SIGKILL)
+            self.returncode = int(self._lines.readline() or -KILL)
             self._connection.close()
         return self.returncode
 
@@ -125,6 +126,23 @@ class ForkedProcess:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+
+class SpawnedProcess:
+    """As `ForkedProcess`, in a fresh interpreter: for systems other than Linux."""
+
+    def __init__(self, arguments, environment, stdout, stderr, folder=ROOT, code=None):
+        words = ["-c", code, *arguments[1:]] if code else arguments
+        command = [sys.executable, *map(str, words)]
+        self._process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+        )
+        self.pid, self.wait, self.poll = self._process.pid, self._process.wait, self._process.poll
+        self.send_signal = self._process.send_signal
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
 
 
 class ScriptRun:
@@ -144,7 +162,8 @@ class ScriptRun:
             own = {name: str(value) for name, value in ranks.items()} if processes > 1 else {}
             words = [script if code else ROOT / script, *arguments]
             targets = (pipe.target for pipe in self._pipes)
-            self.ranks.append(ForkedProcess(words, shared | own, *targets, folder, code))
+            start = ForkedProcess if sys.platform == "linux" else SpawnedProcess
+            self.ranks.append(start(words, shared | own, *targets, folder, code))
         for pipe in self._pipes:
             pipe.close()
 
@@ -162,7 +181,7 @@ class ScriptRun:
                     rank.send_signal(signal.SIGTERM)
             if time.monotonic() > deadline:
                 for rank in self.ranks:
-                    rank.send_signal(signal.SIGKILL)
+                    rank.send_signal(KILL)
                 assert failed is not None, f"not done after {timeout} s: {self.output()}"
             time.sleep(0.01)
         for pipe in self._pipes:

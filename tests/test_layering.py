@@ -14,6 +14,7 @@ LAYERS = (
         "trainkit.atomic",
         "trainkit.packages",
         "trainkit.locking",
+        "trainkit.processes",
         "trainkit.options",
     ),
     ("trainkit.data", "trainkit.diffusion"),

@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
+REPLACE_ATTEMPTS, REPLACE_DELAY_S = 40, 0.05
 
 
 @contextlib.contextmanager
@@ -22,11 +25,33 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         if flush:
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-        os.replace(temporary, path)
+            flush_to_disk(temporary)
+        _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder: its content is on the disk afterwards. Windows has this for files only."""
+    if sys.platform == "win32" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Rename `new` to `old`. Windows refuses while another process reads `old`, which is over in a moment."""
+    for attempt in range(REPLACE_ATTEMPTS if sys.platform == "win32" else 1, 0, -1):
+        try:
+            os.replace(new, old)
+            return
+        except PermissionError:
+            if attempt == 1:
+                raise
+            time.sleep(REPLACE_DELAY_S)
 
 
 def write_text(path: Path, text: str) -> None:

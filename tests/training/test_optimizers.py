@@ -15,6 +15,7 @@ from training_helpers import losses, run_in_process, same_weights, tiny_run
 from trainkit.errors import UserError
 from trainkit.options.training import HardwareOptions, OptimizationOptions
 from trainkit.training.checkpoints.state import restore, take_snapshot, write_snapshot
+from trainkit.training.divided_muon import _cost, owners_of
 from trainkit.training.guards import step_if_finite
 from trainkit.training.optimizers import (
     averaged_by_optimizer,
@@ -249,3 +250,49 @@ def test_what_needs_more_than_is_here_is_refused(monkeypatch):
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
         with pytest.raises(UserError, match=message):
             check_optimization(Options(optimizer="adamw_8bit"))
+
+
+def muon_steps(rank: int, processes: int, store: str, config: str, result: str, steps: int = 3) -> None:
+    """What a process of the test below does: the same gradients on each; the first writes its weights and state."""
+    from diffusers import UNet2DModel
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=processes, store=dist.FileStore(store, processes))
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(config))
+    optimizer = build_optimizer(options_for("muon"), unet)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in unet.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    states = {f"{i}/{what}": x for i, p in enumerate(unet.parameters()) for what, x in optimizer.state[p].items()}
+    save_file({name: p.detach() for name, p in unet.named_parameters()} | states, f"{result}{rank}")
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_muon_divided_over_processes_is_muon_bit_for_bit(tiny_unet, tmp_path, monkeypatch):
+    from pytorch_optimizer import Muon
+
+    from trainkit.training import divided_muon
+
+    arguments = str(tmp_path / "store"), str(tiny_unet), str(tmp_path / "two")
+    torch.multiprocessing.spawn(muon_steps, (2, *arguments), nprocs=2)
+    muon_steps(0, 1, "", str(tiny_unet), str(tmp_path / "one"))
+    monkeypatch.setattr(divided_muon, "DividedMuon", Muon)
+    muon_steps(0, 1, "", str(tiny_unet), str(tmp_path / "library"))
+    for name in ("two0", "two1", "one0"):
+        same_weights(tmp_path / name, tmp_path / "library0")
+
+
+def test_each_process_gets_its_share_of_the_work():
+    shapes = [(256, 256, 3, 3)] * 9 + [(128, 128, 3, 3)] * 8 + [(512, 256)] * 3
+    owners = owners_of(shapes, 4)
+    work = [sum(_cost(s) for s, owner in zip(shapes, owners, strict=True) if owner == p) for p in range(4)]
+    assert max(work) < 1.35 * sum(work) / 4
+    assert owners == owners_of(shapes, 4) and set(owners_of(shapes, 1)) == {0}
+    assert len(set(owners_of(shapes[:2], 8))) == 2

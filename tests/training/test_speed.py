@@ -17,10 +17,20 @@ from training_helpers import losses, run_in_process, same_weights, tiny_run
 
 from trainkit.diffusion.timesteps import draw_timesteps
 from trainkit.errors import UserError
-from trainkit.options.training import OptimizationOptions
+from trainkit.options.training import HardwareOptions, OptimizationOptions
 from trainkit.training import guards
-from trainkit.training.device import compile_unet, largest_micro_batch, memory_format, move_to_device, uncompiled
+from trainkit.training.averages.ema import ShardedEMA
+from trainkit.training.device import (
+    compile_unet,
+    largest_micro_batch,
+    memory_format,
+    move_to_device,
+    prepare_device,
+    uncompiled,
+    wants_compilation,
+)
 from trainkit.training.optimizers import build_optimizer
+from trainkit.training.sharding import full_weights, load_full_weights
 from trainkit.training.throughput import Throughput, flops_of_image, memory_peak_mib, peak_tflops
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -58,7 +68,7 @@ def train(image_folder, one_level_unet, cache_dir, tmp_path, monkeypatch):
     [{"channels_last": "yes"}, {"gradient_checkpointing": True}, {"compile": True}],
     ids=["channels_last", "gradient_checkpointing", "compile"],
 )
-def test_what_is_learned_and_saved_stays_the_same(train, monkeypatch, flags):
+def test_what_is_learned_and_saved_stays_the_same(train, monkeypatch, flags, capsys):
     """Inductor, which takes a minute for the smallest UNet, has the test below; here the captured graph is run."""
     graphs, compile_module, as_captured = [], UNet2DModel.compile, torch._dynamo.lookup_backend("aot_eager")
 
@@ -72,6 +82,7 @@ def test_what_is_learned_and_saved_stays_the_same(train, monkeypatch, flags):
     monkeypatch.setattr(UNet2DModel, "compile", compile_without_inductor)
     plain, other = train("plain"), train("other", **flags)
     assert len(graphs) == ("compile" in flags)  # one for all steps and none for sampling, with a checkpoint between
+    assert capsys.readouterr().out.count("compiled the UNet in ") == ("compile" in flags)
     assert losses(other) == pytest.approx(losses(plain), rel=1e-4)
     same_weights(plain / WEIGHTS, other / WEIGHTS, tolerance=1e-4)
     same_weights(plain / "checkpoint-4" / WEIGHTS, other / "checkpoint-4" / WEIGHTS, tolerance=1e-4)
@@ -118,6 +129,60 @@ def test_each_option_reaches_the_unet():
     options.channels_last = "auto"
     assert memory_format(options, torch.device("cpu")) == torch.contiguous_format
     assert memory_format(options, torch.device("cuda")) == torch.channels_last
+
+
+def test_the_unet_is_compiled_by_default_on_cuda_where_that_works(monkeypatch, capsys):
+    options, cuda = HardwareOptions(), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert wants_compilation(options, cuda)
+    for kind in ("cpu", "mps", "xpu"):
+        assert not wants_compilation(options, torch.device(kind))
+    assert wants_compilation(HardwareOptions(compile=True), torch.device("cpu"))
+    assert not wants_compilation(HardwareOptions(compile=False), cuda)
+    assert capsys.readouterr().out == ""
+    for name, value, missing in (
+        ("shutil.which", None, "a C compiler"),
+        ("importlib.util.find_spec", None, "the package triton"),
+    ):
+        monkeypatch.setattr(name, lambda *arguments, value=value: value)
+        assert not wants_compilation(options, cuda) and f"torch.compile needs {missing}" in capsys.readouterr().out
+
+
+def test_convolutions_are_timed_on_cuda_unless_deterministic(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        prepare_device(HardwareOptions())
+        assert torch.backends.cudnn.benchmark and torch.get_float32_matmul_precision() == "high"
+        prepare_device(HardwareOptions(allow_tf32=False))
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before[0], before[2]
+        torch.set_float32_matmul_precision(before[1])
+
+
+def test_channels_last_lasts(tiny_unet):
+    """The input of each convolution, the gradients and the averages, before and after a load of contiguous weights."""
+    options = SimpleNamespace(gradient_checkpointing=False, channels_last="yes", shard_weights=False)
+    unet = move_to_device(UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet)), options, torch.device("cpu"))
+    average, seen = ShardedEMA(unet), []
+
+    def note(convolution, inputs):
+        seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    for _ in range(2):
+        unet(torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last), 5).sample.sum().backward()
+        average.step()
+        weights = [*unet.parameters(), *average._averages, *(p.grad for p in unet.parameters())]
+        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights if w.ndim == 4)
+        load_full_weights(unet, {name: value.contiguous() for name, value in full_weights(unet).items()})
+        average.load_full_weights(average.full_weights())
+    assert seen and all(seen)
 
 
 def test_compile_is_asked_of_torch(train, monkeypatch):
@@ -214,15 +279,17 @@ def values_of(model, optimizer):
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "edm_lognormal"])
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, FlowMatchEulerDiscreteScheduler])
 def test_drawing_timesteps_reads_nothing(sampling, scheduler_class):
-    """Tensors on the meta device have no values, so a read raises."""
+    """Tensors on the meta device have no values, so a read raises. The timesteps are those of the CPU."""
     options = SimpleNamespace(
         timestep_sampling=sampling, noise_shift=1.5, logit_mean=0.0, logit_std=1.0, edm_p_mean=-1.2, edm_p_std=1.2
     )
-    scheduler = scheduler_class()
+    scheduler, uniforms = scheduler_class(), torch.rand(800, dtype=torch.float64)
+    before = draw_timesteps(options, scheduler, uniforms)
     if scheduler_class is DDPMScheduler:
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")  # as `add_noise` moves it to the GPU
-    timesteps = draw_timesteps(options, scheduler, torch.empty(8, dtype=torch.float64, device="meta"))
-    assert timesteps.device.type == "meta" and timesteps.shape == (8,)
+    assert torch.equal(draw_timesteps(options, scheduler, uniforms), before)
+    timesteps = draw_timesteps(options, scheduler, uniforms, "meta")
+    assert timesteps.device.type == "meta" and timesteps.shape == (800,) and timesteps.dtype == before.dtype
 
 
 @pytest.mark.parametrize("most, expected", [(1, 1), (5, 4), (12, 12), (13, 12), (24, 24), (99, 24)])

@@ -53,6 +53,27 @@ def test_a_tracker_without_pictures_gets_none():
     assert taken == [("samples", 3)]
 
 
+def test_tensorboard_is_flushed_once_per_log_line(tmp_path):
+    flushed, written = [], []
+
+    class Writer:
+        def flush(self):
+            flushed.append(len(written))
+
+    writer = Writer()
+
+    def log(values, step):
+        written.append(step)
+        writer.flush()  # as Accelerate's tracker does
+
+    log_of_run = StepLog.__new__(StepLog)
+    log_of_run.output_dir, log_of_run._tracked = tmp_path, True
+    trackers = [SimpleNamespace(name="tensorboard", writer=writer)]
+    log_of_run.accelerator = SimpleNamespace(trackers=trackers, log=log)
+    log_of_run._write([{"step": step, "loss": 0.5} for step in range(10)])
+    assert flushed == [10] and written == list(range(10))
+
+
 def wandb_records(file):
     """The records of a wandb file: LevelDB's log format (32 KiB blocks of length-prefixed chunks) after 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record

@@ -19,6 +19,7 @@ def state_digest(module: torch.nn.Module, *parts: str) -> str:
 
 def local_device() -> torch.device:
     """The device that this process will train on, before Accelerate starts."""
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1", "yes"):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))

@@ -6,14 +6,18 @@ spread quantiles.
 
 import torch
 
+from trainkit.data.loading.transfer import to_device
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow, uniform_timesteps
 from trainkit.options.model import ObjectiveOptions
 
 
-def draw_timesteps(options: ObjectiveOptions, scheduler: NoiseScheduler, uniforms: torch.Tensor) -> torch.Tensor:
+def draw_timesteps(
+    options: ObjectiveOptions, scheduler: NoiseScheduler, uniforms: torch.Tensor, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Timesteps (B,) to train on from `uniforms` (B,) float64 in [0, 1), distributed as `--timestep_sampling` says.
 
-    int64 in [0, T) for DDPMScheduler, float32 in [0, T) for flow matching, where `--noise_shift` s maps t to
+    They are computed on the host, in float64, and are the same on every `device` that they are copied to. int64 in
+    [0, T) for DDPMScheduler, float32 in [0, T) for flow matching, where `--noise_shift` s maps t to
     s t / (1 + (s - 1) t) (Esser et al. 2024, Eq. 23).
 
     uniform        all timesteps equally often
@@ -21,6 +25,10 @@ def draw_timesteps(options: ObjectiveOptions, scheduler: NoiseScheduler, uniform
     edm_lognormal  ln(sigma / alpha) = P_mean + P_std z (Karras et al. 2022, table 1), for any schedule or shift,
                    truncated to the noise levels of a DDPMScheduler and rounded to the nearest of them
     """
+    return to_device(_on_host(options, scheduler, uniforms), torch.device(device))
+
+
+def _on_host(options: ObjectiveOptions, scheduler: NoiseScheduler, uniforms: torch.Tensor) -> torch.Tensor:
     num_train_timesteps, flow = scheduler.config.num_train_timesteps, is_flow(scheduler)
     if options.timestep_sampling == "edm_lognormal":
         if flow:
@@ -42,8 +50,8 @@ def _below(times: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
 
 
 def _nearest_log_sigma(scheduler: NoiseScheduler, uniforms: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    # on the device, without reading it: an index list or a Python number would make the host wait
-    alphas_cumprod = scheduler.alphas_cumprod.to(uniforms.device, non_blocking=True).to(uniforms.dtype)
+    # `scheduler.alphas_cumprod` itself is on the device, where `add_noise` puts it: the host would wait for it
+    alphas_cumprod = torch.cumprod(scheduler.alphas, dim=0).to(uniforms.dtype)
     levels = ((1 - alphas_cumprod) / alphas_cumprod).log() / 2  # (T,), rising
     # quantiles of the ends: a truncated normal distribution uses only the uniforms between them
     lowest, highest = (torch.special.ndtr((levels[end] - mean) / std) for end in (0, -1))

@@ -26,11 +26,11 @@ from trainkit.distillation.teacher import FLAG, SavedTeacher, trainable_unet
 from trainkit.errors import UserError
 from trainkit.options.distillation import DistillationOptions
 from trainkit.options.script import TrainingOptions
+from trainkit.processes import on_main_process, wait_for_everyone
 from trainkit.sampling.generate import Pipeline
 from trainkit.sampling.load import load_pipeline, weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline
 from trainkit.sampling.schedulers import load_scheduler
-from trainkit.training.checkpoints.resume import on_main_process
 from trainkit.training.device import compile_unet, move_to_device
 from trainkit.training.output_folder import claim_output_dir
 
@@ -107,7 +107,7 @@ class Distillation:
 
     def start(self) -> None:
         """Write distillation.json, or check that the stages there are of this distillation. A collective."""
-        on_main_process(self.accelerator, self._start)
+        on_main_process(self._start)
 
     def _start(self) -> None:
         claim_output_dir(self.engine).release()  # each stage holds the lock of its own folder
@@ -133,7 +133,7 @@ class Distillation:
         if self.accelerator.is_main_process:
             record = read_record(self.output_dir) or self.settings | {"complete": []}
             write_json(self.output_dir / RECORD, record | {"complete": [*record["complete"], stage.name]})
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
 
     def next_teacher(self, stage: Stage) -> None:
         """Make the saved student of `stage` the teacher of the next one, if any."""
@@ -171,7 +171,7 @@ class Distillation:
         first = stage == self.stages[0]
         device = self.accelerator.device
         unet = move_to_device(copy.deepcopy(self.unet), replace(self.engine, gradient_checkpointing=False), device)
-        compile_unet(unet, self.engine, micro_steps=2)  # several calls per step: no CUDA graphs
+        compile_unet(unet, self.engine, 2, device)  # as for two micro-steps: no CUDA graphs
         guided = first and self.options.guidance_scale > 1
         return Teacher(
             unet.eval().requires_grad_(False),

@@ -21,6 +21,7 @@ from trainkit.data.files import cache_root
 from trainkit.errors import UserError
 from trainkit.evaluation.features import ROUNDED_RESIZE, FeatureExtractor, extract_features
 from trainkit.evaluation.images import ImageSet, PreparedFolder
+from trainkit.processes import wait_for_everyone
 
 FORMAT = 1  # increase it when the same images and extractor would give other features
 FOLDER = ".features"  # in a prepared dataset
@@ -61,6 +62,7 @@ def score_images(
         extractor, tqdm(batches, total=total, desc=f"{side} features", disable=quiet), accelerator.device
     )
     kept = np.array([index for index in own.tolist() if index not in images.unreadable], dtype=np.int64)
+    wait_for_everyone()  # shares of one size may take very different times
     parts = gather_object([(features, kept, images.unreadable)])
     for _, _, unreadable in parts:
         images.unreadable.update(unreadable)
@@ -88,6 +90,7 @@ def reference_features(
     if isinstance(images, PreparedFolder) and isinstance(images.folder, Path):
         folders.insert(0, images.folder / FOLDER)
     stored = next((read for folder in folders if (read := _read(folder / name)) is not None), None)
+    wait_for_everyone()
     everywhere = all(gather_object([stored is not None]))  # a collective, so every process takes the same branch
     if stored is not None and everywhere:
         return ScoredImages(images, *stored)

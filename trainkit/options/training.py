@@ -108,7 +108,9 @@ class HardwareOptions:
     find_batch_size: bool = option(
         False, "use the largest micro-batch that fits into memory at the same global batch size"
     )
-    compile: bool = option(False, "compile the UNet with torch.compile: minutes at the start, faster steps on GPUs")
+    compile: bool | None = option(
+        None, "compile the UNet with torch.compile: a minute or more at the start, then faster steps; default: on CUDA"
+    )
     compile_mode: str = option(
         "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
         choices=("default", "reduce-overhead", "max-autotune"),

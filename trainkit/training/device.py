@@ -1,5 +1,9 @@
 """Speed and memory: device settings, memory layout, compilation, micro-batch size. None changes what is learned."""
 
+import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
@@ -17,14 +21,19 @@ class CompileOptions(Protocol):
     """Options of a script that can compile its UNet and choose its memory layout; a dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    compile: bool
+    compile: bool | None
     compile_mode: str
     channels_last: str
 
 
 def prepare_device(options: HardwareOptions) -> None:
-    """`--allow_tf32`: on CUDA, products of float32 matrices and convolutions in TensorFloat-32 (10 bits mantissa)."""
+    """On CUDA: the fastest algorithm for each convolution, and with `--allow_tf32` float32 products in TensorFloat-32.
+
+    TensorFloat-32 has 10 bits of mantissa. torch and diffusers' example use it for convolutions alone, unless told
+    otherwise. It makes no difference under bf16 and fp16 autocast.
+    """
     if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True  # off again with --deterministic
         torch.set_float32_matmul_precision("high" if options.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = options.allow_tf32
 
@@ -49,13 +58,30 @@ def move_to_device(unet: UNet2DModel, options: HardwareOptions, device: torch.de
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_unet(unet: ModelMixin, options: CompileOptions, micro_steps: int) -> None:
-    """`--compile`: in place, so that weights keep their names; the first step takes a minute or more.
+def wants_compilation(options: CompileOptions, device: torch.device) -> bool:
+    """Whether the UNet is compiled: what `--compile` or `--no_compile` says, else on CUDA if torch.compile can run."""
+    if options.compile is not None or device.type != "cuda":
+        return bool(options.compile)
+    missing = None
+    if torch.cuda.get_device_capability(device)[0] < 7:
+        missing = "a GPU of compute capability 7.0 or newer"
+    elif importlib.util.find_spec("triton") is None:
+        missing = "the package triton"
+    elif sys.platform != "win32" and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        missing = "a C compiler"
+    if missing:
+        print(f"the UNet is not compiled, because torch.compile needs {missing}", flush=True)
+    return missing is None
 
-    With several micro-steps CUDA graphs are left out: gradients add up in memory that the next replay overwrites
-    (pytorch#169545).
+
+def compile_unet(unet: ModelMixin, options: CompileOptions, micro_steps: int, device: torch.device) -> None:
+    """Compile `unet` in place, so that weights keep their names, if `wants_compilation`.
+
+    The first step then takes a minute or more. By default a part that cannot be compiled runs as it is. With several
+    micro-steps CUDA graphs are left out: gradients add up in memory that the next replay overwrites (pytorch#169545).
     """
-    if options.compile:
+    if wants_compilation(options, device):
+        torch._dynamo.config.suppress_errors = options.compile is None
         mode = options.compile_mode
         if micro_steps > 1:
             mode = WITHOUT_GRAPHS.get(mode, mode)
@@ -107,7 +133,7 @@ def memory_trial(
 
     def fits(size: int) -> bool:
         fitted, reserved = True, []
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # the device's is set before every micro-step of training
             try:
                 # two Adam moments, one average, and the gradients while they are summed
                 reserved += [torch.empty_like(p) for p in unet.parameters() for _ in range(4)]
@@ -124,8 +150,8 @@ def memory_trial(
             finally:
                 reserved.clear()
                 unet.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if accelerator.device.type != "cpu":
+            torch.get_device_module(accelerator.device).empty_cache()
         if accelerator.num_processes == 1:
             return fitted
         failures = torch.tensor([0 if fitted else 1], device=accelerator.device)

@@ -8,10 +8,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
+from trainkit.processes import COLLECTIVE_TIMEOUT
 from trainkit.training.device import CompileOptions
 
 CompiledT = TypeVar("CompiledT", bound=CompileOptions)
@@ -33,7 +34,8 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
         _check_processes(asked, 1, "cpu")  # before Accelerate waits for the others for half an hour
     store = _fresh_store()
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[ddp_kwargs()], **kwargs)
+        handlers = [ddp_kwargs(), InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)]
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **kwargs)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision}: {error}") from None
     del store  # the process group keeps it
@@ -106,7 +108,7 @@ def compile_as_launched(options: CompiledT) -> CompiledT:
             )
     del os.environ[DYNAMO + "BACKEND"]
     mode = os.environ.get(DYNAMO + "MODE", options.compile_mode)
-    return options if options.compile else replace(options, compile=True, compile_mode=mode)
+    return options if options.compile is not None else replace(options, compile=True, compile_mode=mode)
 
 
 def refuse_dynamo_config(script: str) -> None:
@@ -156,7 +158,8 @@ def _fresh_store() -> dist.TCPStore | None:
     if restarts == 0:
         return None
     host, key = environment["MASTER_ADDR"], f"port_after_restart_{restarts}"
-    launchers_store = dist.TCPStore(host, int(environment["MASTER_PORT"]), is_master=False)
+    port = int(environment["MASTER_PORT"])
+    launchers_store = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
     own_store = None
     if environment["RANK"] == "0":
         own_store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)

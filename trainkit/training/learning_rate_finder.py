@@ -105,7 +105,7 @@ def _probe(run) -> list[Batch]:
     batches = []
     for number, batch in enumerate(run.loader.iterate(first, first + steps)):
         uniforms = places[number // run.shape.micro_steps :: steps][run.shape.rows(batch.micro_step)]
-        batches.append(replace(batch, uniforms=uniforms.to(batch.uniforms.device)))
+        batches.append(replace(batch, uniforms=uniforms))
     return batches
 
 

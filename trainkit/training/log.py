@@ -1,24 +1,25 @@
 """The log of a run: metrics.jsonl, the experiment tracker, the progress bar and loss.png."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, tracking
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm.auto import tqdm
 
 from trainkit.atomic import replacing, write_text
 from trainkit.errors import UserError, one_line
 from trainkit.options.training import SECRET_OPTIONS, LoggingOptions
+from trainkit.processes import on_main_process
 from trainkit.training.throughput import Throughput
 
 METRICS_FILE = "metrics.jsonl"
@@ -33,6 +34,8 @@ def check_tracker(logger: str) -> None:
 def start_trackers(accelerator: Accelerator, options: LoggingOptions, output_dir: Path) -> None:
     """Start the tracker that `accelerator` was created with and log the options, except for secret ones.
 
+    Trackers write on the main process only; call this there.
+
     Raises:
         UserError: the tracker does not start, for example because Weights & Biases is not logged in.
     """
@@ -41,8 +44,7 @@ def start_trackers(accelerator: Accelerator, options: LoggingOptions, output_dir
     arguments = {}
     if options.logger == "wandb":
         folder = Path(os.environ.get("WANDB_DIR", output_dir / options.logging_dir))
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         arguments = {"wandb": {"dir": str(folder)}}
     for secret in filter(None, (getattr(options, name, None) for name in SECRET_OPTIONS)):
         sys.argv[:] = [word.replace(secret, "***") for word in sys.argv]  # wandb stores the command line
@@ -123,7 +125,7 @@ class StepLog:
         self._pending: list[tuple[int, torch.Tensor, float, float | torch.Tensor]] = []
         self._tracked = options.logger != "none"
         if self._tracked:
-            start_trackers(accelerator, options, output_dir)
+            on_main_process(lambda: start_trackers(accelerator, options, output_dir))  # some use the network
 
     def start(self, step: int, max_train_steps: int) -> None:
         """Start the clock and the progress bar at optimizer step `step`."""
@@ -185,17 +187,18 @@ class StepLog:
 
     def last_step(self, name: str) -> int | None:
         """The last optimizer step with a value `name` in metrics.jsonl, if any; call it on all ranks."""
-        rows = read_metrics(self.output_dir) if self.accelerator.is_main_process else []
-        steps = [row["step"] for row in rows if name in row]
-        return broadcast_object_list([max(steps, default=None)])[0]
+        return on_main_process(
+            lambda: max((row["step"] for row in read_metrics(self.output_dir) if name in row), default=None)
+        )
 
     def _write(self, rows: list[dict]) -> None:
         try:
             with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(_to_json(row)) + "\n" for row in rows)
-            for row in rows if self._tracked else ():
-                numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
-                self.accelerator.log(numbers, step=row["step"])
+            with _one_flush(self.accelerator.trackers if self._tracked else []):
+                for row in rows if self._tracked else ():
+                    numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
+                    self.accelerator.log(numbers, step=row["step"])
         except OSError as error:  # a full disk must not end the training
             print(f"\nWARNING: {METRICS_FILE} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
@@ -209,6 +212,20 @@ class StepLog:
 
     def close(self) -> None:
         self.progress.close()
+
+
+@contextlib.contextmanager
+def _one_flush(trackers: list) -> Iterator[None]:
+    """Flush TensorBoard's file once after the block; Accelerate's tracker does so for each step that it is given."""
+    writers = [tracker.writer for tracker in trackers if tracker.name == "tensorboard"]
+    for writer in writers:
+        writer.flush = lambda: None  # hides the method of the class
+    try:
+        yield
+    finally:
+        for writer in writers:
+            del writer.flush
+            writer.flush()
 
 
 def _to_json(row: dict) -> dict:

@@ -75,7 +75,10 @@ def build_optimizer(options, model: torch.nn.Module) -> torch.optim.Optimizer:
         outside = [value for name, value in matrices.items() if _is_end_or_embedding(name)]
         taken = {id(value) for value in outside}
         inside = [value for value in matrices.values() if id(value) not in taken]
-        return _pytorch_optimizer(name).Muon(
+        _pytorch_optimizer(name)  # an error in one line if it is missing
+        from trainkit.training import divided_muon
+
+        return divided_muon.DividedMuon(
             [
                 {"params": inside, "use_muon": True, "lr": options.learning_rate, "weight_decay": decay},
                 settings | {"params": outside, "use_muon": False, "weight_decay": decay},

@@ -11,6 +11,7 @@ from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.hub import create_repository, push_pipeline
 from trainkit.options.script import ConditionalTrainingOptions
+from trainkit.processes import on_main_process, wait_for_everyone
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks
 from trainkit.sampling.grid import image_grid, save_image
 from trainkit.sampling.pipeline import PIPELINE_PARTS, save_pipeline, use_default_scheduler
@@ -42,8 +43,8 @@ class Outputs:
         self.validation: HeldOutLoss | None = None
         self.score: SampleScore | None = None
         self.repo_id: str | None = None
-        if options.push_to_hub and run.accelerator.is_main_process:
-            self.repo_id = create_repository(options)
+        if options.push_to_hub:
+            self.repo_id = on_main_process(lambda: create_repository(options))
         if held_out is not None:
             self.validation = HeldOutLoss(run, held_out, losses, options.ddpm_num_steps, held_out_condition)
         if options.score_steps is not None:
@@ -102,7 +103,7 @@ class Outputs:
                     save_pipeline(run.output_dir, pipeline, card)
                     if self.repo_id is not None:
                         push_pipeline(run.output_dir, self.repo_id, options.hub_token, PIPELINE_PARTS, run.step)
-        run.accelerator.wait_for_everyone()
+        wait_for_everyone()
 
     def _generate_unguided(self, count: int) -> np.ndarray:
         """`count` samples for a score: guidance would reduce the diversity that the score measures."""

@@ -30,6 +30,7 @@ from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.options.script import TrainingOptions
 from trainkit.options.training import SECRET_OPTIONS
+from trainkit.processes import end_together
 from trainkit.training.averages.ema import ShardedEMA
 from trainkit.training.averages.power_ema import PowerAverages
 from trainkit.training.checkpoints.resume import describe_dataset
@@ -76,6 +77,7 @@ class Run:
     def __post_init__(self) -> None:
         self.shape, self.output_dir = self.loader.shape, self.writing.output_dir
         self.sharded = is_sharded(self.unet)
+        self._compiling_since: float | None = None  # in the first micro-step, if the UNet is compiled
         self._micro_step, self._step_loss = 0, torch.zeros((), device=self.accelerator.device)
 
     # The loop
@@ -86,9 +88,10 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """The micro-batches from the current step on, until `max_train_steps` or a stop signal."""
-        signals = StopSignals()
+        signals = StopSignals(self.step)
         self.log.start(self.step, self.max_train_steps)
         self.model.train()
+        self._compiling_since = None if self.unet._compiled_call_impl is None else time.perf_counter()
         try:
             for batch in self.loader.iterate(self.step, self.max_train_steps):
                 self._micro_step = batch.micro_step
@@ -96,7 +99,7 @@ class Run:
                 torch.manual_seed(hash((self.options.seed, batch.step, first_row)))  # for dropout in the model
                 with contextlib.nullcontext() if self.end_of_step else self.no_gradient_sync():
                     yield batch
-                if self.end_of_step and signals.agreed():
+                if self.end_of_step and self.step < self.max_train_steps and signals.agreed(self.step):
                     self.stopped = True
                     break
             self._write_last_checkpoint()
@@ -118,9 +121,12 @@ class Run:
     def update(self, loss: torch.Tensor) -> None:
         """Backward pass of a micro-step's `loss` (scalar, mean over its images); the last one steps the optimizer."""
         self.accelerator.backward(loss)
+        if self._compiling_since is not None:
+            self._report_compilation(time.perf_counter() - self._compiling_since)
         self._step_loss += loss.detach() / self.shape.micro_steps
         if not self.end_of_step:
             return
+        self.checkpoints.before_update()
         limit = self.options.max_grad_norm or math.inf
         grad_norm = gradient_norm_to_tensor(self.accelerator.clip_grad_norm_(self.unet.parameters(), limit))
         if self.accelerator.scaler is None:
@@ -137,6 +143,11 @@ class Run:
         self.log.add(self.step, self._step_loss, learning_rate, grad_norm)
         self._step_loss = torch.zeros_like(self._step_loss)
         self._after_step()
+
+    def _report_compilation(self, seconds: float) -> None:
+        self._compiling_since = None
+        self.log.pause(seconds)
+        self.accelerator.print(f"\ncompiled the UNet in {seconds:.1f} s (--no_compile: start without)", flush=True)
 
     def _after_step(self) -> None:
         """Log, compare replicas and write a checkpoint if they are due."""
@@ -174,6 +185,7 @@ class Run:
         In evaluation mode, on every rank. The time inside does not count as training.
         """
         self._flush_log()  # trackers refuse a step below one they have seen
+        self.checkpoints.before_update()
         started = time.perf_counter()
         with averaged_by_optimizer(self.optimizer.optimizer) if self.ema is None else self.ema.swapped_in():
             with without_augmentation_input(self.unet):
@@ -191,7 +203,7 @@ class Run:
                 tracker.finish()
             self.accelerator.free_memory()
         else:
-            self.accelerator.end_training()
+            end_together(self.accelerator)
         if self.lock is not None:
             self.lock.release()
 

@@ -15,6 +15,7 @@ from trainkit.errors import UserError
 from trainkit.evaluation.features import EfficientNetLite0, extract_features
 from trainkit.evaluation.images import ImageArray, PreparedFolder
 from trainkit.options.script import TrainingOptions
+from trainkit.processes import wait_for_everyone
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER
 from trainkit.training.run import Run
 
@@ -56,6 +57,7 @@ class SampleScore:
             self.extractor = EfficientNetLite0()
             chosen = sample_indices(np.arange(self.num_reference), len(images), options.seed)
             self.reference = self._features(PreparedFolder(images.folder), chosen)
+        wait_for_everyone()
         self._measured_step = run.log.last_step("kid")
 
     def measure(self) -> None:
@@ -69,6 +71,7 @@ class SampleScore:
             started = time.perf_counter()
             self._report(self._features(ImageArray(samples), np.arange(len(samples))))
             run.log.pause(time.perf_counter() - started)
+        wait_for_everyone()
 
     def _features(self, images: ImageArray | PreparedFolder, indices: np.ndarray) -> torch.Tensor:
         batches = images.batches(indices, FEATURE_BATCH_SIZE, self.extractor.input_size)

@@ -105,10 +105,22 @@ def reshard(model: torch.nn.Module) -> None:
 # Full states
 
 
-def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the full state dict of `model` on the CPU of rank 0; {} on other ranks. Names have no wrappers."""
+def copy_now(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of `tensor` on the CPU."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def full_weights(model: torch.nn.Module, copy: Callable[[torch.Tensor], torch.Tensor] = copy_now) -> dict[str, Any]:
+    """A copy of the full state dict of `model` on the CPU of rank 0; {} on other ranks. Names have no wrappers.
+
+    Weights that are not sharded are copied by `copy`.
+    """
+    if not is_sharded(model):
+        return {name: copy(value) for name, value in model.state_dict(keep_vars=True).items()} if _is_rank0() else {}
     reshard(model)
-    return _copies(_state_dict(model, _to_rank0()))
+    moved = next(model.parameters()).device.type != "cpu"
+    state = _state_dict(model, _to_rank0())  # on a CPU some still belong to the model
+    return {name: value.contiguous() if moved else copy_now(value) for name, value in state.items()}
 
 
 def load_full_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -123,16 +135,22 @@ def load_full_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) 
     set_model_state_dict(model, dict(weights) if _is_rank0() else {}, options=_from_rank0())
 
 
-def full_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def full_optimizer_state(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    copy: Callable[[torch.Tensor], torch.Tensor] = copy_now,
+) -> dict[str, Any]:
     """A copy of the full state of `model`'s `optimizer` on the CPU of rank 0; {} on other ranks.
 
     {"state": {parameter name: {"step": ..., "exp_avg": ...}}, "param_groups": [{"lr": ..., "params": [names]}]}.
-    torch's `get_optimizer_state_dict` fails on some optimizers that are not torch's own.
+    torch's `get_optimizer_state_dict` fails on some optimizers that are not torch's own. State that is not sharded is
+    copied by `copy`.
     """
     reshard(model)
     saved, names = _unwrapped(optimizer).state_dict(), _names_of(model, optimizer)
     state = {
-        names[index]: tree_map_only(torch.Tensor, _full_on_rank0, values) for index, values in saved["state"].items()
+        names[index]: tree_map_only(torch.Tensor, lambda value: _full_on_rank0(value, copy), values)
+        for index, values in saved["state"].items()
     }
     groups = [group | {"params": [names[index] for index in group["params"]]} for group in saved["param_groups"]]
     return {"state": state, "param_groups": groups} if _is_rank0() else {}
@@ -211,11 +229,6 @@ def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _copies(state: dict[str, Any]) -> dict[str, Any]:
-    """`state` with its tensors copied; those that were neither moved nor gathered still belong to the model."""
-    return tree_map_only(torch.Tensor, lambda value: value.clone(memory_format=torch.contiguous_format), state)
-
-
 def _difference(expected: dict[str, tuple], given: dict[str, tuple]) -> str | None:
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
@@ -229,10 +242,12 @@ def _names_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _full_on_rank0(value: torch.Tensor) -> torch.Tensor | None:
+def _full_on_rank0(value: torch.Tensor, copy: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
     """The full tensor on the CPU of rank 0. The other ranks take part in gathering it, but do not copy it."""
-    full = value.full_tensor() if isinstance(value, DTensor) else value
-    return full.detach().to("cpu", copy=True).contiguous() if _is_rank0() else None
+    if isinstance(value, DTensor):
+        full = value.full_tensor()
+        return copy_now(full) if _is_rank0() else None
+    return copy(value) if _is_rank0() else None
 
 
 def _sharded(outline: Any, full: torch.Tensor | None, parameter: torch.Tensor) -> Any:

@@ -22,6 +22,7 @@ from trainkit.diffusion.resolve import resolve_objective
 from trainkit.diffusion.unet import check_unet_options
 from trainkit.errors import UserError, one_line
 from trainkit.options.script import TrainingOptions
+from trainkit.processes import on_main_process
 from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, check_steps, scheduler_bundle
 from trainkit.training import launch
 from trainkit.training.averages.ema import build_ema
@@ -29,7 +30,6 @@ from trainkit.training.averages.power_ema import PowerAverages, check_ema_power_
 from trainkit.training.checkpoints.resume import (
     check_resumable,
     complete_checkpoints,
-    on_main_process,
     report_resume,
     restore_first,
 )
@@ -121,8 +121,8 @@ def start_run(
     """
     check_same_dataset(accelerator, images)
     locks: list[FileLock] = []
-    on_main_process(accelerator, lambda: locks.append(claim_output_dir(options)))
-    candidates = complete_checkpoints(options, accelerator)
+    on_main_process(lambda: locks.append(claim_output_dir(options)))
+    candidates = complete_checkpoints(options)
     check_resumable(options, images, candidates)
 
     def inputs_of(size: int) -> dict[str, torch.Tensor]:  # as large as those of training
@@ -133,7 +133,7 @@ def start_run(
     max_train_steps = count_steps(options, len(images), shape.global_size)
     image_flops = flops_of_image(unet, (images.channels, images.height, images.width), inputs_of(1))
     model, optimizer = _prepare_model(options, accelerator, unet)
-    compile_unet(accelerator.unwrap_model(model), options, shape.micro_steps)
+    compile_unet(accelerator.unwrap_model(model), options, shape.micro_steps, accelerator.device)
     run = _build_run(
         options,
         accelerator,
@@ -267,11 +267,10 @@ def _resume(run: Run, candidates: list[Path]) -> None:
     if folder is not None:
         run.step = run.checkpoints.saved_step = saved["step"]
         run.skipped.in_a_row = saved.get("skipped_in_a_row", 0)
-    if run.accelerator.is_main_process:
-        if folder is None:
-            truncate_metrics(run.output_dir, 0)
-        else:
-            report_resume(run.options, run.images, folder, saved, run.max_train_steps)
+    if folder is None:
+        on_main_process(lambda: truncate_metrics(run.output_dir, 0))
+    else:
+        on_main_process(lambda: report_resume(run.options, run.images, folder, saved, run.max_train_steps))
     run.power_averages.start(run.step)
 
 

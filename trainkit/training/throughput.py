@@ -52,17 +52,26 @@ def peak_tflops(device_name: str, mixed_precision: str) -> float | None:
 
 
 def memory_peak_mib(device: torch.device) -> float:
-    """The peak memory use so far in MiB: of tensors on CUDA, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
+    """The peak memory use so far in MiB: of tensors on a GPU, else of this process. MPS reports what Metal holds."""
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
         import psutil
 
-        return psutil.Process().memory_info().peak_wset / 2**20
-    import resource  # not on Windows
-
+        found = psutil.Process().memory_info()
+        return getattr(found, "peak_wset", found.rss) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or the kind of the device: cpu, mps."""
+    name = None if device.type == "cpu" else getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if name is None else name(device)
 
 
 class Throughput:
@@ -70,7 +79,7 @@ class Throughput:
 
     def __init__(self, image_flops: int, device: torch.device, mixed_precision: str, num_processes: int):
         self.image_flops, self.device, self.num_processes = image_flops, device, num_processes
-        self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.device_name = device_name(device)
         self.peak_tflops = peak_tflops(self.device_name, mixed_precision)
 
     def __str__(self) -> str:

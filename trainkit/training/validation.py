@@ -195,7 +195,7 @@ class HeldOutLoss:
                 to_model_input(torch.from_numpy(pixels).to(device), images), (images.height, images.width)
             ),
             noise=torch.from_numpy(noise).to(device),
-            uniforms=self.uniforms[list(rows)].to(device),
+            uniforms=self.uniforms[list(rows)],
             indices=indices,
             step=self.run.step,
             micro_step=0,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from trainkit.data.loading.order import Purpose, uniform_draws
+from trainkit.data.loading.transfer import to_device
 
 # Maximum distance of two samples in stored pixels. Bilinear interpolation skips pixels above 1, but the aliasing is
 # negligible below 1.5.
@@ -58,7 +59,7 @@ class Parameters:
     oversampling: int  # samples averaged along each side of a pixel
 
     def to(self, device: torch.device) -> "Parameters":
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._each(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> "Parameters":
         return self._each(lambda tensor: tensor.pin_memory())

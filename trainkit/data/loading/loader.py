@@ -23,6 +23,7 @@ from trainkit.data.loading.augment_draws import Augmentation, draw_parameters
 from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import Purpose, SampleOrder, normal_draws, uniform_draws
+from trainkit.data.loading.transfer import pins_memory, to_device
 
 
 def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
@@ -70,11 +71,11 @@ class Condition(Protocol):
 
 @dataclass
 class Batch:
-    """The inputs of a micro-step, on the training device."""
+    """The inputs of a micro-step, on the training device except for what is drawn from `uniforms`."""
 
     images: torch.Tensor  # (B, C, H, W) float32 in [-1, 1]
     noise: torch.Tensor  # (B, C, H, W) float32, standard normal
-    uniforms: torch.Tensor  # (B,) float64 in [0, 1), to draw timesteps from
+    uniforms: torch.Tensor  # (B,) float64 in [0, 1) on the host, to draw timesteps from; MPS has no float64
     indices: np.ndarray  # (B,) int64, rows of the prepared dataset
     step: int  # optimizer step, from 0
     micro_step: int  # 0 .. A - 1
@@ -179,7 +180,7 @@ class BatchLoader:
         condition = {}
         if self.condition is not None:
             condition = self.condition.inputs(indices, uniforms(Purpose.CONDITION_DROPOUT))
-        if self.device.type == "cuda":
+        if pins_memory(self.device):  # in this thread; the training thread only starts the copies
             host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
             condition = {name: x.pin_memory() for name, x in condition.items()}
         return host_batch | {"condition": condition, "indices": indices, "step": step, "micro_step": micro_step}
@@ -203,18 +204,16 @@ class BatchLoader:
             self.images.read_ahead(self.order.ranges(first, end) + self.order.ranges(*self.order.window(end)))
 
     def _to_device(self, host_batch: dict) -> Batch:
-        images, noise, uniforms = (
-            host_batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "uniforms")
-        )
+        images, noise = (to_device(host_batch[name], self.device) for name in ("images", "noise"))
         images = to_model_input(images, self.images)
         augmentation = host_batch["augmentation"]
         augmentation = None if augmentation is None else augmentation.to(self.device)
         images = augment(images, augmentation, (self.images.height, self.images.width))
         if host_batch["flip"] is not None:
-            flip = host_batch["flip"].to(self.device, non_blocking=True)
+            flip = to_device(host_batch["flip"], self.device)
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         images, noise = (x.contiguous(memory_format=self.memory_format) for x in (images, noise))
         labels = None if augmentation is None else augmentation.labels
         place = host_batch["indices"], host_batch["step"], host_batch["micro_step"]
-        condition = {name: x.to(self.device, non_blocking=True) for name, x in host_batch["condition"].items()}
-        return Batch(images, noise, uniforms, *place, labels, condition)
+        condition = {name: to_device(x, self.device) for name, x in host_batch["condition"].items()}
+        return Batch(images, noise, host_batch["uniforms"], *place, labels, condition)

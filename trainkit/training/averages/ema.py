@@ -5,14 +5,14 @@ torch has no `_foreach_copy_` for DTensor. This class works on each rank's own s
 same arithmetic as `EMAModel(foreach=True)`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from trainkit.errors import UserError
 from trainkit.options.training import EmaOptions
-from trainkit.training.sharding import full_weights, load_full_weights, local_parameters
+from trainkit.training.sharding import copy_now, full_weights, is_sharded, load_full_weights, local_parameters
 
 SETTINGS = (
     "decay",
@@ -63,6 +63,8 @@ class ShardedEMA:
         self.decay, self.min_decay, self.update_after_step = decay, min_decay, update_after_step
         self.use_ema_warmup, self.inv_gamma, self.power = use_ema_warmup, inv_gamma, power
         self.optimization_step = 0
+        self._sharded = is_sharded(model)
+        self._cached: dict[bool, tuple[list | None, list[torch.Tensor], list[torch.Tensor]]] = {}
         self._averages = [parameter.clone() for parameter in local_parameters(model)]
 
     def decay_at(self, step: int) -> float:
@@ -78,15 +80,27 @@ class ShardedEMA:
         """Update the average with the current parameters. Parameters that are not trained are copied."""
         self.optimization_step += 1
         rest = 1 - self.decay_at(self.optimization_step)
-        trained: list[tuple[torch.Tensor, torch.Tensor]] = []
-        frozen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        pairs = zip(self._averages, local_parameters(self.model), self.model.parameters(), strict=True)
-        for average, parameter, whole in pairs:
-            (trained if whole.requires_grad else frozen).append((average, parameter))
-        for average, parameter in frozen:
-            average.copy_(parameter)
-        averages, parameters = [pair[0] for pair in trained], [pair[1] for pair in trained]
-        torch._foreach_sub_(averages, torch._foreach_sub(averages, parameters), alpha=rest)
+        averages, parameters = self._lists(trained=True)
+        frozen_averages, frozen = self._lists(trained=False)
+        if frozen:
+            torch._foreach_copy_(frozen_averages, frozen)
+        if rest < 0.5:  # in place, in one pass
+            torch._foreach_lerp_(averages, parameters, weight=rest)
+        else:  # in the first steps, where lerp rounds otherwise than EMAModel
+            torch._foreach_sub_(averages, torch._foreach_sub(averages, parameters), alpha=rest)
+
+    def _lists(self, trained: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The averages and this rank's part of the parameters that are `trained`, or not.
+
+        They are kept while the parameters keep their memory. FSDP may move that of its shards.
+        """
+        whole = list(self.model.parameters())
+        key = None if self._sharded else [(parameter.data_ptr(), parameter.requires_grad) for parameter in whole]
+        if key is None or trained not in self._cached or self._cached[trained][0] != key:
+            rows = zip(self._averages, local_parameters(self.model), whole, strict=True)
+            pairs = [row[:2] for row in rows if row[2].requires_grad is trained]
+            self._cached[trained] = key, [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return self._cached[trained][1:]
 
     @contextmanager
     def swapped_in(self) -> Iterator[torch.nn.Module]:
@@ -97,10 +111,20 @@ class ShardedEMA:
         finally:
             self._swap()
 
-    def full_weights(self) -> dict[str, torch.Tensor]:
-        """The full averaged state dict, a copy, on the CPU of rank 0; {} on the other ranks. A collective."""
-        with self.swapped_in():
-            return full_weights(self.model)
+    def full_weights(self, copy: Callable[[torch.Tensor], torch.Tensor] = copy_now) -> dict[str, torch.Tensor]:
+        """The full averaged state dict, a copy, on the CPU of rank 0; {} on the other ranks. A collective.
+
+        Averages that are not sharded are copied by `copy`.
+        """
+        if self._sharded:
+            with self.swapped_in():
+                return full_weights(self.model)
+        averages = {id(p): average for p, average in zip(self.model.parameters(), self._averages, strict=True)}
+
+        def copy_average(value: torch.Tensor) -> torch.Tensor:
+            return copy(averages.get(id(value), value))  # buffers have no average
+
+        return full_weights(self.model, copy_average)
 
     def load_full_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Load the full averaged state dict from rank 0. A collective; raises `ValueError` if it does not fit."""

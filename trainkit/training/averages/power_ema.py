@@ -23,6 +23,7 @@ from trainkit.atomic import TEMPORARY_PREFIX, replacing
 from trainkit.diffusion.power_profiles import decay_at, gamma_of
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
+from trainkit.processes import wait_for_everyone
 from trainkit.training.averages.ema import ShardedEMA
 from trainkit.training.checkpoints.state import EMA, read_training_state
 
@@ -158,16 +159,18 @@ class PowerAverages:
         }
         if self.is_main:
             self._pending = f"ema_snapshot-{step}", self._executor.submit(self._write, step, weights)
-            if self._waits:
-                self.wait()
+        if self._waits:
+            self.wait()
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Wait until the pending snapshot is complete or has failed."""
+        """Wait until the pending snapshot is complete or has failed. Call it on every rank."""
         if self._pending is not None:
             (name, future), self._pending = self._pending, None
             with self.guard(name):
                 future.result()
+        if self.averages:
+            wait_for_everyone()
 
     def close(self) -> None:
         self._executor.shutdown()

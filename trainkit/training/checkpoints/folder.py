@@ -11,11 +11,11 @@ checkpoint-500/
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
+from trainkit.atomic import flush_to_disk
 from trainkit.errors import UserError
 
 PREFIX, STAGING_PREFIX = "checkpoint-", "tmp-checkpoint-"
@@ -46,7 +46,7 @@ def commit(staging: Path, final: Path) -> None:
     }
     (staging / MANIFEST).write_text(json.dumps({"files": found}, indent=1), encoding="utf-8")
     for path in [*files, staging / MANIFEST, *(path for path in staging.rglob("*") if path.is_dir()), staging]:
-        _flush(path)
+        flush_to_disk(path)  # before the rename that follows
     if final.exists():  # left by a run that was resumed from an older step
         replaced = final.with_name(f"{STAGING_PREFIX}replaced-{checkpoint_step(final)}")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -55,7 +55,7 @@ def commit(staging: Path, final: Path) -> None:
         shutil.rmtree(replaced)
     else:
         staging.rename(final)
-    _flush(final.parent)
+    flush_to_disk(final.parent)
 
 
 def damage(folder: Path, checksums: bool = False) -> str | None:
@@ -148,15 +148,3 @@ def named_checkpoint(output_dir: Path, resume_from: str) -> Path:
             "of these, or `latest`"
         )
     return folder
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or folder, so that its content reaches the disk before the rename that follows."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder, on Windows
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,10 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from trainkit.data.loading.dataset import PreparedImages
@@ -17,6 +14,7 @@ from trainkit.options.data import AugmentationOptions, ImageOptions
 from trainkit.options.model import ModelOptions, ObjectiveOptions
 from trainkit.options.script import TrainingOptions
 from trainkit.options.training import EmaOptions, OptimizationOptions
+from trainkit.processes import on_main_process
 from trainkit.training.checkpoints import folder as checkpoints
 from trainkit.training.checkpoints.state import EMA, read_training_state
 from trainkit.training.log import METRICS_FILE, truncate_metrics
@@ -31,7 +29,7 @@ NOT_REPORTED = {"train_batch_size", "gradient_accumulation_steps", "max_skipped_
 ABANDONED = "abandoned"
 
 
-def complete_checkpoints(options: TrainingOptions, accelerator: Accelerator) -> list[Path]:
+def complete_checkpoints(options: TrainingOptions) -> list[Path]:
     """The checkpoints to resume from, best first, the same on every rank. Every byte of the first one is verified.
 
     Empty for a new run. Raises `UserError` on all ranks if there are checkpoints and all are damaged.
@@ -39,21 +37,7 @@ def complete_checkpoints(options: TrainingOptions, accelerator: Accelerator) -> 
     resume_from = options.resume_from_checkpoint
     if resume_from is None:
         return []
-    return on_main_process(accelerator, lambda: _complete_checkpoints(Path(options.output_dir), resume_from))
-
-
-def on_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """What `function` returns on the main process, on every rank; its `UserError` is raised on every rank."""
-    result, problem = None, None
-    if accelerator.is_main_process:
-        try:
-            result = function()
-        except UserError as error:
-            problem = str(error)
-    result, problem = broadcast_object_list([result, problem])
-    if problem:
-        raise UserError(problem)
-    return result
+    return on_main_process(lambda: _complete_checkpoints(Path(options.output_dir), resume_from))
 
 
 def _complete_checkpoints(output_dir: Path, resume_from: str) -> list[Path]:

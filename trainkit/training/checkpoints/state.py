@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from trainkit.processes import wait_for_everyone
 from trainkit.training.averages.ema import ShardedEMA
+from trainkit.training.checkpoints.host_copies import HostCopies
 from trainkit.training.sharding import (
     full_optimizer_state,
     full_weights,
@@ -42,6 +44,7 @@ class Snapshot:
     weights: dict[str, dict[str, Tensor]]  # folder -> tensors
     optimizer: dict[str, Tensor]  # "<parameter>/<what>"
     training_state: dict[str, Any]  # JSON
+    copies: HostCopies | None = None  # whose tensors have their content once it was waited for
 
 
 def take_snapshot(
@@ -52,13 +55,16 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy the full weights, averages and optimizer state to the CPU of rank 0; a collective.
 
+    Call `copies.before_update()` of the result before any of them changes.
+
     `averages` maps the folder of each average to it. `training_state` is the rest of training_state.json.
     """
     config = json.loads(unet.to_json_string())
-    configs, weights = {UNET: config}, {UNET: full_weights(unet)}
+    copies = HostCopies(next(unet.parameters()).device)
+    configs, weights = {UNET: config}, {UNET: full_weights(unet, copies.add)}
     for name, average in averages.items():
-        configs[name], weights[name] = config | average.state_dict(), average.full_weights()
-    saved = full_optimizer_state(unet, optimizer)
+        configs[name], weights[name] = config | average.state_dict(), average.full_weights(copies.add)
+    saved = full_optimizer_state(unet, optimizer, copies.add)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, values in saved.get("state", {}).items():
@@ -66,11 +72,13 @@ def take_snapshot(
             (tensors if isinstance(value, Tensor) else numbers)[f"{name}/{what}"] = value
     groups = tree_map_only(Tensor, lambda value: {TENSOR: value.tolist()}, saved.get("param_groups", []))
     training_state = training_state | {"optimizer": {"param_groups": groups, "numbers": numbers}}
-    return Snapshot(configs, weights, tensors, training_state)
+    return Snapshot(configs, weights, tensors, training_state, copies)
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> None:
     """Write unet/ and the averages (each loadable by diffusers), optimizer.safetensors and training_state.json."""
+    if snapshot.copies is not None:
+        snapshot.copies.wait()
     for name, config in snapshot.configs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -121,6 +129,7 @@ def _read_on_rank0(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor
         except (OSError, SafetensorError) as error:
             problem = str(error)
     if dist.is_initialized():
+        wait_for_everyone()
         shared = [problem]
         dist.broadcast_object_list(shared)
         problem = shared[0]
@@ -136,8 +145,8 @@ def write_random_states(folder: Path, rank: int) -> None:
     version, words, gauss = random.getstate()
     states = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
     states["python"] = torch.tensor(words, dtype=torch.int64)
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.accelerator.is_available():  # under the name of its kind: cuda, mps, xpu
+        states[_accelerator()] = torch.get_device_module(_accelerator()).get_rng_state()
     numbers = json.dumps({"numpy": [kind, *rest], "python": [version, gauss]})
     save_file(states, folder / f"random_states_{rank}.safetensors", metadata={"numbers": numbers})
 
@@ -157,8 +166,14 @@ def restore_random_states(folder: Path, rank: int) -> None:
     np.random.set_state((kind, states["numpy"].numpy().astype(np.uint32), *rest))
     version, gauss = numbers["python"]
     random.setstate((version, tuple(states["python"].tolist()), gauss))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    if torch.accelerator.is_available() and _accelerator() in states:
+        torch.get_device_module(_accelerator()).set_rng_state(states[_accelerator()])
+
+
+def _accelerator() -> str:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None  # it is available
+    return device.type
 
 
 def _with_tuples_of(form: Any, value: Any) -> Any:

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from trainkit.processes import wait_for_everyone
 from trainkit.training.checkpoints import folder as checkpoints
+from trainkit.training.checkpoints.host_copies import HostCopies
 from trainkit.training.checkpoints.state import Snapshot, write_random_states, write_snapshot
 
 
@@ -32,6 +34,7 @@ class CheckpointWriter:
         self.saved_step: int | None = None  # of the newest checkpoint known to be complete
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._pending: tuple[int, Future | None] | None = None
+        self._copies: HostCopies | None = None  # of the newest checkpoint, until the next update
 
     def save(self, step: int, take_snapshot: Callable[[], Snapshot]) -> None:
         """Start to write checkpoint-<step>; without a background thread, also wait for it."""
@@ -40,7 +43,7 @@ class CheckpointWriter:
         name, staged = f"{checkpoints.PREFIX}{step}", False
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         with self.guard(name):
             staging.mkdir(parents=True, exist_ok=True)
             write_random_states(staging, self.accelerator.process_index)
@@ -50,12 +53,19 @@ class CheckpointWriter:
                 shutil.rmtree(staging, ignore_errors=True)
             return
         snapshot = take_snapshot()
+        self._copies = snapshot.copies
         future = None
         if is_main:
             future = self._run(lambda: self._write(snapshot, staging, self.output_dir / name))
         self._pending = step, future
         if self._executor is None:
             self.wait()
+
+    def before_update(self) -> None:
+        """Call it before weights, averages or the optimizer's state change: copies of them may still be running."""
+        if self._copies is not None:
+            self._copies.before_update()
+            self._copies = None
 
     def wait(self) -> None:
         """Wait until the pending checkpoint is complete or has failed; all ranks learn which."""
@@ -97,5 +107,6 @@ class CheckpointWriter:
     def _on_all_ranks(self, value: bool) -> bool:
         if self.accelerator.num_processes == 1:
             return value
+        wait_for_everyone()  # files may take longer than a collective
         failures = torch.tensor([0 if value else 1], device=self.accelerator.device)
         return self.accelerator.reduce(failures, "sum").item() == 0
