@@ -80,14 +80,9 @@ def checked_interval(scale: float, interval: Sequence[float] | None, rescale: fl
     return interval[0], interval[1]
 
 
-def most_steps(scheduler) -> int:
-    """The most steps that `scheduler` takes: those of a few-step student, else those of training."""
-    return scheduler.config.get("original_inference_steps") or scheduler.config.num_train_timesteps
-
-
-def check_output(num_images_per_prompt: int, num_inference_steps: int, output_type: str, tensors: set) -> None:
+def check_output(num_images_per_prompt: int, num_inference_steps: int | None, output_type: str, tensors: set) -> None:
     """Raise `ValueError` for counts below 1, unknown output types and unknown callback tensors."""
-    if min(num_images_per_prompt, num_inference_steps) < 1:
+    if num_images_per_prompt < 1 or (num_inference_steps is not None and num_inference_steps < 1):
         raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
@@ -110,12 +105,10 @@ class ConditionalPipeline(DiffusionPipeline):
             "identity"), a UNet2DConditionModel for prompts.
         scheduler: any scheduler of diffusers that matches the training.
         vector_embedding: vectors to the UNet's embedding; a row of NaN is null.
-        text_encoder, tokenizer: from transformers. The null prompt is the empty string.
-        vae: decodes the latents of the UNet.
+        text_encoder, tokenizer: from transformers. The null prompt is the empty string. vae: decodes latents.
         guidance_unet: a weaker UNet to guide away from (Karras et al. 2024), instead of from the null condition.
         guidance_vector_embedding: the guide's embedding of vectors; None if it shares `vector_embedding`.
-        id2label: the names of the classes.
-        prompt_length: tokens that prompts were padded to in training; None for the encoder's limit.
+        id2label: names of the classes. prompt_length: tokens of padded prompts; None for the encoder's limit.
         unet_timesteps: timesteps of the UNet by those of the scheduler, if they differ (few-step students).
     """
 
@@ -317,28 +310,24 @@ class ConditionalPipeline(DiffusionPipeline):
         """Generate `num_images_per_prompt` images per label, vector or prompt; None in a list is the null condition.
 
         Args:
-            num_inference_steps: by default 20, or all steps of a few-step student.
+            num_inference_steps: None for 20, or for all steps of a few-step student.
             guidance_scale: 1 means no guidance and needs one UNet call per step; larger scales need two.
             guidance_interval: noise levels sigma to guide at, low < sigma <= high (Kynkaanniemi et al. 2024).
             guidance_rescale: 0 to 1, against the over-exposure of high scales (Lin et al. 2023, section 3.4).
-            eta: of DDIM; 0 is deterministic.
-            generator: a list has one per image, so that images do not depend on each other.
+            eta: of DDIM; 0 is deterministic. generator: a list has one per image, which makes images independent.
             output_type: "pil", "np" (B, H, W, C) and "pt" (B, C, H, W) in [0, 1], or "latent", the output of the UNet.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) and returns tensors, as in diffusers.
         """
         conditions = self._given(class_labels=class_labels, vectors=vectors, prompt=prompt)
-        num_inference_steps = (
-            min(20, most_steps(self.scheduler)) if num_inference_steps is None else num_inference_steps
-        )
         low, high = checked_interval(guidance_scale, guidance_interval, guidance_rescale)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_names = set(callback_on_step_end_tensor_inputs or ())
         check_output(num_images_per_prompt, num_inference_steps, output_type, tensor_names)
         self._guidance_scale, self._interrupt = guidance_scale, False
-
         encoded, batch_size = self.encode(conditions, num_images_per_prompt)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        most = self.scheduler.config.get("original_inference_steps") or self.scheduler.config.num_train_timesteps
+        self.scheduler.set_timesteps(num_inference_steps or min(20, most), device=self._execution_device)
         latents = self._start(batch_size, generator, latents)
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}

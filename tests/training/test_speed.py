@@ -106,7 +106,7 @@ def test_inductor_compiles_in_place():
     same = deepcopy(model)
     with fresh_cache():
         counters.clear()
-        compile_unet(model, SimpleNamespace(compile=True, compile_mode="default"), 1)
+        compile_unet(model, SimpleNamespace(compile=True, compile_mode="default"), 1, torch.device("cpu"))
         for network in (model, same):
             network(rows).square().mean().backward()
         assert counters["inductor"]["extern_calls"] == 2, counters  # forward and backward
