@@ -4,10 +4,10 @@
     python benchmarks/sampling.py --num_images 2000 --rounds 5
 
 A UNet with random weights (recipes/mnist_unet) generates grey images of 28 px and RGB images of 64 px with the default
-scheduler. First in one process with one thread for the network: images/s and the share of time outside the UNet, of
-a loop that draws, generates, encodes and writes one batch after the other, and of what sample.py does. Then sample.py
-on two processes of one thread against one process of two threads. Rounds alternate; medians are shown. On a busy
-machine the figures mean little: the load is printed.
+scheduler. First in one process with one thread for the network: images/s, and where the time goes, of a loop that
+draws, generates, encodes and writes one batch after the other, and of what sample.py does. Then sample.py on two
+processes of one thread against one process of two threads. Rounds alternate; medians are shown. On a busy machine the
+figures mean little, most of all those of two threads, which wait for each other: the load is printed.
 """
 
 import argparse
@@ -27,8 +27,9 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from trainkit.sampling.files import ImageFiles
-from trainkit.sampling.generate import generate, image_shape
+from trainkit.sampling.generate import evaluation_mode, image_shape, noise_shape, sample_batch, to_uint8
 from trainkit.sampling.load import load_pipeline
+from trainkit.sampling.noise import draw
 from trainkit.sampling.pipeline import save_pipeline
 from trainkit.sampling.run import Sampler, run_units
 from trainkit.sampling.schedulers import load_scheduler
@@ -36,6 +37,7 @@ from trainkit.sampling.team import Team, cut_units
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {28: 1, 64: 3}  # pixels -> channels
+END = object()
 ALTERNATIVES = {"1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}
 
 
@@ -48,59 +50,56 @@ def write_model(folder: Path, side: int, channels: int) -> None:
     save_pipeline(folder, DDPMPipeline(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2")), "Random weights.")
 
 
-class NetworkTime:
-    """How much of a `with` block is not spent in the UNet, on a CPU: `outside` of its time, `outside_cpu` of the
-    processor time of all threads, which another program on the machine disturbs less."""
+class Watch:
+    """Adds up the seconds of the calls that it wraps."""
 
-    def __enter__(self) -> "NetworkTime":
-        self._seconds = self._cpu_seconds = 0.0
-        self._forward, self._started = UNet2DModel.forward, (time.perf_counter(), time.process_time())
-        forward = self._forward
+    def __init__(self):
+        self.seconds = 0.0
 
-        def timed(*arguments, **named):
-            started, cpu_started = time.perf_counter(), time.thread_time()
+    def timed(self, call: Callable) -> Callable:
+        def wrapped(*arguments, **named):
+            started = time.perf_counter()
             try:
-                return forward(*arguments, **named)
+                return call(*arguments, **named)
             finally:
-                self._seconds += time.perf_counter() - started
-                self._cpu_seconds += time.thread_time() - cpu_started
+                self.seconds += time.perf_counter() - started
 
-        UNet2DModel.forward = timed
-        return self
-
-    def __exit__(self, *error) -> None:
-        UNet2DModel.forward = self._forward
-        self.seconds = time.perf_counter() - self._started[0]
-        self.outside = 1 - self._seconds / self.seconds
-        self.outside_cpu = 1 - self._cpu_seconds / (time.process_time() - self._started[1])
+        return wrapped
 
 
-def one_after_the_other(pipeline, files: ImageFiles, arguments) -> None:
-    """A loop without threads."""
-    done = 0
-    for images in generate(
-        pipeline, range(arguments.num_images), arguments.num_inference_steps, arguments.sample_batch_size
-    ):
-        files.write(range(done, done + len(images)), images)
-        done += len(images)
+def one_after_the_other(pipeline, files: ImageFiles, arguments) -> float:
+    """A loop without threads; returns the seconds in which it draws noise, encodes and writes."""
+    watch, count, steps = Watch(), arguments.num_images, arguments.num_inference_steps
+    parts = ((unit, unit) for unit in cut_units(count, arguments.sample_batch_size, set(range(count))))
+    drawn = draw(parts, noise_shape(pipeline), pipeline.scheduler, steps)
+    draw_next, write = watch.timed(lambda: next(drawn, END)), watch.timed(files.write)
+    noise = iter(draw_next, END)
+    for batch in noise:
+        write(batch.numbers, to_uint8(sample_batch(pipeline, batch, noise, steps)).numpy())
+    return watch.seconds
 
 
-def with_threads(pipeline, files: ImageFiles, arguments) -> None:
-    """What sample.py does."""
+def with_threads(pipeline, files: ImageFiles, arguments) -> float:
+    """What sample.py does; returns the seconds in which the main thread waits for the others."""
     sampler = Sampler(pipeline, arguments.num_inference_steps, 0, None, arguments.sample_batch_size)
     missing = set(range(arguments.num_images))
     units = cut_units(arguments.num_images, arguments.sample_batch_size, missing)
-    run_units(sampler, files, Team(Accelerator(cpu=True)), units, missing)
+    speed = run_units(sampler, files, Team(Accelerator(cpu=True)), units, missing)
+    waited = speed["waited_for_noise"] + speed["waited_for_writing"]
+    return waited * arguments.num_images / speed["images_per_second"]
 
 
 def measured(arm: Callable, model: Path, output_dir: Path, arguments) -> tuple[float, float, float]:
-    """Images/s of an arm in this process, and the shares of time and processor time outside the UNet."""
+    """Images/s of an arm in this process, the share of its time in the UNet, and that for noise and files."""
     pipeline = load_pipeline(model, load_scheduler(model))
     output_dir.mkdir()
-    files = ImageFiles(output_dir, "png", image_shape(pipeline))
-    with torch.inference_mode(), NetworkTime() as network:
-        arm(pipeline, files, arguments)
-    return arguments.num_images / network.seconds, network.outside, network.outside_cpu
+    files, network = ImageFiles(output_dir, "png", image_shape(pipeline)), Watch()
+    pipeline.unet.forward = network.timed(pipeline.unet.forward)
+    started = time.perf_counter()
+    with torch.inference_mode(), evaluation_mode(pipeline):
+        beside = arm(pipeline, files, arguments)
+    seconds = time.perf_counter() - started
+    return arguments.num_images / seconds, network.seconds / seconds, beside / seconds
 
 
 def of_processes(model: Path, output_dir: Path, processes: int, threads: int, arguments) -> float:
@@ -128,10 +127,10 @@ def compare_threads(model: Path, output_dir: Path, arguments) -> None:
     for name in rounds(arms, arguments.rounds):
         found[name].append(measured(arms[name], model, output_dir, arguments))
         shutil.rmtree(output_dir)
-    print("| | images/s | time outside the UNet | processor time outside the UNet |\n|---|---|---|---|")
+    print("| | images/s | in the UNet | in the solver | for noise, encoding and writing |\n|---|---|---|---|---|")
     for name in arms:
-        speed, outside, outside_cpu = (statistics.median(values) for values in zip(*found[name], strict=True))
-        print(f"| {name} | {speed:.1f} | {outside:.1%} | {outside_cpu:.1%} |", flush=True)
+        speed, network, beside = (statistics.median(values) for values in zip(*found[name], strict=True))
+        print(f"| {name} | {speed:.2f} | {network:.1%} | {1 - network - beside:.1%} | {beside:.1%} |", flush=True)
 
 
 def compare_processes(model: Path, output_dir: Path, arguments) -> None:
