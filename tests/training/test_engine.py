@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +17,6 @@ from trainkit.data.loading.order import sample_indices
 from trainkit.errors import UserError
 from trainkit.training.averages.ema import build_ema
 from trainkit.training.averages.power_ema import snapshot_files
-from trainkit.training.checkpoints.host_copies import HostCopies
 from trainkit.training.checkpoints.state import Snapshot
 from trainkit.training.checkpoints.writer import CheckpointWriter
 from trainkit.training.guards import step_if_finite
@@ -168,41 +166,6 @@ def test_training_waits_for_no_more_than_the_copy(tmp_path, monkeypatch):
     writer.wait()
     assert writer.saved_step == 6 and [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
     writer.close()
-
-
-class LateCopies(HostCopies):
-    """Copies at the last moment, as the device may."""
-
-    def __init__(self, device):
-        super().__init__(device)
-        self.pairs, self.lock = [], threading.Lock()
-
-    def add(self, tensor):
-        self.pairs.append((torch.full(tensor.shape, 7, dtype=tensor.dtype), tensor.detach()))
-        return self.pairs[-1][0]
-
-    def before_update(self):
-        with self.lock:
-            while self.pairs:
-                copy, tensor = self.pairs.pop()
-                copy.copy_(tensor)
-
-    def wait(self):
-        time.sleep(0.3)  # the training goes on
-        self.before_update()
-
-
-def test_copies_end_before_anything_changes(train, monkeypatch):
-    """Checkpoints in the middle, and previews, which swap the averages in: as if each copy had been made at once."""
-    from trainkit.training.checkpoints import state
-
-    flags = {"max_train_steps": 5, "checkpointing_steps": 2, "preview_steps": 2}
-    at_once = train("at_once", **flags)
-    monkeypatch.setattr(state, "HostCopies", LateCopies)
-    late = train("late", **flags)
-    for file in (WEIGHTS, "unet_ema/diffusion_pytorch_model.safetensors", "optimizer.safetensors"):
-        for step in (2, 4):
-            same_weights(at_once / f"checkpoint-{step}" / file, late / f"checkpoint-{step}" / file)
 
 
 @pytest.mark.slow
