@@ -1,7 +1,7 @@
 """Images from an unconditional UNet, by any scheduler of diffusers. This file is saved beside the models it can sample:
 
-pipeline = DiffusionPipeline.from_pretrained("folder", custom_pipeline="folder", trust_remote_code=True)
-pipeline.scheduler = UniPCMultistepScheduler.from_pretrained("folder", subfolder="schedulers/unipc")
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline="unconditional", trust_remote_code=True)
+pipeline.scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="schedulers/unipc")
 images = pipeline(batch_size=16, num_inference_steps=10).images
 
 DDPMPipeline loads the same folder, but it cannot run schedulers that take no generator (UniPC, DEIS, Heun), and it
@@ -11,7 +11,9 @@ samples garbage with those that scale the noise or the model's input (Euler, Heu
 # B images, C channels, H/W pixels
 
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
@@ -49,10 +51,28 @@ class UnconditionalPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    _source = Path(__file__).read_text(encoding="utf-8")  # kept: diffusers overwrites its copy of a loaded file
 
     def __init__(self, unet: UNet2DModel, scheduler):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    def to_json_string(self) -> str:
+        """The content of model_index.json, with this class named by its file in the same folder."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)  # a path of the machine it was loaded on
+        return json.dumps(config | {"_class_name": ["unconditional", "UnconditionalPipeline"]}, indent=2) + "\n"
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """Write model_index.json and a copy of this file."""
+        self.save_source(Path(save_directory))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def save_source(cls, folder: Path) -> None:
+        """Write this file to `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "unconditional.py").write_text(cls._source, encoding="utf-8")
 
     @torch.no_grad()
     def __call__(
@@ -76,7 +96,8 @@ class UnconditionalPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        with self.progress_bar(total=None) as bar:
+        order = getattr(self.scheduler, "order", 1)  # of Heun 2: two calls in each step but the last
+        with self.progress_bar(total=order * num_inference_steps - (order - 1)) as bar:
 
             def predict(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
                 bar.update()

@@ -13,9 +13,10 @@ from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from pipelines.conditional import ConditionalPipeline
+from pipelines.unconditional import UnconditionalPipeline
 from trainkit.sampling.schedulers import check_steps
 
-Pipeline: TypeAlias = DDPMPipeline | ConditionalPipeline
+Pipeline: TypeAlias = DDPMPipeline | UnconditionalPipeline | ConditionalPipeline
 MAXIMUM_VALUES = 2**24 - 1  # per batch: some versions of torch.quantile, which thresholding calls, accept no more
 
 
@@ -109,7 +110,7 @@ def _modules(pipeline: Pipeline) -> list[torch.nn.Module]:
 @contextmanager
 def _evaluation_mode(pipeline: Pipeline) -> Iterator[None]:
     """Evaluation mode inside the block. A stock pipeline also gets float32 output from its UNet under autocast,
-    because the solvers cast the image to the type of that output; ConditionalPipeline does this itself."""
+    because the solvers cast the image to the type of that output; the other two do this themselves."""
     were_training = [(module, module.training) for module in _modules(pipeline)]
     for module, _ in were_training:
         module.eval()

@@ -1,8 +1,10 @@
-"""The schedulers that are saved with a pipeline: each samples a pixel-space model, and runs in stock DDPMPipeline.
+"""The schedulers that are saved with a pipeline, with the settings that sample its noise schedule.
 
-The settings were chosen by sampling distributions whose exact denoiser is known (tests/sampling/test_schedulers.py).
-Other classes of diffusers raise in DDPMPipeline (UniPC, DEIS, Heun: no `generator` in `step`) or silently sample
-garbage (Euler, EDM: the pipeline scales neither the noise nor the model's input).
+The settings were chosen by sampling distributions whose exact denoiser is known (tests/sampling/test_schedulers.py,
+test_convergence.py). Some classes raise in diffusers' DDPMPipeline (UniPC, DEIS, Heun: no `generator` in `step`) or
+silently sample garbage there (Euler: the pipeline scales neither the noise nor the model's input). They run in
+pipelines/unconditional.py and conditional.py. DEIS and SASolver are left out for flow matching: their last step ends at
+the noise level it starts from.
 """
 
 # T training timesteps, alpha_bar_t product of (1 - beta), sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)
@@ -17,19 +19,22 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     SASolverScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
 )
 
 from trainkit.atomic import write_text
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
+from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 
-DEFAULT_SCHEDULER = "sde_dpmsolver"  # the best on trained models at 20 steps (docs/sampling.md)
-SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "sasolver", "ddim", "ddpm")
-FLOW_SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "flow_euler")
 SIGMA_MAX = 40.0
 TAIL_BETA = 1e-5
 EVEN_STRIDES_TO = 3.75  # sigma at T / 2 (linear betas: 3.4), over which too few of 20 even strides are at low noise
@@ -37,46 +42,41 @@ CONFIG_NAME = "scheduler_config.json"
 
 
 def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixin]:
-    """Name -> scheduler that samples a model trained with `noise_scheduler`; `DEFAULT_SCHEDULER` needs few steps.
+    """Name -> scheduler that samples a model trained with `noise_scheduler`, for the names of catalogue.py.
 
-    sde_dpmsolver  SDE-DPM-Solver++(2M), stochastic: 10 steps and more (Lu et al. 2022)
-    dpmsolver      DPM-Solver++(2M), deterministic: 10 to 50 steps (Lu et al. 2022)
-    sasolver       SA-Solver, stochastic where 200 <= t <= 800: 20 steps and more (Xue et al. 2023)
-    ddim           DDIM, deterministic, first order: steps that divide T, 50 and more (Song et al. 2021)
-    ddpm           ancestral sampling: 250 steps to T (Ho et al. 2020)
-
-    A flow-matching model gets the first two, and flow_euler: Euler steps, 50 and more (Esser et al. 2024).
+    Models of pixels are clamped to [-1, 1] where the class can do it; models of latents (`clip_sample` is False) are
+    not. A flow-matching model gets those that diffusers has in that form.
     """
     if is_flow(noise_scheduler):
         return _flow_bundle(noise_scheduler)
     config = noise_scheduler.config
-    solver = {"prediction_type": config.prediction_type, "num_train_timesteps": config.num_train_timesteps}
-    if config.clip_sample:  # the solvers ignore `clip_sample`; thresholding at 1 is the same clamp to [-1, 1]
-        solver |= {"thresholding": True, "sample_max_value": 1.0}
-    capped = {"trained_betas": capped_betas(noise_scheduler)}
-    karras = solver | capped | {"use_karras_sigmas": True}
+    plain = {"prediction_type": config.prediction_type, "num_train_timesteps": config.num_train_timesteps}
+    # the solvers ignore `clip_sample`; thresholding at 1 is the same clamp to [-1, 1]
+    clamp = {"thresholding": True, "sample_max_value": 1.0} if config.clip_sample else {}
+    capped = plain | {"trained_betas": capped_betas(noise_scheduler)}
+    karras = capped | {"use_karras_sigmas": True}
     return {
-        "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras),
-        "dpmsolver": DPMSolverMultistepScheduler(**karras),
-        "sasolver": SASolverScheduler(**karras)
-        if _sigma_at_half(noise_scheduler) > EVEN_STRIDES_TO
-        else SASolverScheduler(
-            timestep_spacing="trailing",
-            lambda_min_clipped=_lambda_min(noise_scheduler),
-            **solver,
-            **_betas(noise_scheduler),
-        ),
+        "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras, **clamp),
+        "dpmsolver": DPMSolverMultistepScheduler(**karras, **clamp),
+        "dpmsolver_3m": DPMSolverMultistepScheduler(solver_order=3, **karras, **clamp),
+        "unipc": UniPCMultistepScheduler(**karras, **clamp),
+        "deis": DEISMultistepScheduler(solver_order=3, **karras, **clamp),
+        "sasolver": _sasolver(noise_scheduler, karras | clamp, plain | clamp),
+        "heun": HeunDiscreteScheduler(clip_sample=config.clip_sample, **karras),
+        "euler": EulerDiscreteScheduler(**karras),
         # no clipping: DDIMScheduler clips the image but not the noise, and the two drift apart over hundreds of steps
-        "ddim": DDIMScheduler(
-            timestep_spacing="trailing",
-            clip_sample=False,
-            prediction_type=config.prediction_type,
-            num_train_timesteps=config.num_train_timesteps,
-            **capped,
-        ),
+        "ddim": DDIMScheduler(timestep_spacing="trailing", clip_sample=False, **capped),
         # linspace is the one spacing that is right for any number of steps: DDPMScheduler looks up its neighbours
         "ddpm": DDPMScheduler.from_config(config, timestep_spacing="linspace"),
     }
+
+
+def _sasolver(noise_scheduler: DDPMScheduler, karras: dict, plain: dict) -> SASolverScheduler:
+    """SA-Solver at even strides of the timesteps, or at the noise levels of `karras` if those strides are too long."""
+    if _sigma_at_half(noise_scheduler) > EVEN_STRIDES_TO:
+        return SASolverScheduler(**karras)
+    start = {"timestep_spacing": "trailing", "lambda_min_clipped": _lambda_min(noise_scheduler)}
+    return SASolverScheduler(**start, **plain, **_betas(noise_scheduler))
 
 
 def _flow_bundle(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, SchedulerMixin]:
@@ -95,7 +95,10 @@ def _flow_bundle(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, 
     return {
         "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **solver),
         "dpmsolver": DPMSolverMultistepScheduler(**solver),
+        "dpmsolver_3m": DPMSolverMultistepScheduler(solver_order=3, **solver),
+        "unipc": UniPCMultistepScheduler(**solver),
         "flow_euler": FlowMatchEulerDiscreteScheduler.from_config(config),
+        "flow_heun": FlowMatchHeunDiscreteScheduler(config.num_train_timesteps, math.sqrt(config.shift)),
     }
 
 

@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 from trainkit.evaluation.features import EfficientNetLite0, extract_features
 from trainkit.evaluation.images import ImageArray, PreparedFolder
 from trainkit.options.script import TrainingOptions
-from trainkit.sampling.schedulers import DEFAULT_SCHEDULER
+from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 from trainkit.training.run import Run
 
 MINIMUM_IMAGES, REFERENCE_IMAGES = 4, 1000
