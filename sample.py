@@ -19,6 +19,7 @@ from pathlib import Path
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
 
 GRID_IMAGES = 100
@@ -31,8 +32,8 @@ class PipelineOptions:
     model_name_or_path: str | None = option(None, "folder of a saved pipeline, or a Hub id; nothing in it is executed")
     scheduler: str | None = option(
         None,
-        "dpmsolver, sde_dpmsolver, sasolver, ddim, ddpm, flow_euler or another name under schedulers/; default: the "
-        "pipeline's own",
+        f"{', '.join(CATALOGUE)}; default: the pipeline's own. All run here; diffusers' DDPMPipeline cannot run "
+        f"{outside_stock_pipeline()}",
     )
     num_inference_steps: int = option(20, "scheduler steps: calls of the UNet per image", within="[1, inf)")
 

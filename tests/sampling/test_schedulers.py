@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-
 from exact_denoiser import ExactUNet, PixelMixture
+
 from pipelines.unconditional import UnconditionalPipeline
 from trainkit.diffusion.noise_schedule import build_noise_scheduler, is_flow
 from trainkit.errors import UserError
@@ -142,9 +142,7 @@ def test_flow_runs_at_any_number_of_steps():
 
 def test_ddim_does_not_drift_over_many_steps(saved_bundles):
     noise_scheduler, bundle = saved_bundles["linear", "epsilon"]
-    assert (
-        distance_of_pixels(draw(flawed(noise_scheduler, PIXELS.best, (1, 8, 8)), bundle["ddim"], 64, 1000)) < 0.05
-    )
+    assert distance_of_pixels(draw(flawed(noise_scheduler, PIXELS.best, (1, 8, 8)), bundle["ddim"], 64, 1000)) < 0.05
 
 
 @pytest.mark.slow
@@ -179,10 +177,17 @@ def test_bad_numbers_of_steps_are_refused_with_a_good_one():
             check_steps(bundle[DEFAULT_SCHEDULER], steps)
 
 
-def test_a_scheduler_that_is_not_shipped_is_named(tmp_path):
+def test_a_scheduler_that_does_not_exist_is_named_with_those_that_do(tmp_path):
     save_bundle(tmp_path, scheduler_bundle(DDPMScheduler()))
-    with pytest.raises(UserError, match="--scheduler euler.*ddim, ddpm, dpmsolver"):
-        load_scheduler(tmp_path, "euler")
+    with pytest.raises(UserError, match="--scheduler plms must be one of ddim, ddpm, deis, dpmsolver"):
+        load_scheduler(tmp_path, "plms")
+
+
+def test_a_scheduler_that_an_earlier_version_did_not_ship_fits_the_training_schedule(tmp_path):
+    noise_scheduler = build_noise_scheduler(ObjectiveOptions(ddpm_beta_schedule="linear", noise_shift=2.0))
+    bundle = scheduler_bundle(noise_scheduler)
+    save_bundle(tmp_path, {name: bundle[name] for name in ("sde_dpmsolver", "ddpm")})
+    assert dict(load_scheduler(tmp_path, "unipc").config) == dict(bundle["unipc"].config)
 
 
 def test_a_pipeline_of_other_origin_gets_a_bundle(tmp_path):
@@ -198,5 +203,5 @@ def test_a_pipeline_of_flow_matching_gets_its_bundle(tmp_path):
     for name in FLOW_SCHEDULER_NAMES:
         assert load_scheduler(tmp_path, name).config.num_train_timesteps == 1000
     assert load_scheduler(tmp_path).config.prediction_type == "flow_prediction"
-    with pytest.raises(UserError, match="--scheduler ddim must be one of sde_dpmsolver, dpmsolver, flow_euler"):
+    with pytest.raises(UserError, match="--scheduler ddim must be one of dpmsolver, dpmsolver_3m, flow_euler"):
         load_scheduler(tmp_path, "ddim")

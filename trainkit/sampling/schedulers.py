@@ -160,22 +160,25 @@ def save_bundle(folder: Path, bundle: dict[str, SchedulerMixin]) -> None:
 def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
     """The scheduler `name` of a saved pipeline, None for its default one.
 
-    A pipeline without `schedulers/` (any other DDPMPipeline) gets the bundle that fits the betas of its own scheduler.
+    What the folder does not ship (any other DDPMPipeline, or a model saved by an earlier version) is made to fit the
+    noise schedule that is stored in it.
 
     Raises:
-        UserError: the folder has no scheduler, or not the requested one.
+        UserError: the folder has no scheduler, or the requested one does not exist for its noise schedule.
     """
-    shipped = sorted(path.parent.name for path in folder.glob(f"schedulers/*/{CONFIG_NAME}"))
-    if shipped and name is not None:
-        if name not in shipped:
-            raise UserError(f"--scheduler {name}: {folder} has {', '.join(shipped)}; use one of these")
+    if name is not None and (folder / "schedulers" / name / CONFIG_NAME).is_file():
         return _load(folder / "schedulers" / name)
     own = _load(folder / "scheduler" if (folder / "scheduler").is_dir() else folder)
-    if shipped:
+    shipped = sorted(path.parent.name for path in folder.glob(f"schedulers/*/{CONFIG_NAME}"))
+    if shipped and name is None:
         return own
-    bundle = scheduler_bundle(own if is_flow(own) else DDPMScheduler.from_config(own.config))
+    trained_with = next((known for known in ("ddpm", "flow_euler") if known in shipped), None)
+    noise_scheduler = own if trained_with is None else _load(folder / "schedulers" / trained_with)
+    if not is_flow(noise_scheduler):
+        noise_scheduler = DDPMScheduler.from_config(noise_scheduler.config)
+    bundle = scheduler_bundle(noise_scheduler)
     if name is not None and name not in bundle:
-        raise UserError(f"--scheduler {name} must be one of {', '.join(bundle)}")
+        raise UserError(f"--scheduler {name} must be one of {', '.join(sorted({*bundle, *shipped}))}")
     return bundle[name or DEFAULT_SCHEDULER]
 
 
