@@ -1,4 +1,4 @@
-"""Images from an unconditional UNet, by any scheduler of diffusers. This file is saved beside the models it can sample:
+"""Images from an unconditional UNet, by any scheduler of diffusers. This file is saved inside the models it samples:
 
 pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline="unconditional", trust_remote_code=True)
 pipeline.scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="schedulers/unipc")
@@ -12,7 +12,7 @@ samples garbage with those that scale the noise or the model's input (Euler, Heu
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -22,25 +22,27 @@ from diffusers.utils.torch_utils import randn_tensor
 
 def solve(
     scheduler,
-    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    noise: torch.Tensor,
-    num_inference_steps: int,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    predict: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    start: torch.Tensor,
+    generators: torch.Generator | list[torch.Generator] | None = None,
+    step_noise: Iterable[torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
-    """The samples (B, C, H, W) that `scheduler` makes of `noise` (B, C, H, W), drawn from a standard normal.
+    """Run `scheduler`, whose timesteps are set, from `start`, standard normal noise; returns the samples (B, C, H, W).
 
-    `predict(sample, timestep)` returns the model's prediction (B, C, H, W); `timestep` is a tensor without dimensions.
-    The noise and the model's input are scaled as the scheduler requires, which does nothing for most of them.
-    `generator` draws the noise of stochastic schedulers: a list has one per image.
+    `predict(call, timestep, sample)` returns the model's prediction (B, C, H, W); `call` counts from 0 and `timestep`
+    is a tensor without dimensions. Noise and input are scaled as the scheduler requires. `generators` draw the noise of
+    a stochastic scheduler, one per image in a list; or `step_noise` yields it, one entry per timestep.
     """
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
     accepted = inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if "generator" in accepted else {}
+    extra = {"generator": generators} if "generator" in accepted else {}
     scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
-    sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    for timestep in scheduler.timesteps:
-        prediction = predict(scale_model_input(sample, timestep), timestep)
-        sample = scheduler.step(prediction, timestep, sample, **extra, return_dict=False)[0]
+    noises = None if step_noise is None else iter(step_noise)
+    sample = start * getattr(scheduler, "init_noise_sigma", 1.0)
+    for call, timestep in enumerate(scheduler.timesteps):
+        noise = None if noises is None else next(noises)
+        given = {} if noise is None else {"variance_noise": noise.to(sample.device, non_blocking=True)}
+        prediction = predict(call, timestep, scale_model_input(sample, timestep))
+        sample = scheduler.step(prediction, timestep, sample, **extra, **given, return_dict=False)[0]
     return sample
 
 
@@ -96,14 +98,14 @@ class UnconditionalPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        order = getattr(self.scheduler, "order", 1)  # of Heun 2: two calls in each step but the last
-        with self.progress_bar(total=order * num_inference_steps - (order - 1)) as bar:
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
 
-            def predict(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            def predict(call: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
                 bar.update()
                 return self.unet(sample.to(self.unet.dtype), timestep).sample.float()
 
-            images = solve(self.scheduler, predict, noise, num_inference_steps, generator)
+            images = solve(self.scheduler, predict, noise, generator)
         images = (images / 2 + 0.5).clamp(0, 1)
         self.maybe_free_model_hooks()
         if output_type != "pt":

@@ -58,11 +58,11 @@ def sampled(schedule, prediction, name, mixture, steps):
     scheduler = bundle[name]
     unet = ExactUNet(noise_scheduler, mixture.best, (1, 1, 1))
     noise = torch.special.ndtri((torch.arange(200, dtype=torch.float64) + 0.5) / 200)
+    scheduler.set_timesteps(steps)
     made = solve(
         scheduler,
-        lambda sample, timestep: unet(sample, timestep).sample,
+        lambda call, timestep, sample: unet(sample, timestep).sample,
         noise.float().reshape(-1, 1, 1, 1),
-        steps,
         torch.Generator().manual_seed(0),
     )
     return made.flatten().double(), mixture.flow_to_data(noise, first_level(scheduler))
