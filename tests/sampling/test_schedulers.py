@@ -179,7 +179,7 @@ def test_bad_numbers_of_steps_are_refused_with_a_good_one():
 
 def test_a_scheduler_that_does_not_exist_is_named_with_those_that_do(tmp_path):
     save_bundle(tmp_path, scheduler_bundle(DDPMScheduler()))
-    with pytest.raises(UserError, match="--scheduler plms must be one of ddim, ddpm, deis, dpmsolver"):
+    with pytest.raises(UserError, match="--scheduler plms must be one of ddim, ddpm, dpmsolver"):
         load_scheduler(tmp_path, "plms")
 
 

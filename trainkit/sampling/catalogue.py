@@ -19,7 +19,6 @@ CATALOGUE = {
     "dpmsolver": SchedulerFacts("DPM-Solver++(2M) (Lu et al. 2022)", 2, False, True, "4 to 50"),
     "dpmsolver_3m": SchedulerFacts("DPM-Solver++(3M) (Lu et al. 2022)", 3, False, True, "20 to 50"),
     "unipc": SchedulerFacts("UniPC (Zhao et al. 2023)", 3, False, False, "4 to 50"),
-    "deis": SchedulerFacts("DEIS (Zhang & Chen 2023)", 3, False, False, "8 to 50"),
     "sasolver": SchedulerFacts("SA-Solver (Xue et al. 2023)", 2, True, True, "20 and more"),
     "heun": SchedulerFacts("Heun (Karras et al. 2022, algorithm 1)", 2, False, False, "20 and more", True),
     "euler": SchedulerFacts("Euler (Karras et al. 2022, algorithm 1)", 1, False, False, "50 and more"),
@@ -30,10 +29,16 @@ CATALOGUE = {
 }
 SCHEDULER_NAMES = tuple(name for name in CATALOGUE if not name.startswith("flow_"))
 FLOW_SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "dpmsolver_3m", "unipc", "flow_euler", "flow_heun")
-DEFAULT_SCHEDULER = "sde_dpmsolver"  # the best on trained models at 20 steps (docs/sampling.md)
+DEFAULT_SCHEDULER = "sde_dpmsolver"  # from 10 steps: the best on trained models (docs/sampling.md)
+FEW_STEPS, FEW_STEP_SCHEDULER = 10, "dpmsolver"  # below 10 steps
 
 
 def outside_stock_pipeline() -> str:
     """The names that DDPMPipeline cannot run, in a list to read."""
     names = [name for name, facts in CATALOGUE.items() if not facts.in_stock_pipeline]
     return ", ".join(names[:-1]) + f" and {names[-1]}"
+
+
+def recommended_scheduler(num_inference_steps: int) -> str:
+    """The scheduler for so many steps of a model without a table of its own (docs/sampling.md, "Few steps")."""
+    return DEFAULT_SCHEDULER if num_inference_steps >= FEW_STEPS else FEW_STEP_SCHEDULER

@@ -1,10 +1,10 @@
 """The schedulers that are saved with a pipeline, with the settings that sample its noise schedule.
 
 The settings were chosen by sampling distributions whose exact denoiser is known (tests/sampling/test_schedulers.py,
-test_convergence.py). Some classes raise in diffusers' DDPMPipeline (UniPC, DEIS, Heun: no `generator` in `step`) or
-silently sample garbage there (Euler: the pipeline scales neither the noise nor the model's input). They run in
-pipelines/unconditional.py and conditional.py. DEIS and SASolver are left out for flow matching: they have no step to a
-noise level of zero.
+test_convergence.py). Some classes raise in diffusers' DDPMPipeline (UniPC, Heun: no `generator` in `step`) or silently
+sample garbage there (Euler: the pipeline scales neither the noise nor the model's input). They run in
+pipelines/unconditional.py and conditional.py. DEIS is left out, and SASolver for flow matching: their last step does not
+end at a noise level of zero.
 """
 
 # T training timesteps, alpha_bar_t product of (1 - beta), sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)
@@ -19,7 +19,6 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -60,7 +59,6 @@ def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixi
         "dpmsolver": DPMSolverMultistepScheduler(**karras, **clamp),
         "dpmsolver_3m": DPMSolverMultistepScheduler(solver_order=3, **karras, **clamp),
         "unipc": UniPCMultistepScheduler(**karras, **clamp),
-        "deis": DEISMultistepScheduler(solver_order=3, **karras, **clamp),
         "sasolver": _sasolver(noise_scheduler, karras | clamp, plain | clamp),
         "heun": HeunDiscreteScheduler(clip_sample=config.clip_sample, **karras),
         "euler": EulerDiscreteScheduler(**karras),
@@ -169,17 +167,34 @@ def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
     if name is not None and (folder / "schedulers" / name / CONFIG_NAME).is_file():
         return _load(folder / "schedulers" / name)
     own = _load(folder / "scheduler" if (folder / "scheduler").is_dir() else folder)
-    shipped = sorted(path.parent.name for path in folder.glob(f"schedulers/*/{CONFIG_NAME}"))
+    shipped = shipped_schedulers(folder)
     if shipped and name is None:
         return own
+    bundle = _fitting_bundle(folder, own)
+    if name is not None and name not in bundle:
+        raise UserError(f"--scheduler {name} must be one of {', '.join(sorted({*bundle, *shipped}))}")
+    return bundle[name or DEFAULT_SCHEDULER]
+
+
+def shipped_schedulers(folder: Path) -> list[str]:
+    """The names under `schedulers/`, sorted."""
+    return sorted(path.parent.name for path in folder.glob(f"schedulers/*/{CONFIG_NAME}"))
+
+
+def available_schedulers(folder: Path) -> list[str]:
+    """The names that `load_scheduler` accepts: those of the catalogue that fit, then others of the folder."""
+    fitting = list(_fitting_bundle(folder, load_scheduler(folder)))
+    return fitting + [name for name in shipped_schedulers(folder) if name not in fitting]
+
+
+def _fitting_bundle(folder: Path, own: SchedulerMixin) -> dict[str, SchedulerMixin]:
+    """The bundle for the noise schedule of training, which is stored under `schedulers/`, else that of `own`."""
+    shipped = shipped_schedulers(folder)
     trained_with = next((known for known in ("ddpm", "flow_euler") if known in shipped), None)
     noise_scheduler = own if trained_with is None else _load(folder / "schedulers" / trained_with)
     if not is_flow(noise_scheduler):
         noise_scheduler = DDPMScheduler.from_config(noise_scheduler.config)
-    bundle = scheduler_bundle(noise_scheduler)
-    if name is not None and name not in bundle:
-        raise UserError(f"--scheduler {name} must be one of {', '.join(sorted({*bundle, *shipped}))}")
-    return bundle[name or DEFAULT_SCHEDULER]
+    return scheduler_bundle(noise_scheduler)
 
 
 def _betas(noise_scheduler: DDPMScheduler) -> dict:
