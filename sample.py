@@ -32,10 +32,11 @@ class PipelineOptions:
     model_name_or_path: str | None = option(None, "folder of a saved pipeline, or a Hub id; nothing in it is executed")
     scheduler: str | None = option(
         None,
-        f"{', '.join(CATALOGUE)}; default: the pipeline's own. All run here; diffusers' DDPMPipeline cannot run "
-        f"{outside_stock_pipeline()}",
+        f"{', '.join(CATALOGUE)}; default: the best for the steps in the model's sampling_table.json, else the "
+        f"recommended one. All run here; diffusers' DDPMPipeline cannot run {outside_stock_pipeline()}",
     )
     num_inference_steps: int = option(20, "scheduler steps: calls of the UNet per image", within="[1, inf)")
+    list_schedulers: bool = option(False, "print the schedulers of the model, and its sampling table, and exit")
 
 
 @dataclass
@@ -67,13 +68,15 @@ class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions):
 
 def sample(options: Options) -> None:
     from trainkit.sampling.load import find_pipeline, load_pipeline
-    from trainkit.sampling.schedulers import check_steps, load_scheduler
+    from trainkit.sampling.schedulers import check_steps
+    from trainkit.sampling.table import named_scheduler
     from trainkit.training.launch import start_accelerator
 
     accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
     with accelerator.main_process_first():
         model_folder = find_pipeline(options.model_name_or_path)
-    scheduler = load_scheduler(model_folder, options.scheduler)
+    options.scheduler, scheduler, why = named_scheduler(model_folder, options.scheduler, options.num_inference_steps)
+    accelerator.print(why)
     check_steps(scheduler, options.num_inference_steps)
     pipeline = load_pipeline(model_folder, scheduler)
     conditions = read_conditions(options, pipeline)
@@ -115,7 +118,7 @@ def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions
     accelerator.wait_for_everyone()  # no process writes before all have seen what is missing
     record = settings | {
         "model": options.model_name_or_path,
-        "scheduler_name": options.scheduler or "default",
+        "scheduler_name": options.scheduler,
         "num_images": max(options.num_images, earlier.get("num_images", 0)),
         "num_processes": accelerator.num_processes,
         "sample_batch_size": options.sample_batch_size,
@@ -171,11 +174,21 @@ def report(options: Options, record: dict, conditions, num_generated: int, secon
     print(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
 
 
+def list_schedulers(options: Options) -> None:
+    """Print the schedulers that fit the model, with the rows of its table."""
+    from trainkit.sampling.load import find_pipeline, weights_digest
+    from trainkit.sampling.schedulers import available_schedulers
+    from trainkit.sampling.table import list_lines, read_table
+
+    folder = find_pipeline(options.model_name_or_path)
+    print("\n".join(list_lines(available_schedulers(folder), read_table(folder, weights_digest(folder)))))
+
+
 def main() -> None:
     options = parse_options(Options, __doc__)
     if options.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing: give the folder of a saved pipeline, or a Hub id")
-    sample(options)
+    list_schedulers(options) if options.list_schedulers else sample(options)
 
 
 if __name__ == "__main__":

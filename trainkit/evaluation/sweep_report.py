@@ -49,9 +49,9 @@ def store_cell(folder: Path, table: dict, row: dict, images: np.ndarray) -> None
         raise UserError(f"{folder} cannot be written ({one_line(error)}): give another --table_dir") from None
 
 
-def write_reports(folder: Path, table: dict, image_width: int) -> None:
+def write_reports(folder: Path, table: dict) -> None:
     """Write the two pictures, and the section of README.md if there is one."""
-    _write_picture(folder, table, image_width)
+    _write_picture(folder, table, table["settings"]["height_width"][1])
     _write_plot(folder, table)
     card = folder / "README.md"
     if card.is_file():

@@ -8,9 +8,11 @@ from diffusers import SchedulerMixin
 
 from trainkit.errors import UserError
 from trainkit.sampling.catalogue import CATALOGUE, DEFAULT_SCHEDULER, recommended_scheduler
+from trainkit.sampling.load import weights_digest
 from trainkit.sampling.schedulers import describe_scheduler, load_scheduler, shipped_schedulers
 
 TABLE_NAME = "sampling_table.json"
+OWN = "default"  # the name of a pipeline's own scheduler in records
 
 
 def read_table(folder: Path, weights_sha256: str | None = None) -> dict:
@@ -26,19 +28,21 @@ def read_table(folder: Path, weights_sha256: str | None = None) -> dict:
         table = json.loads(file.read_text(encoding="utf-8"))
         known = [(cell["scheduler"], cell["steps"], cell["calls"], cell["scores"]) for cell in table["cells"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not a readable table: delete it and run evaluate_samples.py --sweep again") from None
+        raise UserError(
+            f"{file} is not a readable table: delete it and run evaluate_samples.py --sweep again"
+        ) from None
     if weights_sha256 is not None and table.get("weights_sha256") != weights_sha256:
         return {}
     return table if known else {}
 
 
-def choose_scheduler(folder: Path, steps: int, weights_sha256: str) -> tuple[str, str]:
+def choose_scheduler(folder: Path, steps: int) -> tuple[str, str]:
     """The name of the scheduler for `steps`, and why: a line for the user.
 
     The best of the table among those that call the UNet `steps` times. Without one, the pipeline's own scheduler if it
     is not the one that training saves, else the recommended one for so many steps.
     """
-    table = read_table(folder, weights_sha256)
+    table = read_table(folder, weights_digest(folder)) if (folder / TABLE_NAME).is_file() else {}
     rows = [cell for cell in table.get("cells", []) if cell["steps"] == cell["calls"] == steps]
     if rows:
         metric = table["settings"]["metrics"][0]
@@ -48,9 +52,17 @@ def choose_scheduler(folder: Path, steps: int, weights_sha256: str) -> tuple[str
     own, shipped = load_scheduler(folder), shipped_schedulers(folder)
     saved = load_scheduler(folder, DEFAULT_SCHEDULER) if DEFAULT_SCHEDULER in shipped else None
     if saved is not None and describe_scheduler(own) != describe_scheduler(saved):
-        return "default", f"scheduler: the pipeline's own {type(own).__name__}"
+        return OWN, f"scheduler: the pipeline's own {type(own).__name__}"
     name = recommended_scheduler(steps)
     return name, f"--scheduler {name}: recommended for {steps} steps (no row of {TABLE_NAME} has as many)"
+
+
+def named_scheduler(folder: Path, name: str | None, steps: int) -> tuple[str, SchedulerMixin, str]:
+    """The name and the scheduler of `--scheduler`, or of `choose_scheduler` without it, and a line that says which."""
+    why = f"--scheduler {name}"
+    if name is None:
+        name, why = choose_scheduler(folder, steps)
+    return name, load_scheduler(folder, None if name == OWN else name), why
 
 
 def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
@@ -67,7 +79,9 @@ def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
         noise = "stochastic" if facts.stochastic else "deterministic"
         calls = ", 2 UNet calls per step" if facts.doubles_calls else ""
         lines.append(f"{name:14} {facts.method}, order {facts.order}, {noise}, {runs}, {facts.steps} steps{calls}")
-        lines += [f"    {cell['steps']:5} steps  {score_text(cell, metric)}  {time_text(cell)}" for cell in cells[name]]
+        lines += [
+            f"    {cell['steps']:5} steps  {score_text(cell, metric)}  {time_text(cell)}" for cell in cells[name]
+        ]
     return lines
 
 
