@@ -23,8 +23,8 @@ that show what was requested: the class by a classifier trained on real images, 
 
 `--model_name_or_path` samples a saved pipeline as sample.py does and scores the images. With `--sweep` it does so for
 each scheduler and number of steps, with the same seeds. The table goes into the model's folder (sampling_table.json,
-two pictures, README.md), where sample.py finds the best scheduler for a number of steps. Run the command again after an
-interruption: only missing rows are made.
+two pictures, README.md), where sample.py finds the best scheduler for a number of steps. Run the command again after
+an interruption: only missing rows are made.
 
 `--held_out` adds a search for copies: the share of samples that are nearer to a reference image than 99 % of the
 held-out images are. `accelerate launch evaluate_samples.py ...` splits the images over all processes.
@@ -56,7 +56,7 @@ class ModelOptions:
     scheduler: str | None = option(None, "scheduler, as in sample.py; default: what sample.py would use")
     num_inference_steps: int = option(20, "scheduler steps", within="[1, inf)")
     sweep: list[str] | None = option(
-        None, "schedulers and steps to compare, such as ddim:10,20,50 dpmsolver:5,10 (see sample.py --list_schedulers)",
+        None, "schedulers and steps to compare: ddim:10,20,50 dpmsolver:5,10 (names: sample.py --list_schedulers)",
         nargs="+",
     )  # fmt: skip
     table_dir: str | None = option(None, "folder for the table of --sweep; default: the model's folder")
@@ -83,8 +83,8 @@ class ScoreOptions:
     output_file: str | None = option(None, "JSON file for the scores; default: print them only")
     num_images: int | None = option(
         None,
-        "maximum number of images per side, drawn at random by --seed; default: all. With --model_name_or_path: images "
-        "to sample (default: 1,000), against all of the reference",
+        "maximum number of images per side, drawn at random by --seed; default: all. With --model_name_or_path: "
+        "images to sample (default: 1,000), against all of the reference",
         within="[1, inf)",
     )
     batch_size: int = option(
@@ -117,6 +117,7 @@ class Options(ScoreOptions, ModelOptions, ConditionOptions):
 
 def evaluate(options: Options) -> dict | None:
     """Features of all images, computed by all processes; the main process returns what the report needs."""
+    from trainkit.evaluation.conditional_scores import compare_conditions, judge_classes
     from trainkit.evaluation.features import open_extractor
     from trainkit.evaluation.images import describe_splits, open_images, read_sampling_record
     from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
@@ -205,49 +206,6 @@ def search_copies(
     found["closest_pairs"] = [pair._asdict() for pair in pairs]
     if options.closest_pairs_file is not None:
         save_closest_pairs(Path(options.closest_pairs_file), made.images, real.images, pairs)
-    return found
-
-
-def judge_classes(options: Options, images, indices) -> dict:
-    """The share of the samples `indices` that show the requested class, by a classifier of `--classifier_data_dir`."""
-    from trainkit.data.files import cache_root
-    from trainkit.evaluation.classifier import open_classifier
-    from trainkit.evaluation.conditioning import check_requested_labels, label_accuracy
-    from trainkit.evaluation.conditions import read_annotations
-    from trainkit.evaluation.images import open_images
-
-    flag = "--classifier_data_dir"
-    real = open_images(options.classifier_data_dir, flag, skip_unreadable=True)
-    requested, annotations = read_annotations(images, "--generated"), read_annotations(real, flag)
-    labels = [requested.labels[index] for index in indices]
-    flag = f"{flag} {options.classifier_data_dir}"
-    check_requested_labels(labels, annotations.label_names, options.generated, flag)
-    classifier = open_classifier(real, annotations, flag, cache_root(options.cache_dir), options.seed)
-    found = label_accuracy(labels, classifier.predict(images, indices), classifier)
-    return found | {"trained_on": options.classifier_data_dir, "num_unreadable": len(real.unreadable)}
-
-
-def compare_conditions(options: Options, weights_sha256: str, made: "ScoredImages", real: "ScoredImages") -> dict:
-    """Scores per class and caption retrieval, if both sides have classes or captions."""
-    from trainkit.evaluation.conditioning import caption_retrieval, scores_per_class
-    from trainkit.evaluation.conditions import read_annotations
-
-    requested, found = read_annotations(made.images, "--generated"), {}
-    if not (requested.has_labels or requested.has_texts):
-        return found
-    annotations = read_annotations(real.images, "--reference")
-
-    def of_both(name: str) -> tuple:
-        values = [
-            [getattr(side, name)[index] for index in scored.indices]
-            for side, scored in ((annotations, real), (requested, made))
-        ]
-        return real.features, values[0], made.features, values[1]
-
-    if requested.has_labels and annotations.has_labels:
-        found["per_class"] = scores_per_class(*of_both("labels"), options.metrics, options.seed, weights_sha256)
-    if requested.has_texts and annotations.has_texts:
-        found["retrieval"] = caption_retrieval(*of_both("texts"), options.retrieval_captions, options.seed)
     return found
 
 

@@ -30,8 +30,8 @@ def solve(
     """Run `scheduler`, whose timesteps are set, from `start`, standard normal noise; returns the samples (B, C, H, W).
 
     `predict(call, timestep, sample)` returns the model's prediction (B, C, H, W); `call` counts from 0 and `timestep`
-    is a tensor without dimensions. Noise and input are scaled as the scheduler requires. `generators` draw the noise of
-    a stochastic scheduler, one per image in a list; or `step_noise` yields it, one entry per timestep.
+    is a tensor without dimensions. Noise and input are scaled as the scheduler requires. `generators` draw the noise
+    of a stochastic scheduler, one per image in a list; or `step_noise` yields it, one entry per timestep.
     """
     accepted = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if "generator" in accepted else {}
@@ -106,10 +106,12 @@ class UnconditionalPipeline(DiffusionPipeline):
                 return self.unet(sample.to(self.unet.dtype), timestep).sample.float()
 
             images = solve(self.scheduler, predict, noise, generator)
-        images = (images / 2 + 0.5).clamp(0, 1)
         self.maybe_free_model_hooks()
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        made = self._converted((images / 2 + 0.5).clamp(0, 1), output_type)
+        return ImagePipelineOutput(images=made) if return_dict else (made,)
+
+    def _converted(self, images: torch.Tensor, output_type: str):
+        if output_type == "pt":
+            return images
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        return arrays if output_type == "np" else self.numpy_to_pil(arrays)

@@ -88,7 +88,7 @@ def frechet_distance(reference: Tensor, generated: Tensor) -> dict[str, float]:
 
 
 def frechet_distance_of_groups(reference: Tensor, groups: list[RunningMoments]) -> dict[str, float]:
-    """As `frechet_distance` of features (N, D), for generated ones that were added in turn to `JACKKNIFE_GROUPS` sums."""
+    """As `frechet_distance` of features (N, D), for generated ones added in turn to `JACKKNIFE_GROUPS` sums."""
     moments, width = FeatureMoments.of(reference), reference.shape[1]
     together = torch.stack([group.sums for group in groups]).sum(dim=0)
 

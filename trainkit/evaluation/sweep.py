@@ -86,7 +86,9 @@ def sample_features(
     own = None if conditions is None else conditions.for_images(share)
     guidance = {} if conditions is None else conditions.guidance
     groups = [RunningMoments(extractor.num_features) for _ in range(0 if keep_features else JACKKNIFE_GROUPS)]
-    features, first, seconds, done = [], {}, 0.0, 0
+    features: list[Tensor] = []
+    first: dict[int, np.ndarray] = {}
+    seconds, done = 0.0, 0
     with torch.inference_mode(), accelerator.autocast():
         batches = generate(pipeline, [seeds[number] for number in share], steps, batch_size, own, **guidance)
         while True:
@@ -135,7 +137,7 @@ def measure(sampled: Sampled, reference: Tensor, metrics: list[str], seed: int) 
 
 
 def needs_features(metrics: list[str], num_images: int, num_features: int) -> bool:
-    """Whether the features must be kept: only FID needs no more than their sums, which are the larger for few images."""
+    """Whether the features must be kept: FID needs only their sums, but those are the larger for few images."""
     return set(metrics) != {"fid"} or num_images <= num_features
 
 

@@ -80,7 +80,7 @@ def section(table: dict) -> str:
         [
             BEGIN, "## Schedulers and steps", "", *table_lines(table), "",
             f"{used['num_images']:,} samples per row, the same seeds in each, against {used['num_reference']:,} "
-            f"reference images; {used['feature_extractor']}; {table['note']}. Schedulers that are not in DDPMPipeline "
+            f"reference images; {used['feature_extractor']}; {used['note']}. Schedulers that are not in DDPMPipeline "
             "run in `unconditional.py`.", "",
             f"![rows of samples, one row per scheduler and steps]({PICTURE_NAME})", END,
         ]

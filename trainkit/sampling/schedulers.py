@@ -3,8 +3,8 @@
 The settings were chosen by sampling distributions whose exact denoiser is known (tests/sampling/test_schedulers.py,
 test_convergence.py). Some classes raise in diffusers' DDPMPipeline (UniPC, Heun: no `generator` in `step`) or silently
 sample garbage there (Euler: the pipeline scales neither the noise nor the model's input). They run in
-pipelines/unconditional.py and conditional.py. DEIS is left out, and SASolver for flow matching: their last step does not
-end at a noise level of zero.
+pipelines/unconditional.py and conditional.py. DEIS is left out, and SASolver for flow matching: their last step does
+not end at a noise level of zero.
 """
 
 # T training timesteps, alpha_bar_t product of (1 - beta), sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)

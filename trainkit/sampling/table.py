@@ -28,9 +28,7 @@ def read_table(folder: Path, weights_sha256: str | None = None) -> dict:
         table = json.loads(file.read_text(encoding="utf-8"))
         known = [(cell["scheduler"], cell["steps"], cell["calls"], cell["scores"]) for cell in table["cells"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{file} is not a readable table: delete it and run evaluate_samples.py --sweep again"
-        ) from None
+        raise UserError(f"{file} is not a readable table: delete it, or repeat evaluate_samples.py --sweep") from None
     if weights_sha256 is not None and table.get("weights_sha256") != weights_sha256:
         return {}
     return table if known else {}
@@ -68,7 +66,7 @@ def named_scheduler(folder: Path, name: str | None, steps: int) -> tuple[str, Sc
 def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
     """What `sample.py --list_schedulers` prints: a line per scheduler, and one per row of the table."""
     cells = {name: [cell for cell in table.get("cells", []) if cell["scheduler"] == name] for name in bundle}
-    metric = table["settings"]["metrics"][0] if table else None
+    metric = table["settings"]["metrics"][0] if table else ""
     lines = []
     for name in cells:
         facts = CATALOGUE.get(name)
