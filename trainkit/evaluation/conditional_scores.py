@@ -1,4 +1,4 @@
-"""What evaluate_samples.py adds for samples of a conditional model: a judge of classes, scores per class, retrieval."""
+"""Scores of conditional samples: a judge of their classes, scores per class, retrieval of captions."""
 
 from typing import Any
 

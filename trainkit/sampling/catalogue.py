@@ -15,7 +15,7 @@ class SchedulerFacts(NamedTuple):
 
 
 CATALOGUE = {
-    "sde_dpmsolver": SchedulerFacts("SDE-DPM-Solver++(2M) (Lu et al. 2022)", 2, True, True, "10 and more"),
+    "sde_dpmsolver": SchedulerFacts("SDE-DPM-Solver++(2M) (Lu et al. 2022)", 2, True, True, "8 and more"),
     "dpmsolver": SchedulerFacts("DPM-Solver++(2M) (Lu et al. 2022)", 2, False, True, "4 to 50"),
     "dpmsolver_3m": SchedulerFacts("DPM-Solver++(3M) (Lu et al. 2022)", 3, False, True, "20 to 50"),
     "unipc": SchedulerFacts("UniPC (Zhao et al. 2023)", 3, False, False, "4 to 50"),
@@ -29,8 +29,8 @@ CATALOGUE = {
 }
 SCHEDULER_NAMES = tuple(name for name in CATALOGUE if not name.startswith("flow_"))
 FLOW_SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "dpmsolver_3m", "unipc", "flow_euler", "flow_heun")
-DEFAULT_SCHEDULER = "sde_dpmsolver"  # from 10 steps: the best on trained models (docs/sampling.md)
-FEW_STEPS, FEW_STEP_SCHEDULER = 10, "dpmsolver"  # below 10 steps
+DEFAULT_SCHEDULER = "sde_dpmsolver"  # from 8 steps: the best on trained models (docs/sampling.md)
+FEW_STEPS, FEW_STEP_SCHEDULER = 8, "dpmsolver"  # below 8 steps
 
 
 def outside_stock_pipeline() -> str:
