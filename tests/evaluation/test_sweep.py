@@ -137,7 +137,7 @@ def test_a_model_is_scored_without_a_sweep(model, reference, tmp_path, monkeypat
     "flags, message",
     [
         ({"sweep": "plms:10"}, "--sweep plms:10: plms must be one of sde_dpmsolver, dpmsolver"),
-        ({"sweep": "ddim:30"}, "--sweep ddim 30: DDIM samples garbage .* use 25"),
+        ({"sweep": "ddim:61"}, "--sweep ddim 61: DDIM samples garbage .* use 50"),
         ({"sweep": "ddim"}, "--sweep ddim: write a scheduler and its steps, such as ddim:10,20,50"),
         ({"sweep": "ddim:ten"}, "--sweep ddim:ten: write a scheduler and its steps"),
         ({"sweep": "ddim:10", "scheduler": "ddim"}, "--scheduler does nothing with --sweep"),

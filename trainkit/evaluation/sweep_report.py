@@ -90,7 +90,7 @@ def section(table: dict) -> str:
 def with_section(card: str, text: str) -> str:
     """The card with `text` in place of its earlier section, or at its end."""
     before, begin, rest = card.partition(BEGIN)
-    after = rest.partition(END)[2] if begin else ""
+    after = rest.partition(END)[2].lstrip("\n") if begin else ""
     return f"{before.rstrip()}\n\n{text}\n{after}"
 
 
