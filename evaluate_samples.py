@@ -17,11 +17,20 @@ that show what was requested: the class by a classifier trained on real images, 
 
     python evaluate_samples.py --generated samples --reference photos --classifier_data_dir photos
 
+    # quality and time of a saved model by scheduler and steps; no image is written
+    python evaluate_samples.py --model_name_or_path ddpm-64 --reference photos --num_images 2000 \\
+        --sweep ddpm:1000 ddim:10,20,50 dpmsolver:5,10,20 sde_dpmsolver:10,20,50
+
+`--model_name_or_path` samples a saved pipeline as sample.py does and scores the images. With `--sweep` it does so for
+each scheduler and number of steps, with the same seeds. The table goes into the model's folder (sampling_table.json,
+two pictures, README.md), where sample.py finds the best scheduler for a number of steps. Run the command again after
+an interruption: only missing rows are made.
+
 `--held_out` adds a search for copies: the share of samples that are nearer to a reference image than 99 % of the
 held-out images are. `accelerate launch evaluate_samples.py ...` splits the images over all processes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,16 +38,36 @@ from trainkit.atomic import write_json
 from trainkit.errors import UserError, one_line, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.sampling.conditions import ConditionOptions
 
 if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
     from trainkit.evaluation.features import FeatureExtractor
     from trainkit.evaluation.reference import ScoredImages
 
+WITHOUT_SWEEP = ("held_out", "closest_pairs_file", "classifier_data_dir", "output_file", "retrieval_captions")
 METRICS = ("kid", "fid", "fid_infinity", "precision", "recall", "density", "coverage")
 
 
 @dataclass
-class Options:
+class ModelOptions:
+    """model: sample a saved pipeline and score it, instead of --generated"""
+
+    model_name_or_path: str | None = option(None, "folder of a saved pipeline, or a Hub id; nothing in it is executed")
+    scheduler: str | None = option(None, "scheduler, as in sample.py; default: what sample.py would use")
+    num_inference_steps: int = option(20, "scheduler steps", within="[1, inf)")
+    sweep: list[str] | None = option(
+        None, "schedulers and steps to compare: ddim:10,20,50 dpmsolver:5,10 (names: sample.py --list_schedulers)",
+        nargs="+",
+    )  # fmt: skip
+    table_dir: str | None = option(None, "folder for the table of --sweep; default: the model's folder")
+    sample_batch_size: int = option(64, "images per process and batch of the pipeline", within="[1, inf)")
+    mixed_precision: str | None = option(
+        None, "autocast of the UNet; default: what `accelerate launch` says, else no", choices=("no", "fp16", "bf16")
+    )
+
+
+@dataclass
+class ScoreOptions:
     """evaluation: images, metrics and output"""
 
     generated: str | None = option(None, "generated images: --output_dir of sample.py, a folder, or an .npz file")
@@ -53,13 +82,16 @@ class Options:
     )
     output_file: str | None = option(None, "JSON file for the scores; default: print them only")
     num_images: int | None = option(
-        None, "maximum number of images per side, drawn at random by --seed; default: all", within="[1, inf)"
+        None,
+        "maximum number of images per side, drawn at random by --seed; default: all. With --model_name_or_path: "
+        "images to sample (default: 1,000), against all of the reference",
+        within="[1, inf)",
     )
     batch_size: int = option(
         64, "images per batch of the feature extractor; does not change the scores", within="[1, inf)"
     )
     seed: int = option(
-        0, "seed of the draws: --num_images, KID's subsets, the halves of the noise floor", within="[0, inf)"
+        0, "seed of the draws: --num_images, KID's subsets, the noise floor, the first sample", within="[0, inf)"
     )
     held_out: str | None = option(
         None, "real images that were not trained on: search for samples that copy a reference image"
@@ -78,8 +110,14 @@ class Options:
     )
 
 
+@dataclass
+class Options(ScoreOptions, ModelOptions, ConditionOptions):
+    """The options of evaluate_samples.py."""
+
+
 def evaluate(options: Options) -> dict | None:
     """Features of all images, computed by all processes; the main process returns what the report needs."""
+    from trainkit.evaluation.conditional_scores import compare_conditions, judge_classes
     from trainkit.evaluation.features import open_extractor
     from trainkit.evaluation.images import describe_splits, open_images, read_sampling_record
     from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
@@ -87,16 +125,21 @@ def evaluate(options: Options) -> dict | None:
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
     refuse_dynamo_config("evaluate_samples.py")
-    record = read_sampling_record(options.generated)
-    generated = open_images(options.generated, "--generated")
     reference = open_images(options.reference, "--reference", skip_unreadable=True)
-    held_out = None
+    held_out, of_files = None, options.model_name_or_path is None
     if options.held_out is not None:
         held_out = open_images(options.held_out, "--held_out", skip_unreadable=True)
-    samples = choose_images(generated, "generated", options.num_images, options.seed)
-    references = choose_images(reference, "reference", options.num_images, options.seed)
+    references = choose_images(reference, "reference", options.num_images if of_files else None, options.seed)
+    if of_files:
+        record, generated = read_sampling_record(options.generated), open_images(options.generated, "--generated")
     extractor = open_extractor(options.feature_extractor, options.cache_dir)
-    accelerator = start_accelerator("no")
+    accelerator = start_accelerator("no" if of_files else options.mixed_precision)
+    if not of_files:
+        from trainkit.evaluation.model import sample_model
+
+        record, generated = sample_model(options, accelerator)
+        options.generated = options.model_name_or_path  # the name of this side in reports
+    samples = choose_images(generated, "generated", options.num_images, options.seed)
     accuracy = None if options.classifier_data_dir is None else judge_classes(options, generated, samples)
 
     compute = extractor, options.batch_size, accelerator
@@ -168,132 +211,92 @@ def search_copies(
     return found
 
 
-def judge_classes(options: Options, images, indices) -> dict:
-    """The share of the samples `indices` that show the requested class, by a classifier of `--classifier_data_dir`."""
-    from trainkit.data.files import cache_root
-    from trainkit.evaluation.classifier import open_classifier
-    from trainkit.evaluation.conditioning import check_requested_labels, label_accuracy
-    from trainkit.evaluation.conditions import read_annotations
-    from trainkit.evaluation.images import open_images
+def sweep(options: Options) -> None:
+    """Score each scheduler and number of steps of `--sweep`, and write the table after each."""
+    from trainkit.evaluation.model import open_model, open_reference, table_settings
+    from trainkit.evaluation.sweep import describe_cell, measure, needs_features, parse_sweep, sample_features
+    from trainkit.evaluation.sweep_report import missing_cells, open_table, store_cell, table_lines, write_reports
+    from trainkit.processes import end_together, wait_for_everyone
+    from trainkit.sampling.schedulers import load_scheduler
+    from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
-    flag = "--classifier_data_dir"
-    real = open_images(options.classifier_data_dir, flag, skip_unreadable=True)
-    requested, annotations = read_annotations(images, "--generated"), read_annotations(real, flag)
-    labels = [requested.labels[index] for index in indices]
-    flag = f"{flag} {options.classifier_data_dir}"
-    check_requested_labels(labels, annotations.label_names, options.generated, flag)
-    classifier = open_classifier(real, annotations, flag, cache_root(options.cache_dir), options.seed)
-    found = label_accuracy(labels, classifier.predict(images, indices), classifier)
-    return found | {"trained_on": options.classifier_data_dir, "num_unreadable": len(real.unreadable)}
-
-
-def compare_conditions(options: Options, weights_sha256: str, made: "ScoredImages", real: "ScoredImages") -> dict:
-    """Scores per class and caption retrieval, if both sides have classes or captions."""
-    from trainkit.evaluation.conditioning import caption_retrieval, scores_per_class
-    from trainkit.evaluation.conditions import read_annotations
-
-    requested, found = read_annotations(made.images, "--generated"), {}
-    if not (requested.has_labels or requested.has_texts):
-        return found
-    annotations = read_annotations(real.images, "--reference")
-
-    def of_both(name: str) -> tuple:
-        values = [
-            [getattr(side, name)[index] for index in scored.indices]
-            for side, scored in ((annotations, real), (requested, made))
-        ]
-        return real.features, values[0], made.features, values[1]
-
-    if requested.has_labels and annotations.has_labels:
-        found["per_class"] = scores_per_class(*of_both("labels"), options.metrics, options.seed, weights_sha256)
-    if requested.has_texts and annotations.has_texts:
-        found["retrieval"] = caption_retrieval(*of_both("texts"), options.retrieval_captions, options.seed)
-    return found
-
-
-def print_scores(result: dict, metrics: list[str]) -> None:
-    """One line per score, with everything that it depends on."""
-    from trainkit.evaluation.report import describe_sampling, format_score
-
-    for name in metrics:
-        print(
-            f"{name.upper()} {format_score(result['scores'], name)} | "
-            f"noise floor {format_score(result['noise_floor'], name)} "
-            f"({result['num_noise_floor']} real against {result['num_noise_floor']} real) | "
-            f"{result['num_generated']} generated, {result['num_reference']} reference | "
-            f"{describe_sampling(result['sampling'])} | {result['feature_extractor']}, weights "
-            f"{result['weights_sha256'][:12]} | resize {result['resize']} | {result['note']}"
+    refuse_dynamo_config("evaluate_samples.py")
+    accelerator = start_accelerator(options.mixed_precision)
+    model = open_model(options, accelerator)
+    cells = parse_sweep(options.sweep, model.folder)
+    reference, extractor = open_reference(options, accelerator)
+    settings = table_settings(options, model, reference, extractor, accelerator)
+    table = open_table(model.table_dir, model.weights_sha256, settings)
+    missing = missing_cells(cells, table)
+    wait_for_everyone()  # no process writes before all have read the table
+    keep = needs_features(options.metrics, model.num_images, extractor.num_features)
+    for number, cell in enumerate(missing, start=1):
+        accelerator.print(f"{cell.scheduler}, {cell.steps} steps: row {number} of {len(missing)}", flush=True)
+        model.pipeline.scheduler = load_scheduler(model.folder, cell.scheduler)
+        seeds = range(options.seed, options.seed + model.num_images)
+        sampled = sample_features(
+            accelerator,
+            model.pipeline,
+            extractor,
+            seeds,
+            cell.steps,
+            options.sample_batch_size,
+            model.conditions,
+            keep,
         )
-    for flag, splits in result["splits"].items():
-        print(f"{flag}: images of the splits {splits} are all used; give the folder of one split to use it alone")
-    if result["same_images"]:
-        print("WARNING: --generated and --reference hold the same images")
-    for name, why in list(result["unreadable_reference"].items())[:10]:
-        print(f"--reference: {name} cannot be read ({why})")
-    if result["unreadable_reference"]:
-        print(f"--reference: left out {len(result['unreadable_reference'])} images that cannot be read")
+        if accelerator.is_main_process:
+            values = measure(sampled, reference.features, options.metrics, options.seed)
+            row = describe_cell(cell, model.folder, model.num_images, sampled.seconds, values)
+            store_cell(model.table_dir, table, row, sampled.first)
+            write_reports(model.table_dir, table)
+        wait_for_everyone()
+    if accelerator.is_main_process:
+        write_reports(model.table_dir, table)
+        print("\n".join(table_lines(table)))
+        print(f"{len(missing)} rows made now, {len(cells) - len(missing)} made before; see {model.table_dir}")
+    end_together(accelerator)
 
 
-def print_memorization(result: dict) -> None:
-    """One line per space in which copies were searched."""
-    found = result["memorization"]
-    for space in ("features", "pixels") if found else ():
-        values = found[space]
-        line = (
-            f"MEMORIZATION in {space}: {values['num_copies']} of {result['num_generated']} samples equal a reference "
-            "image"
-        )
-        if "share_too_near" in values:
-            line += (
-                f"; {values['share_too_near']:.1%} are nearer to one than 99 % of {values['num_held_out']} held-out "
-                "images (about 1 % is expected)"
-            )
-        print(line)
-
-
-def print_conditioning(result: dict, metrics: list[str]) -> None:
-    """One line per class and per kind of condition, with the chance level and the accuracy of the classifier."""
-    from trainkit.evaluation.report import format_score, format_share
-
-    for label, of_class in list((result.get("per_class") or {}).items())[:20]:
-        values = ", ".join(
-            f"{name.upper()} {format_score(of_class['scores'], name)} "
-            f"(noise floor {format_score(of_class['noise_floor'], name)})"
-            for name in metrics
-        )
-        print(
-            f"class {label}: {values} | {of_class['num_generated']} generated, {of_class['num_reference']} reference "
-            f"| {of_class['note']}"
-        )
-    if accuracy := result.get("accuracy"):
-        print(
-            f"ACCURACY {format_share(accuracy)} of {accuracy['n']} samples show the requested class | chance "
-            f"{accuracy['chance']:.1%} | the classifier is right on {format_share(accuracy['classifier'])} of "
-            f"{accuracy['classifier']['n']} real images of {accuracy['trained_on']} that it was not trained on | "
-            f"{accuracy['num_without_label']} samples without a class left out"
-        )
-    if retrieval := result.get("retrieval"):
-        print(
-            f"RETRIEVAL {format_share(retrieval)} of {retrieval['n']} samples are nearest to the real images of "
-            f"their caption, among {retrieval['num_captions']} captions | chance {retrieval['chance']:.1%} | "
-            f"{retrieval['num_not_judged']} samples whose caption no real image has left out"
-        )
-
-
-def main() -> None:
-    options = parse_options(Options, __doc__)
-    for name in ("generated", "reference"):
-        if getattr(options, name) is None:
-            raise UserError(f"--{name} is missing: give a folder of images")
+def check(options: Options) -> None:
+    """Raise `UserError` for flags that are missing or contradict each other, before anything is read."""
+    if options.model_name_or_path is None and options.generated is None:
+        raise UserError("--generated is missing: give a folder of images, or a model with --model_name_or_path")
+    if options.model_name_or_path is not None and options.generated is not None:
+        raise UserError("--generated and --model_name_or_path both say what to score: give one of them")
+    if options.reference is None:
+        raise UserError("--reference is missing: give a folder of images")
+    defaults = Options()
+    if options.model_name_or_path is None:
+        for field in (*fields(ModelOptions), *fields(ConditionOptions)):
+            if getattr(options, field.name) != getattr(defaults, field.name):
+                raise UserError(f"--{field.name} needs --model_name_or_path, the model to sample")
+    if options.sweep is not None:
+        for name in ("scheduler", "num_inference_steps", *WITHOUT_SWEEP):
+            if getattr(options, name) != getattr(defaults, name):
+                raise UserError(f"--{name} does nothing with --sweep: remove it")
+    elif options.table_dir is not None:
+        raise UserError("--table_dir is the folder of the table that --sweep writes: give --sweep too")
+    if options.model_name_or_path is not None and options.classifier_data_dir is not None:
+        raise UserError("--classifier_data_dir reads the classes of --generated: sample with sample.py, then score")
     for name, kind in (("output_file", "JSON file"), ("closest_pairs_file", "PNG file")):
         value = getattr(options, name)
         if value is not None and Path(value).is_dir():
             raise UserError(f"--{name} {value} is a folder: give the name of a {kind}")
     if options.closest_pairs_file is not None and Path(options.closest_pairs_file).suffix != ".png":
         raise UserError(f"--closest_pairs_file {options.closest_pairs_file} must end in .png")
+
+
+def main() -> None:
+    options = parse_options(Options, __doc__)
+    check(options)
+    if options.sweep is not None:
+        sweep(options)
+        return
     result = evaluate(options)
     if result is None:  # not the main process
         return
+    from trainkit.evaluation.printing import print_conditioning, print_memorization, print_scores
+
     print_scores(result, options.metrics)
     print_memorization(result)
     print_conditioning(result, options.metrics)

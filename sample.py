@@ -20,6 +20,7 @@ from typing import Any
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
 
 GRID_IMAGES = 100
@@ -32,10 +33,11 @@ class PipelineOptions:
     model_name_or_path: str | None = option(None, "folder of a saved pipeline, or a Hub id; nothing in it is executed")
     scheduler: str | None = option(
         None,
-        "dpmsolver, sde_dpmsolver, sasolver, ddim, ddpm, flow_euler or another name under schedulers/; default: the "
-        "pipeline's own",
+        f"{', '.join(CATALOGUE)}; default: the best for the steps in the model's sampling_table.json, else the "
+        f"recommended one. All run here; diffusers' DDPMPipeline cannot run {outside_stock_pipeline()}",
     )
     num_inference_steps: int = option(20, "scheduler steps: calls of the UNet per image", within="[1, inf)")
+    list_schedulers: bool = option(False, "print the schedulers of the model, and its sampling table, and exit")
 
 
 @dataclass
@@ -89,7 +91,8 @@ class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions):
 def sample(options: Options) -> None:
     from trainkit.processes import end_together, main_process_first
     from trainkit.sampling.load import find_pipeline, load_pipeline
-    from trainkit.sampling.schedulers import check_steps, load_scheduler
+    from trainkit.sampling.schedulers import check_steps
+    from trainkit.sampling.table import named_scheduler
     from trainkit.training.launch import compile_as_launched, start_accelerator
 
     options = compile_as_launched(options)
@@ -97,7 +100,8 @@ def sample(options: Options) -> None:
     accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
     with main_process_first():
         model_folder = find_pipeline(options.model_name_or_path)
-    scheduler = load_scheduler(model_folder, options.scheduler)
+    options.scheduler, scheduler, why = named_scheduler(model_folder, options.scheduler, options.num_inference_steps)
+    accelerator.print(why)
     check_steps(scheduler, options.num_inference_steps)
     pipeline = load_pipeline(model_folder, scheduler)
     conditions = read_conditions(options, pipeline)
@@ -144,7 +148,7 @@ def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions
         settings
         | {
             "model": options.model_name_or_path,
-            "scheduler_name": options.scheduler or "default",
+            "scheduler_name": options.scheduler,
             "output_format": options.output_format,
             "num_images": max(options.num_images, earlier.get("num_images", 0)),
             "num_processes": accelerator.num_processes,
@@ -211,11 +215,21 @@ def report(options: Options, record: dict, samples, conditions, num_generated: i
     print(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
 
 
+def list_schedulers(options: Options) -> None:
+    """Print the schedulers that fit the model, with the rows of its table."""
+    from trainkit.sampling.load import find_pipeline, weights_digest
+    from trainkit.sampling.schedulers import available_schedulers
+    from trainkit.sampling.table import list_lines, read_table
+
+    folder = find_pipeline(options.model_name_or_path)
+    print("\n".join(list_lines(available_schedulers(folder), read_table(folder, weights_digest(folder)))))
+
+
 def main() -> None:
     options = parse_options(Options, __doc__)
     if options.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing: give the folder of a saved pipeline, or a Hub id")
-    sample(options)
+    list_schedulers(options) if options.list_schedulers else sample(options)
 
 
 if __name__ == "__main__":

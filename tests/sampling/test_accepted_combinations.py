@@ -26,8 +26,9 @@ from trainkit.diffusion.objective import check_objective, denoising_errors
 from trainkit.diffusion.timesteps import draw_timesteps
 from trainkit.errors import UserError
 from trainkit.options.model import ObjectiveOptions
+from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 from trainkit.sampling.generate import generate
-from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, load_scheduler, save_bundle, scheduler_bundle
+from trainkit.sampling.schedulers import load_scheduler, save_bundle, scheduler_bundle
 
 SIDE, WIDTH, STEPS, BATCH = 4, 64, 400, 32
 ramp = torch.linspace(-1, 1, SIDE)

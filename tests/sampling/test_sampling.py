@@ -14,11 +14,13 @@ from PIL import Image
 from process_helpers import run_code, run_forked
 from sampling_helpers import flags, read, sample, tiny_model, words
 
+from pipelines.unconditional import UnconditionalPipeline
 from trainkit.errors import UserError
+from trainkit.sampling.catalogue import SCHEDULER_NAMES
 from trainkit.sampling.generate import generate
 from trainkit.sampling.grid import image_grid
 from trainkit.sampling.pipeline import save_pipeline
-from trainkit.sampling.schedulers import SCHEDULER_NAMES, scheduler_bundle
+from trainkit.sampling.schedulers import scheduler_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,7 @@ def samples(model_folder, tmp_path_factory):
 def test_an_image_does_not_depend_on_its_batch(name, channels, sample_size):
     unet, scheduler = tiny_model(channels, sample_size), scheduler_bundle(DDPMScheduler())[name]
     images = {
-        batch_size: np.concatenate(list(generate(DDPMPipeline(unet, scheduler), range(3, 8), 10, batch_size)))
+        batch_size: np.concatenate(list(generate(UnconditionalPipeline(unet, scheduler), range(3, 8), 10, batch_size)))
         for batch_size in (1, 2, 5)
     }
     assert images[5].shape == (5, 16, 8 if channels == 1 else 16, channels)

@@ -1,47 +1,30 @@
-"""Every shipped scheduler samples two distributions whose exact denoiser is known, through stock DDPMPipeline."""
-
-from types import SimpleNamespace
+"""Every shipped scheduler samples two distributions whose exact denoiser is known, in stock DDPMPipeline if it can."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from exact_denoiser import ExactUNet, PixelMixture
 
-from trainkit.diffusion.noise_schedule import alpha_sigma, build_noise_scheduler, is_flow, prediction_type_of
+from pipelines.unconditional import UnconditionalPipeline
+from trainkit.diffusion.noise_schedule import build_noise_scheduler, is_flow
 from trainkit.errors import UserError
 from trainkit.options.model import ObjectiveOptions
-from trainkit.sampling.schedulers import (
-    DEFAULT_SCHEDULER,
-    FLOW_SCHEDULER_NAMES,
-    SCHEDULER_NAMES,
-    check_steps,
-    load_scheduler,
-    save_bundle,
-    scheduler_bundle,
-)
+from trainkit.sampling.catalogue import CATALOGUE, DEFAULT_SCHEDULER, FLOW_SCHEDULER_NAMES, SCHEDULER_NAMES
+from trainkit.sampling.schedulers import check_steps, load_scheduler, save_bundle, scheduler_bundle
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-STEPS = {"dpmsolver": 20, "sde_dpmsolver": 20, "sasolver": 20, "ddim": 50, "ddpm": 250, "flow_euler": 50}
+STEPS = dict.fromkeys(CATALOGUE, 20) | {"ddim": 50, "euler": 50, "flow_euler": 50, "ddpm": 250}
 MODEL_ERROR = 0.02  # root mean square: dividing by sqrt(alpha_bar) must not turn it into noise
 
-# Pixels that are independent of each other: dark, middle and bright ones.
-PIXEL_WEIGHTS = torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64)
-PIXEL_MEANS = torch.tensor([-1.0, -0.2, 0.9], dtype=torch.float64)
-PIXEL_DEVIATIONS = torch.tensor([0.004, 0.2, 0.04], dtype=torch.float64)
+# Dark, middle and bright pixels.
+PIXELS = PixelMixture.of([0.4, 0.35, 0.25], [-1.0, -0.2, 0.9], [0.004, 0.2, 0.04])
 # Images near one of four prototypes of different brightness: which one is decided at high noise.
 IMAGE_SHAPE, IMAGE_WEIGHTS, IMAGE_DEVIATION = (3, 4, 4), torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64), 0.1
 _brightness = torch.tensor([-0.7, 0.6, 0.0, 0.15], dtype=torch.float64)[:, None]
 _texture = 0.25 * torch.randn(4, 48, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 PROTOTYPES = (_brightness + _texture).clamp(-1, 1)
-
-
-def best_pixels(noisy, alpha, sigma):
-    """E[x_0 | x_t] for pixels: the posterior mean of a mixture of Gaussians."""
-    variance = (alpha * PIXEL_DEVIATIONS) ** 2 + sigma**2
-    distance = noisy[..., None] - alpha * PIXEL_MEANS
-    posterior = torch.softmax(PIXEL_WEIGHTS.log() - variance.log() / 2 - distance**2 / (2 * variance), dim=-1)
-    return (posterior * (PIXEL_MEANS + alpha * PIXEL_DEVIATIONS**2 / variance * distance)).sum(-1)
 
 
 def best_images(noisy, alpha, sigma):
@@ -53,36 +36,13 @@ def best_images(noisy, alpha, sigma):
     return (posterior[..., None] * means).sum(1).reshape(noisy.shape)
 
 
-class ExactUNet(torch.nn.Module):
-    """What a UNet that has learned everything, but for `MODEL_ERROR`, predicts."""
-
-    dtype, device = torch.float32, torch.device("cpu")
-
-    def __init__(self, noise_scheduler, best, shape):
-        super().__init__()
-        self.best, self.noise_scheduler = best, noise_scheduler
-        self.prediction_type = prediction_type_of(noise_scheduler)
-        self.config = SimpleNamespace(in_channels=shape[0], sample_size=shape[1:])
-
-    def forward(self, noisy, timestep):
-        timestep = torch.as_tensor(timestep)
-        index = timestep.clamp(min=1e-3) if is_flow(self.noise_scheduler) else timestep.long()
-        alpha, sigma = (strength.double() for strength in alpha_sigma(self.noise_scheduler, index))
-        noisy = noisy.double()
-        clean = self.best(noisy, alpha, sigma)
-        noise = (noisy - alpha * clean) / sigma
-        exact = {
-            "epsilon": noise,
-            "sample": clean,
-            "v_prediction": alpha * noise - sigma * clean,
-            "flow_prediction": noise - clean,
-        }[self.prediction_type]
-        error = MODEL_ERROR * 2**0.5 * torch.sin(40 * noisy + 1.7 * float(timestep))
-        return SimpleNamespace(sample=(exact + error).float())
+def flawed(noise_scheduler, best, shape):
+    return ExactUNet(noise_scheduler, best, shape, MODEL_ERROR)
 
 
-def draw(unet, scheduler, count, steps):
-    pipeline = DDPMPipeline(unet=unet, scheduler=scheduler)
+def draw(unet, scheduler, count, steps, name=DEFAULT_SCHEDULER):
+    pipeline_class = DDPMPipeline if CATALOGUE[name].in_stock_pipeline else UnconditionalPipeline
+    pipeline = pipeline_class(unet=unet, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(count, torch.Generator().manual_seed(0), steps, output_type="pt").images
     return images.double() * 2 - 1
@@ -91,8 +51,8 @@ def draw(unet, scheduler, count, steps):
 def distance_of_pixels(samples):
     """Wasserstein-1 distance to the true distribution of a pixel."""
     rng = np.random.default_rng(1)
-    mode = rng.choice(3, 200_000, p=PIXEL_WEIGHTS.numpy())
-    true = PIXEL_MEANS.numpy()[mode] + PIXEL_DEVIATIONS.numpy()[mode] * rng.standard_normal(len(mode))
+    mode = rng.choice(3, 200_000, p=PIXELS.weights.numpy())
+    true = PIXELS.means.numpy()[mode] + PIXELS.deviations.numpy()[mode] * rng.standard_normal(len(mode))
     quantiles = (np.arange(samples.numel()) + 0.5) / samples.numel()
     return np.abs(np.sort(samples.flatten().numpy()) - np.quantile(true.clip(-1, 1), quantiles)).mean()
 
@@ -126,8 +86,8 @@ def saved_bundles(tmp_path_factory):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_samples_follow_the_data(saved_bundles, schedule, prediction, name):
     noise_scheduler, bundle = saved_bundles[schedule, prediction]
-    pixels = draw(ExactUNet(noise_scheduler, best_pixels, (1, 8, 8)), bundle[name], 64, STEPS[name])
-    images = draw(ExactUNet(noise_scheduler, best_images, IMAGE_SHAPE), bundle[name], 400, STEPS[name])
+    pixels = draw(flawed(noise_scheduler, PIXELS.best, (1, 8, 8)), bundle[name], 64, STEPS[name], name)
+    images = draw(flawed(noise_scheduler, best_images, IMAGE_SHAPE), bundle[name], 400, STEPS[name], name)
     shares_off, deviation = modes_of_images(images)
     # measured over all combinations: pixels 0.010 to 0.035, shares 0.015 to 0.053, deviation 0.058 to 0.116
     assert distance_of_pixels(pixels) < 0.05
@@ -161,8 +121,8 @@ def test_moved_schedules_and_flow_matching_are_sampled_too(settings, tmp_path):
         if name == "ddpm":  # 250 steps; test_unusual_noise_schedules_run has it
             continue
         stock = type(bundle[name]).from_pretrained(tmp_path, subfolder=f"schedulers/{name}")
-        pixels = draw(ExactUNet(noise_scheduler, best_pixels, (1, 8, 8)), stock, 32, STEPS[name])
-        images = draw(ExactUNet(noise_scheduler, best_images, IMAGE_SHAPE), stock, 250, STEPS[name])
+        pixels = draw(flawed(noise_scheduler, PIXELS.best, (1, 8, 8)), stock, 32, STEPS[name], name)
+        images = draw(flawed(noise_scheduler, best_images, IMAGE_SHAPE), stock, 250, STEPS[name], name)
         shares_off, deviation = modes_of_images(images)
         # measured: pixels 0.013 to 0.049, shares 0.008 to 0.096, deviation 0.064 to 0.111; ddim, of first order, takes
         # long strides at low noise where the shift is 4: 0.040 and more
@@ -176,35 +136,33 @@ def test_flow_runs_at_any_number_of_steps():
     for name, scheduler in scheduler_bundle(noise_scheduler).items():
         for steps in (1, 2, 7, 61):
             check_steps(scheduler, steps)
-            samples = draw(ExactUNet(noise_scheduler, best_pixels, (1, 2, 2)), scheduler, 2, steps)
+            samples = draw(flawed(noise_scheduler, PIXELS.best, (1, 2, 2)), scheduler, 2, steps, name)
             assert samples.isfinite().all(), (name, steps)
 
 
 def test_ddim_does_not_drift_over_many_steps(saved_bundles):
     noise_scheduler, bundle = saved_bundles["linear", "epsilon"]
-    assert (
-        distance_of_pixels(draw(ExactUNet(noise_scheduler, best_pixels, (1, 8, 8)), bundle["ddim"], 64, 1000)) < 0.05
-    )
+    assert distance_of_pixels(draw(flawed(noise_scheduler, PIXELS.best, (1, 8, 8)), bundle["ddim"], 64, 1000)) < 0.05
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_runs_at_any_number_of_steps(saved_bundles, schedule):
     noise_scheduler, bundle = saved_bundles[schedule, "epsilon"]
-    unet = ExactUNet(noise_scheduler, best_pixels, (1, 2, 2))
+    unet = flawed(noise_scheduler, PIXELS.best, (1, 2, 2))
     for name, scheduler in bundle.items():
         for steps in (1, 2, 3, 7, 61, 100, 1000):  # 1000 is the default of DDPMPipeline
             if name == "ddim" and steps in (7, 61):
                 continue
             check_steps(scheduler, steps)
-            assert draw(unet, scheduler, 2, steps).isfinite().all(), (name, steps)
+            assert draw(unet, scheduler, 2, steps, name).isfinite().all(), (name, steps)
 
 
 @pytest.mark.parametrize("settings", [{"num_train_timesteps": 100}, {"rescale_betas_zero_snr": True}])
 def test_unusual_noise_schedules_run(settings):
     noise_scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", **settings)
     for name, scheduler in scheduler_bundle(noise_scheduler).items():
-        samples = draw(ExactUNet(noise_scheduler, best_pixels, (1, 8, 8)), scheduler, 32, 50)
+        samples = draw(flawed(noise_scheduler, PIXELS.best, (1, 8, 8)), scheduler, 32, 50, name)
         assert distance_of_pixels(samples) < 0.1, name
 
 
@@ -219,10 +177,17 @@ def test_bad_numbers_of_steps_are_refused_with_a_good_one():
             check_steps(bundle[DEFAULT_SCHEDULER], steps)
 
 
-def test_a_scheduler_that_is_not_shipped_is_named(tmp_path):
+def test_a_scheduler_that_does_not_exist_is_named_with_those_that_do(tmp_path):
     save_bundle(tmp_path, scheduler_bundle(DDPMScheduler()))
-    with pytest.raises(UserError, match="--scheduler euler.*ddim, ddpm, dpmsolver"):
-        load_scheduler(tmp_path, "euler")
+    with pytest.raises(UserError, match="--scheduler plms must be one of ddim, ddpm, dpmsolver"):
+        load_scheduler(tmp_path, "plms")
+
+
+def test_a_scheduler_that_an_earlier_version_did_not_ship_fits_the_training_schedule(tmp_path):
+    noise_scheduler = build_noise_scheduler(ObjectiveOptions(ddpm_beta_schedule="linear", noise_shift=2.0))
+    bundle = scheduler_bundle(noise_scheduler)
+    save_bundle(tmp_path, {name: bundle[name] for name in ("sde_dpmsolver", "ddpm")})
+    assert dict(load_scheduler(tmp_path, "unipc").config) == dict(bundle["unipc"].config)
 
 
 def test_a_pipeline_of_other_origin_gets_a_bundle(tmp_path):
@@ -238,5 +203,5 @@ def test_a_pipeline_of_flow_matching_gets_its_bundle(tmp_path):
     for name in FLOW_SCHEDULER_NAMES:
         assert load_scheduler(tmp_path, name).config.num_train_timesteps == 1000
     assert load_scheduler(tmp_path).config.prediction_type == "flow_prediction"
-    with pytest.raises(UserError, match="--scheduler ddim must be one of sde_dpmsolver, dpmsolver, flow_euler"):
+    with pytest.raises(UserError, match="--scheduler ddim must be one of dpmsolver, dpmsolver_3m, flow_euler"):
         load_scheduler(tmp_path, "ddim")

@@ -29,6 +29,37 @@ class FeatureMoments(NamedTuple):
         return cls(mean, values.clamp(min=0).sqrt()[:, None] * vectors.T)
 
 
+class RunningMoments:
+    """Sums over features that come in batches, float64: memory does not grow with their number.
+
+    `sums` is a vector of 1 + D + D * D numbers: the count, the sum of the features and that of their outer products.
+    Sums of parts add up to those of the whole, so they can be reduced over processes.
+    """
+
+    def __init__(self, num_features: int, sums: Tensor | None = None):
+        self.num_features = num_features
+        size = 1 + num_features + num_features**2
+        self.sums = torch.zeros(size, dtype=torch.float64) if sums is None else sums
+
+    def add(self, features: Tensor) -> None:
+        """Add features (B, D)."""
+        features = features.double()
+        parts = torch.tensor([float(len(features))]), features.sum(dim=0), (features.T @ features).flatten()
+        self.sums += torch.cat([part.double() for part in parts])
+
+    @property
+    def count(self) -> int:
+        return int(self.sums[0].item())
+
+    def moments(self) -> FeatureMoments:
+        """The moments of all that was added, at least 2 features."""
+        width, count = self.num_features, self.sums[0]
+        mean = self.sums[1 : 1 + width] / count
+        covariance = (self.sums[1 + width :].reshape(width, width) - count * torch.outer(mean, mean)) / (count - 1)
+        values, vectors = torch.linalg.eigh(covariance)
+        return FeatureMoments(mean, values.clamp(min=0).sqrt()[:, None] * vectors.T)
+
+
 def frechet_distance_of(one: FeatureMoments, other: FeatureMoments) -> float:
     """The squared Frechet distance of two Gaussians (Heusel et al. 2017, Eq. 6).
 

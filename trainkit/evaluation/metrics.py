@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from trainkit.evaluation.frechet import FeatureMoments, fid_at_infinity, frechet_distance_of
+from trainkit.evaluation.frechet import FeatureMoments, RunningMoments, fid_at_infinity, frechet_distance_of
 from trainkit.evaluation.manifold import manifold_scores
 
 KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
@@ -84,9 +84,27 @@ def frechet_distance(reference: Tensor, generated: Tensor) -> dict[str, float]:
         frechet_distance_of(moments, FeatureMoments.of(generated[groups != number]))
         for number in range(JACKKNIFE_GROUPS)
     ]
+    return found | {"fid_se": _jackknife_error(left_out)}
+
+
+def frechet_distance_of_groups(reference: Tensor, groups: list[RunningMoments]) -> dict[str, float]:
+    """As `frechet_distance` of features (N, D), for generated ones added in turn to `JACKKNIFE_GROUPS` sums."""
+    moments, width = FeatureMoments.of(reference), reference.shape[1]
+    together = torch.stack([group.sums for group in groups]).sum(dim=0)
+
+    def without(sums: Tensor | float) -> float:
+        return frechet_distance_of(moments, RunningMoments(width, together - sums).moments())
+
+    found = {"fid": without(0.0)}
+    if together[0] < 2 * JACKKNIFE_GROUPS:
+        return found
+    return found | {"fid_se": _jackknife_error([without(group.sums) for group in groups])}
+
+
+def _jackknife_error(left_out: list[float]) -> float:
+    """The standard error of a score, from its values without one group at a time."""
     values = torch.tensor(left_out, dtype=torch.float64)
-    variance = (JACKKNIFE_GROUPS - 1) / JACKKNIFE_GROUPS * (values - values.mean()).square().sum()
-    return found | {"fid_se": variance.sqrt().item()}
+    return ((len(values) - 1) / len(values) * (values - values.mean()).square().sum()).sqrt().item()
 
 
 def scores(reference: Tensor, generated: Tensor, names: list[str], seed: int = 0) -> dict[str, float]:

@@ -212,6 +212,11 @@ class ValidationOptions:
         within="[1, inf)",
     )
     score_images: int = option(200, "samples per score", within="[4, inf)")
+    score_extractor: str = option(
+        "efficientnet_lite0",
+        "network of the features of a score, as --feature_extractor of evaluate_samples.py: inception, "
+        "efficientnet_lite0, a TorchScript file, or a vision model of transformers",
+    )
 
 
 @dataclass

@@ -3,7 +3,7 @@
 # N images, B batch, H/W pixels, C channels
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel
 
 from pipelines.conditional import ConditionalPipeline, checked_interval, noise_level
+from pipelines.unconditional import UnconditionalPipeline, solve
 from trainkit.sampling.noise import Batch, draw
 from trainkit.sampling.schedulers import check_steps
-from trainkit.sampling.solve import Predict, solve
 
-Pipeline: TypeAlias = DDPMPipeline | ConditionalPipeline
+# (number of the call, timestep, scaled sample (B, C, H, W)) -> prediction (B, C, H, W) float32
+Predict: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+Pipeline: TypeAlias = DDPMPipeline | UnconditionalPipeline | ConditionalPipeline
 MAXIMUM_VALUES = 2**24 - 1  # per batch: some versions of torch.quantile, which thresholding calls, accept no more
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from diffusers import AutoencoderKL, DDPMPipeline, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 
 from pipelines.conditional import ConditionalPipeline
+from pipelines.unconditional import UnconditionalPipeline
 from pipelines.vector_embedding import VectorEmbedding
 from trainkit.diffusion.unet import load_any_variant
 from trainkit.errors import UserError, one_line
@@ -56,7 +57,7 @@ def load_pipeline(folder: Path, scheduler: SchedulerMixin) -> Pipeline:
     index = folder / "model_index.json"
     if index.is_file() and _class_name(_read_json(index)) == ConditionalPipeline.__name__:
         return _load_conditional_pipeline(folder, scheduler)
-    return DDPMPipeline(unet=_load_unet(folder), scheduler=scheduler)
+    return UnconditionalPipeline(_load_unet(folder), scheduler)
 
 
 def _load_unet(folder: Path) -> UNet2DModel:
@@ -145,8 +146,9 @@ def _check_pipeline_class(folder: Path) -> None:
     if not index.is_file():
         return
     name = _class_name(_read_json(index))
-    # the first three consist of the same two parts: unet and scheduler
-    if name not in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", ConditionalPipeline.__name__):
+    # the first four consist of the same two parts: unet and scheduler
+    ours = UnconditionalPipeline.__name__, ConditionalPipeline.__name__
+    if name not in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", *ours):
         raise UserError(f"{FLAG} {folder}: a {name}; only DDPMPipeline and ConditionalPipeline can be sampled")
 
 

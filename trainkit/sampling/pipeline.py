@@ -5,20 +5,22 @@ import os
 import shutil
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from pipelines.conditional import ConditionalPipeline
+from pipelines.unconditional import UnconditionalPipeline
 from pipelines.vector_embedding import VectorEmbedding
 from trainkit.atomic import TEMPORARY_PREFIX, write_text
 from trainkit.diffusion.few_step import is_few_step
 from trainkit.diffusion.noise_schedule import NoiseScheduler
+from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 from trainkit.sampling.generate import Pipeline
-from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, save_bundle, scheduler_bundle
+from trainkit.sampling.schedulers import save_bundle, scheduler_bundle
 
 # Everything that a saved pipeline can contain. Nothing else is pushed to the Hub.
 PIPELINE_PARTS = (
-    "conditional.py", "vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet",
+    "conditional.py", "unconditional.py", "vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet",
     "guidance_vector_embedding", "model_index.json", "unet", "scheduler", "schedulers", "README.md", "samples.png",
 )  # fmt: skip
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
@@ -68,6 +70,8 @@ def save_pipeline(folder: Path, pipeline: Pipeline, card: str) -> None:
     try:
         use_default_scheduler(pipeline)
         pipeline.save_pretrained(staging)
+        if isinstance(pipeline, DDPMPipeline):
+            UnconditionalPipeline.save_source(staging)
     finally:
         pipeline.scheduler = noise_scheduler
     if not few_step:

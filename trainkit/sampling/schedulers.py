@@ -1,8 +1,10 @@
-"""The schedulers that are saved with a pipeline: each samples a pixel-space model, and runs in stock DDPMPipeline.
+"""The schedulers that are saved with a pipeline, with the settings that sample its noise schedule.
 
-The settings were chosen by sampling distributions whose exact denoiser is known (tests/sampling/test_schedulers.py).
-Other classes of diffusers raise in DDPMPipeline (UniPC, DEIS, Heun: no `generator` in `step`) or silently sample
-garbage (Euler, EDM: the pipeline scales neither the noise nor the model's input).
+The settings were chosen by sampling distributions whose exact denoiser is known (tests/sampling/test_schedulers.py,
+test_convergence.py). Some classes raise in diffusers' DDPMPipeline (UniPC, Heun: no `generator` in `step`) or silently
+sample garbage there (Euler: the pipeline scales neither the noise nor the model's input). They run in
+pipelines/unconditional.py and conditional.py. DEIS is left out, and SASolver for flow matching: their last step does
+not end at a noise level of zero.
 """
 
 # T training timesteps, alpha_bar_t product of (1 - beta), sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)
@@ -18,19 +20,21 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     SASolverScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
 )
 
 from trainkit.atomic import write_text
 from trainkit.diffusion.few_step import is_few_step, student_steps
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
+from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 
-DEFAULT_SCHEDULER = "sde_dpmsolver"  # the best on trained models at 20 steps (docs/sampling.md)
-SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "sasolver", "ddim", "ddpm")
-FLOW_SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "flow_euler")
 SIGMA_MAX = 40.0
 TAIL_BETA = 1e-5
 EVEN_STRIDES_TO = 3.75  # sigma at T / 2 (linear betas: 3.4), over which too few of 20 even strides are at low noise
@@ -38,46 +42,40 @@ CONFIG_NAME = "scheduler_config.json"
 
 
 def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixin]:
-    """Name -> scheduler that samples a model trained with `noise_scheduler`; `DEFAULT_SCHEDULER` needs few steps.
+    """Name -> scheduler that samples a model trained with `noise_scheduler`, for the names of catalogue.py.
 
-    sde_dpmsolver  SDE-DPM-Solver++(2M), stochastic: 10 steps and more (Lu et al. 2022)
-    dpmsolver      DPM-Solver++(2M), deterministic: 10 to 50 steps (Lu et al. 2022)
-    sasolver       SA-Solver, stochastic where 200 <= t <= 800: 20 steps and more (Xue et al. 2023)
-    ddim           DDIM, deterministic, first order: steps that divide T, 50 and more (Song et al. 2021)
-    ddpm           ancestral sampling: 250 steps to T (Ho et al. 2020)
-
-    A flow-matching model gets the first two, and flow_euler: Euler steps, 50 and more (Esser et al. 2024).
+    Models of pixels are clamped to [-1, 1] where the class can do it; models of latents (`clip_sample` is False) are
+    not. A flow-matching model gets those that diffusers has in that form.
     """
     if is_flow(noise_scheduler):
         return _flow_bundle(noise_scheduler)
     config = noise_scheduler.config
-    solver = {"prediction_type": config.prediction_type, "num_train_timesteps": config.num_train_timesteps}
-    if config.clip_sample:  # the solvers ignore `clip_sample`; thresholding at 1 is the same clamp to [-1, 1]
-        solver |= {"thresholding": True, "sample_max_value": 1.0}
-    capped = {"trained_betas": capped_betas(noise_scheduler)}
-    karras = solver | capped | {"use_karras_sigmas": True}
+    plain = {"prediction_type": config.prediction_type, "num_train_timesteps": config.num_train_timesteps}
+    # the solvers ignore `clip_sample`; thresholding at 1 is the same clamp to [-1, 1]
+    clamp = {"thresholding": True, "sample_max_value": 1.0} if config.clip_sample else {}
+    capped = plain | {"trained_betas": capped_betas(noise_scheduler)}
+    karras = capped | {"use_karras_sigmas": True}
     return {
-        "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras),
-        "dpmsolver": DPMSolverMultistepScheduler(**karras),
-        "sasolver": SASolverScheduler(**karras)
-        if _sigma_at_half(noise_scheduler) > EVEN_STRIDES_TO
-        else SASolverScheduler(
-            timestep_spacing="trailing",
-            lambda_min_clipped=_lambda_min(noise_scheduler),
-            **solver,
-            **_betas(noise_scheduler),
-        ),
+        "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras, **clamp),
+        "dpmsolver": DPMSolverMultistepScheduler(**karras, **clamp),
+        "dpmsolver_3m": DPMSolverMultistepScheduler(solver_order=3, **karras, **clamp),
+        "unipc": UniPCMultistepScheduler(**karras, **clamp),
+        "sasolver": _sasolver(noise_scheduler, karras | clamp, plain | clamp),
+        "heun": HeunDiscreteScheduler(clip_sample=config.clip_sample, **karras),
+        "euler": EulerDiscreteScheduler(**karras),
         # no clipping: DDIMScheduler clips the image but not the noise, and the two drift apart over hundreds of steps
-        "ddim": DDIMScheduler(
-            timestep_spacing="trailing",
-            clip_sample=False,
-            prediction_type=config.prediction_type,
-            num_train_timesteps=config.num_train_timesteps,
-            **capped,
-        ),
+        "ddim": DDIMScheduler(timestep_spacing="trailing", clip_sample=False, **capped),
         # linspace is the one spacing that is right for any number of steps: DDPMScheduler looks up its neighbours
         "ddpm": DDPMScheduler.from_config(config, timestep_spacing="linspace"),
     }
+
+
+def _sasolver(noise_scheduler: DDPMScheduler, karras: dict, plain: dict) -> SASolverScheduler:
+    """SA-Solver at even strides of the timesteps, or at the noise levels of `karras` if those strides are too long."""
+    if _sigma_at_half(noise_scheduler) > EVEN_STRIDES_TO:
+        return SASolverScheduler(**karras)
+    start = {"timestep_spacing": "trailing", "lambda_min_clipped": _lambda_min(noise_scheduler)}
+    return SASolverScheduler(**start, **plain, **_betas(noise_scheduler))
 
 
 def _flow_bundle(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, SchedulerMixin]:
@@ -96,7 +94,10 @@ def _flow_bundle(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, 
     return {
         "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **solver),
         "dpmsolver": DPMSolverMultistepScheduler(**solver),
+        "dpmsolver_3m": DPMSolverMultistepScheduler(solver_order=3, **solver),
+        "unipc": UniPCMultistepScheduler(**solver),
         "flow_euler": FlowMatchEulerDiscreteScheduler.from_config(config),
+        "flow_heun": FlowMatchHeunDiscreteScheduler(config.num_train_timesteps, math.sqrt(config.shift)),
     }
 
 
@@ -161,27 +162,47 @@ def save_bundle(folder: Path, bundle: dict[str, SchedulerMixin]) -> None:
 def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
     """The scheduler `name` of a saved pipeline, None for its default one.
 
-    A pipeline without `schedulers/` (any other DDPMPipeline) gets the bundle that fits the betas of its own scheduler.
+    What the folder does not ship (any other DDPMPipeline, or a model saved by an earlier version) is made to fit the
+    noise schedule that is stored in it.
 
     Raises:
-        UserError: the folder has no scheduler, or not the requested one.
+        UserError: the folder has no scheduler, or the requested one does not exist for its noise schedule.
     """
-    shipped = sorted(path.parent.name for path in folder.glob(f"schedulers/*/{CONFIG_NAME}"))
-    if shipped and name is not None:
-        if name not in shipped:
-            raise UserError(f"--scheduler {name}: {folder} has {', '.join(shipped)}; use one of these")
+    if name is not None and (folder / "schedulers" / name / CONFIG_NAME).is_file():
         return _load(folder / "schedulers" / name)
     own = _load(folder / "scheduler" if (folder / "scheduler").is_dir() else folder)
+    shipped = shipped_schedulers(folder)
     if is_few_step(own) and name is not None:
         raise UserError(
             f"--scheduler {name}: {folder} is a few-step student, which has one scheduler; remove the flag"
         )
-    if shipped or is_few_step(own):
+    if (shipped and name is None) or is_few_step(own):
         return own
-    bundle = scheduler_bundle(own if is_flow(own) else DDPMScheduler.from_config(own.config))
+    bundle = _fitting_bundle(folder, own)
     if name is not None and name not in bundle:
-        raise UserError(f"--scheduler {name} must be one of {', '.join(bundle)}")
+        raise UserError(f"--scheduler {name} must be one of {', '.join(sorted({*bundle, *shipped}))}")
     return bundle[name or DEFAULT_SCHEDULER]
+
+
+def shipped_schedulers(folder: Path) -> list[str]:
+    """The names under `schedulers/`, sorted."""
+    return sorted(path.parent.name for path in folder.glob(f"schedulers/*/{CONFIG_NAME}"))
+
+
+def available_schedulers(folder: Path) -> list[str]:
+    """The names that `load_scheduler` accepts: those of the catalogue that fit, then others of the folder."""
+    fitting = list(_fitting_bundle(folder, load_scheduler(folder)))
+    return fitting + [name for name in shipped_schedulers(folder) if name not in fitting]
+
+
+def _fitting_bundle(folder: Path, own: SchedulerMixin) -> dict[str, SchedulerMixin]:
+    """The bundle for the noise schedule of training, which is stored under `schedulers/`, else that of `own`."""
+    shipped = shipped_schedulers(folder)
+    trained_with = next((known for known in ("ddpm", "flow_euler") if known in shipped), None)
+    noise_scheduler = own if trained_with is None else _load(folder / "schedulers" / trained_with)
+    if not is_flow(noise_scheduler):
+        noise_scheduler = DDPMScheduler.from_config(noise_scheduler.config)
+    return scheduler_bundle(noise_scheduler)
 
 
 def _betas(noise_scheduler: DDPMScheduler) -> dict:

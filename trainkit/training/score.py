@@ -1,4 +1,4 @@
-"""A score of samples during training: KID of the averaged weights with a small feature extractor.
+"""A score of samples during training: KID of the averaged weights, by default with a small feature extractor.
 
 It is meant for watching a run and for comparing runs on one dataset. It is not comparable with published figures.
 """
@@ -12,11 +12,11 @@ import torch
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import sample_indices
 from trainkit.errors import UserError
-from trainkit.evaluation.features import EfficientNetLite0, extract_features
+from trainkit.evaluation.features import ROUNDED_RESIZE, FeatureExtractor, extract_features, open_extractor
 from trainkit.evaluation.images import ImageArray, PreparedFolder
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import wait_for_everyone
-from trainkit.sampling.schedulers import DEFAULT_SCHEDULER
+from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 from trainkit.training.run import Run
 
 MINIMUM_IMAGES, REFERENCE_IMAGES = 4, 1000
@@ -30,8 +30,12 @@ def check_score(options: TrainingOptions) -> None:
     for name, least in (("score_steps", 1), ("score_images", MINIMUM_IMAGES)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
+    _open_extractor(options)
+
+
+def _open_extractor(options: TrainingOptions) -> FeatureExtractor:
     try:
-        EfficientNetLite0()
+        return open_extractor(options.score_extractor, options.cache_dir, "--score_extractor")
     except UserError as error:
         raise UserError(f"--score_steps {options.score_steps}: {error}") from None
 
@@ -54,7 +58,7 @@ class SampleScore:
             )
         self.num_reference = min(len(images), max(REFERENCE_IMAGES, options.score_images))
         if run.accelerator.is_main_process:
-            self.extractor = EfficientNetLite0()
+            self.extractor = _open_extractor(options)
             chosen = sample_indices(np.arange(self.num_reference), len(images), options.seed)
             self.reference = self._features(PreparedFolder(images.folder), chosen)
         wait_for_everyone()
@@ -74,7 +78,8 @@ class SampleScore:
         wait_for_everyone()
 
     def _features(self, images: ImageArray | PreparedFolder, indices: np.ndarray) -> torch.Tensor:
-        batches = images.batches(indices, FEATURE_BATCH_SIZE, self.extractor.input_size)
+        rounded = self.extractor.resize == ROUNDED_RESIZE
+        batches = images.batches(indices, FEATURE_BATCH_SIZE, self.extractor.input_size, rounded)
         return extract_features(self.extractor, batches, self.run.accelerator.device)
 
     def _report(self, features: torch.Tensor) -> None:

@@ -23,7 +23,8 @@ from trainkit.diffusion.unet import check_unet_options
 from trainkit.errors import UserError, one_line
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import on_main_process
-from trainkit.sampling.schedulers import DEFAULT_SCHEDULER, check_steps, scheduler_bundle
+from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
+from trainkit.sampling.schedulers import check_steps, scheduler_bundle
 from trainkit.training import launch
 from trainkit.training.averages.ema import build_ema
 from trainkit.training.averages.power_ema import PowerAverages, check_ema_power_lengths

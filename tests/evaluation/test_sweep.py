@@ -1,0 +1,223 @@
+"""evaluate_samples.py --model_name_or_path and --sweep: the table, what is made after a kill, and who reads it."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conditional_helpers import NAMES, class_unet
+from diffusers import DDPMPipeline, DDPMScheduler, EulerAncestralDiscreteScheduler
+from evaluation_helpers import evaluate, write_images
+from PIL import Image
+
+from trainkit.errors import UserError
+from trainkit.evaluation import sweep
+from trainkit.evaluation.features import ROUNDED_RESIZE
+from trainkit.evaluation.frechet import RunningMoments
+from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance, frechet_distance_of_groups
+from trainkit.evaluation.sweep_report import with_section
+from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
+from trainkit.sampling.table import TABLE_NAME, choose_scheduler
+
+
+class TinyExtractor(torch.nn.Module):
+    """12 features: the mean colours of the quarters of an image."""
+
+    name, weights_sha256, input_size, num_features, resize = "tiny", "0" * 64, 8, 12, ROUNDED_RESIZE
+
+    def forward(self, images):
+        return images.float().reshape(-1, 2, 4, 2, 4, 3).mean(dim=(2, 4)).flatten(1) / 255
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu_with_a_tiny_extractor(monkeypatch, tmp_path):
+    for name, value in {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("trainkit.evaluation.model.open_extractor", lambda *arguments: TinyExtractor())
+    monkeypatch.setattr("trainkit.evaluation.features.open_extractor", lambda *arguments: TinyExtractor())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_pipeline(folder / "plain", DDPMPipeline(class_unet(num_class_embeds=None), DDPMScheduler()), "# A card\n")
+    save_pipeline(folder / "class", conditional_pipeline(class_unet(), DDPMScheduler(), id2label=NAMES), "# A card\n")
+    return folder
+
+
+@pytest.fixture
+def model(models, tmp_path):
+    return shutil.copytree(models / "plain", tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("reference") / "real", 24)
+
+
+def run(monkeypatch, model, reference, **flags):
+    flags = {"num_images": 6, "sample_batch_size": 4, "cache_dir": model.parent / "cache"} | flags
+    evaluate(monkeypatch, model_name_or_path=model, reference=reference, **flags)
+
+
+def table_of(folder):
+    return json.loads((folder / TABLE_NAME).read_text())
+
+
+def test_a_sweep_ranks_its_rows_and_a_second_start_makes_none(model, reference, monkeypatch, capsys):
+    run(monkeypatch, model, reference, sweep="dpmsolver:2,3;heun:2")
+    rows = table_of(model)["cells"]
+    assert [(row["scheduler"], row["steps"], row["calls"]) for row in rows] == [
+        ("dpmsolver", 2, 2),
+        ("dpmsolver", 3, 3),
+        ("heun", 2, 3),
+    ]
+    for row in rows:
+        assert np.isfinite(row["scores"]["kid"]) and row["seconds_per_1000_images"] > 0
+    assert [row["in_stock_pipeline"] for row in rows] == [True, True, False]
+    output = capsys.readouterr().out
+    assert "| dpmsolver | 3 | 3 | 2 | no | yes |" in output and "3 rows made now, 0 made before" in output
+    picture = Image.open(model / "sampling_table.png")
+    assert picture.width > 400 and (model / "sampling_plot.png").stat().st_size > 1000
+    card = (model / "README.md").read_text()
+    assert card.startswith("# A card\n") and card.count("## Schedulers and steps") == 1
+
+    monkeypatch.setattr(sweep, "generate", None)  # a call would raise
+    run(monkeypatch, model, reference, sweep="dpmsolver:2,3;heun:2")
+    assert "0 rows made now, 3 made before" in capsys.readouterr().out
+    assert (model / "README.md").read_text() == card
+
+
+def test_a_killed_sweep_keeps_its_rows_and_their_seeds(model, reference, tmp_path, monkeypatch):
+    seen, real = [], sweep.generate
+
+    def killed_in_the_second(pipeline, seeds, steps, *rest, **guidance):
+        seen.append((steps, list(seeds)))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(pipeline, seeds, steps, *rest, **guidance)
+
+    monkeypatch.setattr(sweep, "generate", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, model, reference, sweep="dpmsolver:2,3", seed=5)
+    assert [row["steps"] for row in table_of(model)["cells"]] == [2]
+    run(monkeypatch, model, reference, sweep="dpmsolver:2,3", seed=5)
+    assert [steps for steps, _ in seen] == [2, 3, 3]
+    assert all(seeds == [5, 6, 7, 8, 9, 10] for _, seeds in seen)
+
+
+def test_classes_are_balanced_and_only_sums_are_kept_for_fid(models, reference, tmp_path, monkeypatch):
+    shown, real = [], sweep.generate
+
+    def watched(pipeline, seeds, steps, batch_size, conditions, **guidance):
+        shown.extend(conditions)
+        assert guidance["guidance_scale"] == 2.0
+        return real(pipeline, seeds, steps, batch_size, conditions, **guidance)
+
+    monkeypatch.setattr(sweep, "generate", watched)
+    flags = {"num_images": 6 * len(NAMES), "metrics": "fid", "guidance_scale": 2, "table_dir": tmp_path / "table"}
+    model = shutil.copytree(models / "class", tmp_path / "class")
+    run(monkeypatch, model, reference, sweep="dpmsolver:1", **flags)
+    assert all(shown.count(label) == 6 for label in range(len(NAMES))) and len(shown) == 6 * len(NAMES)
+    assert table_of(tmp_path / "table")["cells"][0]["scores"]["fid"] > 0
+    assert not (model / TABLE_NAME).exists()
+
+
+def test_a_model_is_scored_without_a_sweep(model, reference, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, model, reference, num_inference_steps=2, output_file=tmp_path / "scores.json")
+    output = capsys.readouterr().out
+    assert "--scheduler dpmsolver: recommended for 2 steps" in output
+    assert "dpmsolver (DPMSolverMultistepScheduler), 2 steps" in output and "6 generated, 24 reference" in output
+    assert json.loads((tmp_path / "scores.json").read_text())["sampling"]["num_inference_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"sweep": "plms:10"}, "--sweep plms:10: plms must be one of sde_dpmsolver, dpmsolver"),
+        ({"sweep": "ddim:61"}, "--sweep ddim 61: DDIM samples garbage .* use 50"),
+        ({"sweep": "ddim"}, "--sweep ddim: write a scheduler and its steps, such as ddim:10,20,50"),
+        ({"sweep": "ddim:ten"}, "--sweep ddim:ten: write a scheduler and its steps"),
+        ({"sweep": "ddim:10", "scheduler": "ddim"}, "--scheduler does nothing with --sweep"),
+        ({"table_dir": "here"}, "--table_dir is the folder of the table that --sweep writes"),
+        ({"generated": "there"}, "--generated and --model_name_or_path both say what to score"),
+        ({"class_labels": "all"}, "--class_labels: this pipeline is unconditional"),
+        ({"num_images": 1}, "--num_images: 1 images are too few"),
+    ],
+)
+def test_mistakes_get_one_line(model, reference, monkeypatch, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, model, reference, **flags)
+
+
+def test_flags_of_a_model_need_one(reference, monkeypatch):
+    with pytest.raises(UserError, match="--sweep needs --model_name_or_path"):
+        evaluate(monkeypatch, generated=reference, reference=reference, sweep="ddim:10")
+
+
+def test_rows_of_other_settings_or_weights_are_not_mixed(model, reference, monkeypatch):
+    run(monkeypatch, model, reference, sweep="dpmsolver:1")
+    with pytest.raises(UserError, match=r"made with another num_images \(6 there, 8 now\)"):
+        run(monkeypatch, model, reference, sweep="dpmsolver:1", num_images=8)
+    table = table_of(model) | {"weights_sha256": "of another model"}
+    (model / TABLE_NAME).write_text(json.dumps(table))
+    run(monkeypatch, model, reference, sweep="dpmsolver:2", num_images=8)
+    assert [row["steps"] for row in table_of(model)["cells"]] == [2]
+
+
+def test_features_that_are_not_finite_are_named(model, reference, monkeypatch):
+    monkeypatch.setattr(TinyExtractor, "forward", lambda self, images: torch.full((len(images), 12), torch.nan))
+    with pytest.raises(UserError, match="features that are not finite"):
+        run(monkeypatch, model, reference, sweep="dpmsolver:1")
+
+
+def test_sample_takes_the_best_of_the_table_for_its_steps(model, monkeypatch):
+    from trainkit.sampling.load import weights_digest
+
+    def cell(scheduler, steps, kid, calls=None):
+        return {"scheduler": scheduler, "steps": steps, "calls": calls or steps, "scores": {"kid": kid}}
+
+    cells = [cell("unipc", 10, 0.2), cell("ddim", 10, 0.1), cell("heun", 10, 0.01, 19), cell("ddim", 20, 0.05)]
+    table = {"weights_sha256": weights_digest(model), "settings": {"metrics": ["kid"]}, "cells": cells}
+    (model / TABLE_NAME).write_text(json.dumps(table))
+    name, why = choose_scheduler(model, 10)
+    assert name == "ddim" and "the lowest KID of 2 schedulers at 10 steps" in why
+    assert choose_scheduler(model, 7)[0] == "dpmsolver" and choose_scheduler(model, 8)[0] == "sde_dpmsolver"
+    (model / TABLE_NAME).write_text(json.dumps(table | {"weights_sha256": "of another model"}))
+    assert choose_scheduler(model, 10)[0] == "sde_dpmsolver"
+    (model / TABLE_NAME).write_text("{")
+    with pytest.raises(UserError, match="is not a readable table: delete it"):
+        choose_scheduler(model, 10)
+
+
+def test_a_scheduler_that_the_user_put_into_the_pipeline_stays(model):
+    EulerAncestralDiscreteScheduler().save_pretrained(model / "scheduler")
+    assert choose_scheduler(model, 10) == ("default", "scheduler: the pipeline's own EulerAncestralDiscreteScheduler")
+
+
+def test_sums_of_features_give_the_same_fid_in_any_batches():
+    generator = torch.Generator().manual_seed(0)
+    real, made = torch.randn(60, 5, generator=generator) + 30, 1.2 * torch.randn(70, 5, generator=generator) + 30
+    groups = [RunningMoments(5) for _ in range(JACKKNIFE_GROUPS)]
+    for start in range(0, 70, 16):
+        for row in range(start, min(start + 16, 70)):
+            groups[row % JACKKNIFE_GROUPS].add(made[row : row + 1])
+    assert frechet_distance_of_groups(real, groups) == pytest.approx(frechet_distance(real, made), rel=1e-6)
+
+
+def test_the_section_of_a_card_is_replaced():
+    from trainkit.evaluation.sweep_report import BEGIN, END
+
+    card = with_section("# Card\n", f"{BEGIN}\nold\n{END}")
+    assert with_section(card + "more\n", f"{BEGIN}\nnew\n{END}") == f"# Card\n\n{BEGIN}\nnew\n{END}\nmore\n"
+
+
+def test_the_list_of_schedulers_says_what_runs_where(models, capsys):
+    import sample
+
+    sample.list_schedulers(SimpleNamespace(model_name_or_path=str(models / "plain")))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("unipc ") and "not in DDPMPipeline" in line and "order 3" in line for line in lines)
+    assert any(line.startswith("sde_dpmsolver ") and "stochastic, runs in DDPMPipeline" in line for line in lines)

@@ -1,0 +1,114 @@
+"""A saved model and a reference to score it against: what evaluate_samples.py opens for --model_name_or_path."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+
+from trainkit.errors import UserError
+from trainkit.evaluation.features import FeatureExtractor, open_extractor
+from trainkit.evaluation.images import ImageArray, ImageSet, open_images
+from trainkit.evaluation.metrics import KID_SUBSET_SIZE
+from trainkit.evaluation.reference import ScoredImages, check_count, choose_images, reference_features
+from trainkit.evaluation.report import comparability
+from trainkit.processes import main_process_first
+from trainkit.sampling.conditions import ALL, Conditions, read_conditions
+from trainkit.sampling.generate import Pipeline, generate_on_all_ranks, image_shape
+from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
+from trainkit.sampling.schedulers import check_steps, describe_scheduler, load_scheduler
+from trainkit.sampling.table import named_scheduler
+
+DEFAULT_IMAGES = 1000
+WARN_BELOW = 100  # images on a side: KID's subsets are then smaller than 50
+
+
+class Model(NamedTuple):
+    """A pipeline on the device, what its images show, and where its table is stored."""
+
+    pipeline: Pipeline
+    conditions: Conditions | None
+    folder: Path
+    table_dir: Path
+    weights_sha256: str
+    num_images: int
+
+
+def open_model(options: Any, accelerator: Accelerator) -> Model:
+    """The model of evaluate_samples.py's `options`. Class labels cycle through all classes unless some are given.
+
+    Raises:
+        UserError: it cannot be loaded, or it is on the Hub and --sweep has no folder to write to.
+    """
+    with main_process_first():
+        folder = find_pipeline(options.model_name_or_path)
+    if options.sweep is not None and options.table_dir is None and not Path(options.model_name_or_path).is_dir():
+        raise UserError(
+            f"--table_dir is missing: {options.model_name_or_path} is on the Hub, name a folder to write to"
+        )
+    pipeline = load_pipeline(folder, load_scheduler(folder)).to(accelerator.device)
+    if getattr(pipeline, "condition", None) == "class_labels" and options.class_labels is None:
+        options.class_labels = [ALL]
+    conditions = read_conditions(options, pipeline)
+    count = options.num_images or DEFAULT_IMAGES
+    check_count("num_images", count)
+    table_dir = folder if options.table_dir is None else Path(options.table_dir)
+    if conditions is not None and count % len(conditions.values) and accelerator.is_main_process:
+        print(f"--num_images {count} is no multiple of {len(conditions.values)} conditions: some have one image more")
+    return Model(pipeline, conditions, folder, table_dir, weights_digest(folder), count)
+
+
+def open_reference(options: Any, accelerator: Accelerator) -> tuple[ScoredImages, FeatureExtractor]:
+    """The features of all reference images, and their extractor. A collective."""
+    images: ImageSet = open_images(options.reference, "--reference", skip_unreadable=True)
+    extractor = open_extractor(options.feature_extractor, options.cache_dir)
+    chosen = choose_images(images, "reference", None, options.seed)
+    found = reference_features(images, chosen, extractor, options.batch_size, accelerator, options.cache_dir)
+    check_count("reference", len(found.indices))
+    smaller = min(len(found.indices), options.num_images or DEFAULT_IMAGES)
+    if "kid" in options.metrics and smaller < WARN_BELOW and accelerator.is_main_process:
+        print(
+            f"WARNING: KID of {smaller} images uses subsets of {max(2, smaller // 2)} (usual: {KID_SUBSET_SIZE:,}): "
+            "differences below its standard error mean nothing"
+        )
+    return found, extractor
+
+
+def table_settings(options: Any, model: Model, reference: ScoredImages, extractor, accelerator: Accelerator) -> dict:
+    """Everything but the weights, the scheduler and the steps that the scores of a table depend on."""
+    shape = image_shape(model.pipeline)
+    return {
+        "metrics": list(options.metrics),
+        "num_images": model.num_images,
+        "num_reference": len(reference.indices),
+        "reference": options.reference,
+        "reference_fingerprint": reference.images.fingerprint,
+        "feature_extractor": extractor.name,
+        "extractor_sha256": extractor.weights_sha256,
+        "resize": extractor.resize,
+        "seed": options.seed,
+        "mixed_precision": accelerator.mixed_precision,
+        "height_width": list(shape[:2]),
+        **({} if model.conditions is None else model.conditions.settings()),
+        "note": comparability(extractor.weights_sha256, model.num_images, len(reference.indices)),
+    }
+
+
+def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArray]:
+    """The record and the images of the model, on every process, with the scheduler that sample.py would use."""
+    model, steps = open_model(options, accelerator), options.num_inference_steps
+    name, scheduler, why = named_scheduler(model.folder, options.scheduler, steps)
+    accelerator.print(why)
+    check_steps(scheduler, steps)
+    model.pipeline.scheduler = scheduler
+    seeds, conditions = range(options.seed, options.seed + model.num_images), model.conditions
+    images = generate_on_all_ranks(
+        accelerator,
+        model.pipeline,
+        seeds,
+        steps,
+        options.sample_batch_size,
+        None if conditions is None else conditions.for_images(range(len(seeds))),
+        **({} if conditions is None else conditions.guidance),
+    )
+    record = {"scheduler_name": name, "scheduler": describe_scheduler(scheduler), "num_inference_steps": steps}
+    return record | ({} if conditions is None else conditions.guidance), ImageArray(images)

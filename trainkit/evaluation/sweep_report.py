@@ -1,0 +1,137 @@
+"""Where a sweep is written: sampling_table.json and two pictures in a folder, and a section of the model's card."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from trainkit.atomic import replacing, write_json, write_text
+from trainkit.errors import UserError, one_line
+from trainkit.evaluation.sweep import Cell
+from trainkit.sampling.grid import image_grid, save_image, to_pil
+from trainkit.sampling.table import TABLE_NAME, read_table, score_text
+
+PICTURE_NAME, PLOT_NAME, STRIPS = "sampling_table.png", "sampling_plot.png", ".sampling_table"
+BEGIN, END = "<!-- sampling table: written by evaluate_samples.py -->", "<!-- end of the sampling table -->"
+LABEL_WIDTH = 140  # pixels left of a row of sampling_table.png
+
+
+def open_table(folder: Path, weights_sha256: str, settings: dict) -> dict:
+    """The table in `folder` to go on with, or a new one for these weights and `settings`.
+
+    Raises:
+        UserError: it was made of the same weights with other settings, so its rows could not be compared.
+    """
+    table = read_table(folder, weights_sha256)
+    for name, value in settings.items():
+        earlier = table["settings"].get(name) if table else value
+        if earlier != value:
+            raise UserError(
+                f"{folder / TABLE_NAME} was made with another {name} ({str(earlier)[:60]} there, {str(value)[:60]} "
+                "now): use the same, or delete the file"
+            )
+    return table or {"weights_sha256": weights_sha256, "settings": settings, "cells": []}
+
+
+def missing_cells(cells: list[Cell], table: dict) -> list[Cell]:
+    done = {(row["scheduler"], row["steps"]) for row in table["cells"]}
+    return [cell for cell in cells if cell not in done]
+
+
+def store_cell(folder: Path, table: dict, row: dict, images: np.ndarray) -> None:
+    """Add a row to the table and write it, with its images (N, H, W, C) for the picture."""
+    table["cells"] = sorted([*table["cells"], row], key=lambda cell: (cell["scheduler"], cell["steps"]))
+    try:
+        (folder / STRIPS).mkdir(parents=True, exist_ok=True)
+        save_image(to_pil(np.concatenate(list(images), axis=1)), _strip(folder, row))
+        write_json(folder / TABLE_NAME, table)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({one_line(error)}): give another --table_dir") from None
+
+
+def write_reports(folder: Path, table: dict) -> None:
+    """Write the two pictures, and the section of README.md if there is one."""
+    _write_picture(folder, table, table["settings"]["height_width"][1])
+    _write_plot(folder, table)
+    card = folder / "README.md"
+    if card.is_file():
+        write_text(card, with_section(card.read_text(encoding="utf-8"), section(table)))
+
+
+def table_lines(table: dict) -> list[str]:
+    """The table in Markdown, best first."""
+    metrics = table["settings"]["metrics"]
+    columns = ["scheduler", "steps", "UNet calls", "order", "stochastic", "in DDPMPipeline"]
+    columns += [metric.upper() for metric in metrics] + ["s per 1,000 images"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    words = {True: "yes", False: "no", None: "?"}
+    for row in sorted(table["cells"], key=lambda cell: cell["scores"][metrics[0]]):
+        values = [row["scheduler"], row["steps"], row["calls"], row["order"] or "?"]
+        values += [words[row["stochastic"]], words[row["in_stock_pipeline"]]]
+        values += [score_text(row, metric).partition(" ")[2] for metric in metrics]
+        lines.append("| " + " | ".join(map(str, [*values, f"{row['seconds_per_1000_images']:.3g}"])) + " |")
+    return lines
+
+
+def section(table: dict) -> str:
+    """The section of the card: the table, the picture, and what the scores depend on."""
+    used = table["settings"]
+    return "\n".join(
+        [
+            BEGIN, "## Schedulers and steps", "", *table_lines(table), "",
+            f"{used['num_images']:,} samples per row, the same seeds in each, against {used['num_reference']:,} "
+            f"reference images; {used['feature_extractor']}; {used['note']}. Schedulers that are not in DDPMPipeline "
+            "run in `unconditional.py`.", "",
+            f"![rows of samples, one row per scheduler and steps]({PICTURE_NAME})", END,
+        ]
+    )  # fmt: skip
+
+
+def with_section(card: str, text: str) -> str:
+    """The card with `text` in place of its earlier section, or at its end."""
+    before, begin, rest = card.partition(BEGIN)
+    after = rest.partition(END)[2].lstrip("\n") if begin else ""
+    return f"{before.rstrip()}\n\n{text}\n{after}"
+
+
+def _strip(folder: Path, row: dict) -> Path:
+    return folder / STRIPS / f"{row['scheduler']}-{row['steps']}.png"
+
+
+def _write_picture(folder: Path, table: dict, image_width: int) -> None:
+    """Rows are (scheduler, steps), columns the same seeds."""
+    rows = [row for row in table["cells"] if _strip(folder, row).is_file()]
+    strips = [np.asarray(Image.open(_strip(folder, row))) for row in rows]
+    strips = [strip.reshape(*strip.shape[:2], -1) for strip in strips]
+    if not strips:
+        return
+    columns = min(strip.shape[1] for strip in strips) // image_width
+    images = [image for strip in strips for image in np.split(strip[:, : columns * image_width], columns, axis=1)]
+    grid = image_grid(np.stack(images), columns).convert("RGB")
+    picture = Image.new("RGB", (grid.width + LABEL_WIDTH, grid.height), "white")
+    picture.paste(grid, (LABEL_WIDTH, 0))
+    draw, height = ImageDraw.Draw(picture), grid.height / len(rows)
+    for number, row in enumerate(rows):
+        draw.text((4, (number + 0.5) * height), f"{row['scheduler']}, {row['steps']}", fill="black", anchor="lm")
+    save_image(picture, folder / PICTURE_NAME)
+
+
+def _write_plot(folder: Path, table: dict) -> None:
+    """The first metric against steps, and against seconds per 1,000 images."""
+    from matplotlib.figure import Figure
+
+    metric = table["settings"]["metrics"][0]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for number, (key, label) in enumerate(
+        (("steps", "steps"), ("seconds_per_1000_images", "seconds per 1,000 images")), start=1
+    ):
+        axis = figure.add_subplot(1, 2, number, xlabel=label, ylabel=metric.upper(), xscale="log")
+        for name in sorted({row["scheduler"] for row in table["cells"]}):
+            rows = sorted((row for row in table["cells"] if row["scheduler"] == name), key=lambda row: row[key])
+            errors = [row["scores"].get(f"{metric}_se", 0.0) for row in rows]
+            values = [row["scores"][metric] for row in rows]
+            axis.errorbar([row[key] for row in rows], values, errors, marker="o", markersize=3, label=name)
+        if number == 1:
+            axis.legend(frameon=False)
+    with replacing(folder / PLOT_NAME) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

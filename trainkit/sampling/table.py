@@ -1,0 +1,99 @@
+"""sampling_table.json of a model's folder: quality and time of its schedulers, and which of them to sample with."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from diffusers import SchedulerMixin
+
+from trainkit.errors import UserError
+from trainkit.sampling.catalogue import CATALOGUE, DEFAULT_SCHEDULER, recommended_scheduler
+from trainkit.sampling.load import weights_digest
+from trainkit.sampling.schedulers import describe_scheduler, load_scheduler, shipped_schedulers
+
+TABLE_NAME = "sampling_table.json"
+OWN = "default"  # the name of a pipeline's own scheduler in records
+
+
+def read_table(folder: Path, weights_sha256: str | None = None) -> dict:
+    """The table of a model, {} if it has none, or one of other weights than `weights_sha256`.
+
+    Raises:
+        UserError: the file is not readable.
+    """
+    file = folder / TABLE_NAME
+    if not file.is_file():
+        return {}
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        known = [(cell["scheduler"], cell["steps"], cell["calls"], cell["scores"]) for cell in table["cells"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not a readable table: delete it, or repeat evaluate_samples.py --sweep") from None
+    if weights_sha256 is not None and table.get("weights_sha256") != weights_sha256:
+        return {}
+    return table if known else {}
+
+
+def choose_scheduler(folder: Path, steps: int) -> tuple[str, str]:
+    """The name of the scheduler for `steps`, and why: a line for the user.
+
+    The best of the table among those that call the UNet `steps` times. Without one, the pipeline's own scheduler if it
+    is not the one that training saves, else the recommended one for so many steps.
+    """
+    table = read_table(folder, weights_digest(folder)) if (folder / TABLE_NAME).is_file() else {}
+    rows = [cell for cell in table.get("cells", []) if cell["steps"] == cell["calls"] == steps]
+    if rows:
+        metric = table["settings"]["metrics"][0]
+        best = min(rows, key=lambda cell: cell["scores"][metric])
+        why = f"the lowest {metric.upper()} of {len(rows)} schedulers at {steps} steps in {folder / TABLE_NAME}"
+        return best["scheduler"], f"--scheduler {best['scheduler']}: {why}"
+    own, shipped = load_scheduler(folder), shipped_schedulers(folder)
+    saved = load_scheduler(folder, DEFAULT_SCHEDULER) if DEFAULT_SCHEDULER in shipped else None
+    if saved is not None and describe_scheduler(own) != describe_scheduler(saved):
+        return OWN, f"scheduler: the pipeline's own {type(own).__name__}"
+    name = recommended_scheduler(steps)
+    return name, f"--scheduler {name}: recommended for {steps} steps (no row of {TABLE_NAME} has as many)"
+
+
+def named_scheduler(folder: Path, name: str | None, steps: int) -> tuple[str, SchedulerMixin, str]:
+    """The name and the scheduler of `--scheduler`, or of `choose_scheduler` without it, and a line that says which."""
+    why = f"--scheduler {name}"
+    if name is None:
+        name, why = choose_scheduler(folder, steps)
+    return name, load_scheduler(folder, None if name == OWN else name), why
+
+
+def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
+    """What `sample.py --list_schedulers` prints: a line per scheduler, and one per row of the table."""
+    cells = {name: [cell for cell in table.get("cells", []) if cell["scheduler"] == name] for name in bundle}
+    metric = table["settings"]["metrics"][0] if table else ""
+    lines = []
+    for name in cells:
+        facts = CATALOGUE.get(name)
+        if facts is None:
+            lines.append(f"{name:14} of this folder alone")
+            continue
+        runs = "runs in DDPMPipeline" if facts.in_stock_pipeline else "not in DDPMPipeline"
+        noise = "stochastic" if facts.stochastic else "deterministic"
+        calls = ", 2 UNet calls per step" if facts.doubles_calls else ""
+        lines.append(f"{name:14} {facts.method}, order {facts.order}, {noise}, {runs}, {facts.steps} steps{calls}")
+        lines += [
+            f"    {cell['steps']:5} steps  {score_text(cell, metric)}  {time_text(cell)}" for cell in cells[name]
+        ]
+    return lines
+
+
+def score_text(cell: dict, metric: str) -> str:
+    """`KID 0.0123 +- 0.0012`."""
+    error = cell["scores"].get(f"{metric}_se")
+    return f"{metric.upper()} {cell['scores'][metric]:.4g}" + ("" if error is None else f" +- {error:.2g}")
+
+
+def time_text(cell: dict) -> str:
+    return f"{cell['seconds_per_1000_images']:.3g} s per 1,000 images"
+
+
+def calls_of(scheduler: SchedulerMixin, steps: int) -> int:
+    """How often the UNet is called for one image."""
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
