@@ -54,7 +54,9 @@ class ModelOptions:
 
     model_name_or_path: str | None = option(None, "folder of a saved pipeline, or a Hub id; nothing in it is executed")
     scheduler: str | None = option(None, "scheduler, as in sample.py; default: what sample.py would use")
-    num_inference_steps: int = option(20, "scheduler steps", within="[1, inf)")
+    num_inference_steps: int | None = option(
+        None, "scheduler steps; default: 20, or all of a few-step student", within="[1, inf)"
+    )
     sweep: list[str] | None = option(
         None, "schedulers and steps to compare: ddim:10,20,50 dpmsolver:5,10 (names: sample.py --list_schedulers)",
         nargs="+",

@@ -36,7 +36,10 @@ class PipelineOptions:
         f"{', '.join(CATALOGUE)}; default: the best for the steps in the model's sampling_table.json, else the "
         f"recommended one. All run here; diffusers' DDPMPipeline cannot run {outside_stock_pipeline()}",
     )
-    num_inference_steps: int = option(20, "scheduler steps: calls of the UNet per image", within="[1, inf)")
+    num_inference_steps: int | None = option(
+        None, "scheduler steps: calls of the UNet per image; default: 20, or all of a few-step student",
+        within="[1, inf)",
+    )  # fmt: skip
     list_schedulers: bool = option(False, "print the schedulers of the model, and its sampling table, and exit")
 
 
@@ -92,7 +95,7 @@ def sample(options: Options) -> None:
     from trainkit.processes import end_together, main_process_first
     from trainkit.sampling.load import find_pipeline, load_pipeline
     from trainkit.sampling.schedulers import check_steps
-    from trainkit.sampling.table import named_scheduler
+    from trainkit.sampling.table import default_steps, named_scheduler
     from trainkit.training.launch import compile_as_launched, start_accelerator
 
     options = compile_as_launched(options)
@@ -100,9 +103,11 @@ def sample(options: Options) -> None:
     accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
     with main_process_first():
         model_folder = find_pipeline(options.model_name_or_path)
-    options.scheduler, scheduler, why = named_scheduler(model_folder, options.scheduler, options.num_inference_steps)
+    steps = options.num_inference_steps or default_steps(model_folder)
+    name, scheduler, why = named_scheduler(model_folder, options.scheduler, steps)
     accelerator.print(why)
-    check_steps(scheduler, options.num_inference_steps)
+    check_steps(scheduler, steps)
+    options = replace(options, scheduler=name, num_inference_steps=steps)
     pipeline = load_pipeline(model_folder, scheduler)
     conditions = read_conditions(options, pipeline)
 

@@ -16,7 +16,7 @@ from trainkit.sampling.conditions import ALL, Conditions, read_conditions
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks, image_shape
 from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
 from trainkit.sampling.schedulers import check_steps, describe_scheduler, load_scheduler
-from trainkit.sampling.table import named_scheduler
+from trainkit.sampling.table import default_steps, named_scheduler
 
 DEFAULT_IMAGES = 1000
 WARN_BELOW = 100  # images on a side: KID's subsets are then smaller than 50
@@ -95,7 +95,8 @@ def table_settings(options: Any, model: Model, reference: ScoredImages, extracto
 
 def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArray]:
     """The record and the images of the model, on every process, with the scheduler that sample.py would use."""
-    model, steps = open_model(options, accelerator), options.num_inference_steps
+    model = open_model(options, accelerator)
+    steps = options.num_inference_steps or default_steps(model.folder)
     name, scheduler, why = named_scheduler(model.folder, options.scheduler, steps)
     accelerator.print(why)
     check_steps(scheduler, steps)

@@ -30,6 +30,8 @@ CATALOGUE = {
 SCHEDULER_NAMES = tuple(name for name in CATALOGUE if not name.startswith("flow_"))
 FLOW_SCHEDULER_NAMES = ("sde_dpmsolver", "dpmsolver", "dpmsolver_3m", "unipc", "flow_euler", "flow_heun")
 DEFAULT_SCHEDULER = "sde_dpmsolver"  # from 8 steps: the best on trained models (docs/sampling.md)
+OWN_SCHEDULER = "default"  # the name of a pipeline's own scheduler: the only one of a few-step student
+DEFAULT_STEPS = 20
 FEW_STEPS, FEW_STEP_SCHEDULER = 8, "dpmsolver"  # below 8 steps
 
 

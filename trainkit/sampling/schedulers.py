@@ -33,7 +33,7 @@ from trainkit.atomic import write_text
 from trainkit.diffusion.few_step import is_few_step, student_steps
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError
-from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
+from trainkit.sampling.catalogue import DEFAULT_SCHEDULER, OWN_SCHEDULER
 
 SIGMA_MAX = 40.0
 TAIL_BETA = 1e-5
@@ -160,7 +160,7 @@ def save_bundle(folder: Path, bundle: dict[str, SchedulerMixin]) -> None:
 
 
 def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
-    """The scheduler `name` of a saved pipeline, None for its default one.
+    """The scheduler `name` of a saved pipeline, None or `OWN_SCHEDULER` for its own.
 
     What the folder does not ship (any other DDPMPipeline, or a model saved by an earlier version) is made to fit the
     noise schedule that is stored in it.
@@ -168,6 +168,7 @@ def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
     Raises:
         UserError: the folder has no scheduler, or the requested one does not exist for its noise schedule.
     """
+    name = None if name == OWN_SCHEDULER else name
     if name is not None and (folder / "schedulers" / name / CONFIG_NAME).is_file():
         return _load(folder / "schedulers" / name)
     own = _load(folder / "scheduler" if (folder / "scheduler").is_dir() else folder)
@@ -191,7 +192,10 @@ def shipped_schedulers(folder: Path) -> list[str]:
 
 def available_schedulers(folder: Path) -> list[str]:
     """The names that `load_scheduler` accepts: those of the catalogue that fit, then others of the folder."""
-    fitting = list(_fitting_bundle(folder, load_scheduler(folder)))
+    own = load_scheduler(folder)
+    if is_few_step(own):
+        return [OWN_SCHEDULER]
+    fitting = list(_fitting_bundle(folder, own))
     return fitting + [name for name in shipped_schedulers(folder) if name not in fitting]
 
 

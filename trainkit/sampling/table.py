@@ -6,13 +6,19 @@ from pathlib import Path
 
 from diffusers import SchedulerMixin
 
+from trainkit.diffusion.few_step import is_few_step, student_steps
 from trainkit.errors import UserError
-from trainkit.sampling.catalogue import CATALOGUE, DEFAULT_SCHEDULER, recommended_scheduler
+from trainkit.sampling.catalogue import (
+    CATALOGUE,
+    DEFAULT_SCHEDULER,
+    DEFAULT_STEPS,
+    OWN_SCHEDULER,
+    recommended_scheduler,
+)
 from trainkit.sampling.load import weights_digest
 from trainkit.sampling.schedulers import describe_scheduler, load_scheduler, shipped_schedulers
 
 TABLE_NAME = "sampling_table.json"
-OWN = "default"  # the name of a pipeline's own scheduler in records
 
 
 def read_table(folder: Path, weights_sha256: str | None = None) -> dict:
@@ -48,9 +54,11 @@ def choose_scheduler(folder: Path, steps: int) -> tuple[str, str]:
         why = f"the lowest {metric.upper()} of {len(rows)} schedulers at {steps} steps in {folder / TABLE_NAME}"
         return best["scheduler"], f"--scheduler {best['scheduler']}: {why}"
     own, shipped = load_scheduler(folder), shipped_schedulers(folder)
+    if is_few_step(own):
+        return OWN_SCHEDULER, f"scheduler: that of a few-step student, {type(own).__name__}"
     saved = load_scheduler(folder, DEFAULT_SCHEDULER) if DEFAULT_SCHEDULER in shipped else None
     if saved is not None and describe_scheduler(own) != describe_scheduler(saved):
-        return OWN, f"scheduler: the pipeline's own {type(own).__name__}"
+        return OWN_SCHEDULER, f"scheduler: the pipeline's own {type(own).__name__}"
     name = recommended_scheduler(steps)
     return name, f"--scheduler {name}: recommended for {steps} steps (no row of {TABLE_NAME} has as many)"
 
@@ -60,7 +68,13 @@ def named_scheduler(folder: Path, name: str | None, steps: int) -> tuple[str, Sc
     why = f"--scheduler {name}"
     if name is None:
         name, why = choose_scheduler(folder, steps)
-    return name, load_scheduler(folder, None if name == OWN else name), why
+    return name, load_scheduler(folder, name), why
+
+
+def default_steps(folder: Path) -> int:
+    """The steps of `--num_inference_steps` if it is not given: all steps of a few-step student."""
+    own = load_scheduler(folder)
+    return student_steps(own) if is_few_step(own) else DEFAULT_STEPS
 
 
 def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
@@ -71,7 +85,7 @@ def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
     for name in cells:
         facts = CATALOGUE.get(name)
         if facts is None:
-            lines.append(f"{name:14} of this folder alone")
+            lines.append(f"{name:14} the scheduler of this folder")
             continue
         runs = "runs in DDPMPipeline" if facts.in_stock_pipeline else "not in DDPMPipeline"
         noise = "stochastic" if facts.stochastic else "deterministic"
