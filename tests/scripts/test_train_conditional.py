@@ -121,12 +121,13 @@ def test_two_processes_and_micro_steps_are_the_same_run(train, photos, tiny_unet
 @pytest.mark.slow
 def test_two_processes_find_the_learning_rate_of_one(train, photos, tiny_unet, cache_dir, tmp_path, monkeypatch):
     """Replicated or divided, with labels and micro-steps: the same curve up to the rates at which training fails."""
-    steps = 40
-    monkeypatch.setattr(learning_rate, "STEPS", steps)
+    smaller = {"STEPS": 24, "PROBE_IMAGES": 16}
+    for name, value in smaller.items():
+        monkeypatch.setattr(learning_rate, name, value)
     shorter = tmp_path / "shorter.py"
     shorter.write_text(
         "from trainkit.training import learning_rate_finder as learning_rate\n"
-        f"learning_rate.STEPS = {steps}\n"
+        f"vars(learning_rate).update({smaller})\n"
         "import train_conditional\n"
         "train_conditional.main()\n"
     )

@@ -8,7 +8,7 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import launch
+from conftest import launch, launch_forked
 from PIL import Image
 from process_helpers import run_code, run_forked
 from training_helpers import STEPS, golden, losses, same_training_state, same_weights, start_and_signal, tiny_run
@@ -94,9 +94,9 @@ def test_killed_and_resumed_run_is_bit_equal(run_dir, image_folder, tiny_unet, c
 @pytest.fixture(scope="module")
 def two_process_run(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     """The same run on two processes, half the batch each."""
-    output_dir = tmp_path_factory.mktemp("two")
-    arguments = tiny_run(image_folder, tiny_unet, cache_dir, output_dir, train_batch_size=4)
-    launch("train_unconditional.py", *arguments, processes=2)
+    folder = tmp_path_factory.mktemp("two")
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, output_dir := folder / "out", train_batch_size=4)
+    launch_forked(folder, "train_unconditional.py", *arguments, processes=2)
     return output_dir
 
 
