@@ -4,6 +4,7 @@ from pathlib import Path
 
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.options.script import TrainingOptions
+from trainkit.sampling.catalogue import outside_stock_pipeline
 from trainkit.sampling.generate import Pipeline, image_shape
 
 CARD = """---
@@ -22,7 +23,7 @@ pipeline = DiffusionPipeline.from_pretrained("{name}"{trust})
 images = pipeline({arguments}, num_inference_steps={num_inference_steps}).images
 ```
 {classes}
-`scheduler/` is the default for few steps. `schedulers/` has others:
+`scheduler/` is the default for few steps. `schedulers/` has others{runs_where}:
 
 ```python
 from diffusers import {other_class}
@@ -45,6 +46,10 @@ CONDITIONAL_METADATA = """tags:
 - diffusers
 - conditional-image-generation"""
 CUSTOM_CODE_NOTE = "The pipeline is `conditional.py` in this folder. `trust_remote_code` lets diffusers run it.\n"
+STOCK_NOTE = (
+    f". DDPMPipeline cannot run {outside_stock_pipeline()}: load the model with `DiffusionPipeline.from_pretrained("
+    '"{name}", custom_pipeline="unconditional", trust_remote_code=True)` for them. For example'
+)
 NAMED_CLASSES = 100
 LISTED_OPTIONS = (
     "condition", "conditioning_dropout", "prediction_type", "ddpm_beta_schedule", "noise_shift",
@@ -65,6 +70,7 @@ def model_card(
     """The text of README.md for `pipeline`, after `step` optimizer steps of `global_batch_size` images."""
     height, width, _ = image_shape(pipeline)
     flow = options.prediction_type == "flow_prediction"
+    name = repo_id or options.hub_model_id or Path(options.output_dir).resolve().name
     arguments = "batch_size=16"
     if condition is not None:
         arguments = f"{condition.argument}={condition.example()}, guidance_scale=2.0"
@@ -72,7 +78,7 @@ def model_card(
     more = f", ... ({len(names):,} in all)" if len(names) > NAMED_CLASSES else ""
     return CARD.format(
         metadata=UNCONDITIONAL_METADATA if condition is None else CONDITIONAL_METADATA,
-        name=repo_id or options.hub_model_id or Path(options.output_dir).resolve().name,
+        name=name,
         title="An unconditional" if condition is None else "A conditional",
         height=height,
         width=width,
@@ -83,6 +89,7 @@ def model_card(
         arguments=arguments,
         num_inference_steps=options.ddpm_num_inference_steps,
         classes=f"\nClasses: {', '.join(names[:NAMED_CLASSES])}{more}.\n" if names else "",
+        runs_where=STOCK_NOTE.format(name=name) if condition is None else "",
         other="flow_euler" if flow else "ddim",
         other_class="FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler",
         settings="\n".join(f"- {name}: {getattr(options, name)}" for name in LISTED_OPTIONS if hasattr(options, name)),
