@@ -27,9 +27,9 @@ FULL = {
     "sampling": {"num_images": 512, "num_inference_steps": 20, "sample_batch_size": 256},
 }
 TINY = {
-    "train32": {"unet": "small", "resolution": 16, "batch_size": 4, "rounds": 1, "steps": 1},
-    "train64": {"unet": "small", "resolution": 16, "batch_size": 2, "rounds": 1, "steps": 1},
-    "sampling": {"num_images": 4, "num_inference_steps": 2, "sample_batch_size": 4},
+    "train32": {"unet": "tiny", "resolution": 16, "batch_size": 4, "rounds": 1, "steps": 1, "cpu_threads": 1},
+    "train64": {"unet": "tiny", "resolution": 16, "batch_size": 2, "rounds": 1, "steps": 1, "cpu_threads": 1},
+    "sampling": {"num_images": 4, "num_inference_steps": 2, "sample_batch_size": 4, "cpu_threads": 1},
 }
 
 
@@ -102,7 +102,7 @@ class Benchmark:
             "--model_config_name_or_path", self.unet(), "--cache_dir", self.folder / "cache", "--output_dir",
             output_dir, "--train_batch_size", batch, "--max_train_steps", steps, "--checkpointing_steps", steps,
             "--mixed_precision", self.precision, "--logger", "none", "--ddpm_num_inference_steps", 2,
-            "--eval_batch_size", 4, "--num_proc", 1, *flags,
+            "--eval_batch_size", 4, "--num_proc", 1, "--cpu_threads", int(self.rehearse), *flags,
         ]  # fmt: skip
 
 

@@ -30,6 +30,14 @@ from trainkit.options.parsing import parse_options
 
 NUM_IMAGES = 2000
 UNETS = {
+    "tiny": {  # to rehearse
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    },
     "small": {
         "layers_per_block": 1,
         "block_out_channels": (32, 64, 128),
@@ -62,6 +70,7 @@ class BenchmarkOptions:
     resolution: int = option(32, "height and width of the images")
     mixed_precision: str = option("bf16", "autocast of all loops", choices=("no", "bf16"))
     compile: bool | None = option(None, "let the engine compile its UNet; default: on CUDA")
+    cpu_threads: int = option(0, "threads on a CPU; 0: all cores")
     memory: bool = option(True, "measure memory, each loop in a separate process")
     loops: list[str] = option(list(LOOPS), "the loops to compare", choices=LOOPS, nargs="+")
     only: str | None = option(None, "run this loop alone and print its peak memory in MiB", choices=LOOPS)
@@ -71,6 +80,8 @@ class BenchmarkOptions:
         """Fill in what depends on the device."""
         import torch
 
+        if self.cpu_threads:
+            torch.set_num_threads(self.cpu_threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         on_cuda = self.device.type == "cuda"
         self.unet = self.unet or ("ddpm_cifar10" if on_cuda else "small")
@@ -104,7 +115,8 @@ def _run(options, files: Path, work: Path, **settings) -> Iterator[float]:
         train_data_dir=str(files), cache_dir=str(work / "cache"), resolution=str(options.resolution), center_crop=True,
         model_config_name_or_path=str(work / "unet"), output_dir=str(work / "model"),
         train_batch_size=options.batch_size, max_train_steps=10**6, checkpointing_steps=0, logger="none",
-        mixed_precision=options.mixed_precision, compile=options.compile, **settings,
+        mixed_precision=options.mixed_precision, compile=options.compile,
+        cpu_threads=options.cpu_threads, **settings,
     )  # fmt: skip
     settings = resolve_options(settings)
     images = open_or_prepare(settings)
@@ -209,7 +221,14 @@ def peak_memory_mib(options, name: str) -> float:
     """The memory peak of a separate process that runs the loop `name`."""
     command = [sys.executable, __file__, "--only", name, "--rounds", 1, "--steps", 3, "--unet", options.unet]
     command += ["--batch_size", options.batch_size, "--mixed_precision", options.mixed_precision]
-    command += ["--resolution", options.resolution, "--compile", str(options.compile).lower()]
+    command += [
+        "--cpu_threads",
+        options.cpu_threads,
+        "--resolution",
+        options.resolution,
+        "--compile",
+        str(options.compile).lower(),
+    ]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
