@@ -1,13 +1,17 @@
 """Weights in channels_last memory: a resumed optimizer pairs each weight with its own state."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import UNet2DModel
 
 from trainkit.options.script import TrainingOptions
+from trainkit.training.averages.ema import ShardedEMA
 from trainkit.training.checkpoints.state import restore, take_snapshot, write_snapshot
 from trainkit.training.device import memory_format, move_to_device
 from trainkit.training.optimizers import build_optimizer
+from trainkit.training.sharding import full_weights, load_full_weights
 
 
 def model_and_optimizer(tiny_unet, name, seed):
@@ -49,3 +53,25 @@ def test_weights_that_are_sharded_stay_contiguous(tiny_unet):
     unet = UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet))
     assert all(p.is_contiguous() for p in move_to_device(unet, options, torch.device("cpu")).parameters())
     assert memory_format(options, torch.device("cpu")) is torch.channels_last  # of the images
+
+
+def test_channels_last_lasts(tiny_unet):
+    """The input of each convolution, the gradients and the averages, before and after a load of contiguous weights."""
+    options = SimpleNamespace(gradient_checkpointing=False, channels_last="yes", shard_weights=False)
+    unet = move_to_device(UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet)), options, torch.device("cpu"))
+    average, seen = ShardedEMA(unet), []
+
+    def note(convolution, inputs):
+        seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    for name, module in unet.named_modules():  # diffusers itself makes the input of a shortcut contiguous in training
+        if isinstance(module, torch.nn.Conv2d) and not name.endswith("conv_shortcut"):
+            module.register_forward_pre_hook(note)
+    for _ in range(2):
+        unet(torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last), 5).sample.sum().backward()
+        average.step()
+        weights = [*unet.parameters(), *average._averages, *(p.grad for p in unet.parameters())]
+        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights if w.ndim == 4)
+        load_full_weights(unet, {name: value.contiguous() for name, value in full_weights(unet).items()})
+        average.load_full_weights(average.full_weights())
+    assert seen and all(seen)

@@ -19,7 +19,6 @@ from trainkit.diffusion.timesteps import draw_timesteps
 from trainkit.errors import UserError
 from trainkit.options.training import HardwareOptions, OptimizationOptions
 from trainkit.training import guards
-from trainkit.training.averages.ema import ShardedEMA
 from trainkit.training.device import (
     compile_unet,
     largest_micro_batch,
@@ -30,7 +29,6 @@ from trainkit.training.device import (
     wants_compilation,
 )
 from trainkit.training.optimizers import build_optimizer
-from trainkit.training.sharding import full_weights, load_full_weights
 from trainkit.training.throughput import Throughput, flops_of_image, memory_peak_mib, peak_tflops
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -161,28 +159,6 @@ def test_convolutions_are_timed_on_cuda_unless_deterministic(monkeypatch):
     finally:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before[0], before[2]
         torch.set_float32_matmul_precision(before[1])
-
-
-def test_channels_last_lasts(tiny_unet):
-    """The input of each convolution, the gradients and the averages, before and after a load of contiguous weights."""
-    options = SimpleNamespace(gradient_checkpointing=False, channels_last="yes", shard_weights=False)
-    unet = move_to_device(UNet2DModel.from_config(UNet2DModel.load_config(tiny_unet)), options, torch.device("cpu"))
-    average, seen = ShardedEMA(unet), []
-
-    def note(convolution, inputs):
-        seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
-
-    for module in unet.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_pre_hook(note)
-    for _ in range(2):
-        unet(torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last), 5).sample.sum().backward()
-        average.step()
-        weights = [*unet.parameters(), *average._averages, *(p.grad for p in unet.parameters())]
-        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights if w.ndim == 4)
-        load_full_weights(unet, {name: value.contiguous() for name, value in full_weights(unet).items()})
-        average.load_full_weights(average.full_weights())
-    assert seen and all(seen)
 
 
 def test_compile_is_asked_of_torch(train, monkeypatch):
