@@ -24,13 +24,11 @@ def test_every_epoch_is_a_permutation_of_its_own(num_samples):
 
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 10**9), st.data())
 def test_any_epoch_of_any_size_is_a_permutation_that_can_be_entered_anywhere(num_samples, seed, epoch, data):
-    first = epoch * num_samples
-    whole = sample_indices(np.arange(first, first + num_samples), num_samples, seed)
+    positions = epoch * num_samples + np.arange(num_samples)
+    whole = sample_indices(positions, num_samples, seed)
     assert np.array_equal(np.sort(whole), np.arange(num_samples))
     place = data.draw(st.integers(0, num_samples - 1))
-    assert np.array_equal(
-        sample_indices(np.arange(first + place, first + num_samples), num_samples, seed), whole[place:]
-    )
+    assert np.array_equal(sample_indices(positions[place:], num_samples, seed), whole[place:])
 
 
 def test_a_position_does_not_depend_on_what_else_is_asked():

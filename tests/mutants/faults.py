@@ -89,7 +89,8 @@ FAULTS = [
     ),
     Fault(
         "broken_gradient_applied", "a gradient that is not finite changes nothing", "trainkit/training/guards.py",
-        "if finite:\n            optimizer.step()", "if True:\n            optimizer.step()", ("tests/training/test_engine.py", "-k", "broken_gradient"),
+        "if finite:\n            optimizer.step()", "if True:\n            optimizer.step()",
+        ("tests/training/test_engine.py", "-k", "broken_gradient"),
     ),
     # Checkpoints and signals
     Fault(
