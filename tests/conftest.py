@@ -81,6 +81,13 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture
+def on_the_cpu_alone(monkeypatch):
+    """No GPU and no network."""
+    for name, value in {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
 @contextlib.contextmanager
 def fresh_s3(key="k", secret="s"):
     """An S3 server of this machine with an empty bucket; gives the options of its file system."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,26 +13,21 @@ from conftest import ROOT, TINY_UNET
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from process_helpers import run_code, run_forked
+from sampling_helpers import sample_flags, sample_images
 
-from sample import Options
-from sample import sample as run_sample
 from trainkit.errors import UserError
 from trainkit.sampling.generate import generate
 from trainkit.sampling.grid import image_grid
 from trainkit.sampling.pipeline import save_pipeline
 from trainkit.sampling.schedulers import SCHEDULER_NAMES, scheduler_bundle
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
+
 
 def tiny_model(channels=3, sample_size=16):
     torch.manual_seed(0)
     config = {key: value for key, value in TINY_UNET.items() if not key.startswith("_")}
     return UNet2DModel(**config | {"in_channels": channels, "out_channels": channels, "sample_size": sample_size})
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu_alone(monkeypatch):
-    for name, value in {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +37,8 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def flags(model, output_dir, **changes):
-    values = {"model_name_or_path": str(model), "output_dir": str(output_dir), "num_images": 7, "seed": 3}
-    return values | {"num_inference_steps": 5, "sample_batch_size": 4, "cpu_threads": 1} | changes
-
-
-def sample(model, output_dir, **changes):
-    """sample.py in this process."""
-    run_sample(Options(**flags(model, output_dir, **changes)))
+FEW = {"num_images": 7, "num_inference_steps": 5}
+flags, sample = partial(sample_flags, **FEW), partial(sample_images, **FEW)
 
 
 def read(folder, count=7):

@@ -120,6 +120,7 @@ def test_each_option_reaches_the_unet():
     assert memory_format(options, torch.device("cuda")) == torch.channels_last
 
 
+@pytest.mark.slow
 def test_compile_is_asked_of_torch(train, monkeypatch):
     asked = []
     monkeypatch.setattr(UNet2DModel, "compile", lambda unet, **settings: asked.append(settings))
@@ -235,6 +236,7 @@ def test_no_image_fits():
         largest_micro_batch(24, lambda size: False)
 
 
+@pytest.mark.slow
 def test_finding_the_batch_size_keeps_the_run(train, monkeypatch, capsys):
     """Memory for three images: two are taken at once, and eight still make an optimizer step."""
     plain = train("plain")
