@@ -11,6 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 # One worker more than cores: many tests wait for processes.
 WORKERS := $(shell expr $(CORES) + 1)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process $(CORES)
 
 .PHONY: help venv demo test test-fast golden mutants lint bench clean
@@ -76,10 +77,10 @@ demo/.sampled: demo/.trained
 	@touch $@
 
 test: $(DEV_READY)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(DEV_READY)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 golden: $(DEV_READY)
 	$(BIN)/python -m pytest tests/training/test_golden.py --write_golden
@@ -98,5 +99,5 @@ bench: $(RUN_READY)
 	$(BIN)/python benchmarks/train.py --rounds 2 --steps 10
 
 clean:
-	rm -rf demo .pytest_cache .ruff_cache
+	rm -rf demo .hypothesis .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for those of another worker cost ten times the work
@@ -12,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for those of anothe
 import numpy as np
 import process_helpers
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +30,13 @@ TINY_UNET = {
     "attention_head_dim": 8,
 }
 
+# The same examples in each run, and no time limit, which a busy machine would exceed.
+settings.register_profile(
+    "suite", max_examples=40, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+settings.load_profile("suite")
+
 
 def pytest_addoption(parser):
     parser.addoption("--write_golden", action="store_true", help="write tests/golden/ instead of comparing with it")
@@ -36,6 +45,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" not in os.environ and getattr(config.option, "numprocesses", None):
         process_helpers.share_fork_server()  # before the workers copy the environment
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first, so that workers, which take a file each, end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +79,13 @@ def tiny_unet(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def on_the_cpu_alone(monkeypatch):
+    """No GPU and no network."""
+    for name, value in {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
 
 
 @contextlib.contextmanager

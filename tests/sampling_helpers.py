@@ -1,4 +1,6 @@
-"""A tiny model, and sample.py in this process."""
+"""A tiny model, and runs of sample.py in the process of a test."""
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,18 +18,21 @@ def tiny_model(channels=3, sample_size=16):
     return UNet2DModel(**config | {"in_channels": channels, "out_channels": channels, "sample_size": sample_size})
 
 
-def flags(model, output_dir, **changes):
-    values = {"model_name_or_path": str(model), "output_dir": str(output_dir), "num_images": 7, "seed": 3}
-    return values | {"num_inference_steps": 5, "sample_batch_size": 4, "cpu_threads": 1} | changes
+def sample_flags(model, output_dir, **changes):
+    values = {"model_name_or_path": str(model), "output_dir": str(output_dir), "seed": 3, "sample_batch_size": 4}
+    return values | {"cpu_threads": 1} | changes
+
+
+def sample_images(model, output_dir, **changes):
+    run_sample(Options(**sample_flags(model, output_dir, **changes)))
+
+
+SEVEN = {"num_images": 7, "num_inference_steps": 5}
+flags, sample = partial(sample_flags, **SEVEN), partial(sample_images, **SEVEN)
 
 
 def words(values):
     return [word for name, value in values.items() for word in (f"--{name}", value)]
-
-
-def sample(model, output_dir, **changes):
-    """sample.py in this process."""
-    run_sample(Options(**flags(model, output_dir, **changes)))
 
 
 def read(folder, count=7, extension="png"):

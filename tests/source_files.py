@@ -1,5 +1,6 @@
 """Small images in folders, archives and tables, and what a source makes of them."""
 
+import dataclasses
 import io
 import tarfile
 import zipfile
@@ -11,12 +12,19 @@ from PIL import Image
 
 from trainkit.data.account import Account
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
+from trainkit.data.sources import records
 from trainkit.data.sources.opening import open_source
-from trainkit.options.data import SourceOptions
+from trainkit.options.data import ImageOptions, LoadingOptions, SourceOptions
 
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
+
+
+@dataclasses.dataclass
+class DataOptions(SourceOptions, ImageOptions, LoadingOptions):
+    """What a training script is told about its images."""
 
 
 class Prepared(NamedTuple):
@@ -39,6 +47,16 @@ def write_photos(folder: Path, count: int = 30, start: int = 0) -> None:
         Image.fromarray(pixels).save(path)
         path.with_suffix(".txt").write_text(f"number {number}\n")
         np.save(path.with_suffix(".npy"), generator.normal(size=4))
+
+
+def small_units(monkeypatch, images: int, images_per_slice: int = 8) -> None:
+    """Let a few images make several work units and slices, as a large source has them."""
+    monkeypatch.setattr(records, "UNIT_ITEMS", images)
+    monkeypatch.setattr(prepare_module, "SLICE_ITEMS", images_per_slice)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def files_of(folder: Path) -> list[tuple[str, bytes]]:

@@ -50,6 +50,7 @@ def test_other_ways_of_packing_a_zip(photos, tmp_path, method):
     assert_same(prepared(archive, tmp_path / "out"), prepared(photos, tmp_path / "folder"))
 
 
+@pytest.mark.slow
 def test_workers_read_an_archive_as_one_process_does(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 4)
     for name, write in (("p.zip", write_zip), ("p.tar.gz", write_tar)):

@@ -14,25 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from process_helpers import ScriptRun
+from source_files import DataOptions as Options
+from source_files import small_units
 
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.images.decode import PreparationSettings, decode_image
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation import shards
 from trainkit.data.preparation.prepare import prepare
-from trainkit.data.sources import records
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.data.sources.hub import HubDataset
 from trainkit.errors import UserError
-from trainkit.options.data import ImageOptions, LoadingOptions, SourceOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclasses.dataclass
-class Options(SourceOptions, ImageOptions, LoadingOptions):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +48,7 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture
 def many_batches(monkeypatch):
     """Several shards of several record batches each, as large datasets have."""
-    monkeypatch.setattr(records, "UNIT_ITEMS", 16)
-    monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 4)
+    small_units(monkeypatch, 16, 4)
     monkeypatch.setattr(shards, "BATCH_BYTES", 6000)
 
 
@@ -259,6 +252,7 @@ def test_a_source_must_be_given():
         open_or_prepare(Options())
 
 
+@pytest.mark.slow
 def test_a_saved_dataset_becomes_prepared_images(tmp_path, many_batches):
     images = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(40)] + [None]
     features = datasets.Features(

@@ -11,16 +11,15 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from test_prepare import SETTINGS, Stopped, contents, count_decoded, run, write_images
+from source_files import contents, small_units
+from test_prepare import SETTINGS, Stopped, count_decoded, run, write_images
 
 from trainkit.data.format import read_preparation
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation.filtering import KEPT, FilterSettings, exact_duplicates, near_duplicates, near_pairs
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.preparation.shards import ShardWriter, open_stream
 from trainkit.data.settings import PreparationSettings
-from trainkit.data.sources import records
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 
@@ -47,9 +46,8 @@ def photograph(seed: int, side: int = 96) -> Image.Image:
 
 
 @pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr(records, "UNIT_ITEMS", 32)
-    monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 8)
+def units_of_32(monkeypatch):
+    small_units(monkeypatch, 32)
 
 
 @pytest.fixture
@@ -88,6 +86,7 @@ def test_the_first_stays_and_no_chain_drops_what_is_near_nothing_that_stays():
     assert exact_duplicates(pairs).tolist() == [KEPT, KEPT, 0, KEPT, 1, 0]
 
 
+@pytest.mark.slow
 def test_the_same_photo_saved_twice_goes_and_the_first_stays(repeated, tmp_path):
     done = run(repeated, tmp_path / "out", "--deduplicate", "exact")
     assert done.returncode == 0 and "300 images, 6 rejected (6 duplicate" in done.stdout, done.stderr
@@ -108,7 +107,7 @@ def test_the_same_photo_saved_twice_goes_and_the_first_stays(repeated, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("filters", [EXACT, FilterSettings("exact", validation_fraction=0.3)], ids=["", "split"])
 def test_neither_processes_nor_a_kill_nor_history_change_the_bytes(
-    repeated, tmp_path, small_units, monkeypatch, filters
+    repeated, tmp_path, units_of_32, monkeypatch, filters
 ):
     prepared(repeated, tmp_path / "fresh", filters)
     prepared(repeated, tmp_path / "two", filters, num_proc=2)
@@ -143,7 +142,7 @@ def test_neither_processes_nor_a_kill_nor_history_change_the_bytes(
     assert contents(tmp_path / "fresh") == contents(tmp_path / "killed")
 
 
-def test_a_duplicate_comes_and_goes_without_its_unit_being_decoded(repeated, tmp_path, small_units, monkeypatch):
+def test_a_duplicate_comes_and_goes_without_its_unit_being_decoded(repeated, tmp_path, units_of_32, monkeypatch):
     prepared(repeated, tmp_path / "out", EXACT)
     first = repeated / "b/00298.png"
     (repeated / "0.png").write_bytes(first.read_bytes())  # sorts before all: now that one stays
@@ -162,7 +161,7 @@ def test_a_duplicate_comes_and_goes_without_its_unit_being_decoded(repeated, tmp
     assert contents(tmp_path / "fresh") == contents(tmp_path / "out")
 
 
-def test_no_image_is_stored_twice(repeated, tmp_path, small_units):
+def test_no_image_is_stored_twice(repeated, tmp_path, units_of_32):
     def total(folder):
         streams = [open_stream(path) for path in folder.rglob("*.arrow")]
         return sum(batch.num_rows for stream in streams if "image" in stream.schema.names for batch in stream)
@@ -267,7 +266,7 @@ def test_the_split_is_mended_when_it_is_damaged(repeated, tmp_path):
 
 
 @pytest.mark.parametrize("mode, depth", [("RGB", 8), ("L", 8), ("RGBA", 8), ("RGB", 16)])
-def test_mean_and_std_are_exact_and_of_what_stays(repeated, tmp_path, small_units, mode, depth):
+def test_mean_and_std_are_exact_and_of_what_stays(repeated, tmp_path, units_of_32, mode, depth):
     settings = PreparationSettings(16, 16, resize_mode="crop", image_mode=mode, bit_depth=depth)
     done = prepared(repeated, tmp_path / "out", EXACT, settings)
     images = PreparedImages(tmp_path / "out")

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from process_helpers import ScriptRun
+from source_files import contents, small_units
 
 from trainkit.data.format import read_preparation
 from trainkit.data.images.decode import PreparationSettings
 from trainkit.data.preparation import finalize as finalize_module
-from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation import shards
 from trainkit.data.preparation.prepare import prepare
-from trainkit.data.sources import records
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
 
@@ -40,13 +39,8 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr(records, "UNIT_ITEMS", 64)
-    monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 8)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def units_of_64(monkeypatch):
+    small_units(monkeypatch, 64)
 
 
 def progress(output: Path) -> int:
@@ -67,7 +61,7 @@ def workers(parent: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(photos, tmp_path, small_units, num_proc):
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(photos, tmp_path, units_of_64, num_proc):
     prepare(ImageFolder(photos), SETTINGS, tmp_path / "whole", num_proc=1, show_progress=False)
     generator = random.Random(num_proc)
     command = [sys.executable, "-m", "tests.slow_prepare", str(photos), str(tmp_path / "out"), str(num_proc)]
@@ -97,7 +91,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(photos, tmp_path, sm
     assert contents(tmp_path / "whole") == contents(tmp_path / "out")
 
 
-def test_a_slice_that_lost_power_cut_short_is_made_again(photos, tmp_path, small_units, monkeypatch):
+def test_a_slice_that_lost_power_cut_short_is_made_again(photos, tmp_path, units_of_64, monkeypatch):
     prepare(ImageFolder(photos), SETTINGS, tmp_path / "whole", num_proc=1, show_progress=False)
     with monkeypatch.context() as stopped, pytest.raises(InterruptedError):
         stopped.setattr(shards.ShardWriter, "join", interrupted)
@@ -120,7 +114,7 @@ def opened_images(monkeypatch) -> list[str]:
     return opened
 
 
-def test_changed_deleted_and_added_files_cost_their_units_alone(photos, tmp_path, small_units, monkeypatch):
+def test_changed_deleted_and_added_files_cost_their_units_alone(photos, tmp_path, units_of_64, monkeypatch):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     prepare(ImageFolder(folder), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
@@ -164,7 +158,7 @@ def test_other_images_replace_nothing_unasked(photos, tmp_path):
     assert done["num_images"] == 1
 
 
-def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, small_units, monkeypatch):
+def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, units_of_64, monkeypatch):
     output = tmp_path / "out"
     prepare(
         ImageFolder(photos),

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainkit.data.loading.loader import BatchLoader, BatchShape
 
@@ -22,6 +24,13 @@ class CountingImages:
     def gather(self, indices, crops):
         self.read += len(indices)
         return np.broadcast_to(indices.astype(np.uint8)[:, None, None, None], (len(indices), 4, 6, 1)).copy()
+
+
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 16))
+def test_the_rows_of_all_processes_and_micro_steps_are_the_global_batch(per_device, micro_steps, num_processes):
+    shapes = [BatchShape(per_device, micro_steps, num_processes, index) for index in range(num_processes)]
+    cuts = [list(shape.rows(micro_step)) for micro_step in range(micro_steps) for shape in shapes]
+    assert sum(cuts, []) == list(range(shapes[0].global_size)) and {len(cut) for cut in cuts} == {per_device}
 
 
 def loader(per_device=4, micro_steps=1, num_processes=1, process_index=0, threads=0, images=None, flip=False):

@@ -62,6 +62,7 @@ def test_s3_gives_what_the_folder_gives(store, photos, tmp_path, name):
     assert not any(SECRET.encode() in content for _, content in files_of(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_workers_read_from_s3(store, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("trainkit.data.preparation.prepare.SLICE_ITEMS", 8)
     found = prepared("s3://bucket/p.zip", tmp_path / "out", num_proc=2, storage_options=store)

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainkit.data.loading.order import (
     WINDOW_BLOCKS,
@@ -18,6 +20,15 @@ def test_every_epoch_is_a_permutation_of_its_own(num_samples):
         assert sorted(indices) == list(range(num_samples))
     if num_samples > 3:
         assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 10**9), st.data())
+def test_any_epoch_of_any_size_is_a_permutation_that_can_be_entered_anywhere(num_samples, seed, epoch, data):
+    positions = epoch * num_samples + np.arange(num_samples)
+    whole = sample_indices(positions, num_samples, seed)
+    assert np.array_equal(np.sort(whole), np.arange(num_samples))
+    place = data.draw(st.integers(0, num_samples - 1))
+    assert np.array_equal(sample_indices(positions[place:], num_samples, seed), whole[place:])
 
 
 def test_a_position_does_not_depend_on_what_else_is_asked():

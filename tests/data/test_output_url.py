@@ -111,6 +111,7 @@ def count_decoded(monkeypatch) -> list:
     return decoded
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(photos, memory, monkeypatch):
     first = prepare(ImageFolder(photos), SETTINGS, memory, num_proc=1, show_progress=False)
     target = location(memory)
@@ -123,6 +124,7 @@ def test_what_is_there_is_not_made_again(photos, memory, monkeypatch):
     assert "work" not in sizes(target)
 
 
+@pytest.mark.slow
 def test_other_settings_replace_the_set_but_leave_the_work_of_another_run(photos, memory):
     first = prepare(ImageFolder(photos), SETTINGS, memory, num_proc=1, show_progress=False)
     target = location(memory)
@@ -174,6 +176,7 @@ def test_mistakes_are_one_line(photos, store):
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_object_is_named(photos, memory):
     done = prepare(ImageFolder(photos), SETTINGS, memory, num_proc=1, show_progress=False)
     fs, key = location(memory).connect()

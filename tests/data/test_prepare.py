@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from process_helpers import ROOT, ScriptRun, run_code, run_forked
+from source_files import contents, small_units
 
 from trainkit.data.format import read_preparation
-from trainkit.data.preparation import prepare as prepare_module
 from trainkit.data.preparation import shards
 from trainkit.data.preparation.prepare import PreparationSettings, prepare
-from trainkit.data.sources import records
 from trainkit.data.sources.folder import FolderReader, ImageFolder
 
 SETTINGS = PreparationSettings(16, 16, resize_mode="crop")
@@ -50,13 +49,8 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr(records, "UNIT_ITEMS", 32)
-    monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 8)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def units_of_32(monkeypatch):
+    small_units(monkeypatch, 32)
 
 
 def words(source: Path, output: Path, *more) -> list[str]:
@@ -68,6 +62,7 @@ def run(source: Path, output: Path, *more) -> subprocess.CompletedProcess:
     return run_forked("prepare_dataset.py", *words(source, output, *more), check=False)
 
 
+@pytest.mark.slow
 def test_the_folder_says_what_was_done(photos, tmp_path):
     done = run(photos, tmp_path / "out", "--num_proc", 2)
     assert done.returncode == 0, done.stderr
@@ -107,7 +102,8 @@ assert images.select([5]).with_format("torch")[0]["image"].shape == (768,)
     assert done.returncode == 0, done.stderr
 
 
-def test_any_number_of_processes_gives_the_same_bytes(photos, tmp_path, small_units):
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same_bytes(photos, tmp_path, units_of_32):
     for number in (1, 2, 3):
         prepare(ImageFolder(photos), SETTINGS, tmp_path / str(number), num_proc=number, show_progress=False)
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
@@ -157,7 +153,7 @@ def running_sessions() -> set[int]:
     return found
 
 
-def test_finished_slices_of_a_killed_run_are_not_decoded_again(photos, tmp_path, small_units, monkeypatch):
+def test_finished_slices_of_a_killed_run_are_not_decoded_again(photos, tmp_path, units_of_32, monkeypatch):
     source = ImageFolder(photos)
     with monkeypatch.context() as until_stopped, pytest.raises(Stopped):
         first = count_decoded(until_stopped, stop_after=200)
@@ -195,7 +191,7 @@ def test_a_second_run_opens_no_image(photos, tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_an_added_file_costs_its_own_unit_only(photos, tmp_path, small_units, monkeypatch):
+def test_an_added_file_costs_its_own_unit_only(photos, tmp_path, units_of_32, monkeypatch):
     folder = tmp_path / "photos"
     write_images(folder, 500)
     prepare(ImageFolder(folder), SETTINGS, tmp_path / "out", num_proc=1, show_progress=False)
@@ -219,6 +215,7 @@ def test_a_moved_folder_needs_no_new_work(tmp_path, monkeypatch):
     assert not decoded
 
 
+@pytest.mark.slow
 def test_other_settings_replace_the_dataset(photos, tmp_path):
     output = tmp_path / "out"
     first = prepare(ImageFolder(photos), SETTINGS, output, show_progress=False)
@@ -237,7 +234,7 @@ class DeadlyReader(FolderReader):
 
 
 @pytest.mark.slow
-def test_a_file_that_kills_the_worker_is_rejected_and_nothing_else_is_lost(tmp_path, small_units, monkeypatch):
+def test_a_file_that_kills_the_worker_is_rejected_and_nothing_else_is_lost(tmp_path, units_of_32, monkeypatch):
     write_images(tmp_path / "photos", 60)
     for name in ("00013-crashing.png", "00047-crashing.png"):
         Image.new("L", (9, 9)).save(tmp_path / "photos" / name)
@@ -246,6 +243,7 @@ def test_a_file_that_kills_the_worker_is_rejected_and_nothing_else_is_lost(tmp_p
     assert done["num_images"] == 60 and done["rejected"] == {"crashed": 2}
 
 
+@pytest.mark.slow
 def test_a_program_read_from_a_pipe_may_prepare(photos, tmp_path):
     """Workers must not ask for the main script: it may be no file, have no guard, or be slow to import."""
     script = f"""
@@ -268,6 +266,7 @@ def test_two_runs_at_one_folder_do_the_work_once(photos, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_nothing_readable_is_a_user_error(tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(3):
@@ -325,7 +324,7 @@ def test_a_full_disk_is_a_user_error_and_what_is_finished_stays(photos, tmp_path
     assert read_preparation(tmp_path / "out")["num_images"] == 700
 
 
-def test_a_flood_of_broken_files_prints_nothing(tmp_path, small_units, capfd):
+def test_a_flood_of_broken_files_prints_nothing(tmp_path, units_of_32, capfd):
     write_images(tmp_path / "photos", 20)
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "TIFF", compression="tiff_lzw")

@@ -5,13 +5,33 @@ import io
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from trainkit.data.images.decode import decode_image
+from trainkit.data.images.geometry import bounded_part, center_box, covering_size, fitting_size
 from trainkit.data.settings import PreparationSettings
 
 MODES = ("crop", "random_crop", "pad", "stretch")
 SHAPES = {"crop": (32, 48), "random_crop": (32, 64), "pad": (32, 48), "stretch": (32, 48)}
+
+
+ANY_SIZE, ANY_TARGET = (st.tuples(st.integers(1, most), st.integers(1, most)) for most in (20_000, 1024))
+
+
+@given(ANY_SIZE, ANY_TARGET)
+def test_boxes_of_any_size_lie_inside_and_cover_the_target(size, target):
+    part = bounded_part(size, target)
+    assert all(1 <= kept <= side for kept, side in zip(part, size, strict=True))
+    covering, fitting = covering_size(part, target), fitting_size(size, target)
+    for found in (covering, fitting):
+        assert any(side == wanted for side, wanted in zip(found, target, strict=True))
+    assert all(side >= wanted for side, wanted in zip(covering, target, strict=True))
+    assert all(1 <= side <= wanted for side, wanted in zip(fitting, target, strict=True))
+    left, top, right, bottom = center_box(covering, target)
+    assert (right - left, bottom - top) == target
+    assert left >= 0 and top >= 0 and right <= covering[0] and bottom <= covering[1]
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:

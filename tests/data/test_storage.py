@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from source_files import DataOptions as Options
 
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.loading.dataset import PreparedImages
@@ -18,13 +19,7 @@ from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings, settings_from_options
 from trainkit.data.sources.folder import ImageFolder
 from trainkit.errors import UserError
-from trainkit.options.data import ImageOptions, LoadingOptions, SourceOptions
 from trainkit.training.validation import open_validation_images
-
-
-@dataclasses.dataclass
-class Options(SourceOptions, ImageOptions, LoadingOptions):
-    pass
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,7 @@ class EmbeddingAlone(torch.nn.Module):
         return self.time_embedding(times)
 
 
+@pytest.mark.slow
 def test_compiled_once_for_all_labels():
     model, times, graphs = EmbeddingAlone(), torch.randn(2, 8), []
     add_augmentation_input(model, LABELS)
@@ -145,6 +146,7 @@ def test_two_processes_go_on_as_one_would(whole, sharded, image_folder, tiny_une
         same_weights(resumed / part / WEIGHTS, whole / part / WEIGHTS, tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_the_layer_fits_no_run_without(whole, image_folder, tiny_unet, cache_dir, monkeypatch):
 
     flags = {**AUGMENTATION, "augmentation_conditioning": None, "resume_from_checkpoint": "checkpoint-3"}

@@ -99,6 +99,7 @@ def test_latents_are_those_of_the_vae_and_of_the_mirrored_image(opened, vae):
     assert not np.allclose(found[1], latents.gather(rows)[1], atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_batch_is_a_function_of_seed_step_and_row(opened):
     images, latents = opened
 
@@ -118,6 +119,7 @@ def test_a_batch_is_a_function_of_seed_step_and_row(opened):
     assert not np.allclose(plain, other, atol=1e-3), "drawn anew at another step"
 
 
+@pytest.mark.slow
 def test_they_are_encoded_once_and_anew_by_other_weights(opened, whole, vae, latent_unet, tmp_path, monkeypatch):
     images, latents = opened
     calls = []
@@ -132,6 +134,7 @@ def test_they_are_encoded_once_and_anew_by_other_weights(opened, whole, vae, lat
     assert sum(calls) == 37 and other.fingerprint != latents.fingerprint
 
 
+@pytest.mark.slow
 def test_the_saved_pipeline_decodes(whole, vae):
     folder, _ = whole
     assert {path.name for path in folder.iterdir()} >= {"vae", "unet", "conditional.py", "samples.png"}

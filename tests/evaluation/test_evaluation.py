@@ -22,6 +22,7 @@ def reference(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images") / "reference", 48)
 
 
+@pytest.mark.slow
 def test_distances_of_known_distributions():
     generator = torch.Generator().manual_seed(0)
     one, other = torch.randn(2, 3000, 8, generator=generator)

@@ -114,6 +114,7 @@ def test_the_classifier_is_a_function_of_images_and_seed_and_is_kept(real, cache
         made(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_prepared_dataset_says_what_it_shows_as_its_folder_does(real, tmp_path):
     flags = ["--train_data_dir", real, "--output_dir", tmp_path / "prepared", "--resolution", 20, "--num_proc", 1]
     run_forked("prepare_dataset.py", *flags)

@@ -80,12 +80,14 @@ def test_features_of_the_reference_are_computed_once_until_an_image_changes(real
     assert counted[7:] == [42, 44] and json.loads(file.read_text())["scores"] != first
 
 
+@pytest.mark.slow
 def test_features_that_cannot_be_stored_do_not_stop_a_run(real, made, tmp_path, monkeypatch, capsys):
     (tmp_path / "cache").write_text("a file where the cache should be")
     evaluate(monkeypatch, generated=made, reference=real, metrics="kid", cache_dir=tmp_path / "cache")
     assert "KID" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_copies_of_reference_images_are_reported_and_shown(real, tmp_path, monkeypatch, capsys):
     copied = write_images(tmp_path / "copied", 20, seed=5)
     for number in range(4):
@@ -109,11 +111,13 @@ def test_copies_of_reference_images_are_reported_and_shown(real, tmp_path, monke
     assert "MEMORIZATION" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_same_images_on_both_sides_are_named(real, tmp_path, monkeypatch, capsys):
     evaluate(monkeypatch, generated=real, reference=real, metrics="kid", cache_dir=tmp_path)
     assert "WARNING: --generated and --reference hold the same images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_splits_are_named_and_a_folder_of_one_split_is_read(tmp_path, monkeypatch, capsys):
     """Files named test0.png are of the test split alone, which evaluation uses like any other."""
     for split in ("train", "test"):
@@ -128,6 +132,7 @@ def test_splits_are_named_and_a_folder_of_one_split_is_read(tmp_path, monkeypatc
     assert "all used" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_mistakes_are_reported_in_one_line(real, made, tmp_path, monkeypatch):
     whole = as_npz(made, tmp_path / "whole.npz")
     (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:200])

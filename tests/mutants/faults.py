@@ -89,7 +89,8 @@ FAULTS = [
     ),
     Fault(
         "broken_gradient_applied", "a gradient that is not finite changes nothing", "trainkit/training/guards.py",
-        "elif torch.isfinite(grad_norm):", "else:", ("tests/training/test_engine.py", "-k", "broken_gradient"),
+        "if finite:\n            optimizer.step()", "if True:\n            optimizer.step()",
+        ("tests/training/test_engine.py", "-k", "broken_gradient"),
     ),
     # Checkpoints and signals
     Fault(
@@ -178,5 +179,9 @@ FAULTS = [
         "cache_key_without_settings", "other settings are another dataset", "trainkit/data/preparation/prepare.py",
         "_digest(FORMAT, settings.identity, *filters", "_digest(FORMAT, *filters",
         ("tests/data/test_prepare.py", "-k", "other_settings"),
+    ),
+    Fault(
+        "compiled_twice", "--compile compiles one graph", "trainkit/training/device.py",
+        "        unet.to_json_string()\n", "", ("tests/training/test_speed.py", "-k", "stays_the_same and compile"),
     ),
 ]  # fmt: skip

@@ -5,9 +5,12 @@ import re
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
+import yaml as pyyaml
+from hypothesis import given
+from hypothesis import strategies as st
 from source_tree import ROOT, modules, reachable, scripts
 
 from trainkit.errors import UserError
@@ -57,6 +60,19 @@ def test_defaults_hold_and_lists_are_not_shared():
     )
     first.widths.append(32)
     assert second.widths == [8, 16] and parse().widths == [8, 16]
+
+
+ANY_OPTIONS = st.builds(
+    Options, depth=st.integers(), widths=st.lists(st.integers(), min_size=1, max_size=5),
+    kind=st.sampled_from(["small", "large"]), learning_rate=st.floats(allow_nan=False, allow_infinity=False),
+    max_steps=st.none() | st.integers(), use_ema=st.booleans(), flip=st.booleans(),
+    name=st.none() | st.text("a0.e1~$:# -'\"{}[]|>&*!%@\\\n\té\u2028", max_size=9),
+)  # fmt: skip
+
+
+@given(ANY_OPTIONS)
+def test_options_written_as_yaml_are_read_back(tmp_path, options):
+    assert parse(yaml=pyyaml.safe_dump(asdict(options)), tmp_path=tmp_path) == options
 
 
 def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):

@@ -19,12 +19,9 @@ from trainkit.sampling.npz import read_blocks, write_npz
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 from trainkit.sampling.run import Sampler
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
+
 FORMATS = ("png", "webp", "jpeg", "npz", "arrow")
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu_alone(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,7 @@ from trainkit.sampling.run import Sampler
 from trainkit.sampling.team import Team, cut_units
 from trainkit.training.launch import compile_as_launched
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu_alone(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,17 +11,12 @@ from conditional_helpers import NAMES, class_unet, text_parts, vector_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from process_helpers import run_forked
+from sampling_helpers import sample_flags, sample_images
 
-from sample import Options
-from sample import sample as run_sample
 from trainkit.errors import UserError
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu_alone(monkeypatch):
-    for name, value in {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +30,8 @@ def models(tmp_path_factory):
     return folder
 
 
-def flags(model, output_dir, **changes):
-    values = {"model_name_or_path": str(model), "output_dir": str(output_dir), "num_images": 6, "seed": 3}
-    return values | {"num_inference_steps": 3, "sample_batch_size": 4, "cpu_threads": 1} | changes
-
-
-def sample(model, output_dir, **changes):
-    run_sample(Options(**flags(model, output_dir, **changes)))
+FEW = {"num_images": 6, "num_inference_steps": 3}
+flags, sample = partial(sample_flags, **FEW), partial(sample_images, **FEW)
 
 
 def rows(folder):

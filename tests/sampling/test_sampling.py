@@ -22,11 +22,7 @@ from trainkit.sampling.grid import image_grid
 from trainkit.sampling.pipeline import save_pipeline
 from trainkit.sampling.schedulers import scheduler_bundle
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu_alone(monkeypatch):
-    for name, value in {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
 
 
 @pytest.fixture(scope="module")

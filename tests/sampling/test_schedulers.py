@@ -140,6 +140,7 @@ def test_flow_runs_at_any_number_of_steps():
             assert samples.isfinite().all(), (name, steps)
 
 
+@pytest.mark.slow
 def test_ddim_does_not_drift_over_many_steps(saved_bundles):
     noise_scheduler, bundle = saved_bundles["linear", "epsilon"]
     assert distance_of_pixels(draw(flawed(noise_scheduler, PIXELS.best, (1, 8, 8)), bundle["ddim"], 64, 1000)) < 0.05

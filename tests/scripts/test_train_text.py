@@ -180,6 +180,7 @@ def test_captions_that_training_cuts_are_cut_for_previews_too(bert):
     assert condition.pipeline_conditions(np.arange(2)) == ["a blue"] * 2 and condition.example() == "'a blue'"
 
 
+@pytest.mark.slow
 def test_it_is_trained_validated_and_checkpointed(whole):
     three, six = (load_file(whole / f"checkpoint-{step}" / "unet" / WEIGHTS) for step in (3, 6))
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"

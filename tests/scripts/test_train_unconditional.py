@@ -57,6 +57,7 @@ assert pipeline(num_inference_steps=4).images[0].size == (16, 16)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_saved_weights_are_the_averaged_ones(run_dir):
     last = run_dir / f"checkpoint-{STEPS}"
     same_weights(run_dir / WEIGHTS, last / "unet_ema/diffusion_pytorch_model.safetensors")
@@ -64,10 +65,12 @@ def test_saved_weights_are_the_averaged_ones(run_dir):
         same_weights(run_dir / WEIGHTS, last / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_golden_losses(run_dir):
     assert losses(run_dir) == pytest.approx(golden("unconditional"), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_learning_rate_counts_optimizer_steps(run_dir):
     rates = [json.loads(line)["lr"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert rates == pytest.approx(expected_rates())

@@ -66,6 +66,7 @@ def test_a_broken_gradient_leaves_weights_and_optimizer_as_they_are(fused):
     assert optimizer.state[weight]["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_broken_step_is_skipped_and_its_images_are_named(train, broken_steps, capsys, image_folder, cache_dir):
     broken_steps(4)
     output_dir = train(max_train_steps=8, checkpointing_steps=1)
@@ -178,6 +179,7 @@ def test_a_snapshot_shares_nothing_with_the_training(train, monkeypatch):
             same_weights(at_once / f"checkpoint-{step}" / file, behind / f"checkpoint-{step}" / file)
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_is_taken(train, capsys):
     output_dir = train(max_train_steps=6)
     file = output_dir / "checkpoint-6" / "optimizer.safetensors"
@@ -231,6 +233,7 @@ def test_the_deterministic_flag_is_heard(train, monkeypatch):
     assert asked
 
 
+@pytest.mark.slow
 def test_other_options_at_resume_are_told(train, capsys):
     train(max_train_steps=3)
     train(max_train_steps=6, learning_rate=1e-4, resume_from_checkpoint="latest")
@@ -239,6 +242,7 @@ def test_other_options_at_resume_are_told(train, capsys):
     assert "--resume_from_checkpoint" not in output.partition("these options differ")[2]
 
 
+@pytest.mark.slow
 def test_muon_takes_the_inner_matrices_and_resumes_bit_for_bit(train, tiny_unet):
     from diffusers import UNet2DModel
 

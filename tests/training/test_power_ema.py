@@ -153,6 +153,7 @@ def test_a_run_leaves_snapshots_of_its_averages(run):
     assert not torch.equal(shorter, longer)
 
 
+@pytest.mark.slow
 def test_averages_and_snapshots_are_resumed_bit_for_bit(run, train, tmp_path, capsys):
     """From step 4, over the later snapshots of the run that is resumed, a stray one and one half written."""
     shutil.copytree(run, tmp_path / "again")
@@ -218,6 +219,7 @@ def two_lengths(run, tmp_path):
     return tmp_path / "two"
 
 
+@pytest.mark.slow
 def test_an_average_that_was_not_written_down(run, two_lengths, reconstruct, capsys):
     """It is the tracked one, as far as float16 goes; twelve steps do not move weights by more."""
     made = reconstruct(two_lengths, sigma_rel=0.08)
@@ -234,6 +236,7 @@ def test_an_average_that_was_not_written_down(run, two_lengths, reconstruct, cap
     assert sum(record["coefficients"].values()) == pytest.approx(1) and len(record["coefficients"]) == 6
 
 
+@pytest.mark.slow
 def test_an_earlier_step(run, reconstruct):
     """Of a length that is tracked: its own snapshot."""
     made = reconstruct(run, sigma_rel=0.1, step=10)
@@ -241,6 +244,7 @@ def test_an_earlier_step(run, reconstruct):
     torch.testing.assert_close(found, {name: value.float() for name, value in snapshot.items()}, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_length_by_score(two_lengths, reconstruct, image_folder, capsys):
     flags = {"sigma_rel": "auto", "reference": image_folder / "round", "lengths": [0.1, 0.06], "num_images": 6}
     made = reconstruct(two_lengths, num_inference_steps=2, **flags)
@@ -254,6 +258,7 @@ def test_the_best_length_by_score(two_lengths, reconstruct, image_folder, capsys
     same_weights(made / "unet" / WEIGHTS, again / "unet" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_weights_and_the_embedding_of_vectors_as_if_tracked(tmp_path, reconstruct):
     """Of weights that walk far, from two other lengths: within 0.5 % of what the averaging moves them by."""
     torch.manual_seed(0)
@@ -290,6 +295,7 @@ def test_weights_and_the_embedding_of_vectors_as_if_tracked(tmp_path, reconstruc
     assert np.array_equal(images, np.concatenate(list(generate(made, range(3), 2, 3, np.eye(3)))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -306,6 +312,7 @@ def test_what_cannot_be_reconstructed_is_told(two_lengths, reconstruct, flags, m
         reconstruct(two_lengths, **flags)
 
 
+@pytest.mark.slow
 def test_damaged_snapshots_are_named(two_lengths, reconstruct, tmp_path):
     file = snapshot_file(two_lengths, 5, 0.1)
     whole = load_file(file)

@@ -37,6 +37,7 @@ def state(folder):
     return json.loads((folder / "training_state.json").read_text())
 
 
+@pytest.mark.slow
 def test_changed_options_are_used_from_the_checkpoint_on(train, capsys):
     out = train(learning_rate=1e-3)
     train(
@@ -50,6 +51,7 @@ def test_changed_options_are_used_from_the_checkpoint_on(train, capsys):
     assert json.loads((out / "checkpoint-4" / "unet_ema" / "config.json").read_text())["decay"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_branch_that_is_left_is_set_aside(train, capsys):
     out = train(max_train_steps=4)
     train(max_train_steps=3, resume_from_checkpoint="checkpoint-2", seed=9)
@@ -62,6 +64,7 @@ def test_a_branch_that_is_left_is_set_aside(train, capsys):
     assert "resumed from" in (output := capsys.readouterr().out) and "checkpoint-3: 3 of 4" in output
 
 
+@pytest.mark.slow
 def test_a_bare_name_is_that_of_the_output_folder(train, tmp_path, monkeypatch, capsys):
     out = train()
     monkeypatch.chdir(tmp_path)
@@ -70,6 +73,7 @@ def test_a_bare_name_is_that_of_the_output_folder(train, tmp_path, monkeypatch, 
     assert f"resumed from {out / 'checkpoint-2'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_left_to_do_is_said(train, capsys):
     train()
     train(resume_from_checkpoint="latest")
@@ -90,6 +94,7 @@ def test_a_mismatch_is_named_and_no_checkpoint_is_passed_over(train, flags, mess
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_other_images_need_a_flag(train, tmp_path, image_folder, capsys):
     import shutil
 
@@ -104,6 +109,7 @@ def test_other_images_need_a_flag(train, tmp_path, image_folder, capsys):
     assert "WARNING: the dataset has changed: 37 images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_files_of_others_are_refused_or_backed_up(train, tmp_path):
     out = tmp_path / "out"
     (out / "unet").mkdir(parents=True)
@@ -131,6 +137,7 @@ def test_a_finished_model_without_checkpoints_is_not_replaced(train):
             train(resume_from_checkpoint=resume)
 
 
+@pytest.mark.slow
 def test_checkpoints_behind_links_and_odd_names_are_left_alone(train, tmp_path):
     out = train()
     (out / "checkpoint-1").rename(tmp_path / "moved")
@@ -148,6 +155,7 @@ def test_the_output_folder_is_not_among_the_images(train, image_folder):
     assert not (image_folder / "model").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_at_one_folder(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch):
     from trainkit.training import output_folder
 

@@ -59,10 +59,12 @@ def test_two_sharded_processes_train_as_one_does(states):
     assert moved > 1e-3, "the training moves weights by far more than the tolerance"
 
 
+@pytest.mark.slow
 def test_a_state_of_one_process_is_resumed_on_two(states):
     same_state(states["resumed_10"], states["unsharded_10"])
 
 
+@pytest.mark.slow
 def test_a_state_of_two_processes_is_resumed_on_one(states):
     training = Training(seed=5, sharded=False)
     training.load(states["sharded_5"])
@@ -70,6 +72,7 @@ def test_a_state_of_two_processes_is_resumed_on_one(states):
     same_state(training.state(), states["unsharded_10"])
 
 
+@pytest.mark.slow
 def test_an_exported_unet_loads_with_stock_diffusers(states):
     unet = UNet2DModel.from_pretrained(states["copy"])
     assert unet.config["_class_name"] == "UNet2DModel"

@@ -161,6 +161,7 @@ def test_convolutions_are_timed_on_cuda_unless_deterministic(monkeypatch):
         torch.set_float32_matmul_precision(before[1])
 
 
+@pytest.mark.slow
 def test_compile_is_asked_of_torch(train, monkeypatch):
     asked = []
     monkeypatch.setattr(UNet2DModel, "compile", lambda unet, **settings: asked.append(settings))
@@ -278,6 +279,7 @@ def test_no_image_fits():
         largest_micro_batch(24, lambda size: False)
 
 
+@pytest.mark.slow
 def test_finding_the_batch_size_keeps_the_run(train, monkeypatch, capsys):
     """Memory for three images: two are taken at once, and eight still make an optimizer step."""
     plain = train("plain")

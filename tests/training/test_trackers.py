@@ -125,6 +125,7 @@ def test_wandb_has_every_step_and_every_validation(offline_run):
     assert history[5]["validation_loss"] == next(row["validation_loss"] for row in lines if "validation_loss" in row)
 
 
+@pytest.mark.slow
 def test_wandb_is_told_the_settings_but_no_token(offline_run):
     output_dir, records = offline_run
     config = {}

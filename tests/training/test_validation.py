@@ -116,6 +116,7 @@ def test_a_resumed_run_keeps_the_validations_up_to_its_step(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
 
 
+@pytest.mark.slow
 def test_the_loss_curve_shows_validations_as_red_points(tmp_path):
     red = []
     for with_validation in (False, True):
@@ -214,6 +215,7 @@ def test_measuring_does_not_disturb_the_training(watched):
     assert losses(watched[0]) == pytest.approx(golden("unconditional"), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_validation_lines(watched):
     output_dir, output = watched
     assert steps_with(output_dir, "validation_loss") == [6, 12, 18, 20]
@@ -225,6 +227,7 @@ def test_validation_lines(watched):
     assert f"step 20: validation loss {rows[20]['validation_loss']:.4f} (t0-250 " in output
 
 
+@pytest.mark.slow
 def test_score_lines_tell_all_that_they_depend_on(watched):
     output_dir, output = watched
     assert steps_with(output_dir, "kid") == [15, 20]
@@ -237,6 +240,7 @@ def test_score_lines_tell_all_that_they_depend_on(watched):
         assert words in line_of_20
 
 
+@pytest.mark.slow
 def test_values_reach_tensorboard(watched):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -250,6 +254,7 @@ def test_values_reach_tensorboard(watched):
     assert len(found["loss"]) == STEPS and BINS[3] in found
 
 
+@pytest.mark.slow
 def test_the_time_left_is_written_down(watched):
     rows = lines_with(watched[0], "eta_s")
     assert sorted(rows) == list(range(1, STEPS + 1)) and rows[STEPS]["eta_s"] == 0
