@@ -30,12 +30,13 @@ def judge_classes(options: Any, images, indices) -> dict:
 
 def compare_conditions(options: Any, weights_sha256: str, made: ScoredImages, real: ScoredImages) -> dict:
     """Scores per class and caption retrieval, if both sides have classes or captions."""
-    requested, found = read_annotations(made.images, "--generated"), {}
+    requested = read_annotations(made.images, "--generated")
+    found: dict = {}
     if not (requested.has_labels or requested.has_texts):
         return found
     annotations = read_annotations(real.images, "--reference")
 
-    def of_both(name: str) -> tuple:
+    def of_both(name: str) -> tuple[Any, list, Any, list]:
         values = [
             [getattr(side, name)[index] for index in scored.indices]
             for side, scored in ((annotations, real), (requested, made))

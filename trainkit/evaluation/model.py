@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from trainkit.errors import UserError
 from trainkit.evaluation.features import FeatureExtractor, open_extractor
-from trainkit.evaluation.images import ImageArray, ImageSet, open_images
+from trainkit.evaluation.images import ImageArray, open_images
 from trainkit.evaluation.metrics import KID_SUBSET_SIZE
 from trainkit.evaluation.reference import ScoredImages, check_count, choose_images, reference_features
 from trainkit.evaluation.report import comparability
@@ -58,7 +58,7 @@ def open_model(options: Any, accelerator: Accelerator) -> Model:
 
 def open_reference(options: Any, accelerator: Accelerator) -> tuple[ScoredImages, FeatureExtractor]:
     """The features of all reference images, and their extractor. A collective."""
-    images: ImageSet = open_images(options.reference, "--reference", skip_unreadable=True)
+    images: Any = open_images(options.reference, "--reference", skip_unreadable=True)
     extractor = open_extractor(options.feature_extractor, options.cache_dir)
     chosen = choose_images(images, "reference", None, options.seed)
     found = reference_features(images, chosen, extractor, options.batch_size, accelerator, options.cache_dir)
