@@ -18,7 +18,7 @@ from trainkit.evaluation.reference import ScoredImages
 def judge_classes(options: Any, images, indices) -> dict:
     """The share of the samples `indices` that show the requested class, by a classifier of `--classifier_data_dir`."""
     flag = "--classifier_data_dir"
-    real = open_images(options.classifier_data_dir, flag, skip_unreadable=True)
+    real: Any = open_images(options.classifier_data_dir, flag, skip_unreadable=True)
     requested, annotations = read_annotations(images, "--generated"), read_annotations(real, flag)
     labels = [requested.labels[index] for index in indices]
     flag = f"{flag} {options.classifier_data_dir}"
