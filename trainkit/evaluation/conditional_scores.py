@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from trainkit.data.files import cache_root
 from trainkit.evaluation.classifier import open_classifier
 from trainkit.evaluation.conditioning import (
@@ -12,12 +10,12 @@ from trainkit.evaluation.conditioning import (
     label_accuracy,
     scores_per_class,
 )
-from trainkit.evaluation.conditions import Annotations, read_annotations
-from trainkit.evaluation.images import ImageSet, open_images
+from trainkit.evaluation.conditions import read_annotations
+from trainkit.evaluation.images import open_images
 from trainkit.evaluation.reference import ScoredImages
 
 
-def judge_classes(options: Any, images: ImageSet, indices: np.ndarray) -> dict:
+def judge_classes(options: Any, images, indices) -> dict:
     """The share of the samples `indices` that show the requested class, by a classifier of `--classifier_data_dir`."""
     flag = "--classifier_data_dir"
     real: Any = open_images(options.classifier_data_dir, flag, skip_unreadable=True)
@@ -32,22 +30,21 @@ def judge_classes(options: Any, images: ImageSet, indices: np.ndarray) -> dict:
 
 def compare_conditions(options: Any, weights_sha256: str, made: ScoredImages, real: ScoredImages) -> dict:
     """Scores per class and caption retrieval, if both sides have classes or captions."""
-    requested, found = read_annotations(made.images, "--generated"), dict[str, Any]()
+    requested = read_annotations(made.images, "--generated")
+    found: dict = {}
     if not (requested.has_labels or requested.has_texts):
         return found
     annotations = read_annotations(real.images, "--reference")
 
-    def of(side: Annotations, scored: ScoredImages, name: str) -> list:
-        return [getattr(side, name)[index] for index in scored.indices]
+    def of_both(name: str) -> tuple[Any, list, Any, list]:
+        values = [
+            [getattr(side, name)[index] for index in scored.indices]
+            for side, scored in ((annotations, real), (requested, made))
+        ]
+        return real.features, values[0], made.features, values[1]
 
     if requested.has_labels and annotations.has_labels:
-        labels = of(annotations, real, "labels"), of(requested, made, "labels")
-        found["per_class"] = scores_per_class(
-            real.features, labels[0], made.features, labels[1], options.metrics, options.seed, weights_sha256
-        )
+        found["per_class"] = scores_per_class(*of_both("labels"), options.metrics, options.seed, weights_sha256)
     if requested.has_texts and annotations.has_texts:
-        texts = of(annotations, real, "texts"), of(requested, made, "texts")
-        found["retrieval"] = caption_retrieval(
-            real.features, texts[0], made.features, texts[1], options.retrieval_captions, options.seed
-        )
+        found["retrieval"] = caption_retrieval(*of_both("texts"), options.retrieval_captions, options.seed)
     return found
