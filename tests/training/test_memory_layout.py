@@ -64,10 +64,13 @@ def test_channels_last_lasts(tiny_unet):
     def note(convolution, inputs):
         seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
 
-    for name, module in unet.named_modules():  # diffusers itself makes the input of a shortcut contiguous in training
-        if isinstance(module, torch.nn.Conv2d) and not name.endswith("conv_shortcut"):
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
             module.register_forward_pre_hook(note)
-    for _ in range(2):
+    dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout)]
+    for mode in (False, True):
+        unet.train(mode)
+        assert dropouts and all(dropout.training is mode for dropout in dropouts)
         unet(torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last), 5).sample.sum().backward()
         average.step()
         weights = [*unet.parameters(), *average._averages, *(p.grad for p in unet.parameters())]

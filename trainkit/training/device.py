@@ -6,12 +6,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import ModelMixin, UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 
 from trainkit.errors import UserError
 from trainkit.options.training import HardwareOptions
@@ -52,7 +54,27 @@ def move_to_device(unet: UNet2DModel, options: HardwareOptions, device: torch.de
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     layout = torch.contiguous_format if options.shard_weights else memory_format(options, device)
+    if layout == torch.channels_last:
+        _keep_layout_in_shortcuts(unet)
     return unet.to(device=device, memory_format=layout)
+
+
+def _keep_layout_in_shortcuts(unet: UNet2DModel) -> None:
+    """Keep ResnetBlock2D itself out of training mode, in which it copies its shortcut's input to contiguous memory.
+
+    diffusers spares DDP a warning about the strides of small weights that way, and convolutions copy the input back.
+    The modules inside a block, such as dropout, follow `train` and `eval` as usual.
+    """
+
+    def train(block: ResnetBlock2D, mode: bool = True) -> ResnetBlock2D:
+        torch.nn.Module.train(block, mode)
+        block.training = False
+        return block
+
+    for block in unet.modules():
+        if isinstance(block, ResnetBlock2D):
+            block.train = partial(train, block)
+            block.training = False
 
 
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
