@@ -90,7 +90,7 @@ def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
         runs = "runs in DDPMPipeline" if facts.in_stock_pipeline else "not in DDPMPipeline"
         noise = "stochastic" if facts.stochastic else "deterministic"
         calls = ", 2 UNet calls per step" if facts.doubles_calls else ""
-        lines.append(f"{name:14} {facts.method}, order {facts.order}, {noise}, {runs}, {facts.steps} steps{calls}")
+        lines.append(f"{name:14} {facts.method}, order {facts.order}, {noise}, {runs}, steps: {facts.steps}{calls}")
         lines += [
             f"    {cell['steps']:5} steps  {score_text(cell, metric)}  {time_text(cell)}" for cell in cells[name]
         ]
