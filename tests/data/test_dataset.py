@@ -200,8 +200,8 @@ def test_a_damaged_cache_entry_mends_itself(photos, tmp_path, many_batches):
 def test_other_ranks_wait_in_silence(photos, tmp_path):
     script = (
         "from source_files import DataOptions\nfrom trainkit.data.cache import open_or_prepare\n"
-        f"images = open_or_prepare(DataOptions(train_data_dir={str(photos)!r}, cache_dir={str(tmp_path)!r}, num_proc=1))\n"
-        "assert len(images) == 90"
+        f"options = DataOptions(train_data_dir={str(photos)!r}, cache_dir={str(tmp_path)!r}, num_proc=1)\n"
+        "assert len(open_or_prepare(options)) == 90"
     )
     here = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     runs = [ScriptRun("-c", code=script, environment=here | {"LOCAL_RANK": str(rank)}) for rank in range(3)]
