@@ -199,11 +199,12 @@ def test_a_damaged_cache_entry_mends_itself(photos, tmp_path, many_batches):
 @pytest.mark.slow
 def test_other_ranks_wait_in_silence(photos, tmp_path):
     script = (
-        "from tests.data.test_dataset import *\n"
-        f"images = open_or_prepare(Options(train_data_dir={str(photos)!r}, cache_dir={str(tmp_path)!r}, num_proc=1))\n"
-        "assert len(images) == 90"
+        "from source_files import DataOptions\nfrom trainkit.data.cache import open_or_prepare\n"
+        f"options = DataOptions(train_data_dir={str(photos)!r}, cache_dir={str(tmp_path)!r}, num_proc=1)\n"
+        "assert len(open_or_prepare(options)) == 90"
     )
-    runs = [ScriptRun("-c", code=script, environment={"LOCAL_RANK": str(rank)}) for rank in range(3)]
+    here = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    runs = [ScriptRun("-c", code=script, environment=here | {"LOCAL_RANK": str(rank)}) for rank in range(3)]
     done = [run.wait(timeout=60) for run in runs]
     said = [process.stdout + process.stderr for process in done]
     assert [process.returncode for process in done] == [0, 0, 0], said

@@ -1,13 +1,11 @@
 """What a run keeps, uses and refuses when it is resumed, and what it does with the folder it writes to."""
 
 import json
-import os
-import subprocess
-import sys
+import signal
 import time
 
 import pytest
-from conftest import ROOT
+from process_helpers import ScriptRun
 from training_helpers import run_in_process, tiny_run
 
 from trainkit.errors import UserError
@@ -161,11 +159,8 @@ def test_two_runs_at_one_folder(image_folder, tiny_unet, cache_dir, tmp_path, mo
 
     flags = {"max_train_steps": 100_000, "checkpointing_steps": 0, "lr_warmup_steps": 0}
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", **flags)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_unconditional.py"), *arguments], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    run = ScriptRun("train_unconditional.py", *arguments)
+    [first] = run.ranks
     try:
         while not (tmp_path / "out" / "metrics.jsonl").exists():
             assert first.poll() is None
@@ -174,8 +169,8 @@ def test_two_runs_at_one_folder(image_folder, tiny_unet, cache_dir, tmp_path, mo
         with pytest.raises(UserError, match=rf"is in use by process {first.pid} on .* since 20\d\d"):
             run_in_process(monkeypatch, "train_unconditional", arguments)
     finally:
-        first.terminate()
-        first.communicate(timeout=60)
+        first.send_signal(signal.SIGTERM)
+        run.wait(timeout=60)
     assert first.returncode == 0  # the signal stops it with a checkpoint
 
 
