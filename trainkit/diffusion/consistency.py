@@ -17,6 +17,7 @@ from trainkit.diffusion.distillation import to_images
 P_MEAN, P_STD = -1.1, 2.0  # of ln s (Geng et al. 2024, section 4)
 NUM_STAGES, SHRINK = 8, 2.0  # the gap to the neighbour is divided by SHRINK from stage to stage
 NEAR_IMAGE, STEEPNESS = 8.0, 1.0  # k and b of n(s) = 1 + k sigmoid(-b s)
+SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1] (Karras et al. 2022, table 1)
 HUBER = 0.00054  # times the root of the number of values (Song & Dhariwal 2024, section 3.3)
 
 
@@ -68,6 +69,10 @@ def consistency_losses(
 
     The pseudo-Huber distance (Song & Dhariwal 2024, Eq. 7) of the images predicted at s and at its neighbour r, with
     the same noise and the same dropout, over s - r. The image at r is not trained: it comes from the current weights.
+
+    Networks of that paper predict the image with an error of c_out(s) times their own (Karras et al. 2022, table 1),
+    and so does a velocity. One that predicts the image itself has its loss multiplied by c_out(s): otherwise the lowest
+    noise levels, where s - r is nearly 0, would be all that is learned.
     """
     level = logs.exp()
     near = neighbour(level, progress)
@@ -79,7 +84,10 @@ def consistency_losses(
     images = _images_at(model, levels, prediction_type, batch, level)
     squares = (images - target).square().flatten(1).sum(1)
     huber = HUBER * math.sqrt(images[0].numel())
-    return ((squares + huber**2).sqrt() - huber) / (level - near)
+    distances = ((squares + huber**2).sqrt() - huber) / (level - near)
+    if prediction_type == "sample":
+        distances = distances * SIGMA_DATA * level / (level.square() + SIGMA_DATA**2).sqrt()
+    return distances
 
 
 def _images_at(
