@@ -71,8 +71,8 @@ def consistency_losses(
     the same noise and the same dropout, over s - r. The image at r is not trained: it comes from the current weights.
 
     Networks of that paper predict the image with an error of c_out(s) times their own (Karras et al. 2022, table 1),
-    and so does a velocity. One that predicts the image itself has its loss multiplied by c_out(s): otherwise the lowest
-    noise levels, where s - r is nearly 0, would be all that is learned.
+    and so does a velocity. One that predicts the image itself has its loss multiplied by c_out(s): otherwise only the
+    lowest noise levels, where s - r is nearly 0, would be learned.
     """
     level = logs.exp()
     near = neighbour(level, progress)
