@@ -53,7 +53,7 @@ def train_student(distillation, stage, data) -> bool:
     import copy
 
     from trainkit.diffusion.consistency import NoiseLevels, consistency_losses
-    from trainkit.diffusion.distillation import StepGrid, progressive_losses, student_prediction
+    from trainkit.diffusion.distillation import StepGrid, progressive_losses
     from trainkit.diffusion.noise_schedule import uniform_timesteps
     from trainkit.training.learning_rate_finder import find_learning_rate
     from trainkit.training.outputs import Outputs
@@ -62,7 +62,7 @@ def train_student(distillation, stage, data) -> bool:
     options, accelerator = distillation.options_of(stage), distillation.accelerator
     student = copy.deepcopy(distillation.unet)
     teacher = distillation.frozen_teacher(stage, data.condition)
-    prediction = student_prediction(distillation.teacher.prediction_type)
+    prediction = distillation.prediction_type
     alphas_cumprod = distillation.teacher.alphas_cumprod
     grid = StepGrid(alphas_cumprod, stage.num_steps * max(1, stage.substeps), accelerator.device)
     levels = NoiseLevels(alphas_cumprod, accelerator.device)

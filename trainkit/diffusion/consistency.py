@@ -2,6 +2,9 @@
 
 The neighbour comes closer over the run. In the first stages it is far, often the image itself, and the loss is that of
 diffusion; at the end it is near, and the student maps any noise level to the end of its trajectory.
+
+The student must predict the velocity: its image, alpha z - sigma velocity, is then z itself without noise. A network
+that predicts the image has no such end, and agrees with itself on any constant once the neighbours are near.
 """
 
 # B batch, C channels, H/W pixels, T timesteps; noise level s = sigma / alpha, as in Karras et al. 2022
@@ -17,7 +20,6 @@ from trainkit.diffusion.distillation import to_images
 P_MEAN, P_STD = -1.1, 2.0  # of ln s (Geng et al. 2024, section 4)
 NUM_STAGES, SHRINK = 8, 2.0  # the gap to the neighbour is divided by SHRINK from stage to stage
 NEAR_IMAGE, STEEPNESS = 8.0, 1.0  # k and b of n(s) = 1 + k sigmoid(-b s)
-SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1] (Karras et al. 2022, table 1)
 HUBER = 0.00054  # times the root of the number of values (Song & Dhariwal 2024, section 3.3)
 
 
@@ -69,10 +71,6 @@ def consistency_losses(
 
     The pseudo-Huber distance (Song & Dhariwal 2024, Eq. 7) of the images predicted at s and at its neighbour r, with
     the same noise and the same dropout, over s - r. The image at r is not trained: it comes from the current weights.
-
-    Networks of that paper predict the image with an error of c_out(s) times their own (Karras et al. 2022, table 1),
-    and so does a velocity. One that predicts the image itself has its loss multiplied by c_out(s): otherwise only the
-    lowest noise levels, where s - r is nearly 0, would be learned.
     """
     level = logs.exp()
     near = neighbour(level, progress)
@@ -84,10 +82,7 @@ def consistency_losses(
     images = _images_at(model, levels, prediction_type, batch, level)
     squares = (images - target).square().flatten(1).sum(1)
     huber = HUBER * math.sqrt(images[0].numel())
-    distances = ((squares + huber**2).sqrt() - huber) / (level - near)
-    if prediction_type == "sample":
-        distances = distances * SIGMA_DATA * level / (level.square() + SIGMA_DATA**2).sqrt()
-    return distances
+    return ((squares + huber**2).sqrt() - huber) / (level - near)
 
 
 def _images_at(

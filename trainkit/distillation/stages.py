@@ -58,7 +58,7 @@ def plan_stages(options: DistillationOptions, teacher: SavedTeacher) -> list[Sta
     """
     num_steps, first = options.num_steps, _first_steps(options)
     total = len(teacher.alphas_cumprod)
-    adapt = student_prediction(teacher.prediction_type) != teacher.prediction_type
+    adapt = student_prediction(teacher.prediction_type, options.method) != teacher.prediction_type
     if options.method == "consistency":
         return [*([Stage(ADAPTED, total, 1)] if adapt else []), Stage(f"steps-{num_steps}", num_steps, 0, 4)]
     if 2 * first > total:
@@ -92,6 +92,7 @@ class Distillation:
         self.options, self.engine, self.teacher, self.accelerator = options, engine, teacher, accelerator
         self.output_dir, self.stages = Path(options.output_dir), plan_stages(options, teacher)
         self.unet = teacher.unet  # the teacher of the next stage
+        self.prediction_type = student_prediction(teacher.prediction_type, options.method)
 
     @property
     def settings(self) -> dict:
@@ -175,7 +176,7 @@ class Distillation:
         guided = first and self.options.guidance_scale > 1
         return Teacher(
             unet.eval().requires_grad_(False),
-            self.teacher.prediction_type if first else student_prediction(self.teacher.prediction_type),
+            self.teacher.prediction_type if first else self.prediction_type,
             self.teacher.clips and first,
             self.accelerator.autocast,
             self.options.guidance_scale if guided else 1.0,
@@ -185,7 +186,7 @@ class Distillation:
     def pipeline_of(self, stage: Stage) -> Callable[[torch.nn.Module], Pipeline]:
         """A function that makes the pipeline of a student of `stage` from its UNet."""
         teacher, alphas_cumprod = self.teacher, self.teacher.alphas_cumprod
-        prediction = student_prediction(teacher.prediction_type)
+        prediction = self.prediction_type
         if stage.substeps == 0:
             clips = not teacher.has_latents
             scheduler = few_step.consistency_scheduler(alphas_cumprod, stage.num_steps, prediction, clips)
