@@ -219,8 +219,7 @@ class ConditionalPipeline(DiffusionPipeline):
         elif self.condition == "vectors":
             vectors = self.check_vectors(conditions)
             null = torch.full_like(vectors, torch.nan)
-            weak = self.guidance_vector_embedding or self.vector_embedding
-            pairs = ((self.vector_embedding, vectors), (self.vector_embedding, null), (weak, vectors))
+    XX = ((self.vector_embedding, vectors), (self.vector_embedding, null), (weak, vectors))
             encoded = [{"class_labels": embed(rows)} for embed, rows in pairs]
         else:
             labels = self.encode_labels(conditions)
@@ -242,9 +241,8 @@ class ConditionalPipeline(DiffusionPipeline):
         for name, value in arguments.items():
             if value is not None and name != self.condition:
                 raise ValueError(f"{name}: this model accepts {self.condition}")
-        if arguments[self.condition] is None:
+        if (given := arguments[self.condition]) is None:
             raise ValueError(f"{self.condition} is missing: say what to make ([None] for the null condition)")
-        given = arguments[self.condition]
         if (isinstance(given, list | tuple) and not given) or getattr(given, "shape", ())[:1] == (0,):
             raise ValueError(f"{self.condition}: the list is empty")
         return given

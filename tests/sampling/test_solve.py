@@ -8,10 +8,11 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEuler
 from sampling_helpers import tiny_model
 
 from trainkit.sampling.background import Ahead
+from trainkit.sampling.catalogue import FLOW_SCHEDULER_NAMES, SCHEDULER_NAMES
 from trainkit.sampling.generate import evaluation_mode, generate, noise_shape, sample_batch
 from trainkit.sampling.noise import draw
 from trainkit.sampling.pipeline import conditional_pipeline
-from trainkit.sampling.schedulers import FLOW_SCHEDULER_NAMES, SCHEDULER_NAMES, scheduler_bundle
+from trainkit.sampling.schedulers import scheduler_bundle
 
 SEEDS, STEPS = [3, 4, 7], 5
 

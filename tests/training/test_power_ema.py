@@ -230,7 +230,9 @@ def test_an_average_that_was_not_written_down(run, two_lengths, reconstruct, cap
     pipeline = DDPMPipeline.from_pretrained(made)
     assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
     parts = {path.name for path in made.iterdir()}
-    assert parts == {"model_index.json", "unet", "scheduler", "schedulers", "README.md", "reconstruction.json"}
+    assert parts == {
+        "model_index.json", "unet", "scheduler", "schedulers", "README.md", "reconstruction.json", "unconditional.py",
+    }  # fmt: skip
     assert "sigma_rel 0.08 at step 12" in (made / "README.md").read_text()
     record = json.loads((made / "reconstruction.json").read_text())
     assert sum(record["coefficients"].values()) == pytest.approx(1) and len(record["coefficients"]) == 6

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import DDPMPipeline
 
 from pipelines.conditional import ConditionalPipeline
 from trainkit.atomic import write_json
@@ -227,7 +228,7 @@ def student_pipeline(teacher: Pipeline, unet, scheduler, timesteps: torch.Tensor
     elif timesteps is not None:
         by_pipeline = timesteps.tolist()
     if not isinstance(teacher, ConditionalPipeline):
-        return type(teacher)(unet, scheduler)
+        return DDPMPipeline(unet, scheduler)
     components = {name: teacher.components[name] for name in ("text_encoder", "tokenizer", "vae")}
     settings = {name: teacher.config.get(name) for name in ("id2label", "prompt_length")}
     return conditional_pipeline(unet, scheduler, unet_timesteps=by_pipeline, **components, **settings)

@@ -60,8 +60,8 @@ def save_pipeline(folder: Path, pipeline: Pipeline, card: str) -> None:
     """Save `pipeline` with its schedulers, its code if it is our own, and README.md (`card`).
 
     `pipeline.scheduler` is the noise schedule of training. The saved folder gets the default solver as `scheduler/`
-    and all that fit as `schedulers/<name>/`. A few-step student has only its own. Everything
-    is staged, then renamed part by part: a kill leaves the old part or the new one. Other files in `folder` are kept.
+    and all that fit as `schedulers/<name>/`. A few-step student has only its own. Everything is
+    staged, then renamed part by part: a kill leaves the old part or the new one. Other files in `folder` are kept.
     """
     staging = folder / f"{TEMPORARY_PREFIX}pipeline"
     shutil.rmtree(staging, ignore_errors=True)
@@ -70,7 +70,7 @@ def save_pipeline(folder: Path, pipeline: Pipeline, card: str) -> None:
     try:
         use_default_scheduler(pipeline)
         pipeline.save_pretrained(staging)
-        if isinstance(pipeline, DDPMPipeline):
+        if isinstance(pipeline, DDPMPipeline) and not few_step:
             UnconditionalPipeline.save_source(staging)
     finally:
         pipeline.scheduler = noise_scheduler
