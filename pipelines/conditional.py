@@ -219,7 +219,8 @@ class ConditionalPipeline(DiffusionPipeline):
         elif self.condition == "vectors":
             vectors = self.check_vectors(conditions)
             null = torch.full_like(vectors, torch.nan)
-    XX = ((self.vector_embedding, vectors), (self.vector_embedding, null), (weak, vectors))
+            weak = self.guidance_vector_embedding or self.vector_embedding
+            pairs = ((self.vector_embedding, vectors), (self.vector_embedding, null), (weak, vectors))
             encoded = [{"class_labels": embed(rows)} for embed, rows in pairs]
         else:
             labels = self.encode_labels(conditions)
