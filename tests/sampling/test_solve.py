@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEuler
 from sampling_helpers import tiny_model
 
 from trainkit.sampling.background import Ahead
-from trainkit.sampling.catalogue import FLOW_SCHEDULER_NAMES, SCHEDULER_NAMES
+from trainkit.sampling.catalogue import CATALOGUE, FLOW_SCHEDULER_NAMES, SCHEDULER_NAMES
 from trainkit.sampling.generate import evaluation_mode, generate, noise_shape, sample_batch
 from trainkit.sampling.noise import draw
 from trainkit.sampling.pipeline import conditional_pipeline
@@ -34,7 +34,8 @@ def schedulers():
     bundle = scheduler_bundle(DDPMScheduler())
     flow = scheduler_bundle(FlowMatchEulerDiscreteScheduler(shift=3.0))
     assert set(bundle) == set(SCHEDULER_NAMES) and set(flow) == set(FLOW_SCHEDULER_NAMES)
-    found = {**bundle, **{f"flow {name}": scheduler for name, scheduler in flow.items()}}
+    found = {name: bundle[name] for name in bundle if CATALOGUE[name].in_stock_pipeline}
+    found |= {f"flow {name}": flow[name] for name in flow if CATALOGUE[name].in_stock_pipeline}
     return found | {"lcm": LCMScheduler(), "plain ddim": DDIMScheduler(clip_sample=False)}
 
 
