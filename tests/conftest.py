@@ -7,8 +7,8 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for those of another worker cost ten times the work
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Several threads round differently from run to run, and those of several workers wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import process_helpers
