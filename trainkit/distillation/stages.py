@@ -85,7 +85,7 @@ def _first_steps(options: DistillationOptions) -> int:
 
 
 class Distillation:
-    """The stages of one output folder. Create it on every rank; `complete` and `next_teacher` are collectives."""
+    """The stages of one output folder. Create it, and call it, on every rank, which share its folder."""
 
     def __init__(
         self, options: DistillationOptions, engine: TrainingOptions, teacher: SavedTeacher, accelerator: Accelerator
@@ -127,8 +127,8 @@ class Distillation:
                 )
 
     def is_complete(self, stage: Stage) -> bool:
-        """Whether an earlier start has finished `stage`."""
-        return stage.name in (read_record(self.output_dir) or {}).get("complete", [])
+        """Whether an earlier start has finished `stage`, by the file that the main process sees. A collective."""
+        return on_main_process(lambda: stage.name in (read_record(self.output_dir) or {}).get("complete", []))
 
     def complete(self, stage: Stage) -> None:
         """Record that `stage` is finished."""
