@@ -21,6 +21,9 @@ that show what was requested: the class by a classifier trained on real images, 
     python evaluate_samples.py --model_name_or_path ddpm-64 --reference photos --num_images 2000 \\
         --sweep ddpm:1000 ddim:10,20,50 dpmsolver:5,10,20 sde_dpmsolver:10,20,50
 
+    # students of distill.py beside their teacher, at the numbers of steps that are usually compared
+    python evaluate_samples.py --model_name_or_path ddpm-64-4-steps --reference photos --num_images 2000 --sweep
+
 `--model_name_or_path` samples a saved pipeline as sample.py does and scores the images. With `--sweep` it does so for
 each scheduler and number of steps, with the same seeds. The table goes into the model's folder (sampling_table.json,
 two pictures, README.md), where sample.py finds the best scheduler for a number of steps. Run the command again after
@@ -58,9 +61,14 @@ class ModelOptions:
         None, "scheduler steps; default: 20, or all of a few-step student", within="[1, inf)"
     )
     sweep: list[str] | None = option(
-        None, "schedulers and steps to compare: ddim:10,20,50 dpmsolver:5,10 (names: sample.py --list_schedulers)",
-        nargs="+",
-    )  # fmt: skip
+        None,
+        "schedulers and steps to compare: ddim:10,20,50 dpmsolver:5,10 (names: sample.py --list_schedulers); for a "
+        "few-step student: student:1,4 teacher/ddim:50; without words: a useful choice of them",
+        nargs="*",
+    )
+    teacher_model_name_or_path: str | None = option(
+        None, "with --sweep of a few-step student: its teacher; default: the one that distillation.json names"
+    )
     table_dir: str | None = option(None, "folder for the table of --sweep; default: the model's folder")
     sample_batch_size: int = option(64, "images per process and batch of the pipeline", within="[1, inf)")
     mixed_precision: str | None = option(
@@ -215,17 +223,16 @@ def search_copies(
 
 def sweep(options: Options) -> None:
     """Score each scheduler and number of steps of `--sweep`, and write the table after each."""
-    from trainkit.evaluation.model import open_model, open_reference, table_settings
-    from trainkit.evaluation.sweep import describe_cell, measure, needs_features, parse_sweep, sample_features
+    from trainkit.evaluation.model import open_model, open_reference, pipeline_of_row, table_settings
+    from trainkit.evaluation.sweep import describe_cell, measure, needs_features, sample_features
     from trainkit.evaluation.sweep_report import missing_cells, open_table, store_cell, table_lines, write_reports
     from trainkit.processes import end_together, wait_for_everyone
-    from trainkit.sampling.schedulers import load_scheduler
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
     refuse_dynamo_config("evaluate_samples.py")
     accelerator = start_accelerator(options.mixed_precision)
     model = open_model(options, accelerator)
-    cells = parse_sweep(options.sweep, model.folder)
+    cells = model.candidates.parse(options.sweep)
     reference, extractor = open_reference(options, accelerator)
     settings = table_settings(options, model, reference, extractor, accelerator)
     table = open_table(model.table_dir, model.weights_sha256, settings)
@@ -234,21 +241,22 @@ def sweep(options: Options) -> None:
     keep = needs_features(options.metrics, model.num_images, extractor.num_features)
     for number, cell in enumerate(missing, start=1):
         accelerator.print(f"{cell.scheduler}, {cell.steps} steps: row {number} of {len(missing)}", flush=True)
-        model.pipeline.scheduler = load_scheduler(model.folder, cell.scheduler)
+        pipeline = pipeline_of_row(model, cell, accelerator)
         seeds = range(options.seed, options.seed + model.num_images)
         sampled = sample_features(
             accelerator,
-            model.pipeline,
+            pipeline,
             extractor,
             seeds,
             cell.steps,
             options.sample_batch_size,
             model.conditions,
+            model.candidates.guidance_scale(cell),
             keep,
         )
         if accelerator.is_main_process:
             values = measure(sampled, reference.features, options.metrics, options.seed)
-            row = describe_cell(cell, model.folder, model.num_images, sampled.seconds, values)
+            row = describe_cell(cell, model.candidates, model.num_images, sampled.seconds, values)
             store_cell(model.table_dir, table, row, sampled.first)
             write_reports(model.table_dir, table)
         wait_for_everyone()
@@ -278,6 +286,8 @@ def check(options: Options) -> None:
                 raise UserError(f"--{name} does nothing with --sweep: remove it")
     elif options.table_dir is not None:
         raise UserError("--table_dir is the folder of the table that --sweep writes: give --sweep too")
+    elif options.teacher_model_name_or_path is not None:
+        raise UserError("--teacher_model_name_or_path is compared with its student by --sweep: give --sweep too")
     if options.model_name_or_path is not None and options.classifier_data_dir is not None:
         raise UserError("--classifier_data_dir reads the classes of --generated: sample with sample.py, then score")
     for name, kind in (("output_file", "JSON file"), ("closest_pairs_file", "PNG file")):

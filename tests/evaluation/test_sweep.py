@@ -12,12 +12,15 @@ from diffusers import DDPMPipeline, DDPMScheduler, EulerAncestralDiscreteSchedul
 from evaluation_helpers import evaluate, write_images
 from PIL import Image
 
+from trainkit.diffusion.few_step import progressive_scheduler, step_timesteps, with_time_table
 from trainkit.errors import UserError
 from trainkit.evaluation import sweep
+from trainkit.evaluation.candidates import Candidates, Cell
 from trainkit.evaluation.features import ROUNDED_RESIZE
 from trainkit.evaluation.frechet import RunningMoments
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance, frechet_distance_of_groups
 from trainkit.evaluation.sweep_report import with_section
+from trainkit.sampling.load import weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 from trainkit.sampling.table import TABLE_NAME, choose_scheduler
 
@@ -133,6 +136,73 @@ def test_a_model_is_scored_without_a_sweep(model, reference, tmp_path, monkeypat
     assert json.loads((tmp_path / "scores.json").read_text())["sampling"]["num_inference_steps"] == 2
 
 
+@pytest.fixture
+def students(models, tmp_path):
+    """A folder of distill.py with students of 2 and 1 steps, of the teacher `models`/plain."""
+    folder, alphas_cumprod = tmp_path / "students", DDPMScheduler().alphas_cumprod.double()
+    for steps, place in ((2, folder / "stages" / "steps-2"), (1, folder)):
+        unet = with_time_table(class_unet(num_class_embeds=None), step_timesteps(1000, steps))
+        save_pipeline(place, DDPMPipeline(unet, progressive_scheduler(alphas_cumprod, steps, "sample")), "# A card\n")
+    teacher = models / "plain"
+    record = {"teacher": str(teacher), "teacher_sha256": weights_digest(teacher), "guidance_scale": 1.0}
+    (folder / "distillation.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_students_are_compared_with_their_teacher(students, models, reference, monkeypatch, capsys):
+    sampled, real = [], sweep.generate
+
+    def watched(pipeline, seeds, steps, *rest, **guidance):
+        sampled.append((type(pipeline.scheduler).__name__, len(pipeline.scheduler.betas), steps))
+        return real(pipeline, seeds, steps, *rest, **guidance)
+
+    monkeypatch.setattr(sweep, "generate", watched)
+    run(monkeypatch, students, reference, sweep="student:1,2;teacher/dpmsolver:2;teacher/ddim:5")
+    students_of, solvers = "DDIMScheduler", "DPMSolverMultistepScheduler"
+    assert sampled == [(students_of, 1, 1), (students_of, 2, 2), (solvers, 1000, 2), ("DDIMScheduler", 1000, 5)]
+    rows = [(row["scheduler"], row["steps"]) for row in table_of(students)["cells"]]
+    assert rows == [("teacher/ddim", 5), ("teacher/dpmsolver", 2), ("student", 2), ("student", 1)]
+    assert "| teacher/dpmsolver | 2 | 2 | 2 | no | yes |" in capsys.readouterr().out
+    assert "| student | 1 |" in (students / "README.md").read_text()
+    assert choose_scheduler(students, 1)[0] == "default"  # no row of the table is a scheduler of the student
+
+
+def test_a_sweep_without_words_takes_few_steps_first(students, model):
+    few = [("student", 1), ("student", 2), ("teacher/dpmsolver", 1), ("teacher/unipc", 1), ("teacher/dpmsolver", 2)]
+    cells = Candidates(students).parse([])
+    assert cells[:5] == few and cells[-1] == ("teacher/ddpm", 1000)
+    assert ("teacher/sde_dpmsolver", 20) in cells and ("teacher/ddim", 50) in cells
+    assert [cell.steps for cell in Candidates(model).parse([])] == [5, 5, 10, 10, 10, 20, 20, 50, 50, 1000]
+
+
+def test_guidance_that_a_student_has_learned_is_given_to_its_teacher_alone(students):
+    record = json.loads((students / "distillation.json").read_text())
+    (students / "distillation.json").write_text(json.dumps(record | {"guidance_scale": 2.0}))
+    candidates = Candidates(students)
+    assert [candidates.guidance_scale(Cell(name, 1)) for name in ("student", "teacher/ddim")] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "words, teacher, message",
+    [
+        (["student:4"], None, "--sweep student:4: .* has students of 1, 2 steps"),
+        (["ddim:50"], None, "ddim must be one of student, or a scheduler of the teacher, such as teacher/ddim"),
+        (["teacher/plms:5"], None, "teacher/plms must be one of teacher/sde_dpmsolver"),
+        (["teacher/ddim:5"], "nowhere", "--teacher_model_name_or_path nowhere is neither a local folder"),
+        (["teacher/ddim:5"], "students", "its weights are not those of distillation.json"),
+    ],
+)
+def test_mistakes_in_the_rows_of_students(students, monkeypatch, words, teacher, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=message):
+        Candidates(students, str(students) if teacher == "students" else teacher).parse(words)
+
+
+def test_a_teacher_needs_a_student(model):
+    with pytest.raises(UserError, match="is not a few-step student; remove the flag"):
+        Candidates(model, str(model))
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -141,6 +211,7 @@ def test_a_model_is_scored_without_a_sweep(model, reference, tmp_path, monkeypat
         ({"sweep": "ddim"}, "--sweep ddim: write a scheduler and its steps, such as ddim:10,20,50"),
         ({"sweep": "ddim:ten"}, "--sweep ddim:ten: write a scheduler and its steps"),
         ({"sweep": "ddim:10", "scheduler": "ddim"}, "--scheduler does nothing with --sweep"),
+        ({"teacher_model_name_or_path": "there"}, "--teacher_model_name_or_path is compared .* by --sweep"),
         ({"table_dir": "here"}, "--table_dir is the folder of the table that --sweep writes"),
         ({"generated": "there"}, "--generated and --model_name_or_path both say what to score"),
         ({"class_labels": "all"}, "--class_labels: this pipeline is unconditional"),
@@ -174,8 +245,6 @@ def test_features_that_are_not_finite_are_named(model, reference, monkeypatch):
 
 
 def test_sample_takes_the_best_of_the_table_for_its_steps(model, monkeypatch):
-    from trainkit.sampling.load import weights_digest
-
     def cell(scheduler, steps, kid, calls=None):
         return {"scheduler": scheduler, "steps": steps, "calls": calls or steps, "scores": {"kid": kid}}
 

@@ -10,12 +10,12 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition
 from trainkit.diffusion.latents import LatentImages, check_latent_options, open_latents
 from trainkit.diffusion.text import TextCondition, load_text_encoder
-from trainkit.distillation.stages import RECORD, read_record
 from trainkit.distillation.teacher import FLAG, SavedTeacher
 from trainkit.errors import UserError
 from trainkit.options.distillation import DistillationOptions
 from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
 from trainkit.sampling.generate import image_shape
+from trainkit.sampling.students import RECORD, read_distillation
 from trainkit.training.averages.power_ema import check_ema_power_lengths
 from trainkit.training.learning_rate_finder import check_learning_rate_search
 from trainkit.training.log import check_tracker
@@ -47,7 +47,7 @@ def check_options(options: DistillationOptions, engine: TrainingOptions) -> None
     if isinstance(engine, ConditionalTrainingOptions):
         check_latent_options(engine)
     check_output_dir(engine)
-    earlier = read_record(Path(options.output_dir))
+    earlier = read_distillation(Path(options.output_dir))
     if earlier is not None and options.resume_from_checkpoint is None and not options.overwrite_output_dir:
         raise UserError(
             f"--output_dir {options.output_dir} holds {RECORD} of an earlier distillation: continue it with "

@@ -7,7 +7,6 @@ OUTPUT/distillation.json    teacher, settings, and the stages that are complete
 """
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,10 +31,11 @@ from trainkit.sampling.generate import Pipeline
 from trainkit.sampling.load import load_pipeline, weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline
 from trainkit.sampling.schedulers import load_scheduler
+from trainkit.sampling.students import RECORD, read_distillation, stage_folder
 from trainkit.training.device import compile_unet, move_to_device
 from trainkit.training.output_folder import claim_output_dir
 
-RECORD, STAGES, ADAPTED = "distillation.json", "stages", "adapted"
+ADAPTED = "adapted"
 FIRST_STEPS = 32  # of the first student: its teacher takes 64
 PREVIEW_STEPS = 50  # at most, for grids and scores: a student of 1,000 steps takes a part of them
 SETTINGS = ("method", "num_steps", "first_steps", "guidance_scale", "seed")
@@ -105,7 +105,7 @@ class Distillation:
 
     def folder(self, stage: Stage) -> Path:
         """The output folder of the run of `stage`: that of the whole distillation for the last one."""
-        return self.output_dir if stage == self.stages[-1] else self.output_dir / STAGES / stage.name
+        return self.output_dir if stage == self.stages[-1] else stage_folder(self.output_dir, stage.name)
 
     def start(self) -> None:
         """Write distillation.json, or check that the stages there are of this distillation. A collective."""
@@ -113,7 +113,7 @@ class Distillation:
 
     def _start(self) -> None:
         claim_output_dir(self.engine).release()  # each stage holds the lock of its own folder
-        earlier = read_record(self.output_dir)
+        earlier = read_distillation(self.output_dir)
         if earlier is None:
             write_json(self.output_dir / RECORD, self.settings | {"complete": []})
             return
@@ -128,12 +128,12 @@ class Distillation:
 
     def is_complete(self, stage: Stage) -> bool:
         """Whether an earlier start has finished `stage`, by the file that the main process sees. A collective."""
-        return on_main_process(lambda: stage.name in (read_record(self.output_dir) or {}).get("complete", []))
+        return on_main_process(lambda: stage.name in (read_distillation(self.output_dir) or {}).get("complete", []))
 
     def complete(self, stage: Stage) -> None:
         """Record that `stage` is finished."""
         if self.accelerator.is_main_process:
-            record = read_record(self.output_dir) or self.settings | {"complete": []}
+            record = read_distillation(self.output_dir) or self.settings | {"complete": []}
             write_json(self.output_dir / RECORD, record | {"complete": [*record["complete"], stage.name]})
         wait_for_everyone()
 
@@ -232,14 +232,6 @@ def student_pipeline(teacher: Pipeline, unet, scheduler, timesteps: torch.Tensor
     components = {name: teacher.components[name] for name in ("text_encoder", "tokenizer", "vae")}
     settings = {name: teacher.config.get(name) for name in ("id2label", "prompt_length")}
     return conditional_pipeline(unet, scheduler, unet_timesteps=by_pipeline, **components, **settings)
-
-
-def read_record(output_dir: Path) -> dict | None:
-    """distillation.json of a folder, or None."""
-    try:
-        return json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _null_inputs(condition: ImageCondition, device: torch.device) -> Callable[[Batch], dict[str, torch.Tensor]]:

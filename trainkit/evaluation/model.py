@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 
 from trainkit.errors import UserError
+from trainkit.evaluation.candidates import Candidates, Cell
 from trainkit.evaluation.features import FeatureExtractor, open_extractor
 from trainkit.evaluation.images import ImageArray, open_images
 from trainkit.evaluation.metrics import KID_SUBSET_SIZE
@@ -23,11 +24,15 @@ WARN_BELOW = 100  # images on a side: KID's subsets are then smaller than 50
 
 
 class Model(NamedTuple):
-    """A pipeline on the device, what its images show, and where its table is stored."""
+    """A pipeline on the device, what its images show, and where its table is stored.
+
+    `candidates` are the rows of `--sweep`.
+    """
 
     pipeline: Pipeline
     conditions: Conditions | None
     folder: Path
+    candidates: Candidates
     table_dir: Path
     weights_sha256: str
     num_images: int
@@ -54,7 +59,8 @@ def open_model(options: Any, accelerator: Accelerator) -> Model:
     table_dir = folder if options.table_dir is None else Path(options.table_dir)
     if conditions is not None and count % len(conditions.values) and accelerator.is_main_process:
         print(f"--num_images {count} is no multiple of {len(conditions.values)} conditions: some have one image more")
-    return Model(pipeline, conditions, folder, table_dir, weights_digest(folder), count)
+    candidates = Candidates(folder, options.teacher_model_name_or_path)
+    return Model(pipeline, conditions, folder, candidates, table_dir, weights_digest(folder), count)
 
 
 def open_reference(options: Any, accelerator: Accelerator) -> tuple[ScoredImages, FeatureExtractor]:
@@ -113,3 +119,13 @@ def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArr
     )
     record = {"scheduler_name": name, "scheduler": describe_scheduler(scheduler), "num_inference_steps": steps}
     return record | ({} if conditions is None else conditions.guidance), ImageArray(images)
+
+
+def pipeline_of_row(model: Model, cell: Cell, accelerator: Accelerator) -> Pipeline:
+    """The pipeline of a row of `--sweep`, on the device, with its scheduler."""
+    folder, name = model.candidates.open(cell)
+    scheduler = load_scheduler(folder, name)
+    if folder != model.folder:
+        return load_pipeline(folder, scheduler).to(accelerator.device)
+    model.pipeline.scheduler = scheduler
+    return model.pipeline

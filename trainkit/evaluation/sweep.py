@@ -3,8 +3,6 @@
 # N images, B batch, D dimensions of a feature
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,27 +11,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from trainkit.errors import UserError
+from trainkit.evaluation.candidates import Candidates, Cell, facts_of
 from trainkit.evaluation.features import ROUNDED_RESIZE, FeatureExtractor, extract_features
 from trainkit.evaluation.frechet import RunningMoments
 from trainkit.evaluation.images import ImageArray
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance_of_groups, scores
-from trainkit.sampling.catalogue import CATALOGUE
 from trainkit.sampling.conditions import Conditions
 from trainkit.sampling.generate import Pipeline, generate
-from trainkit.sampling.schedulers import available_schedulers, check_steps, describe_scheduler, load_scheduler
+from trainkit.sampling.schedulers import describe_scheduler, load_scheduler
 from trainkit.sampling.table import calls_of
 
-FLAG = "--sweep"
 PICTURE_IMAGES = 8  # per row of sampling_table.png
 FEATURE_BATCH_SIZE = 64
-
-
-class Cell(NamedTuple):
-    """One row of the table."""
-
-    scheduler: str
-    steps: int
 
 
 class Sampled(NamedTuple):
@@ -45,27 +34,6 @@ class Sampled(NamedTuple):
     seconds: float
 
 
-def parse_sweep(words: Sequence[str], folder: Path) -> list[Cell]:
-    """The cells of `ddim:10,20 dpmsolver:5`, each once, in their order.
-
-    Raises:
-        UserError: a word is not of this form, or the model in `folder` cannot be sampled so.
-    """
-    cells: dict[Cell, None] = {}
-    available = available_schedulers(folder)
-    for word in words:
-        name, _, listed = word.partition(":")
-        counts = listed.split(",")
-        if not all(count.isdecimal() and int(count) > 0 for count in counts):
-            raise UserError(f"{FLAG} {word}: write a scheduler and its steps, such as ddim:10,20,50")
-        if name not in available:
-            raise UserError(f"{FLAG} {word}: {name} must be one of {', '.join(available)}")
-        for count in counts:
-            check_steps(load_scheduler(folder, name), int(count), f"{FLAG} {name}")
-            cells[Cell(name, int(count))] = None
-    return list(cells)
-
-
 def sample_features(
     accelerator: Accelerator,
     pipeline: Pipeline,
@@ -74,17 +42,21 @@ def sample_features(
     steps: int,
     batch_size: int,
     conditions: Conditions | None,
+    guidance_scale: float | None,
     keep_features: bool,
 ) -> Sampled:
     """Sample one image per seed, each process its share, and extract their features. A collective.
 
-    Without `keep_features` only sums of the features are kept, in `JACKKNIFE_GROUPS` groups. `seconds` is the time of
-    sampling alone, of the slowest process. `first` are the first `PICTURE_IMAGES` images.
+    Without `keep_features` only sums of the features are kept, in `JACKKNIFE_GROUPS` groups. `guidance_scale` replaces
+    that of `conditions`. `seconds` is the time of sampling alone, of the slowest process. `first` are the first
+    `PICTURE_IMAGES` images.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     share = range(rank, len(seeds), world)
     own = None if conditions is None else conditions.for_images(share)
-    guidance = {} if conditions is None else conditions.guidance
+    guidance = {} if conditions is None else dict(conditions.guidance)
+    if conditions is not None and guidance_scale is not None:
+        guidance["guidance_scale"] = guidance_scale
     groups = [RunningMoments(extractor.num_features) for _ in range(0 if keep_features else JACKKNIFE_GROUPS)]
     features: list[Tensor] = []
     first: dict[int, np.ndarray] = {}
@@ -141,15 +113,14 @@ def needs_features(metrics: list[str], num_images: int, num_features: int) -> bo
     return set(metrics) != {"fid"} or num_images <= num_features
 
 
-def describe_cell(cell: Cell, folder: Path, num_images: int, seconds: float, values: dict) -> dict:
+def describe_cell(cell: Cell, candidates: Candidates, num_images: int, seconds: float, values: dict) -> dict:
     """The row of a cell in sampling_table.json."""
-    scheduler, facts = load_scheduler(folder, cell.scheduler), CATALOGUE.get(cell.scheduler)
-    known = {} if facts is None else facts._asdict()
+    scheduler = load_scheduler(*candidates.open(cell))
     return {
         "scheduler": cell.scheduler,
         "steps": cell.steps,
         "calls": calls_of(scheduler, cell.steps),
-        **{name: known.get(name) for name in ("order", "stochastic", "in_stock_pipeline")},
+        **facts_of(cell),
         "scores": values,
         "seconds_per_1000_images": round(1000 * seconds / num_images, 3),
         "config": describe_scheduler(scheduler),

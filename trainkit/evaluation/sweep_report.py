@@ -7,9 +7,9 @@ from PIL import Image, ImageDraw
 
 from trainkit.atomic import replacing, write_json, write_text
 from trainkit.errors import UserError, one_line
-from trainkit.evaluation.sweep import Cell
+from trainkit.evaluation.candidates import Cell
 from trainkit.sampling.grid import image_grid, save_image, to_pil
-from trainkit.sampling.table import TABLE_NAME, read_table, score_text
+from trainkit.sampling.table import STUDENT, TABLE_NAME, TEACHER, read_table, score_text
 
 PICTURE_NAME, PLOT_NAME, STRIPS = "sampling_table.png", "sampling_plot.png", ".sampling_table"
 BEGIN, END = "<!-- sampling table: written by evaluate_samples.py -->", "<!-- end of the sampling table -->"
@@ -40,7 +40,7 @@ def missing_cells(cells: list[Cell], table: dict) -> list[Cell]:
 
 def store_cell(folder: Path, table: dict, row: dict, images: np.ndarray) -> None:
     """Add a row to the table and write it, with its images (N, H, W, C) for the picture."""
-    table["cells"] = sorted([*table["cells"], row], key=lambda cell: (cell["scheduler"], cell["steps"]))
+    table["cells"] = sorted([*table["cells"], row], key=_place)
     try:
         (folder / STRIPS).mkdir(parents=True, exist_ok=True)
         save_image(to_pil(np.concatenate(list(images), axis=1)), _strip(folder, row))
@@ -95,7 +95,13 @@ def with_section(card: str, text: str) -> str:
 
 
 def _strip(folder: Path, row: dict) -> Path:
-    return folder / STRIPS / f"{row['scheduler']}-{row['steps']}.png"
+    return folder / STRIPS / f"{row['scheduler'].replace('/', '-')}-{row['steps']}.png"
+
+
+def _place(row: dict) -> tuple:
+    """The order of rows: those of a teacher first, the most steps first in the rows of a student."""
+    of_teacher = row["scheduler"].startswith(TEACHER)
+    return not of_teacher, row["scheduler"], -row["steps"] if row["scheduler"] == STUDENT else row["steps"]
 
 
 def _write_picture(folder: Path, table: dict, image_width: int) -> None:

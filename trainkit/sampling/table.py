@@ -19,6 +19,7 @@ from trainkit.sampling.load import weights_digest
 from trainkit.sampling.schedulers import describe_scheduler, load_scheduler, shipped_schedulers
 
 TABLE_NAME = "sampling_table.json"
+STUDENT, TEACHER = "student", "teacher/"  # names of rows of a few-step student: itself, and its teacher's schedulers
 
 
 def read_table(folder: Path, weights_sha256: str | None = None) -> dict:
@@ -46,6 +47,9 @@ def choose_scheduler(folder: Path, steps: int) -> tuple[str, str]:
     The best of the table among those that call the UNet `steps` times. Without one, the pipeline's own scheduler if it
     is not the one that training saves, else the recommended one for so many steps.
     """
+    own, shipped = load_scheduler(folder), shipped_schedulers(folder)
+    if is_few_step(own):
+        return OWN_SCHEDULER, f"scheduler: that of a few-step student, {type(own).__name__}"
     table = read_table(folder, weights_digest(folder)) if (folder / TABLE_NAME).is_file() else {}
     rows = [cell for cell in table.get("cells", []) if cell["steps"] == cell["calls"] == steps]
     if rows:
@@ -53,9 +57,6 @@ def choose_scheduler(folder: Path, steps: int) -> tuple[str, str]:
         best = min(rows, key=lambda cell: cell["scores"][metric])
         why = f"the lowest {metric.upper()} of {len(rows)} schedulers at {steps} steps in {folder / TABLE_NAME}"
         return best["scheduler"], f"--scheduler {best['scheduler']}: {why}"
-    own, shipped = load_scheduler(folder), shipped_schedulers(folder)
-    if is_few_step(own):
-        return OWN_SCHEDULER, f"scheduler: that of a few-step student, {type(own).__name__}"
     saved = load_scheduler(folder, DEFAULT_SCHEDULER) if DEFAULT_SCHEDULER in shipped else None
     if saved is not None and describe_scheduler(own) != describe_scheduler(saved):
         return OWN_SCHEDULER, f"scheduler: the pipeline's own {type(own).__name__}"
@@ -79,22 +80,31 @@ def default_steps(folder: Path) -> int:
 
 def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
     """What `sample.py --list_schedulers` prints: a line per scheduler, and one per row of the table."""
-    cells = {name: [cell for cell in table.get("cells", []) if cell["scheduler"] == name] for name in bundle}
+    rows = table.get("cells", [])
+    names = [*bundle, *(row["scheduler"] for row in rows)]  # the rows of a few-step student have names of their own
+    cells = {name: [cell for cell in rows if cell["scheduler"] == name] for name in names}
     metric = table["settings"]["metrics"][0] if table else ""
     lines = []
     for name in cells:
         facts = CATALOGUE.get(name)
         if facts is None:
-            lines.append(f"{name:14} the scheduler of this folder")
-            continue
-        runs = "runs in DDPMPipeline" if facts.in_stock_pipeline else "not in DDPMPipeline"
-        noise = "stochastic" if facts.stochastic else "deterministic"
-        calls = ", 2 UNet calls per step" if facts.doubles_calls else ""
-        lines.append(f"{name:14} {facts.method}, order {facts.order}, {noise}, {runs}, steps: {facts.steps}{calls}")
+            lines.append(f"{name:14} {_describe_row(name)}")
+        else:
+            runs = "runs in DDPMPipeline" if facts.in_stock_pipeline else "not in DDPMPipeline"
+            noise = "stochastic" if facts.stochastic else "deterministic"
+            calls = ", 2 UNet calls per step" if facts.doubles_calls else ""
+            known = f"{facts.method}, order {facts.order}, {noise}, {runs}, steps: {facts.steps}{calls}"
+            lines.append(f"{name:14} {known}")
         lines += [
             f"    {cell['steps']:5} steps  {score_text(cell, metric)}  {time_text(cell)}" for cell in cells[name]
         ]
     return lines
+
+
+def _describe_row(name: str) -> str:
+    if name == STUDENT:
+        return "this student, or that of as many steps under stages/"
+    return "a scheduler of its teacher" if name.startswith(TEACHER) else "the scheduler of this folder"
 
 
 def score_text(cell: dict, metric: str) -> str:
