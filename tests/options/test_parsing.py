@@ -3,6 +3,7 @@
 import ast
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from source_tree import ROOT, modules, reachable, scripts
 
 from trainkit.errors import UserError
+from trainkit.options.distillation import DistillationOptions
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
 
 HEAVY = {"torch", "diffusers", "transformers", "datasets", "pandas", "matplotlib"}
 
@@ -211,6 +214,24 @@ def test_an_unknown_flag_is_one_line_and_status_1(script):
 def test_every_recipe_says_how_to_run_it(recipe):
     head = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert any(script.name in head for script in scripts()) and f"recipes/{recipe.name}" in head
+    assert "Measured" in head or "not run" in head or "benchmarks/results.md" in head, "how the figures were obtained"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.name)
+def test_the_command_of_every_recipe_is_accepted_and_builds_its_model(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    head = "".join(line[1:] for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
+    commands = re.findall(r"accelerate launch .*?(\w+)\.py (.*?[^\\])\n", head.replace("\\\n", " "), re.DOTALL)
+    script, arguments = next(found for found in commands if f"recipes/{recipe.name}" in found[1])
+    options_class = {"train_conditional": ConditionalTrainingOptions, "distill": DistillationOptions}
+    words = shlex.split(re.sub(r'"\$\(.*?\)"', "encoder", arguments))
+    options = parse_options(options_class.get(script, TrainingOptions), "", words)
+    if script == "distill":
+        return
+    from trainkit.training.start import check_options, resolve_options
+
+    options.output_dir = str(tmp_path / "out")
+    check_options(resolve_options(options))  # builds the UNet on the meta device
 
 
 def _run(script, *arguments):
