@@ -38,7 +38,9 @@ from trainkit.atomic import write_json
 from trainkit.errors import UserError, one_line, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.options.terminal import TerminalOptions
 from trainkit.sampling.conditions import ConditionOptions
+from trainkit.terminal import say
 
 if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
     from trainkit.evaluation.features import FeatureExtractor
@@ -113,7 +115,7 @@ class ScoreOptions:
 
 
 @dataclass
-class Options(ScoreOptions, ModelOptions, ConditionOptions):
+class Options(ScoreOptions, ModelOptions, ConditionOptions, TerminalOptions):
     """The options of evaluate_samples.py."""
 
 
@@ -233,7 +235,7 @@ def sweep(options: Options) -> None:
     wait_for_everyone()  # no process writes before all have read the table
     keep = needs_features(options.metrics, model.num_images, extractor.num_features)
     for number, cell in enumerate(missing, start=1):
-        accelerator.print(f"{cell.scheduler}, {cell.steps} steps: row {number} of {len(missing)}", flush=True)
+        say(f"{cell.scheduler}, {cell.steps} steps: row {number} of {len(missing)}")
         model.pipeline.scheduler = load_scheduler(model.folder, cell.scheduler)
         seeds = range(options.seed, options.seed + model.num_images)
         sampled = sample_features(

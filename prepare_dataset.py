@@ -17,6 +17,8 @@ from trainkit.errors import UserError, run_script
 from trainkit.options.data import ImageOptions, SourceOptions
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.options.terminal import TerminalOptions
+from trainkit.terminal import say
 
 
 @dataclass
@@ -72,7 +74,7 @@ class FilterOptions:
 
 
 @dataclass
-class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions):
+class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions, TerminalOptions):
     pass
 
 
@@ -140,7 +142,7 @@ def prepare_images(options: Options) -> None:
         overwrite=overwrite,
     )
     if options.contact_sheet and (sheet := write_contact_sheet(output_dir, source)) is not None:
-        print(f"look at {sheet} before training", flush=True)
+        say(f"look at {sheet} before training")
 
 
 def is_prepared(options: Options) -> bool:

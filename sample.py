@@ -20,8 +20,10 @@ from typing import Any
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.options.terminal import TerminalOptions
 from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
+from trainkit.terminal import say, tell
 
 GRID_IMAGES = 100
 
@@ -87,7 +89,7 @@ class ComputeOptions:
 
 
 @dataclass
-class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions):
+class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions, TerminalOptions):
     """The options of sample.py."""
 
 
@@ -105,7 +107,7 @@ def sample(options: Options) -> None:
         model_folder = find_pipeline(options.model_name_or_path)
     steps = options.num_inference_steps or default_steps(model_folder)
     name, scheduler, why = named_scheduler(model_folder, options.scheduler, steps)
-    accelerator.print(why)
+    say(why)
     check_steps(scheduler, steps)
     options = replace(options, scheduler=name, num_inference_steps=steps)
     pipeline = load_pipeline(model_folder, scheduler)
@@ -217,7 +219,7 @@ def report(options: Options, record: dict, samples, conditions, num_generated: i
             f" at {record['images_per_second']:.1f} images/s; the device waited {record['waited_for_noise']:.1%} of "
             f"the time for noise and {record['waited_for_writing']:.1%} for writing"
         )
-    print(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
+    tell(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
 
 
 def list_schedulers(options: Options) -> None:

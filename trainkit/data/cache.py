@@ -19,6 +19,7 @@ from trainkit.data.settings import (
 )
 from trainkit.data.sources.opening import open_source
 from trainkit.errors import UserError
+from trainkit.terminal import say
 
 
 def open_or_prepare(options) -> PreparedImages:
@@ -54,11 +55,10 @@ def open_or_prepare(options) -> PreparedImages:
         images = PreparedImages(folder, resolution)
     except UserError:  # missing, or damaged
         if is_first:
-            print(f"preparing {len(source):,} files of {given} into {folder} (once; later runs use it)")
+            say(f"preparing {len(source):,} files of {given} into {folder} (once; later runs use it)")
         prepare(source, settings, folder, options.num_proc, is_first, "--cache_dir", run_jobs_in_processes)
         images = PreparedImages(folder, resolution)
-    if is_first:
-        print(f"prepared images: {folder}, {format_counts(images.preparation)}", flush=True)
+    say(f"prepared images: {folder}, {format_counts(images.preparation)}")
     return images
 
 
@@ -97,10 +97,7 @@ def local_copy(folder: RemotePath, root: Path) -> Path:
                 return copy
             present = sizes(copy)
             missing = [name for name in names if present.get(name) != wanted[name]]
-            print(
-                f"copying {len(missing):,} shards of {folder} to {copy} (once; --streaming reads without a copy)",
-                flush=True,
-            )
+            say(f"copying {len(missing):,} shards of {folder} to {copy} (once; --streaming reads without a copy)")
             list(for_each(lambda path: fetch(path, copy / path.name), [folder / name for name in missing]))
             for name in (INFO_NAME, STATE_NAME, PREPARATION_NAME):
                 fetch(folder / name, copy / name)

@@ -21,6 +21,7 @@ from trainkit.errors import UserError
 from trainkit.locking import holder_of, write_holder
 from trainkit.options.script import TrainingOptions
 from trainkit.sampling.pipeline import PIPELINE_PARTS
+from trainkit.terminal import say
 from trainkit.training.checkpoints import folder as checkpoints
 from trainkit.training.log import METRICS_FILE
 
@@ -76,7 +77,7 @@ def _acquire(output_dir: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"--output_dir {output_dir} is in use by {holder_of(info)}: waiting for it to end", flush=True)
+        say(f"--output_dir {output_dir} is in use by {holder_of(info)}: waiting for it to end")
         try:
             lock.acquire(timeout=LOCK_WAIT_S)
         except Timeout:
@@ -127,7 +128,7 @@ def _start_again(output_dir: Path) -> None:
     backup.mkdir()
     for name in present:
         (output_dir / name).rename(backup / name)
-    print(f"moved {', '.join(present)} of {output_dir} to {backup}", flush=True)
+    say(f"moved {', '.join(present)} of {output_dir} to {backup}")
 
 
 def _refuse_output_among_images(options: TrainingOptions) -> None:

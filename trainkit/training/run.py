@@ -31,6 +31,7 @@ from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.options.script import TrainingOptions
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.processes import end_together
+from trainkit.terminal import say
 from trainkit.training.averages.ema import ShardedEMA
 from trainkit.training.averages.power_ema import PowerAverages
 from trainkit.training.checkpoints.resume import describe_dataset
@@ -147,7 +148,7 @@ class Run:
     def _report_compilation(self, seconds: float) -> None:
         self._compiling_since = None
         self.log.pause(seconds)
-        self.accelerator.print(f"\ncompiled the UNet in {seconds:.1f} s (--no_compile: start without)", flush=True)
+        say(f"compiled the UNet in {seconds:.1f} s (--no_compile: start without)")
 
     def _after_step(self) -> None:
         """Log, compare replicas and write a checkpoint if they are due."""
