@@ -34,6 +34,7 @@ def train(options: ConditionalTrainingOptions) -> None:
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.timesteps import draw_timesteps
     from trainkit.sampling.pipeline import conditional_pipeline
+    from trainkit.training.dry_run import print_plan
     from trainkit.training.learning_rate_finder import find_learning_rate
     from trainkit.training.outputs import Outputs
     from trainkit.training.start import check_options, prepare_process, resolve_options, start_accelerator, start_run
@@ -72,6 +73,9 @@ def train(options: ConditionalTrainingOptions) -> None:
     def pipeline_of(unet):
         return conditional_pipeline(unet, noise_scheduler, **condition.components, **images.components)
 
+    if options.dry_run:
+        print_plan(run, options, loss_of)
+        return
     if options.find_learning_rate:
         find_learning_rate(run, loss_of)
         return

@@ -33,6 +33,7 @@ def train(options: Options) -> None:
     from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.timesteps import draw_timesteps
+    from trainkit.training.dry_run import print_plan
     from trainkit.training.learning_rate_finder import find_learning_rate
     from trainkit.training.outputs import Outputs
     from trainkit.training.start import check_options, resolve_options, start_accelerator, start_run
@@ -60,6 +61,9 @@ def train(options: Options) -> None:
     def pipeline_of(unet):
         return DDPMPipeline(unet, noise_scheduler)
 
+    if options.dry_run:
+        print_plan(run, options, loss_of)
+        return
     if options.find_learning_rate:
         find_learning_rate(run, loss_of)
         return

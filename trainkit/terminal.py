@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sized
 from datetime import timedelta
 from typing import Any, Protocol
 
+NAME_WIDTH = 12  # of the subjects of a summary
+
 
 class PrintOptions(Protocol):
     """The options that decide what is printed: those of `TerminalOptions`."""
@@ -53,7 +55,9 @@ def _print(text: str) -> None:
 
 
 def format_seconds(seconds: float) -> str:
-    """'0:03:12', or '2 days, 1:00:00'."""
+    """'2.3 s', '0:03:12', or '2 days, 1:00:00'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -95,9 +99,15 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(self.line(details, left_s, percent=False), refresh=False)
             self._bar.update(done - self._bar.n)
-        elif self._last_line is None or now - self._last_line >= _settings["interval_s"]:
+        elif self._is_due(now, details):
             self._last_line = now
             _print(self.line(details, left_s))
+
+    def _is_due(self, now: float, details: str | None) -> bool:
+        """Whether a line is printed: the first that tells more than a number, the last, and one per interval."""
+        if now - (self._last_line or self._started) >= _settings["interval_s"]:
+            return True
+        return details != "" and (self._last_line is None or (details is not None and self.done == self.total))
 
     def count(self, batches: Iterable[Sized]) -> Iterator:
         """Yield `batches`; the items of each are done once the next one is asked for."""

@@ -11,7 +11,8 @@ from process_helpers import run_forked
 from training_helpers import run_in_process, tiny_run
 
 from trainkit.errors import UserError
-from trainkit.training.log import StepLog, check_tracker, start_trackers
+from trainkit.training.log import StepLog
+from trainkit.training.trackers import check_tracker, start_trackers
 
 SECRET = "hf_aSecretOfTheTest"
 

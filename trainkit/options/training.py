@@ -26,6 +26,11 @@ class OptimizationOptions:
     find_learning_rate: bool = option(
         False, "train nothing: try learning rates for 120 steps, suggest one and plot the curve"
     )
+    dry_run: bool = option(
+        False,
+        "train nothing and write nothing into --output_dir: check everything, time a few steps in a temporary folder, "
+        "and print the plan with time, memory and disk room",
+    )
     lr_scheduler: str = option(
         "cosine", "learning-rate schedule over optimizer steps",
         choices=(
@@ -185,6 +190,8 @@ class LoggingOptions:
     eval_batch_size: int = option(16, "images in a sample grid, over all processes", within="[1, inf)")
     logger: str = option("tensorboard", "experiment tracker", choices=("tensorboard", "wandb", "trackio", "none"))
     logging_dir: str = option("logs", "folder of the tracker inside --output_dir")
+    tracker_project_name: str = option("trainkit", "project of wandb and trackio that the run belongs to")
+    tracker_run_name: str | None = option(None, "name of the run in the tracker; default: the name of --output_dir")
     logging_steps: int = option(
         10, "optimizer steps between log lines; the device is read only then", within="[1, inf)"
     )

@@ -23,12 +23,13 @@ from trainkit.options.script import TrainingOptions
 from trainkit.sampling.pipeline import PIPELINE_PARTS
 from trainkit.terminal import say
 from trainkit.training.checkpoints import folder as checkpoints
+from trainkit.training.config_file import CONFIG_NAME
 from trainkit.training.log import METRICS_FILE
 
 MARKER_FOLDER, MARKER = ".trainkit", "run.json"
 RUN_FILES = (
     *PIPELINE_PARTS, "samples", "loss.png", METRICS_FILE, "skipped_steps.jsonl", "ema_snapshots", "learning_rate.json",
-    "learning_rate.png", "stages", "distillation.json",
+    "learning_rate.png", "stages", "distillation.json", CONFIG_NAME,
 )  # fmt: skip
 LOCK_WAIT_S = 20.0  # a stopped run may need this long to write its last checkpoint
 NAMED_FILES = 5
