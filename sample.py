@@ -213,7 +213,7 @@ def report(options: Options, record: dict, samples, conditions, num_generated: i
     write_json(folder / RECORD_NAME, record | {"complete": True})
     rows = [{} if conditions is None else conditions.row(index) for index in range(record["num_images"])]
     write_metadata(folder, samples, [{"seed": options.seed + index} | row for index, row in enumerate(rows)])
-    write_grid(folder, samples, min(options.num_images, GRID_IMAGES))
+    write_grid(folder, samples, rows[: min(options.num_images, GRID_IMAGES)])
     if num_generated:
         speed = (
             f" at {record['images_per_second']:.1f} images/s; the device waited {record['waited_for_noise']:.1%} of "

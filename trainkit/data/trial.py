@@ -61,38 +61,16 @@ def trial_of(images: Any) -> TrialImages | None:
 
 @dataclass
 class _Sample:
-    """Files of `source` from all over its listing, as a source."""
+    """A source of some files of another one."""
 
-    source: Source
+    name: str
+    fingerprint: str
+    label_names: list[str] | None
+    has_text: bool
+    vector_length: int | None
+    account: Account
+    reader: Reader
     cut: list[Unit]
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.source.fingerprint}-trial-{TRIAL_FILES}"
-
-    @property
-    def label_names(self) -> list[str] | None:
-        return self.source.label_names
-
-    @property
-    def has_text(self) -> bool:
-        return self.source.has_text
-
-    @property
-    def vector_length(self) -> int | None:
-        return self.source.vector_length
-
-    @property
-    def account(self) -> Account:
-        return self.source.account
-
-    @property
-    def reader(self) -> Reader:
-        return self.source.reader
 
     def __len__(self) -> int:
         return sum(len(unit.items) for unit in self.cut)
@@ -106,7 +84,16 @@ def try_source(source: Source, settings: PreparationSettings, resolution: tuple[
 
     All processes of a machine may call this at the same time and get the same images. Raises `UserError`.
     """
-    sample = _Sample(source, _cut(source.units()))
+    sample = _Sample(
+        source.name,
+        f"{source.fingerprint}-trial",
+        source.label_names,
+        source.has_text,
+        source.vector_length,
+        source.account,
+        source.reader,
+        _cut(source.units()),
+    )
     folder = Path(tempfile.gettempdir()) / f"trainkit-dry-run-{dataset_fingerprint(sample, settings)}"
     if is_first_process():
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -51,7 +51,8 @@ def config_text(settings: Any, facts: Sequence[tuple[str, str]], history: Sequen
     """The text of config.yaml: first what differs from the defaults, then the defaults."""
     script = Path(sys.argv[0]).name
     fields = {field.name: field for field in dataclasses.fields(settings)}
-    given, left = {}, {}
+    given: dict[str, Any] = {}
+    left: dict[str, Any] = {}
     for name in (name for group in groups_of(type(settings)) for name in inspect.get_annotations(group)):
         if name not in (*SECRET_OPTIONS, *OF_ONE_START):
             value = getattr(settings, name)

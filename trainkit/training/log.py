@@ -104,7 +104,8 @@ class StepLog:
     def add(self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: float | torch.Tensor) -> None:
         """Record one optimizer step without reading anything from the device."""
         self._pending.append((step, loss, learning_rate, grad_norm))
-        self.progress.update(step, self._details, self._left_s)
+        if step < self._max_train_steps:  # the last one is shown with its loss
+            self.progress.update(step, self._details, self._left_s)
 
     def pause(self, seconds: float) -> None:
         """Exclude `seconds` of sampling or saving from the training speed."""
