@@ -21,6 +21,7 @@ from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
+from trainkit.options.training import channels_last_option, compile_mode_option
 from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
 from trainkit.terminal import say, tell
@@ -76,13 +77,8 @@ class ComputeOptions:
     compile: bool | None = option(
         None, "compile the UNet with torch.compile: minutes at the start, faster steps on GPUs; default: no"
     )
-    compile_mode: str = option(
-        "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
-        choices=("default", "reduce-overhead", "max-autotune"),
-    )  # fmt: skip
-    channels_last: str = option(
-        "auto", "memory layout of images and weights; auto: yes on CUDA", choices=("auto", "yes", "no")
-    )
+    compile_mode: str = compile_mode_option()
+    channels_last: str = channels_last_option()
     cpu_threads: int = option(
         0, "threads a process computes with on a CPU; 0: the cores shared by its processes", within="[0, inf)"
     )

@@ -7,6 +7,17 @@ from trainkit.options.fields import option
 SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in checkpoints, not by trackers
 
 
+def compile_mode_option() -> str:
+    return option(
+        "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
+        choices=("default", "reduce-overhead", "max-autotune"),
+    )  # fmt: skip
+
+
+def channels_last_option() -> str:
+    return option("auto", "memory layout of images and weights; auto: yes on CUDA", choices=("auto", "yes", "no"))
+
+
 @dataclass
 class OptimizationOptions:
     """optimization: length of the run, optimizer and learning rate"""
@@ -116,13 +127,8 @@ class HardwareOptions:
     compile: bool | None = option(
         None, "compile the UNet with torch.compile: a minute or more at the start, then faster steps; default: on CUDA"
     )
-    compile_mode: str = option(
-        "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
-        choices=("default", "reduce-overhead", "max-autotune"),
-    )  # fmt: skip
-    channels_last: str = option(
-        "auto", "memory layout of images and weights; auto: yes on CUDA", choices=("auto", "yes", "no")
-    )
+    compile_mode: str = compile_mode_option()
+    channels_last: str = channels_last_option()
     allow_tf32: bool = option(True, "use TensorFloat-32 for float32 computations on GPUs that have it")
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, about a third slower"

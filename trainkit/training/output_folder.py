@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 
 from trainkit import __version__
 from trainkit.atomic import write_json
-from trainkit.data.files import exists, location
-from trainkit.data.format import PREPARATION_NAME
+from trainkit.data.files import location
+from trainkit.data.preparation.output import is_among_images
 from trainkit.errors import UserError
 from trainkit.locking import holder_of, write_holder
 from trainkit.options.script import TrainingOptions
@@ -138,11 +138,7 @@ def _refuse_output_among_images(options: TrainingOptions) -> None:
         given = getattr(options, flag)
         if given is None or (flag == "train_data_dir" and options.dataset_name is not None):
             continue
-        place = location(given, options.storage_options)
-        if not isinstance(place, Path) or not place.is_dir() or exists(place / PREPARATION_NAME):
-            continue
-        output_dir = Path(options.output_dir).resolve()
-        if output_dir.is_relative_to(place.resolve()):
+        if is_among_images(Path(options.output_dir), location(given, options.storage_options)):
             raise UserError(
                 f"--output_dir {options.output_dir} is inside --{flag} {given}: its grids would become training "
                 "images; choose a folder outside"
