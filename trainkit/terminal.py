@@ -107,7 +107,8 @@ class Progress:
         """Whether a line is printed: the first that tells more than a number, the last, and one per interval."""
         if now - (self._last_line or self._started) >= _settings["interval_s"]:
             return True
-        return details != "" and (self._last_line is None or (details is not None and self.done == self.total))
+        first = self._last_line is None and self.done > self._first
+        return details != "" and (first or (details is not None and self.done == self.total))
 
     def count(self, batches: Iterable[Sized]) -> Iterator:
         """Yield `batches`; the items of each are done once the next one is asked for."""

@@ -12,11 +12,10 @@ from typing import Any
 from trainkit.data.account import Account
 from trainkit.data.files import RemotePath
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.preparation.prepare import dataset_fingerprint, prepare
+from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.records import Unit
 from trainkit.data.sources.source import Reader, Source
-from trainkit.terminal import is_first_process
 
 TRIAL_FILES, TRIAL_UNITS = 64, 8  # read, from this many parts of the listing
 
@@ -82,7 +81,7 @@ class _Sample:
 def try_source(source: Source, settings: PreparationSettings, resolution: tuple[int, int] | None) -> TrialImages:
     """Prepare `TRIAL_FILES` files of `source` in a temporary folder, which is deleted when the process ends.
 
-    All processes of a machine may call this at the same time and get the same images. Raises `UserError`.
+    Each process of a run has a folder of its own, of the same images. Raises `UserError`.
     """
     sample = _Sample(
         source.name,
@@ -94,9 +93,9 @@ def try_source(source: Source, settings: PreparationSettings, resolution: tuple[
         source.reader,
         _cut(source.units()),
     )
-    folder = Path(tempfile.gettempdir()) / f"trainkit-dry-run-{dataset_fingerprint(sample, settings)}"
-    if is_first_process():
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    parent = tempfile.mkdtemp(prefix="trainkit-dry-run-")
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    folder = Path(parent) / "trial"  # its name is a part of that of its encodings
     started = time.perf_counter()
     prepare(sample, settings, folder, num_proc=1, show_progress=False)
     return TrialImages(folder, resolution, TRIAL_FILES, len(source), time.perf_counter() - started)

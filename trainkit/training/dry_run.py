@@ -80,7 +80,7 @@ def print_plan(
     shutil.rmtree(run.output_dir, ignore_errors=True)
     if problem is not None:
         raise UserError(problem)
-    tell(f"--dry_run: all checks passed, nothing was trained; {options.output_dir} is as it was. Leave the flag out")
+    tell("--dry_run: all checks passed, nothing was trained; to train, run it again without the flag")
 
 
 def _time_steps(run: Any, loss_of: Callable[[Any, Any], torch.Tensor]) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trainkit.data.trial import num_images
+from trainkit.data.trial import num_images, trial_of
 from trainkit.options.script import TrainingOptions
 from trainkit.terminal import NAME_WIDTH, say
 from trainkit.training.checkpoints.resume import describe_dataset
@@ -52,7 +52,9 @@ def _data(run: Run) -> str:
     mode = "latents" if images.holds_latents else images.image_mode
     names = getattr(images, "label_names", None)
     classes = f", {len(names):,} classes" if names and run.condition is not None else ""
-    return f"{num_images(images):,} images {images.height}x{images.width} {mode}{classes}, {images.folder}"
+    trial = trial_of(images)
+    where = "not prepared yet" if trial is not None and trial.seconds else images.folder
+    return f"{num_images(images):,} images {images.height}x{images.width} {mode}{classes}, {where}"
 
 
 def _model(run: Run) -> str:
