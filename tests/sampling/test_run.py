@@ -17,6 +17,7 @@ from sampling_helpers import contents, flags, read, sample, tiny_model, words
 from evaluate_samples import Options as EvaluationOptions
 from evaluate_samples import evaluate
 from sample import Options
+from trainkit import terminal
 from trainkit.errors import UserError
 from trainkit.sampling import progress, team
 from trainkit.sampling.files import ImageFiles

@@ -28,6 +28,7 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_run_from_its_config_is_the_same_run(train, tmp_path, monkeypatch):
     one, _ = train(class_balance="sqrt", hub_token=TOKEN, random_resized_crop=[0.5, 1])
     text = (one / "config.yaml").read_text()
@@ -53,6 +54,7 @@ def test_every_option_is_in_it_but_secrets_and_what_one_start_does(train):
         assert f"\n# {name}" in text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_adds_its_start_and_a_new_one_begins_again(train):
     one, _ = train(max_train_steps=2)
     train(max_train_steps=4, resume_from_checkpoint="latest")
@@ -63,6 +65,7 @@ def test_a_resumed_run_adds_its_start_and_a_new_one_begins_again(train):
     assert (one / "backup-1" / "config.yaml").read_text().count("# start: ") == 2
 
 
+@pytest.mark.slow
 def test_the_command_after_a_stop_resumes_the_run(train, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(StopSignals, "agreed", lambda self, step: step == 2)
     one, printed = train(hub_token=TOKEN)
@@ -95,8 +98,7 @@ def test_the_summary_names_what_is_trained_and_the_last_line_what_comes_next(tra
 
 def test_quiet_prints_the_last_line_alone(train, monkeypatch):
     monkeypatch.setattr("trainkit.terminal._settings", {"quiet": False, "interval_s": 30.0})
-    train()  # prepares
-    _, printed = train("other", quiet=True, preview_steps=1)
+    _, printed = train(quiet=True, preview_steps=1, lr_warmup_steps=1)
     assert len(printed.splitlines()) == 1 and printed.startswith("saved the pipeline")
 
 

@@ -13,12 +13,12 @@ from trainkit.errors import UserError
 
 
 @pytest.fixture
-def dry_run(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch, capsys):
+def dry_run(image_folder, tiny_unet, tmp_path, monkeypatch, capsys):
     """Start a script in this process with --dry_run; returns what it printed."""
 
     def call(script="train_unconditional", name="out", **flags):
-        flags = {"dry_run": True, "cache_dir": tmp_path / "cache"} | flags
-        run_in_process(monkeypatch, script, tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags))
+        flags, cache = {"dry_run": True} | flags, tmp_path / "cache"
+        run_in_process(monkeypatch, script, tiny_run(image_folder, tiny_unet, cache, tmp_path / name, **flags))
         return capsys.readouterr().out
 
     return call
@@ -39,6 +39,7 @@ def test_a_raw_folder_is_planned_without_preparing_it(dry_run, tmp_path):
     assert list(tmp_path.iterdir()) == [] and leftovers() == before  # neither the output folder nor the cache
 
 
+@pytest.mark.slow
 def test_it_leaves_a_run_that_it_would_resume_as_it_is(dry_run, tmp_path):
     dry_run(dry_run=None, max_train_steps=4)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -52,9 +53,7 @@ def test_it_leaves_a_run_that_it_would_resume_as_it_is(dry_run, tmp_path):
 def test_a_disk_without_room_for_the_checkpoints_is_an_error(dry_run, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**7))
-    with pytest.raises(
-        UserError, match=r"334 checkpoints take .* MB, 10.0 MB are free: use --checkpoints_total_limit"
-    ):
+    with pytest.raises(UserError, match=r"334 checkpoints take .* MB, 10.0 MB are free: use --checkpoints_total"):
         dry_run(max_train_steps=1000)
     assert "1 checkpoints" not in dry_run(max_train_steps=1000, checkpoints_total_limit=2)
 

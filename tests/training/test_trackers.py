@@ -70,7 +70,7 @@ def test_tensorboard_is_flushed_once_per_log_line(tmp_path):
     log_of_run = StepLog.__new__(StepLog)
     log_of_run.output_dir, log_of_run._tracked = tmp_path, True
     trackers = [SimpleNamespace(name="tensorboard", writer=writer)]
-    log_of_run.accelerator = SimpleNamespace(trackers=trackers, log=log)
+    log_of_run.accelerator = SimpleNamespace(trackers=trackers, log=log, num_processes=1)
     log_of_run._write([{"step": step, "loss": 0.5} for step in range(10)])
     assert flushed == [10] and written == list(range(10))
 
