@@ -220,6 +220,7 @@ def test_help_answers_at_once_and_without_torch(script):
     done = _run(script, "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
+    assert "Exit status: 0: done" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in _run(script, "--help", "-X").splitlines()}
     assert "trainkit" in loaded and not loaded & HEAVY
