@@ -56,8 +56,7 @@ def train_student(distillation, stage, data) -> bool:
     from trainkit.diffusion.consistency import NoiseLevels, consistency_losses
     from trainkit.diffusion.distillation import StepGrid, progressive_losses
     from trainkit.diffusion.noise_schedule import uniform_timesteps
-    from trainkit.training.dry_run import print_plan
-    from trainkit.training.learning_rate_finder import find_learning_rate
+    from trainkit.training.dry_run import only_measures
     from trainkit.training.outputs import Outputs
     from trainkit.training.start import start_run
 
@@ -83,11 +82,7 @@ def train_student(distillation, stage, data) -> bool:
             return consistency_losses(model, levels, prediction, batch, logs, progress).mean()
         return losses(model, batch, uniform_timesteps(batch.uniforms, len(alphas_cumprod))).mean()
 
-    if options.dry_run:
-        print_plan(run, options, loss_of, distillation.count_steps(stage, run))
-        return False
-    if options.find_learning_rate:
-        find_learning_rate(run, loss_of)
+    if only_measures(run, options, loss_of, distillation.count_steps(stage, run)):  # --dry_run, --find_learning_rate
         return False
     held_out = data.held_out, data.held_out_condition
     outputs = Outputs(run, losses, distillation.pipeline_of(stage), *held_out, distillation.origin(stage))

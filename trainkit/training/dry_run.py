@@ -23,6 +23,7 @@ from trainkit.options.script import TrainingOptions
 from trainkit.processes import on_main_process
 from trainkit.terminal import NAME_WIDTH, format_seconds, say, tell
 from trainkit.training.checkpoints.resume import complete_checkpoints
+from trainkit.training.learning_rate_finder import find_learning_rate
 from trainkit.training.throughput import memory_peak_mib
 
 WARM_UP_STEPS, TIMED_STEPS = 1, 4
@@ -81,6 +82,20 @@ def print_plan(
     if problem is not None:
         raise UserError(problem)
     tell("--dry_run: all checks passed, nothing was trained; to train, run it again without the flag")
+
+
+def only_measures(
+    run: Any, options: TrainingOptions, loss_of: Callable[[Any, Any], torch.Tensor], total_steps: int | None = None
+) -> bool:
+    """Whether `--dry_run` or `--find_learning_rate` asks for a measurement in the place of training; then it is made.
+
+    The arguments are those of `print_plan`.
+    """
+    if options.dry_run:
+        print_plan(run, options, loss_of, total_steps)
+    elif options.find_learning_rate:
+        find_learning_rate(run, loss_of)
+    return options.dry_run or options.find_learning_rate
 
 
 def _time_steps(run: Any, loss_of: Callable[[Any, Any], torch.Tensor]) -> float:

@@ -163,18 +163,23 @@ def start_run(
         settings,
     )
     run.lock = locks[0] if locks else None
-    if accelerator.is_main_process and options.lr_warmup_steps >= max_train_steps:
-        warn(
-            f"--lr_warmup_steps {options.lr_warmup_steps} is not less than the {max_train_steps} steps of the run: "
-            "the learning rate does not stay at its peak"
-        )
     resumed_from = _resume(run, candidates)
-    if accelerator.is_main_process and not options.find_learning_rate:
+    _announce(run, asked, resumed_from)
+    return run
+
+
+def _announce(run: Run, asked: TrainingOptions, resumed_from: Path | None) -> None:
+    """Write config.yaml, start the trackers and print the summary of the options `asked` for."""
+    if run.accelerator.is_main_process and not asked.find_learning_rate:
         with run.writing(CONFIG_NAME):
             write_config(run.output_dir, *reproducing(run))
     run.start_log()
     print_summary(run, asked, resumed_from)
-    return run
+    if run.accelerator.is_main_process and asked.lr_warmup_steps >= run.max_train_steps:
+        warn(
+            f"--lr_warmup_steps {asked.lr_warmup_steps} is not less than the {run.max_train_steps} steps of the run: "
+            "the learning rate does not stay at its peak"
+        )
 
 
 def _build_run(
