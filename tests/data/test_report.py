@@ -67,9 +67,7 @@ def test_flags_that_do_nothing_here_are_refused(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["prepare_dataset.py", *map(str, words)])
         prepare_dataset.main()
 
-    with pytest.raises(
-        UserError, match="--inspect prints what is in a prepared .*: remove --output_dir --resolution$"
-    ):
+    with pytest.raises(UserError, match="--inspect prints what is in .*: remove --output_dir --resolution$"):
         main("--inspect", tmp_path, "--resolution", 64, "--output_dir", "x")
     (tmp_path / "images" / "inside").mkdir(parents=True)
     with pytest.raises(UserError, match="--output_dir .*inside/set is inside --train_data_dir .*images: the next"):
