@@ -37,11 +37,12 @@ def distill(options: DistillationOptions) -> None:
     data = open_data(options, engine, teacher)  # before the process group, which a long preparation would time out
     accelerator = start_accelerator(engine)
     distillation = Distillation(options, data.engine, teacher, accelerator)
-    distillation.start()
+    if not options.dry_run:
+        distillation.start()
     for stage in distillation.stages:
         if not distillation.is_complete(stage):
             stopped = train_student(distillation, stage, data)
-            if stopped or options.find_learning_rate:
+            if stopped or options.find_learning_rate or options.dry_run:
                 return
             distillation.complete(stage)
         distillation.next_teacher(stage)
@@ -55,7 +56,7 @@ def train_student(distillation, stage, data) -> bool:
     from trainkit.diffusion.consistency import NoiseLevels, consistency_losses
     from trainkit.diffusion.distillation import StepGrid, progressive_losses
     from trainkit.diffusion.noise_schedule import uniform_timesteps
-    from trainkit.training.learning_rate_finder import find_learning_rate
+    from trainkit.training.dry_run import only_measures
     from trainkit.training.outputs import Outputs
     from trainkit.training.start import start_run
 
@@ -66,7 +67,7 @@ def train_student(distillation, stage, data) -> bool:
     alphas_cumprod = distillation.teacher.alphas_cumprod
     grid = StepGrid(alphas_cumprod, stage.num_steps * max(1, stage.substeps), accelerator.device)
     levels = NoiseLevels(alphas_cumprod, accelerator.device)
-    run = start_run(options, accelerator, student, data.images, data.condition)
+    run = start_run(options, accelerator, student, data.images, data.condition, settings=distillation.options)
 
     def losses(model, batch, timesteps):  # one per image
         if stage.substeps == 0:
@@ -81,8 +82,7 @@ def train_student(distillation, stage, data) -> bool:
             return consistency_losses(model, levels, prediction, batch, logs, progress).mean()
         return losses(model, batch, uniform_timesteps(batch.uniforms, len(alphas_cumprod))).mean()
 
-    if options.find_learning_rate:
-        find_learning_rate(run, loss_of)
+    if only_measures(run, options, loss_of, distillation.count_steps(stage, run)):  # --dry_run, --find_learning_rate
         return False
     held_out = data.held_out, data.held_out_condition
     outputs = Outputs(run, losses, distillation.pipeline_of(stage), *held_out, distillation.origin(stage))

@@ -41,7 +41,9 @@ from trainkit.atomic import write_json
 from trainkit.errors import UserError, one_line, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.options.terminal import TerminalOptions
 from trainkit.sampling.conditions import ConditionOptions
+from trainkit.terminal import say
 
 if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
     from trainkit.evaluation.features import FeatureExtractor
@@ -121,7 +123,7 @@ class ScoreOptions:
 
 
 @dataclass
-class Options(ScoreOptions, ModelOptions, ConditionOptions):
+class Options(ScoreOptions, ModelOptions, ConditionOptions, TerminalOptions):
     """The options of evaluate_samples.py."""
 
 
@@ -240,7 +242,7 @@ def sweep(options: Options) -> None:
     wait_for_everyone()  # no process writes before all have read the table
     keep = needs_features(options.metrics, model.num_images, extractor.num_features)
     for number, cell in enumerate(missing, start=1):
-        accelerator.print(f"{cell.scheduler}, {cell.steps} steps: row {number} of {len(missing)}", flush=True)
+        say(f"{cell.scheduler}, {cell.steps} steps: row {number} of {len(missing)}")
         pipeline = pipeline_of_row(model, cell, accelerator)
         seeds = range(options.seed, options.seed + model.num_images)
         sampled = sample_features(

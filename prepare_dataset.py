@@ -10,13 +10,16 @@ Run the same command again after an interruption or after files were added: only
 The training scripts also accept raw images and prepare them in the cache. See docs/data.md.
 """
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from trainkit.errors import UserError, run_script
 from trainkit.options.data import ImageOptions, SourceOptions
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.options.terminal import TerminalOptions
+from trainkit.terminal import say
 
 
 @dataclass
@@ -72,7 +75,7 @@ class FilterOptions:
 
 
 @dataclass
-class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions):
+class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions, TerminalOptions):
     pass
 
 
@@ -82,6 +85,7 @@ def main() -> None:
         from trainkit.data.files import location
         from trainkit.data.preparation.card import print_card
 
+        check_inspect(options)
         print_card(location(options.inspect, options.storage_options))
     elif options.export_hdf5 is not None and options.output_dir is None and is_prepared(options):
         export(options, options.train_data_dir)
@@ -92,6 +96,21 @@ def main() -> None:
             export(options, options.output_dir)
 
 
+def check_inspect(options: Options) -> None:
+    """Raise `UserError` for flags that `--inspect`, which prepares nothing, would ignore."""
+    taken = ("inspect", "storage_options", *inspect.get_annotations(TerminalOptions))
+    defaults = Options()
+    others = [
+        f"--{field.name}"
+        for field in fields(options)
+        if field.name not in taken and getattr(options, field.name) != getattr(defaults, field.name)
+    ]
+    if others:
+        raise UserError(
+            f"--inspect prints what is in a prepared dataset and does nothing else: remove {' '.join(others)}"
+        )
+
+
 def check_options(options: Options) -> None:
     """Find mistakes before anything is listed or written. Raises `UserError`."""
     if options.output_dir is None:
@@ -99,6 +118,15 @@ def check_options(options: Options) -> None:
     given = options.train_data_dir
     if options.dataset_name is None and given and Path(given).resolve() == Path(options.output_dir).resolve():
         raise UserError(f"--output_dir {options.output_dir} is the folder of --train_data_dir: give another folder")
+    if options.dataset_name is None and given and "://" not in options.output_dir:
+        from trainkit.data.files import location
+        from trainkit.data.preparation.output import is_among_images
+
+        if is_among_images(Path(options.output_dir), location(given, options.storage_options)):
+            raise UserError(
+                f"--output_dir {options.output_dir} is inside --train_data_dir {given}: the next preparation would "
+                "read it with the images; choose a folder outside"
+            )
     if options.ray_address is not None and options.engine != "ray":
         raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
     if options.export_hdf5 is not None:
@@ -140,7 +168,7 @@ def prepare_images(options: Options) -> None:
         overwrite=overwrite,
     )
     if options.contact_sheet and (sheet := write_contact_sheet(output_dir, source)) is not None:
-        print(f"look at {sheet} before training", flush=True)
+        say(f"look at {sheet} before training")
 
 
 def is_prepared(options: Options) -> bool:

@@ -20,8 +20,11 @@ from typing import Any
 from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
+from trainkit.options.terminal import TerminalOptions
+from trainkit.options.training import channels_last_option, compile_mode_option
 from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
+from trainkit.terminal import say, tell
 
 GRID_IMAGES = 100
 
@@ -74,20 +77,15 @@ class ComputeOptions:
     compile: bool | None = option(
         None, "compile the UNet with torch.compile: minutes at the start, faster steps on GPUs; default: no"
     )
-    compile_mode: str = option(
-        "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
-        choices=("default", "reduce-overhead", "max-autotune"),
-    )  # fmt: skip
-    channels_last: str = option(
-        "auto", "memory layout of images and weights; auto: yes on CUDA", choices=("auto", "yes", "no")
-    )
+    compile_mode: str = compile_mode_option()
+    channels_last: str = channels_last_option()
     cpu_threads: int = option(
         0, "threads a process computes with on a CPU; 0: the cores shared by its processes", within="[0, inf)"
     )
 
 
 @dataclass
-class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions):
+class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions, TerminalOptions):
     """The options of sample.py."""
 
 
@@ -105,7 +103,7 @@ def sample(options: Options) -> None:
         model_folder = find_pipeline(options.model_name_or_path)
     steps = options.num_inference_steps or default_steps(model_folder)
     name, scheduler, why = named_scheduler(model_folder, options.scheduler, steps)
-    accelerator.print(why)
+    say(why)
     check_steps(scheduler, steps)
     options = replace(options, scheduler=name, num_inference_steps=steps)
     pipeline = load_pipeline(model_folder, scheduler)
@@ -211,13 +209,13 @@ def report(options: Options, record: dict, samples, conditions, num_generated: i
     write_json(folder / RECORD_NAME, record | {"complete": True})
     rows = [{} if conditions is None else conditions.row(index) for index in range(record["num_images"])]
     write_metadata(folder, samples, [{"seed": options.seed + index} | row for index, row in enumerate(rows)])
-    write_grid(folder, samples, min(options.num_images, GRID_IMAGES))
+    write_grid(folder, samples, rows[: min(options.num_images, GRID_IMAGES)])
     if num_generated:
         speed = (
             f" at {record['images_per_second']:.1f} images/s; the device waited {record['waited_for_noise']:.1%} of "
             f"the time for noise and {record['waited_for_writing']:.1%} for writing"
         )
-    print(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
+    tell(f"{folder}: {options.num_images} images, {num_generated} generated now{speed}; see {folder / GRID_NAME}")
 
 
 def list_schedulers(options: Options) -> None:

@@ -34,7 +34,7 @@ def train(options: ConditionalTrainingOptions) -> None:
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.timesteps import draw_timesteps
     from trainkit.sampling.pipeline import conditional_pipeline
-    from trainkit.training.learning_rate_finder import find_learning_rate
+    from trainkit.training.dry_run import only_measures
     from trainkit.training.outputs import Outputs
     from trainkit.training.start import check_options, prepare_process, resolve_options, start_accelerator, start_run
     from trainkit.training.validation import open_validation_images
@@ -72,8 +72,7 @@ def train(options: ConditionalTrainingOptions) -> None:
     def pipeline_of(unet):
         return conditional_pipeline(unet, noise_scheduler, **condition.components, **images.components)
 
-    if options.find_learning_rate:
-        find_learning_rate(run, loss_of)
+    if only_measures(run, options, loss_of):  # --dry_run, --find_learning_rate
         return
     outputs = Outputs(run, losses, pipeline_of, held_out, held_out_condition)
 

@@ -33,7 +33,7 @@ def train(options: Options) -> None:
     from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.timesteps import draw_timesteps
-    from trainkit.training.learning_rate_finder import find_learning_rate
+    from trainkit.training.dry_run import only_measures
     from trainkit.training.outputs import Outputs
     from trainkit.training.start import check_options, resolve_options, start_accelerator, start_run
     from trainkit.training.validation import open_validation_images
@@ -60,8 +60,7 @@ def train(options: Options) -> None:
     def pipeline_of(unet):
         return DDPMPipeline(unet, noise_scheduler)
 
-    if options.find_learning_rate:
-        find_learning_rate(run, loss_of)
+    if only_measures(run, options, loss_of):  # --dry_run, --find_learning_rate
         return
     outputs = Outputs(run, losses, pipeline_of, held_out)
 

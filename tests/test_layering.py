@@ -15,6 +15,7 @@ LAYERS = (
         "trainkit.packages",
         "trainkit.locking",
         "trainkit.processes",
+        "trainkit.terminal",
         "trainkit.options",
     ),
     ("trainkit.data", "trainkit.diffusion"),

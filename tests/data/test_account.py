@@ -78,6 +78,17 @@ def test_arrays_that_are_not_vectors_are_not_used(tmp_path, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("folders, noted", [
+    (["10_cat", "3_dog"], ["10_cat", "3_dog"]), (["5_cat"], ["5_cat"]),
+    (["1_cat", "2_dog"], []), (["10_cat", "dog"], []), (["001_cat", "007_dog"], []),
+])  # fmt: skip
+def test_repeats_in_the_names_of_folders_are_said_to_be_ignored(tmp_path, packed, folders, noted):
+    source = open_given(given_files(tmp_path, [(f"{name}/1.png", png()) for name in folders], packed))
+    assert source.account.examples.get(Kind.REPEATS, []) == noted
+    assert any("repeats are not read" in line for line in source.account.lines()) is bool(noted)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
 def test_why_folders_are_not_classes(tmp_path, packed):
     files = [(name, png()) for name in ("cat/1.png", "cat/old/2.png", "dog/3.png", "loose.png")]
     given = given_files(tmp_path, files, packed)

@@ -27,6 +27,7 @@ from trainkit.data.preparation.filtering import NO_FILTERS, FilterSettings
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.folder import ImageFolder
+from trainkit.errors import UserError
 from trainkit.options.parsing import parse_options
 
 WICKED = "<script>alert('1')</script><img src=x onerror=alert(2)>.jpg".replace("/", "|")
@@ -57,6 +58,20 @@ def deadly_picture(writer, path: Path) -> bytes | None:
 
 def prepared(photos: Path, output: Path, settings=SETTINGS, filters=NO_FILTERS) -> dict:
     return prepare(ImageFolder(photos), settings, output, 1, show_progress=False, filters=filters)
+
+
+def test_flags_that_do_nothing_here_are_refused(tmp_path, monkeypatch):
+    import prepare_dataset
+
+    def main(*words):
+        monkeypatch.setattr("sys.argv", ["prepare_dataset.py", *map(str, words)])
+        prepare_dataset.main()
+
+    with pytest.raises(UserError, match="--inspect prints what is in .*: remove --output_dir --resolution$"):
+        main("--inspect", tmp_path, "--resolution", 64, "--output_dir", "x")
+    (tmp_path / "images" / "inside").mkdir(parents=True)
+    with pytest.raises(UserError, match="--output_dir .*inside/set is inside --train_data_dir .*images: the next"):
+        main("--train_data_dir", tmp_path / "images", "--output_dir", tmp_path / "images" / "inside" / "set")
 
 
 def test_the_card_says_what_is_in_it_and_how_to_train(photos, tmp_path):

@@ -6,7 +6,7 @@ import resource
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import pytest
 import yaml as pyyaml
@@ -137,6 +137,9 @@ def test_switches(words, expected):
     [
         (["--lerning_rate", "1"], "unknown argument --lerning_rate: did you mean --learning_rate?"),
         (["--learning", "1"], "unknown argument --learning"),  # no abbreviations: a later flag could take them over
+        (["--lr", "1"], "unknown argument --lr: did you mean --learning_rate?"),
+        (["--steps", "1"], "unknown argument --steps: did you mean"),
+        (["--lr", "1", "--dept", "2"], "--lr: did you mean --learning_rate?; --dept: did you mean --depth?"),
         (["--qqqq"], "unknown argument --qqqq (see --help)"),
         (["photos"], "unknown argument photos"),
         (["--kind", "medium"], "--kind"),
@@ -171,6 +174,38 @@ def test_mistakes_in_yaml_name_the_file_and_the_key(tmp_path, yaml, message):
     assert message in str(caught.value) and "recipe.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_all_mistakes_in_all_yaml_files_are_reported_at_once(tmp_path):
+    from train_unconditional import Options as TrainOptions
+
+    (tmp_path / "a.yaml").write_text("lr: 1\noptimizer: sgd\nnum_epochs: 0\nseed: 3\n")
+    (tmp_path / "b.yaml").write_text("output: x\n")
+    with pytest.raises(UserError) as caught:
+        parse_options(TrainOptions, "", ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
+    message = str(caught.value)
+    for part in (
+        "a.yaml: unknown key 'lr': did you mean learning_rate?; 'optimizer': invalid choice: 'sgd'",
+        "; 'num_epochs' 0 must be at least 1; --config ", "b.yaml: unknown key 'output': did you mean output_dir?",
+    ):  # fmt: skip
+        assert part in message
+    assert "seed" not in message and "\n" not in message
+
+
+def test_other_names_lead_to_flags_of_the_scripts():
+    """Each of the names is suggested for a flag that some script has, and is itself a flag of none that has it."""
+    from distill import DistillationOptions
+    from evaluate_samples import Options as EvaluateOptions
+    from sample import Options as SampleOptions
+    from trainkit.options.script import ConditionalTrainingOptions
+    from trainkit.options.suggestions import OTHER_NAMES, suggestion
+
+    classes = (ConditionalTrainingOptions, DistillationOptions, SampleOptions, EvaluateOptions)
+    known = {f"--{field.name}" for options in classes for field in fields(options)}
+    for names, flags in OTHER_NAMES.items():
+        assert any(f"--{flag}" in known for flag in flags), flags
+        assert suggestion(f"--{names[0]}", known).startswith(": did you mean --")
+    assert suggestion("--batch-size", ["--train_batch_size", "--seed"]) == ": did you mean --train_batch_size?"
+
+
 def test_help_shows_groups_units_defaults_and_choices(capsys):
     with pytest.raises(SystemExit) as caught:
         parse("--help")
@@ -188,6 +223,7 @@ def test_help_answers_at_once_and_without_torch(script):
     done = _run(script, "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
+    assert "Exit status: 0: done" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in _run(script, "--help", "-X").splitlines()}
     assert "trainkit" in loaded and not loaded & HEAVY

@@ -1,6 +1,7 @@
 """pipelines/unconditional.py: the images of DDPMPipeline where that works, and right ones where it does not."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -99,6 +100,22 @@ pipeline.save_pretrained("again")
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         UnconditionalPipeline(unet(), DDPMScheduler())(**changes)
+
+
+def test_the_folder_that_was_meant_is_named(tmp_path):
+    for name in ("model/unet/config.json", "model/model_index.json", "model/checkpoint-5/training_state.json",
+                 "early/checkpoint-5/training_state.json", "data/preparation.json"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for given, message in (
+        ("model/unet", f"is a part of a saved pipeline: give {tmp_path}/model"),
+        ("model/checkpoint-5", f"is a checkpoint, which is for resuming: give {tmp_path}/model, where"),
+        ("early/checkpoint-5", f"--output_dir {tmp_path}/early --resume_from_checkpoint latest"),
+        ("early", "is the folder of a run that has not saved a pipeline yet"),
+        ("data", "is a prepared dataset: give the --output_dir of a training run"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            find_pipeline(str(tmp_path / given))
 
 
 def test_another_kind_of_pipeline_is_refused(tmp_path):

@@ -17,11 +17,12 @@ from sampling_helpers import contents, flags, read, sample, tiny_model, words
 from evaluate_samples import Options as EvaluationOptions
 from evaluate_samples import evaluate
 from sample import Options
+from trainkit import terminal
 from trainkit.errors import UserError
 from trainkit.sampling import progress, team
 from trainkit.sampling.files import ImageFiles
 from trainkit.sampling.pipeline import save_pipeline
-from trainkit.sampling.progress import Progress, progress_line
+from trainkit.sampling.progress import Progress
 from trainkit.sampling.run import Sampler
 from trainkit.sampling.team import Team, cut_units
 from trainkit.training.launch import compile_as_launched
@@ -214,14 +215,12 @@ def test_speed_and_waiting_are_in_the_record_and_the_summary(model, samples, tmp
 
 
 def test_progress_is_a_line_now_and_then_without_a_terminal(model, tmp_path, monkeypatch, capsys):
-    assert progress_line(0, 50_000, 3.0) == "sampling: 0 of 50,000 images"
-    assert progress_line(1_000, 50_000, 100.0) == "sampling: 1,000 of 50,000 images, 10.0 images/s, 1:21:40 left"
     monkeypatch.setattr(progress, "INTERVAL_S", 0.01)
-    monkeypatch.setattr(progress, "LINE_S", 0.01)
+    monkeypatch.setattr(terminal, "_settings", {"quiet": False, "interval_s": 0.01})
     draw = Sampler.sample
     monkeypatch.setattr(Sampler, "sample", lambda self, *given: (time.sleep(0.1), draw(self, *given))[1])
     sample(model, tmp_path)
-    assert "sampling: 4 of 7 images, " in capsys.readouterr().out
+    assert "sampling: 4 of 7 images (57.1%), " in capsys.readouterr().out
 
 
 @pytest.mark.slow

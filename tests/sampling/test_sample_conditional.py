@@ -122,6 +122,7 @@ def test_nothing_in_the_folder_is_executed(models, tmp_path):
         ("class", {}, "--class_labels is missing"),
         ("class", {"class_labels": ["3"]}, "--class_labels: 3 must be 0 to 2"),
         ("class", {"class_labels": ["dgo"]}, "--class_labels: no class is called 'dgo': did you mean 'dog'?"),
+        ("class", {"class_labels": ["dgo"]}, "; the classes are cat, dog, "),
         (
             "class",
             {"class_labels": ["all"], "prompts_file": "x"},

@@ -188,6 +188,22 @@ assert "trainkit" not in sys.modules
     assert shipped == set(SCHEDULER_NAMES)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_grid_has_the_names_of_rows_and_captions_beside_the_images(channels):
+    images = np.full((4, 8, 8, channels), 255, np.uint8)
+    plain, named = image_grid(images, 2), image_grid(images, 2, row_names=["cat", "a name that is far too long"])
+    dark = np.asarray(named.convert("L")) < 128
+    left = named.width - plain.width
+    assert np.asarray(plain.convert("L")).min() == 255 and 100 < left <= 158
+    half = named.height // 2
+    assert dark[:half, :left].any() and dark[half:, :left].any() and not dark[:, left:].any()
+    captioned = image_grid(images, 2, captions=["one", "two", "three", ""])
+    dark = np.asarray(captioned.convert("L")) < 128
+    middle = captioned.width // 2
+    assert captioned.height > plain.height and dark[-20:, :middle].any() and not dark[-20:, middle:].any()
+    assert (np.asarray(image_grid(images, 2, captions=["a b " * 99] * 4).convert("L"))[:, -3:] == 255).all()
+
+
 @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB"), (4, "RGBA")])
 def test_a_grid_shows_every_image_large_enough(channels, mode):
     images = np.stack([np.full((12, 8, channels), 20 * (i + 1), np.uint8) for i in range(5)])

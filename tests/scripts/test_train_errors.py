@@ -38,6 +38,7 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path):
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16"),
         ({"train_batch_size": 0}, "--train_batch_size 0 must be at least 1"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "--resume_from_checkpoint checkpoint-9 does not exist"),
+        ({"model_config_name_or_path": ROOT / "recipes" / "mnist_unet", "resolution": 28}, "add --image_mode L"),
         ({"output_dir": "/proc/model"}, "--output_dir /proc/model cannot be written"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler: invalid choice: 'cosin'"),
         ({"optimiser": "adamw"}, "unknown argument --optimiser: did you mean --optimizer?"),

@@ -22,7 +22,7 @@ def run_dir(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("whole") / "model"
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, output_dir, logger="tensorboard", preview_steps=10)
     output = launch("train_unconditional.py", *arguments).stdout
-    assert "20 steps of 8 images" in output and "saved the pipeline" in output
+    assert "20 steps = 160 images" in output and "saved the pipeline" in output
     return output_dir
 
 

@@ -11,7 +11,8 @@ from process_helpers import run_forked
 from training_helpers import run_in_process, tiny_run
 
 from trainkit.errors import UserError
-from trainkit.training.log import StepLog, check_tracker, start_trackers
+from trainkit.training.log import StepLog
+from trainkit.training.trackers import check_tracker, start_trackers, tracked_values
 
 SECRET = "hf_aSecretOfTheTest"
 
@@ -69,7 +70,7 @@ def test_tensorboard_is_flushed_once_per_log_line(tmp_path):
     log_of_run = StepLog.__new__(StepLog)
     log_of_run.output_dir, log_of_run._tracked = tmp_path, True
     trackers = [SimpleNamespace(name="tensorboard", writer=writer)]
-    log_of_run.accelerator = SimpleNamespace(trackers=trackers, log=log)
+    log_of_run.accelerator = SimpleNamespace(trackers=trackers, log=log, num_processes=1)
     log_of_run._write([{"step": step, "loss": 0.5} for step in range(10)])
     assert flushed == [10] and written == list(range(10))
 
@@ -118,11 +119,13 @@ def test_wandb_has_every_step_and_every_validation(offline_run):
             items = record.history.item
             values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
             history[int(values["_step"])] = values
-    assert [step for step, values in history.items() if "loss" in values] == list(range(1, 11))
-    assert [step for step, values in history.items() if "validation_loss" in values] == [5, 10]
+    assert [step for step, values in history.items() if "train/loss" in values] == list(range(1, 11))
+    grouped = {name.partition("/")[0] for values in history.values() for name in values if not name.startswith("_")}
+    assert grouped == {"train", "validation", "speed", "samples"}
+    assert [step for step, values in history.items() if "validation/loss" in values] == [5, 10]
     assert [step for step, values in history.items() if "samples" in values] == [3, 6, 9, 10]
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    assert history[5]["validation_loss"] == next(row["validation_loss"] for row in lines if "validation_loss" in row)
+    assert history[5]["validation/loss"] == next(row["validation_loss"] for row in lines if "validation_loss" in row)
 
 
 @pytest.mark.slow
@@ -136,3 +139,45 @@ def test_wandb_is_told_the_settings_but_no_token(offline_run):
     files = [file for file in output_dir.rglob("*") if file.is_file()]
     assert [file for file in files if file.suffix == ".png" and "media" in file.parts]
     assert not [file for file in files if SECRET.encode() in file.read_bytes()]  # the command line is stored too
+
+
+@pytest.mark.slow
+def test_wandb_has_one_project_and_a_name_per_run(offline_run):
+    _, records = offline_run
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.project, run.display_name) == ("trainkit", "model")
+
+
+def test_values_are_in_four_groups_and_constants_are_left_out():
+    row = {
+        "step": 4, "images": 32, "loss": 0.5, "lr": 1e-3, "grad_norm": 1.0, "images_per_s": 9.0,
+        "images_per_s_per_device": 9.0, "model_tflops_per_s": 0.1, "memory_peak_mib": 5.0, "mfu": 0.3,
+        "data_wait_share": 0.0, "eta_s": 3.0, "loss_scale": 1.0, "validation_loss": 0.4,
+        "validation_loss_t0_250": 0.2, "kid": 0.1, "kid_std": 0.01, "kid_n": 200, "kid_reference_n": 100,
+        "kid_reference": "training", "kid_num_inference_steps": 20,
+    }  # fmt: skip
+    names = sorted(tracked_values(row))
+    assert names == [
+        "score/kid", "score/kid_std", "speed/data_wait_share", "speed/eta_s", "speed/images_per_s",
+        "speed/memory_peak_mib", "speed/mfu", "speed/model_tflops_per_s", "train/grad_norm", "train/images",
+        "train/loss", "train/loss_scale", "train/lr", "validation/loss", "validation/loss_by_noise_t0_250",
+    ]  # fmt: skip
+    assert "speed/images_per_s_per_device" in tracked_values(row, num_processes=2)
+
+
+@pytest.mark.parametrize("logger, project, keyword", [
+    ("tensorboard", "mine", {}), ("wandb", "diffusion", "wandb"), ("trackio", "diffusion", "trackio"),
+])  # fmt: skip
+def test_project_and_run_name_reach_the_tracker(logger, project, keyword, tmp_path):
+    from train_unconditional import Options
+
+    taken = {}
+    accelerator = SimpleNamespace(
+        init_trackers=lambda project, config, init_kwargs: taken.update(project=project, **init_kwargs)
+    )
+    options = Options(
+        logger=logger, output_dir=str(tmp_path), tracker_project_name="diffusion", tracker_run_name="mine"
+    )
+    start_trackers(accelerator, options, tmp_path)
+    assert taken["project"] == project
+    assert not keyword or taken[keyword]["name"] == "mine"

@@ -63,6 +63,7 @@ class Kind(str, Enum):
     OTHER_FORMAT = "image file~ next to tables or archives, not read"
     FOREIGN_IMAGE = "image~ of a format that is not read (convert to JPEG or PNG)"
     TABLE_NOT_READ = "table~ not read (metadata.jsonl, .csv, .json and .parquet are)"
+    REPEATS = "folder~ named as of kohya (REPEATS_NAME): repeats are not read, every image counts once"
     CLASS_ORDER = "difference~ to the class order of `datasets`"
     SIMILAR_NAMES = "pair~ of class names that look the same or are the same number"
 

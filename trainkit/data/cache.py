@@ -18,7 +18,9 @@ from trainkit.data.settings import (
     settings_from_options,
 )
 from trainkit.data.sources.opening import open_source
+from trainkit.data.trial import TRIAL_FILES, TrialImages, try_source
 from trainkit.errors import UserError
+from trainkit.terminal import say
 
 
 def open_or_prepare(options) -> PreparedImages:
@@ -38,7 +40,7 @@ def open_or_prepare(options) -> PreparedImages:
             place = local_copy(place, cache_root(options.cache_dir) / "copies")
         images = PreparedImages(place, resolution)
         _check_agreement(images, options, f"{flag} {given}")
-        return images
+        return _few_to_encode(images, options)
     if place and exists(place / LOCK_NAME):
         raise UserError(f"{flag} {given} is an unfinished prepared dataset; run its prepare_dataset.py again")
     settings = settings_from_options(options)
@@ -53,13 +55,22 @@ def open_or_prepare(options) -> PreparedImages:
     try:
         images = PreparedImages(folder, resolution)
     except UserError:  # missing, or damaged
+        if getattr(options, "dry_run", False):
+            return try_source(source, settings, resolution)
         if is_first:
-            print(f"preparing {len(source):,} files of {given} into {folder} (once; later runs use it)")
+            say(f"preparing {len(source):,} files of {given} into {folder} (once; later runs use it)")
         prepare(source, settings, folder, options.num_proc, is_first, "--cache_dir", run_jobs_in_processes)
         images = PreparedImages(folder, resolution)
-    if is_first:
-        print(f"prepared images: {folder}, {format_counts(images.preparation)}", flush=True)
-    return images
+    say(f"prepared images: {folder}, {format_counts(images.preparation)}")
+    return _few_to_encode(images, options)
+
+
+def _few_to_encode(images: PreparedImages, options) -> PreparedImages:
+    """All `images`; the first few in a dry run that would encode their captions or the images themselves."""
+    encodes = getattr(options, "vae_name_or_path", None) or getattr(options, "condition", None) == "text"
+    if not getattr(options, "dry_run", False) or not encodes:
+        return images
+    return TrialImages(images.folder, (images.height, images.width), TRIAL_FILES, len(images))
 
 
 def _check_streaming(options, place: Path | RemotePath | None, what: str) -> None:
@@ -97,10 +108,7 @@ def local_copy(folder: RemotePath, root: Path) -> Path:
                 return copy
             present = sizes(copy)
             missing = [name for name in names if present.get(name) != wanted[name]]
-            print(
-                f"copying {len(missing):,} shards of {folder} to {copy} (once; --streaming reads without a copy)",
-                flush=True,
-            )
+            say(f"copying {len(missing):,} shards of {folder} to {copy} (once; --streaming reads without a copy)")
             list(for_each(lambda path: fetch(path, copy / path.name), [folder / name for name in missing]))
             for name in (INFO_NAME, STATE_NAME, PREPARATION_NAME):
                 fetch(folder / name, copy / name)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
 from trainkit.data.files import cache_root
 from trainkit.data.format import PREPARATION_NAME
@@ -29,6 +28,7 @@ from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
 from trainkit.errors import UserError, one_line
 from trainkit.options.script import ConditionalTrainingOptions
+from trainkit.terminal import Progress, say, warn
 
 FLAG = "--vae_name_or_path"
 FORMAT = "1"  # increase it when the same image and VAE would give other numbers
@@ -158,8 +158,8 @@ def _encoded(images: PreparedImages, vae: AutoencoderKL, folder: Path, mirror: b
         except ValueError as error:
             raise UserError(f"{FLAG}: the VAE gave {error}; the cache holds float16: use another VAE") from None
 
-    with tqdm(total=units, unit=f" x {IMAGES_PER_UNIT} latents", disable=None if rank == 0 else True) as bar:
-        make_units(folder, rows.unit_names, make, rank * units // max(1, world), bar.update)
+    with Progress("encoding latents", units, f"units of {IMAGES_PER_UNIT:,}") as progress:
+        make_units(folder, rows.unit_names, make, rank * units // max(1, world), progress.advance)
     vae.to("cpu")
     write_complete(folder, {"images": len(images)})
     return rows
@@ -219,14 +219,12 @@ def _check_images(options: ConditionalTrainingOptions, vae: AutoencoderKL, image
 def _print_statistics(latents: LatentImages, folder: Path) -> None:
     first = latents.gather(np.arange(min(len(latents), 256)))
     mean, std = float(first.mean()), float(first.std())
-    print(
+    say(
         f"encoded images: {folder}, latents of {latents.channels}x{latents.height}x{latents.width}, mean {mean:.2f}, "
-        f"standard deviation {std:.2f}",
-        flush=True,
+        f"standard deviation {std:.2f}"
     )
     if not 0.5 < std < 2:
-        print(
-            f"WARNING: {FLAG}: latents should have a standard deviation near 1: set scaling_factor in its config.json "
-            f"to {latents.scale / std:.4g}",
-            flush=True,
+        warn(
+            f"{FLAG}: latents should have a standard deviation near 1: set scaling_factor in its config.json to "
+            f"{latents.scale / std:.4g}"
         )

@@ -1,7 +1,5 @@
 """The network to train: a UNet for the images and their condition, from random or pretrained weights."""
 
-import os
-
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from trainkit.data.loading.augment_draws import LABELS
@@ -13,6 +11,7 @@ from trainkit.diffusion.latents import LatentImages
 from trainkit.diffusion.pretrained import load_pretrained
 from trainkit.diffusion.unet import build_unet
 from trainkit.options.script import TrainingOptions
+from trainkit.terminal import say
 
 
 def build_model(
@@ -29,8 +28,7 @@ def build_model(
         add_vector_embedding(unet, *vector_statistics(images, options))
     if options.pretrained_model_name_or_path is not None:
         loaded = load_pretrained(unet, options.pretrained_model_name_or_path, getattr(condition, "names", None))
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(loaded, flush=True)
+        say(loaded)
     if options.augmentation_conditioning:
         add_augmentation_input(unet, LABELS)
     return unet

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainkit.data.loading.captions import CaptionIndex, TextEncodings
@@ -30,6 +29,7 @@ from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.errors import UserError, one_line
 from trainkit.options.script import ConditionalTrainingOptions
+from trainkit.terminal import Progress, say
 
 FLAG = "--text_encoder_name_or_path"
 FORMAT = 1  # increase it when the same caption and encoder would give other numbers
@@ -208,10 +208,9 @@ def encode_captions(images: PreparedImages, encoder: TextEncoder, cache: Path, f
     complete = read_complete(folder)
     if complete is None:
         complete = _encode_all(index, encoder, rows)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        cut = complete["cut"]
-        truncated = f", {cut:,} of them truncated at {encoder.max_tokens} tokens" if cut else ""
-        print(f"encoded captions: {folder}, {len(index) - 1:,} distinct ones{truncated}", flush=True)
+    cut = complete["cut"]
+    truncated = f", {cut:,} of them truncated at {encoder.max_tokens} tokens" if cut else ""
+    say(f"encoded captions: {folder}, {len(index) - 1:,} distinct ones{truncated}")
     return TextEncodings(index, rows, encoder.width, complete["longest"] // encoder.width)
 
 
@@ -237,8 +236,8 @@ def _encode_all(index: CaptionIndex, encoder: TextEncoder, rows: Rows) -> dict:
             ) from None
 
     first = rank * units // max(1, int(os.environ.get("WORLD_SIZE", 1)))
-    with tqdm(total=units, unit=f" x {CAPTIONS_PER_UNIT} captions", disable=None if rank == 0 else True) as bar:
-        make_units(rows.folder, rows.unit_names, make, first, bar.update)
+    with Progress("encoding captions", units, f"units of {CAPTIONS_PER_UNIT:,}") as progress:
+        make_units(rows.folder, rows.unit_names, make, first, progress.advance)
     encoder.model.to("cpu")
     cut = sum(unit_summary(rows.folder / name)["cut"] for name in rows.unit_names)
     complete = {"captions": len(index), "longest": rows.longest(), "cut": cut}

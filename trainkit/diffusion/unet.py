@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
+from trainkit.data.files import exists, location
+from trainkit.data.format import PREPARATION_NAME
 from trainkit.data.settings import parse_resolution
 from trainkit.diffusion.text_unet import (
     TEXT_UNET,
@@ -95,10 +97,16 @@ def check_unet_options(options: TrainingOptions) -> None:
     if options.model_config_name_or_path is None or takes_text(options):
         return
     config = _config(options)
-    if options.image_mode is not None and not _takes_latents(options):
-        _final_config(options, 2**times, 2**times, len(options.image_mode), {})
+    mode = options.image_mode or (None if _is_prepared(options) else "RGB")  # as raw images will be prepared
+    if mode is not None and not _takes_latents(options):
+        _final_config(options, 2**times, 2**times, len(mode), {})
     with torch.device("meta"):
         _from_config(UNet2DModel, config, options)
+
+
+def _is_prepared(options: TrainingOptions) -> bool:
+    given = options.dataset_name or options.train_data_dir
+    return given is not None and exists(location(given, options.storage_options) / PREPARATION_NAME)
 
 
 def unet_halvings(options: TrainingOptions) -> int:

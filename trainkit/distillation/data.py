@@ -7,6 +7,7 @@ from pipelines.conditional import ConditionalPipeline
 from trainkit.data.cache import open_or_prepare
 from trainkit.data.files import cache_root
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.trial import num_images
 from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition
 from trainkit.diffusion.latents import LatentImages, check_latent_options, open_latents
 from trainkit.diffusion.text import TextCondition, load_text_encoder
@@ -18,11 +19,11 @@ from trainkit.sampling.generate import image_shape
 from trainkit.sampling.students import RECORD, read_distillation
 from trainkit.training.averages.power_ema import check_ema_power_lengths
 from trainkit.training.learning_rate_finder import check_learning_rate_search
-from trainkit.training.log import check_tracker
 from trainkit.training.optimizers import check_optimization
 from trainkit.training.output_folder import check_output_dir
 from trainkit.training.score import check_score
 from trainkit.training.start import prepare_process
+from trainkit.training.trackers import check_tracker
 from trainkit.training.validation import open_validation_images
 
 
@@ -67,7 +68,7 @@ def open_data(options: DistillationOptions, engine: TrainingOptions, teacher: Sa
     held_out = open_validation_images(engine, images)
     held_out_condition = None if held_out is None or condition is None else condition.for_images(held_out)
     if not engine.max_train_steps and not engine.max_train_images:
-        engine = replace(engine, max_train_images=engine.num_epochs * len(images))
+        engine = replace(engine, max_train_images=engine.num_epochs * num_images(images))
     data = DistillationData(engine, images, condition, held_out, held_out_condition)
     if isinstance(engine, ConditionalTrainingOptions) and engine.vae_name_or_path is not None:
         data.images = open_latents(engine, images, flips=engine.random_flip)

@@ -19,6 +19,7 @@ from diffusers import DDPMPipeline
 from pipelines.conditional import ConditionalPipeline
 from trainkit.atomic import write_json
 from trainkit.data.loading.loader import Batch
+from trainkit.data.trial import num_images
 from trainkit.diffusion import few_step
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.diffusion.distillation import Teacher, student_prediction
@@ -34,6 +35,9 @@ from trainkit.sampling.schedulers import load_scheduler
 from trainkit.sampling.students import RECORD, read_distillation, stage_folder
 from trainkit.training.device import compile_unet, move_to_device
 from trainkit.training.output_folder import claim_output_dir
+from trainkit.training.run import Run
+from trainkit.training.start import count_steps
+from trainkit.training.trackers import run_name
 
 ADAPTED = "adapted"
 FIRST_STEPS = 32  # of the first student: its teacher takes 64
@@ -165,8 +169,15 @@ class Distillation:
             seed=engine.seed + number,
             ddpm_num_inference_steps=max(n for n in range(1, PREVIEW_STEPS + 1) if stage.num_steps % n == 0),
             push_to_hub=engine.push_to_hub and last,
+            tracker_run_name=run_name(engine, self.output_dir) + ("" if last else f"-{stage.name}"),
             hub_model_id=engine.hub_model_id or self.output_dir.resolve().name,
         )
+
+    def count_steps(self, first: Stage, run: Run) -> int:
+        """The optimizer steps of all stages from `first` on, whose global batch is that of `run`."""
+        stages = self.stages[self.stages.index(first) :]
+        size = run.shape.global_size
+        return sum(count_steps(self.options_of(stage), num_images(run.images), size) for stage in stages)
 
     def frozen_teacher(self, stage: Stage, condition: ImageCondition | None) -> Teacher:
         """The teacher of `stage`, on the device, with guidance in the first stage."""

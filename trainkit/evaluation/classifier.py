@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from trainkit.atomic import replacing
 from trainkit.errors import UserError
 from trainkit.evaluation.conditions import Annotations
 from trainkit.evaluation.images import ImageSet
+from trainkit.terminal import Progress
 
 FORMAT = 1  # increase it when the same images would give another classifier
 MAX_SIDE, MAX_IMAGES = 64, 30_000
@@ -68,10 +68,8 @@ def _train_and_measure(
 ) -> dict:
     chosen = np.random.default_rng(seed).permutation(len(images))
     chosen = chosen[[annotations.labels[index] is not None for index in chosen]][:MAX_IMAGES]
-    batches = tqdm(
-        images.batches(chosen, BATCH_SIZE, side), total=-(-len(chosen) // BATCH_SIZE), desc=f"{flag} images"
-    )
-    pixels = np.concatenate(list(batches))
+    with Progress(f"{flag} images", len(chosen), "images") as progress:
+        pixels = np.concatenate(list(progress.count(images.batches(chosen, BATCH_SIZE, side))))
     kept = [index for index in chosen if index not in images.unreadable]
     names = annotations.label_names
     numbers = np.array([names.index(annotations.labels[index]) for index in kept])
@@ -125,9 +123,10 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps)
     network.train()
     order = torch.empty(0, dtype=torch.int64)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    progress = Progress("training the classifier", steps, "steps")
+    with progress, torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)  # of dropout
-        for _ in tqdm(range(steps), desc="training the classifier", leave=False):
+        for _ in range(steps):
             if len(order) < batch_size:
                 order = torch.randperm(num_images, generator=generator)
             rows, order = order[:batch_size], order[batch_size:]
@@ -137,6 +136,7 @@ def fit(
             loss.backward()
             optimizer.step()
             schedule.step()
+            progress.advance()
     network.eval()
 
 

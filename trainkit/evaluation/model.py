@@ -18,6 +18,7 @@ from trainkit.sampling.generate import Pipeline, generate_on_all_ranks, image_sh
 from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
 from trainkit.sampling.schedulers import check_steps, describe_scheduler, load_scheduler
 from trainkit.sampling.table import default_steps, named_scheduler
+from trainkit.terminal import say, warn
 
 DEFAULT_IMAGES = 1000
 WARN_BELOW = 100  # images on a side: KID's subsets are then smaller than 50
@@ -58,7 +59,7 @@ def open_model(options: Any, accelerator: Accelerator) -> Model:
     check_count("num_images", count)
     table_dir = folder if options.table_dir is None else Path(options.table_dir)
     if conditions is not None and count % len(conditions.values) and accelerator.is_main_process:
-        print(f"--num_images {count} is no multiple of {len(conditions.values)} conditions: some have one image more")
+        say(f"--num_images {count} is no multiple of {len(conditions.values)} conditions: some have one image more")
     candidates = Candidates(folder, options.teacher_model_name_or_path)
     return Model(pipeline, conditions, folder, candidates, table_dir, weights_digest(folder), count)
 
@@ -72,8 +73,8 @@ def open_reference(options: Any, accelerator: Accelerator) -> tuple[ScoredImages
     check_count("reference", len(found.indices))
     smaller = min(len(found.indices), options.num_images or DEFAULT_IMAGES)
     if "kid" in options.metrics and smaller < WARN_BELOW and accelerator.is_main_process:
-        print(
-            f"WARNING: KID of {smaller} images uses subsets of {max(2, smaller // 2)} (usual: {KID_SUBSET_SIZE:,}): "
+        warn(
+            f"KID of {smaller} images uses subsets of {max(2, smaller // 2)} (usual: {KID_SUBSET_SIZE:,}): "
             "differences below its standard error mean nothing"
         )
     return found, extractor
@@ -104,7 +105,7 @@ def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArr
     model = open_model(options, accelerator)
     steps = options.num_inference_steps or default_steps(model.folder)
     name, scheduler, why = named_scheduler(model.folder, options.scheduler, steps)
-    accelerator.print(why)
+    say(why)
     check_steps(scheduler, steps)
     model.pipeline.scheduler = scheduler
     seeds, conditions = range(options.seed, options.seed + model.num_images), model.conditions

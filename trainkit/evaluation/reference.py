@@ -14,7 +14,6 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainkit.atomic import replacing
 from trainkit.data.files import cache_root
@@ -22,6 +21,7 @@ from trainkit.errors import UserError
 from trainkit.evaluation.features import ROUNDED_RESIZE, FeatureExtractor, extract_features
 from trainkit.evaluation.images import ImageSet, PreparedFolder
 from trainkit.processes import wait_for_everyone
+from trainkit.terminal import Progress
 
 FORMAT = 1  # increase it when the same images and extractor would give other features
 FOLDER = ".features"  # in a prepared dataset
@@ -50,17 +50,15 @@ def score_images(
     accelerator: Accelerator,
     side: str,
 ) -> ScoredImages:
-    """The features of `images[indices]` on every process, with a progress bar named after `side`. A collective.
+    """The features of `images[indices]` on every process, with its progress named after `side`. A collective.
 
     Each process computes its share. `batch_size` is per process.
     """
     own = indices[accelerator.process_index :: accelerator.num_processes]
     rounded = extractor.resize == ROUNDED_RESIZE
     batches: Iterable[np.ndarray] = images.batches(own, batch_size, extractor.input_size, rounded)
-    total, quiet = -(-len(own) // batch_size), not accelerator.is_main_process
-    features = extract_features(
-        extractor, tqdm(batches, total=total, desc=f"{side} features", disable=quiet), accelerator.device
-    )
+    with Progress(f"{side} features", len(own), "images", hidden=not accelerator.is_main_process) as progress:
+        features = extract_features(extractor, progress.count(batches), accelerator.device)
     kept = np.array([index for index in own.tolist() if index not in images.unreadable], dtype=np.int64)
     wait_for_everyone()  # shares of one size may take very different times
     parts = gather_object([(features, kept, images.unreadable)])

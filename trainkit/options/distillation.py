@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from trainkit.options.data import ImageOptions, LoadingOptions, SourceOptions
 from trainkit.options.fields import option
+from trainkit.options.terminal import TerminalOptions
 from trainkit.options.training import (
     CheckpointOptions,
     EmaOptions,
@@ -64,5 +65,6 @@ class DistillationOptions(
     LoggingOptions,
     ValidationOptions,
     HubOptions,
+    TerminalOptions,
 ):
     """The options of distill.py. The length of the run is that of all stages together."""

@@ -37,11 +37,14 @@ def check_ranges(options: Any) -> None:
     for field in dataclasses.fields(options):
         within = field.metadata.get("within")
         value = getattr(options, field.name)
-        if within is None or value is None:
-            continue
         for number in value if isinstance(value, list) else [value]:
-            if not _is_within(number, within):
-                raise UserError(f"--{field.name} {number:g} must be {describe_range(within)}")
+            check_range(f"--{field.name}", number, within)
+
+
+def check_range(name: str, number: Any, within: str | None) -> None:
+    """Raise `UserError` if `number` (not None) of the flag `name` is outside the interval `within` (not None)."""
+    if within is not None and number is not None and not _is_within(number, within):
+        raise UserError(f"{name} {number:g} must be {describe_range(within)}")
 
 
 def describe_range(within: str) -> str:

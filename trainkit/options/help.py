@@ -47,7 +47,19 @@ def format_help(
         for field_name in inspect.get_annotations(group):
             field = fields[field_name]
             lines += _entry(_usage(field, hints[field_name]), _help_text(field), width)
+    if not wanted:
+        lines += ["", *textwrap.wrap(_exit_statuses("checkpointing_steps" in fields), width)]
     return "\n".join(lines) + "\n"
+
+
+def _exit_statuses(with_checkpoints: bool) -> str:
+    """What the exit status of a script means (`run_script`)."""
+    stopped = ", or stopped by a signal after its checkpoint was written" if with_checkpoints else ""
+    early = "interrupted by Ctrl-C before the first step, or twice" if with_checkpoints else "interrupted by Ctrl-C"
+    return (
+        f"Exit status: 0: done{stopped}; 1: an error, with one line that says what to do (a traceback is a bug); "
+        f"130: {early}; 128 + N or -N: ended by signal N"
+    )
 
 
 def _title(group: type) -> str:

@@ -7,7 +7,6 @@ an earlier one, and both override the default of the field. Nothing here imports
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import os
 import sys
@@ -20,8 +19,11 @@ import yaml
 
 from trainkit import __version__
 from trainkit.errors import UserError, one_line
-from trainkit.options.fields import PATH_FLAG, check_ranges, default_of, groups_of, value_type_of
+from trainkit.options.fields import PATH_FLAG, check_range, check_ranges, default_of, groups_of, value_type_of
 from trainkit.options.help import format_help
+from trainkit.options.suggestions import suggestion
+from trainkit.options.terminal import TerminalOptions
+from trainkit.terminal import set_output
 
 T = TypeVar("T")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -30,8 +32,8 @@ TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0"
 def parse_options(options_class: type[T], description: str, argv: list[str] | None = None) -> T:
     """Read `options_class` from the command line (`argv`, or `sys.argv`), over the YAML files that `--config` names.
 
-    `--help` and `--version` print and exit. Raises `UserError` naming the nearest known name for an unknown flag or
-    YAML key, and the flag for a bad value.
+    `--help` and `--version` print and exit. Raises `UserError` naming the flag that was probably meant for an unknown
+    flag or YAML key, and the flag for a bad value. All mistakes in the YAML files are named at once.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if asked := _asked_for_help(arguments):
@@ -43,16 +45,22 @@ def parse_options(options_class: type[T], description: str, argv: list[str] | No
     parser = build_parser(options_class, description)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="+", action="extend", default=[])
+    problems: list[str] = []
     for config_file in early.parse_known_args(arguments)[0].config:
-        parser.set_defaults(**_read_yaml(Path(config_file).expanduser(), parser))
+        parser.set_defaults(**_read_yaml(Path(config_file).expanduser(), parser, problems))
+    if problems:
+        raise UserError("; ".join(problems))
     values, unknown = parser.parse_known_args(arguments)
     if unknown:
-        flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+        flags = [word for word in unknown if word.startswith("-")] or unknown[:1]
         known = [name for action in parser._actions for name in action.option_strings]
-        raise UserError(f"unknown argument {flag}{_nearest(flag.split('=')[0], known)}")
+        meant = [f"{flag}{suggestion(flag.split('=')[0], known)}" for flag in flags]
+        raise UserError(f"unknown argument {'; '.join(meant)}")
     del values.config
     options = options_class(**{name: _expanded(name, value) for name, value in vars(values).items()})
     check_ranges(options)
+    if isinstance(options, TerminalOptions):
+        set_output(options)
     return options
 
 
@@ -93,13 +101,14 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hin
     if value_type is bool:
         parser.add_argument(flag, action=Switch, default=default)
         return
-    parser.add_argument(
+    argument = parser.add_argument(
         flag,
         type=_converter(value_type),
         choices=field.metadata["choices"],
         nargs=field.metadata["nargs"],
         default=default,
     )
+    vars(argument)["within"] = field.metadata["within"]
 
 
 def _asked_for_help(arguments: list[str]) -> list[str]:
@@ -154,8 +163,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The file's keys and values, each converted and checked as if it were typed on the command line."""
+def _read_yaml(path: Path, parser: argparse.ArgumentParser, problems: list[str]) -> dict[str, Any]:
+    """The file's keys and values, each converted and checked as if it were typed on the command line.
+
+    What is wrong with a key or value is added to `problems`. Raises `UserError` if the file cannot be read.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
@@ -167,31 +179,38 @@ def _read_yaml(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must consist of lines of the form 'flag: value'")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    values = {}
+    values, wrong = {}, []
     for key, value in content.items():
-        if key not in actions:
-            raise UserError(f"--config {path}: unknown key '{key}'{_nearest(str(key), list(actions))}")
-        values[key] = _yaml_value(path, parser, actions[key], value)
+        try:
+            if key not in actions:
+                raise UserError(f"unknown key '{key}'{suggestion(str(key), actions)}")
+            values[key] = _yaml_value(parser, actions[key], value)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        problems.append(f"--config {path}: {'; '.join(wrong)}")
     return values
 
 
-def _yaml_value(path: Path, parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
+def _yaml_value(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
     """PyYAML reads `1e-4` as a string and `1` for a float flag as an int: the flag's own type decides."""
     if value is None:
         if action.default is None:
             return None
-        raise UserError(f"--config {path}: '{action.dest}' has no value; write one, or delete the line")
+        raise UserError(f"'{action.dest}' has no value; write one, or delete the line")
     if isinstance(value, dict) or isinstance(value, list) != (action.nargs == "+"):
-        raise UserError(f"--config {path}: '{action.dest}' takes {'a list' if action.nargs == '+' else 'one value'}")
+        raise UserError(f"'{action.dest}' takes {'a list' if action.nargs == '+' else 'one value'}")
     if isinstance(value, list) and (not value or any(item is None or isinstance(item, list | dict) for item in value)):
-        raise UserError(f"--config {path}: '{action.dest}' takes a list of one or more values")
+        raise UserError(f"'{action.dest}' takes a list of one or more values")
     words = [_word(item, action.choices) for item in (value if isinstance(value, list) else [value])]
     try:
         converted = [parser._get_value(action, word) for word in words]
         for item in converted:
             parser._check_value(action, item)
     except argparse.ArgumentError as error:
-        raise UserError(f"--config {path}: '{action.dest}': {error.message}") from None
+        raise UserError(f"'{action.dest}': {error.message}") from None
+    for item in converted:
+        check_range(f"'{action.dest}'", item, vars(action).get("within"))
     return converted if isinstance(value, list) else converted[0]
 
 
@@ -201,8 +220,3 @@ def _word(item: Any, choices: Iterable | None) -> str:
         return str(item)
     words = TRUE_WORDS if item else FALSE_WORDS
     return next((word for word in words if word in (choices or ())), words[0])
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {matches[0]}?" if matches else " (see --help)"

@@ -13,6 +13,7 @@ from trainkit.options.model import (
     TextOptions,
 )
 from trainkit.options.parsing import parse_options
+from trainkit.options.terminal import TerminalOptions
 from trainkit.options.training import (
     CheckpointOptions,
     EmaOptions,
@@ -41,6 +42,7 @@ class TrainingOptions(
     LoggingOptions,
     ValidationOptions,
     HubOptions,
+    TerminalOptions,
 ):
     """The options of every training script."""
 

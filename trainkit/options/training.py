@@ -7,6 +7,17 @@ from trainkit.options.fields import option
 SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in checkpoints, not by trackers
 
 
+def compile_mode_option() -> str:
+    return option(
+        "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
+        choices=("default", "reduce-overhead", "max-autotune"),
+    )  # fmt: skip
+
+
+def channels_last_option() -> str:
+    return option("auto", "memory layout of images and weights; auto: yes on CUDA", choices=("auto", "yes", "no"))
+
+
 @dataclass
 class OptimizationOptions:
     """optimization: length of the run, optimizer and learning rate"""
@@ -25,6 +36,11 @@ class OptimizationOptions:
     learning_rate: float = option(2e-3, "peak learning rate, after warm-up", within="[0, inf)")
     find_learning_rate: bool = option(
         False, "train nothing: try learning rates for 120 steps, suggest one and plot the curve"
+    )
+    dry_run: bool = option(
+        False,
+        "train nothing and write nothing into --output_dir: check everything, time a few steps in a temporary folder, "
+        "and print the plan with time, memory and disk room",
     )
     lr_scheduler: str = option(
         "cosine", "learning-rate schedule over optimizer steps",
@@ -111,13 +127,8 @@ class HardwareOptions:
     compile: bool | None = option(
         None, "compile the UNet with torch.compile: a minute or more at the start, then faster steps; default: on CUDA"
     )
-    compile_mode: str = option(
-        "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
-        choices=("default", "reduce-overhead", "max-autotune"),
-    )  # fmt: skip
-    channels_last: str = option(
-        "auto", "memory layout of images and weights; auto: yes on CUDA", choices=("auto", "yes", "no")
-    )
+    compile_mode: str = compile_mode_option()
+    channels_last: str = channels_last_option()
     allow_tf32: bool = option(True, "use TensorFloat-32 for float32 computations on GPUs that have it")
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, about a third slower"
@@ -185,6 +196,8 @@ class LoggingOptions:
     eval_batch_size: int = option(16, "images in a sample grid, over all processes", within="[1, inf)")
     logger: str = option("tensorboard", "experiment tracker", choices=("tensorboard", "wandb", "trackio", "none"))
     logging_dir: str = option("logs", "folder of the tracker inside --output_dir")
+    tracker_project_name: str = option("trainkit", "project of wandb and trackio that the run belongs to")
+    tracker_run_name: str | None = option(None, "name of the run in the tracker; default: the name of --output_dir")
     logging_steps: int = option(
         10, "optimizer steps between log lines; the device is read only then", within="[1, inf)"
     )

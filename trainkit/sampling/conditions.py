@@ -19,6 +19,7 @@ from trainkit.options.fields import option
 
 FLAGS = {"class_labels": "class_labels", "prompt": "prompts_file", "vectors": "vectors_file"}
 ALL, NULL = "all", "null"
+SHOWN_CLASSES = 20  # in a message
 
 
 @dataclass
@@ -143,8 +144,18 @@ def _labels(words: list[str], pipeline) -> list[int | None]:
     try:
         ids = pipeline.encode_labels(requested).tolist()
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError(f"--{error}; {_classes(pipeline)}") from None
     return [None if label == pipeline.num_classes else label for label in ids]
+
+
+def _classes(pipeline) -> str:
+    """The classes of a pipeline in a few words."""
+    names = pipeline.config.id2label or {}
+    if not names:
+        return f"the classes are 0 to {pipeline.num_classes - 1}"
+    shown = [names[label] for label in sorted(names)][:SHOWN_CLASSES]
+    more = f", ... ({len(names):,} in all)" if len(names) > SHOWN_CLASSES else ""
+    return f"the classes are {', '.join(shown)}{more}"
 
 
 def _prompts(file: str, pipeline) -> list[str]:

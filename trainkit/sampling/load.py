@@ -41,9 +41,35 @@ def find_pipeline(name_or_path: str) -> Path:
     """
     folder = Path(name_or_path) if Path(name_or_path).is_dir() else _download(name_or_path)
     _check_pipeline_class(folder)
+    if hint := _another_folder(folder):
+        raise UserError(f"{FLAG} {name_or_path} {hint}")
     if not (_unet_folder(folder) / CONFIG_NAME).is_file():
         raise UserError(f"{FLAG} {name_or_path}: no unet/{CONFIG_NAME} there; use the folder of a saved pipeline")
     return folder
+
+
+def _another_folder(folder: Path) -> str | None:
+    """What a folder is that is no saved pipeline, and which folder is probably meant; None for every other folder."""
+    folder = folder.absolute()
+    if (folder / "model_index.json").is_file():
+        return None
+    if (folder.parent / "model_index.json").is_file() and (folder / CONFIG_NAME).is_file():
+        return f"is a part of a saved pipeline: give {folder.parent}"
+    if (folder / "training_state.json").is_file():
+        if (folder.parent / "model_index.json").is_file():
+            return f"is a checkpoint, which is for resuming: give {folder.parent}, where the pipeline is saved"
+        return (
+            "is a checkpoint of a run that has not saved a pipeline yet: resume the run with "
+            f"--output_dir {folder.parent} --resume_from_checkpoint latest, or set --save_model_epochs"
+        )
+    if (folder / "preparation.json").is_file():
+        return "is a prepared dataset: give the --output_dir of a training run"
+    if any(folder.glob("checkpoint-*/training_state.json")):
+        return (
+            "is the folder of a run that has not saved a pipeline yet: it does so every --save_model_epochs and at "
+            "the end"
+        )
+    return None
 
 
 def load_pipeline(folder: Path, scheduler: SchedulerMixin) -> Pipeline:

@@ -93,8 +93,10 @@ def write_metadata(folder: Path, samples: Samples, rows: list[dict]) -> None:
     write_text(folder / METADATA_NAME, "\n".join(lines) + "\n")
 
 
-def write_grid(folder: Path, samples: Samples, count: int) -> None:
-    save_image(image_grid(samples.first(count)), folder / GRID_NAME)
+def write_grid(folder: Path, samples: Samples, rows: list[dict]) -> None:
+    """Write the picture of the first images, with the class or caption of each (`rows` of `Conditions`) below it."""
+    captions = [str(row.get("label", row.get("text", ""))) for row in rows]
+    save_image(image_grid(samples.first(len(rows)), captions=captions if any(captions) else None), folder / GRID_NAME)
 
 
 def versions() -> dict[str, str]:

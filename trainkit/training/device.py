@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from trainkit.errors import UserError
 from trainkit.options.training import HardwareOptions
+from trainkit.terminal import say
 
 
 class CompileOptions(Protocol):
@@ -92,7 +93,7 @@ def wants_compilation(options: CompileOptions, device: torch.device) -> bool:
     elif sys.platform != "win32" and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         missing = "a C compiler"
     if missing:
-        print(f"the UNet is not compiled, because torch.compile needs {missing}", flush=True)
+        say(f"the UNet is not compiled, because torch.compile needs {missing}")
     return missing is None
 
 

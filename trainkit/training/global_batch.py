@@ -11,6 +11,7 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import BatchShape
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
+from trainkit.terminal import say
 from trainkit.training.checkpoints.state import read_training_state
 from trainkit.training.device import largest_micro_batch, memory_trial
 
@@ -44,8 +45,8 @@ def split_global_batch(
                 f"make up the global batch of {kept} images that {candidates[0].name} was trained with: choose a "
                 f"divisor of {kept // math.gcd(kept, accelerator.num_processes)}"
             )
-        if kept // once != micro_steps and accelerator.is_main_process:
-            print(f"--gradient_accumulation_steps {kept // once} keeps the global batch of {kept}", flush=True)
+        if kept // once != micro_steps:
+            say(f"--gradient_accumulation_steps {kept // once} keeps the global batch of {kept}")
         micro_steps = kept // once
     accelerator.gradient_accumulation_steps = micro_steps
     return BatchShape(per_device, micro_steps, accelerator.num_processes, accelerator.process_index)

@@ -15,6 +15,7 @@ from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import SampleOrder
 from trainkit.errors import UserError, one_line
+from trainkit.terminal import warn
 
 READ_THE_DEVICE = ("Adafactor", "Prodigy")  # optimizers whose steps compute on the host with values from the device
 SKIPPED_FILE, NAMED_IMAGES = "skipped_steps.jsonl", 8
@@ -37,10 +38,9 @@ class WriteGuard:
         except (OSError, RuntimeError, SafetensorError) as error:  # what the different writers raise
             reason = one_line(error)
             self._failures[kind] = f"{what} could not be written ({reason})"
-            print(
-                f"\nWARNING: {what} could not be written to --output_dir {self.output_dir} ({reason}); training "
-                "continues, and earlier files are kept. Is the disk full?",
-                flush=True,
+            warn(
+                f"{what} could not be written to --output_dir {self.output_dir} ({reason}); training continues, and "
+                "earlier files are kept. Is the disk full?"
             )
 
     def raise_failure(self) -> None:
@@ -153,16 +153,15 @@ class SkippedSteps:
         indices = self.order.indices(positions)
         sources = self.images.sources(indices)
         more = f" and {len(sources) - NAMED_IMAGES} more" if len(sources) > NAMED_IMAGES else ""
-        print(
-            f"\nWARNING: step {step} was skipped because its gradient is not finite; its images: "
-            f"{', '.join(sources[:NAMED_IMAGES])}{more} (all in {SKIPPED_FILE})",
-            flush=True,
+        warn(
+            f"step {step} was skipped because its gradient is not finite; its images: "
+            f"{', '.join(sources[:NAMED_IMAGES])}{more} (all in {SKIPPED_FILE})"
         )
         try:
             with (self.output_dir / SKIPPED_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "indices": indices.tolist(), "sources": sources}) + "\n")
         except OSError as error:  # a full disk must not end the training
-            print(f"\nWARNING: {SKIPPED_FILE} could not be written: {error.strerror}", flush=True)
+            warn(f"{SKIPPED_FILE} could not be written: {error.strerror}")
 
 
 def check_same_dataset(accelerator: Accelerator, images: PreparedImages) -> None:

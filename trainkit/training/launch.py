@@ -1,6 +1,7 @@
 """Start Accelerate, and refuse launches that would silently start something else than requested."""
 
 import os
+import shlex
 import sys
 from dataclasses import replace
 from typing import TypeVar
@@ -19,7 +20,7 @@ CompiledT = TypeVar("CompiledT", bound=CompileOptions)
 DYNAMO = "ACCELERATE_DYNAMO_"  # environment variables of Accelerate's launcher
 TWO_CPU_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "
-    "--mixed_precision no --dynamo_backend no {script} ..."
+    "--mixed_precision no --dynamo_backend no {script}"
 )
 
 
@@ -45,6 +46,21 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
             raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
         set_cpu_threads(cpu_threads)
     return accelerator
+
+
+def launch_command(num_processes: int, device_type: str, script: str | None = None) -> str:
+    """The command, without flags of the script, that starts `script` (default: this one) on as many processes."""
+    script, machines = shlex.quote(script or sys.argv[0]), 1
+    if "WORLD_SIZE" in os.environ:
+        machines = int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if num_processes == 1:
+        return f"python {script}"
+    if machines > 1:
+        where = f"--num_machines {machines} --machine_rank ... --main_process_ip ..."
+        return f"accelerate launch --multi_gpu --num_processes {num_processes} {where} {script}"
+    if device_type == "cpu":
+        return TWO_CPU_PROCESSES.format(n=num_processes, script=script)
+    return f"accelerate launch --multi_gpu --num_processes {num_processes} {script}"
 
 
 def set_cpu_threads(cpu_threads: int) -> None:
@@ -182,12 +198,9 @@ def _default_threads(local_processes: int) -> int:
 def _check_processes(asked: int, num_processes: int, device_type: str) -> None:
     if asked <= num_processes:
         return
-    command = TWO_CPU_PROCESSES.format(n=asked, script=os.path.basename(sys.argv[0]))
-    if device_type != "cpu":
-        command = f"accelerate launch --multi_gpu --num_processes {asked} {os.path.basename(sys.argv[0])} ..."
     raise UserError(
         f"{asked} processes were requested, but this one runs with {num_processes}: they would not work together. "
-        f"Start them with: {command}"
+        f"Start them with: {launch_command(asked, device_type, os.path.basename(sys.argv[0]))} ..."
     )
 
 

@@ -17,6 +17,7 @@ from trainkit.atomic import replacing, write_json
 from trainkit.data.loading.loader import Batch
 from trainkit.errors import UserError
 from trainkit.options.training import OptimizationOptions
+from trainkit.terminal import tell
 from trainkit.training.run import Run
 
 LEAST_RATE, MOST_RATE, STEPS = 1e-6, 1.0, 120  # 20 steps per factor of ten
@@ -54,10 +55,9 @@ def find_learning_rate(run: Run, loss_of: Callable[[torch.nn.Module, Batch], tor
     if run.accelerator.is_main_process:
         with run.writing(FILE):
             _write(run, rates, losses, suggestion)
-    run.accelerator.print(
-        f"\n--learning_rate {suggestion:.2g} is a good start for --optimizer {run.options.optimizer}; the curve is "
-        f"in {run.output_dir / 'learning_rate.png'}. Nothing was trained: run again without --find_learning_rate",
-        flush=True,
+    tell(
+        f"--learning_rate {suggestion:.2g} is a good start for --optimizer {run.options.optimizer}; the curve is "
+        f"in {run.output_dir / 'learning_rate.png'}. Nothing was trained: run again without --find_learning_rate"
     )
     run.close()
     return suggestion

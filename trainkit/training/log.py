@@ -1,60 +1,26 @@
-"""The log of a run: metrics.jsonl, the experiment tracker, the progress bar and loss.png."""
+"""The log of a run: metrics.jsonl, the experiment tracker, the progress and loss.png."""
 
 import contextlib
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, tracking
+from accelerate import Accelerator
 from PIL import Image
-from tqdm.auto import tqdm
 
 from trainkit.atomic import replacing, write_text
-from trainkit.errors import UserError, one_line
-from trainkit.options.training import SECRET_OPTIONS, LoggingOptions
+from trainkit.options.training import LoggingOptions
 from trainkit.processes import on_main_process
+from trainkit.terminal import Progress, warn
 from trainkit.training.throughput import Throughput
+from trainkit.training.trackers import start_trackers, tracked_values
 
 METRICS_FILE = "metrics.jsonl"
-
-
-def check_tracker(logger: str) -> None:
-    """Raise `UserError` if the package of `--logger` is not installed; Accelerate would log nothing, silently."""
-    if logger != "none" and logger not in map(str, tracking.get_available_trackers()):
-        raise UserError(f"--logger {logger}: its package is not installed: pip install {logger}, or --logger none")
-
-
-def start_trackers(accelerator: Accelerator, options: LoggingOptions, output_dir: Path) -> None:
-    """Start the tracker that `accelerator` was created with and log the options, except for secret ones.
-
-    Trackers write on the main process only; call this there.
-
-    Raises:
-        UserError: the tracker does not start, for example because Weights & Biases is not logged in.
-    """
-    settings = {key: value for key, value in asdict(options).items() if key not in SECRET_OPTIONS}
-    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
-    arguments = {}
-    if options.logger == "wandb":
-        folder = Path(os.environ.get("WANDB_DIR", output_dir / options.logging_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        arguments = {"wandb": {"dir": str(folder)}}
-    for secret in filter(None, (getattr(options, name, None) for name in SECRET_OPTIONS)):
-        sys.argv[:] = [word.replace(secret, "***") for word in sys.argv]  # wandb stores the command line
-    try:
-        accelerator.init_trackers(output_dir.resolve().name, config=settings, init_kwargs=arguments)
-    except Exception as error:  # each package raises its own
-        hint = "log in with `wandb login` or set WANDB_MODE=offline" if options.logger == "wandb" else "fix this"
-        raise UserError(
-            f"--logger {options.logger} cannot start ({one_line(error)}): {hint}, or use --logger none"
-        ) from None
+SLOW_DATA = 0.1  # the share of waiting time from which the progress names it
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -121,23 +87,25 @@ class StepLog:
         throughput: Throughput,
     ):
         self.accelerator, self.output_dir, self.global_batch_size = accelerator, output_dir, global_batch_size
-        self.throughput, self.progress = throughput, tqdm(disable=True)  # until `start`
+        self.throughput, self.progress = throughput, Progress("training", 0, "steps", hidden=True)  # until `start`
         self._pending: list[tuple[int, torch.Tensor, float, float | torch.Tensor]] = []
+        self.show_progress = True
         self._tracked = options.logger != "none"
         if self._tracked:
             on_main_process(lambda: start_trackers(accelerator, options, output_dir))  # some use the network
 
     def start(self, step: int, max_train_steps: int) -> None:
-        """Start the clock and the progress bar at optimizer step `step`."""
+        """Start the clock and the progress at optimizer step `step`."""
         self._window_start, self._window_step, self._window_wait_s = time.perf_counter(), step, 0.0
         self._max_train_steps = max_train_steps
-        hidden = not self.accelerator.is_local_main_process
-        self.progress = tqdm(total=max_train_steps, initial=step, desc="training", unit="step", disable=hidden)
+        self._details, self._left_s = "", None  # of the last flush
+        self.progress = Progress("training", max_train_steps, "steps", step, hidden=not self.show_progress)
 
     def add(self, step: int, loss: torch.Tensor, learning_rate: float, grad_norm: float | torch.Tensor) -> None:
         """Record one optimizer step without reading anything from the device."""
         self._pending.append((step, loss, learning_rate, grad_norm))
-        self.progress.update(1)
+        if step < self._max_train_steps:  # the last one is shown with its loss
+            self.progress.update(step, self._details, self._left_s)
 
     def pause(self, seconds: float) -> None:
         """Exclude `seconds` of sampling or saving from the training speed."""
@@ -161,10 +129,13 @@ class StepLog:
         rows[-1] |= self._speed(steps[-1], wait_s)
         if self.accelerator.is_main_process:
             self._write(rows)
-        self.progress.set_postfix_str(
-            f"loss {sum(means) / len(means):.4f}, lr {rates[-1]:.2e}, {rows[-1]['images_per_s']:.0f} images/s, "
-            f"data wait {rows[-1]['data_wait_share']:.1%}"
+        self._details = (
+            f"loss {sum(means) / len(means):.4f}, lr {rates[-1]:.2e}, {rows[-1]['images_per_s']:.3g} images/s"
         )
+        if rows[-1]["data_wait_share"] > SLOW_DATA:
+            self._details += f", {rows[-1]['data_wait_share']:.0%} of the time waiting for data"
+        self._left_s = rows[-1]["eta_s"]
+        self.progress.update(steps[-1], self._details, self._left_s)
         return list(zip(steps, grad_norms, strict=True))
 
     def _speed(self, step: int, wait_s: float) -> dict[str, float]:
@@ -197,10 +168,10 @@ class StepLog:
                 file.writelines(json.dumps(_to_json(row)) + "\n" for row in rows)
             with _one_flush(self.accelerator.trackers if self._tracked else []):
                 for row in rows if self._tracked else ():
-                    numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
-                    self.accelerator.log(numbers, step=row["step"])
+                    values = tracked_values(row, self.accelerator.num_processes)
+                    self.accelerator.log(values, step=row["step"])
         except OSError as error:  # a full disk must not end the training
-            print(f"\nWARNING: {METRICS_FILE} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+            warn(f"{METRICS_FILE} cannot be written: {error.strerror}")
 
     def write_image(self, name: str, image: Image.Image, step: int) -> None:
         """Send a picture to the trackers that accept images."""

@@ -15,19 +15,21 @@ from filelock import FileLock, Timeout
 
 from trainkit import __version__
 from trainkit.atomic import write_json
-from trainkit.data.files import exists, location
-from trainkit.data.format import PREPARATION_NAME
+from trainkit.data.files import location
+from trainkit.data.preparation.output import is_among_images
 from trainkit.errors import UserError
 from trainkit.locking import holder_of, write_holder
 from trainkit.options.script import TrainingOptions
 from trainkit.sampling.pipeline import PIPELINE_PARTS
+from trainkit.terminal import say
 from trainkit.training.checkpoints import folder as checkpoints
+from trainkit.training.config_file import CONFIG_NAME
 from trainkit.training.log import METRICS_FILE
 
 MARKER_FOLDER, MARKER = ".trainkit", "run.json"
 RUN_FILES = (
     *PIPELINE_PARTS, "samples", "loss.png", METRICS_FILE, "skipped_steps.jsonl", "ema_snapshots", "learning_rate.json",
-    "learning_rate.png", "stages", "distillation.json",
+    "learning_rate.png", "stages", "distillation.json", CONFIG_NAME,
 )  # fmt: skip
 LOCK_WAIT_S = 20.0  # a stopped run may need this long to write its last checkpoint
 NAMED_FILES = 5
@@ -76,7 +78,7 @@ def _acquire(output_dir: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"--output_dir {output_dir} is in use by {holder_of(info)}: waiting for it to end", flush=True)
+        say(f"--output_dir {output_dir} is in use by {holder_of(info)}: waiting for it to end")
         try:
             lock.acquire(timeout=LOCK_WAIT_S)
         except Timeout:
@@ -127,7 +129,7 @@ def _start_again(output_dir: Path) -> None:
     backup.mkdir()
     for name in present:
         (output_dir / name).rename(backup / name)
-    print(f"moved {', '.join(present)} of {output_dir} to {backup}", flush=True)
+    say(f"moved {', '.join(present)} of {output_dir} to {backup}")
 
 
 def _refuse_output_among_images(options: TrainingOptions) -> None:
@@ -136,11 +138,7 @@ def _refuse_output_among_images(options: TrainingOptions) -> None:
         given = getattr(options, flag)
         if given is None or (flag == "train_data_dir" and options.dataset_name is not None):
             continue
-        place = location(given, options.storage_options)
-        if not isinstance(place, Path) or not place.is_dir() or exists(place / PREPARATION_NAME):
-            continue
-        output_dir = Path(options.output_dir).resolve()
-        if output_dir.is_relative_to(place.resolve()):
+        if is_among_images(Path(options.output_dir), location(given, options.storage_options)):
             raise UserError(
                 f"--output_dir {options.output_dir} is inside --{flag} {given}: its grids would become training "
                 "images; choose a folder outside"

@@ -76,15 +76,16 @@ class Outputs:
         """Write a grid of samples from the averaged weights: samples/<step>.png and samples.png."""
         run, options, count = self.run, self.run.options, self.run.options.eval_batch_size
         conditions: list | np.ndarray | None = None
-        columns, guidance = None, {}
+        columns, guidance, names, captions = None, {}, None, None
         if run.condition is not None:
             assert isinstance(options, ConditionalTrainingOptions)  # a condition comes from them
             conditions, columns = run.condition.preview_conditions(count, options.seed)
             guidance = {"guidance_scale": options.preview_guidance_scale}
+            names, captions = _words(run.condition, conditions)
         samples = self._generate(count if conditions is None else len(conditions), conditions, **guidance)
         if not run.accelerator.is_main_process:
             return
-        grid = image_grid(samples, columns)
+        grid = image_grid(samples, columns, row_names=names, captions=captions)
         with run.writing("samples.png"):
             (run.output_dir / "samples").mkdir(exist_ok=True)
             save_image(grid, run.output_dir / "samples" / f"{run.step:07d}.png")
@@ -126,3 +127,10 @@ class Outputs:
                 conditions,
                 **guidance,
             )
+
+
+def _words(condition: ImageCondition, conditions: list | np.ndarray) -> tuple[list[str] | None, list[str] | None]:
+    """What is written into a grid of `conditions`: classes beside the rows, and captions below the images."""
+    if condition.names:
+        return [condition.names[label] for label in dict.fromkeys(conditions)], None
+    return None, [str(text) for text in conditions] if condition.argument == "prompt" else None

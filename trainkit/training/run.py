@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +32,7 @@ from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.options.script import TrainingOptions
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.processes import end_together
+from trainkit.terminal import say, tell
 from trainkit.training.averages.ema import ShardedEMA
 from trainkit.training.averages.power_ema import PowerAverages
 from trainkit.training.checkpoints.resume import describe_dataset
@@ -39,6 +41,7 @@ from trainkit.training.checkpoints.writer import CheckpointWriter
 from trainkit.training.device import uncompiled
 from trainkit.training.guards import SkippedSteps, WriteGuard, check_replicas, step_if_finite
 from trainkit.training.log import StepLog, plot_loss
+from trainkit.training.next_step import resume_command, sample_command
 from trainkit.training.optimizers import averaged_by_optimizer
 from trainkit.training.sharding import gradient_norm_to_tensor, is_sharded, no_gradient_sync, unsharded_copy
 from trainkit.training.signals import StopSignals
@@ -69,6 +72,7 @@ class Run:
     throughput: Throughput
     writing: WriteGuard
     max_train_steps: int
+    settings: Any  # the script's own options, which config.yaml holds
     step: int = 0
     stopped: bool = False  # by a signal
     lock: FileLock | None = None  # of the output folder, on the main process
@@ -147,7 +151,7 @@ class Run:
     def _report_compilation(self, seconds: float) -> None:
         self._compiling_since = None
         self.log.pause(seconds)
-        self.accelerator.print(f"\ncompiled the UNet in {seconds:.1f} s (--no_compile: start without)", flush=True)
+        say(f"compiled the UNet in {seconds:.1f} s (--no_compile: start without)")
 
     def _after_step(self) -> None:
         """Log, compare replicas and write a checkpoint if they are due."""
@@ -214,12 +218,16 @@ class Run:
                 plot_loss(self.output_dir)
         self.close(another_follows and not self.stopped)
         self.writing.raise_failure()
+        processes = self.shape.num_processes, self.accelerator.device.type
         if self.stopped:
-            self.accelerator.print(
-                f"stopped by a signal at step {self.step}: continue with --resume_from_checkpoint latest"
-            )
+            command = resume_command(self.output_dir, self.settings, *processes)
+            tell(f"stopped by a signal at step {self.step}, checkpoint written; continue with: {command}")
         else:
-            self.accelerator.print(f"saved the pipeline, samples.png and loss.png in {self.output_dir}")
+            saved = f"saved the pipeline, samples.png and loss.png in {self.output_dir}"
+            if another_follows:  # a stage of a distillation
+                say(saved)
+            else:
+                tell(f"{saved}; next: {sample_command(self.options)}")
 
     # Checkpoints
 

@@ -17,6 +17,7 @@ from trainkit.evaluation.images import ImageArray, PreparedFolder
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import wait_for_everyone
 from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
+from trainkit.terminal import say
 from trainkit.training.run import Run
 
 MINIMUM_IMAGES, REFERENCE_IMAGES = 4, 1000
@@ -98,10 +99,9 @@ class SampleScore:
                 "kid_num_inference_steps": options.ddpm_num_inference_steps,
             },
         )
-        print(
-            f"\nstep {run.step}: KID {distance['kid']:.4g} +- {distance['kid_std']:.2g} | {options.score_images} "
+        say(
+            f"step {run.step}: KID {distance['kid']:.4g} +- {distance['kid_std']:.2g} | {options.score_images} "
             f"generated, {self.num_reference} {self.reference_name} images | {DEFAULT_SCHEDULER}, "
             f"{options.ddpm_num_inference_steps} steps | {self.extractor.name} | "
-            f"{comparability(self.extractor.weights_sha256, options.score_images, self.num_reference)}",
-            flush=True,
+            f"{comparability(self.extractor.weights_sha256, options.score_images, self.num_reference)}"
         )

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from trainkit.data.loading.augment import build_augmentation, check_augmentation
 from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import BatchLoader, BatchShape
+from trainkit.data.trial import num_images
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.diffusion.noise_schedule import build_noise_scheduler
 from trainkit.diffusion.objective import check_objective
@@ -25,6 +27,7 @@ from trainkit.options.script import TrainingOptions
 from trainkit.processes import on_main_process
 from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 from trainkit.sampling.schedulers import check_steps, scheduler_bundle
+from trainkit.terminal import warn
 from trainkit.training import launch
 from trainkit.training.averages.ema import build_ema
 from trainkit.training.averages.power_ema import PowerAverages, check_ema_power_lengths
@@ -36,17 +39,21 @@ from trainkit.training.checkpoints.resume import (
 )
 from trainkit.training.checkpoints.state import restore, restore_random_states
 from trainkit.training.checkpoints.writer import CheckpointWriter
+from trainkit.training.config_file import CONFIG_NAME, write_config
 from trainkit.training.device import compile_unet, memory_format, move_to_device, prepare_device
+from trainkit.training.dry_run import trial_options
 from trainkit.training.global_batch import split_global_batch
 from trainkit.training.guards import SkippedSteps, WriteGuard, check_same_dataset
 from trainkit.training.learning_rate_finder import check_learning_rate_search
-from trainkit.training.log import check_tracker, truncate_metrics
+from trainkit.training.log import truncate_metrics
 from trainkit.training.optimizers import build_lr_scheduler, build_optimizer, check_optimization, resume_lr_scheduler
 from trainkit.training.output_folder import check_output_dir, claim_output_dir
 from trainkit.training.run import Run
 from trainkit.training.score import check_score
 from trainkit.training.sharding import shard
+from trainkit.training.summary import print_summary, reproducing
 from trainkit.training.throughput import Throughput, flops_of_image
+from trainkit.training.trackers import check_tracker
 
 
 def resolve_options(options: TrainingOptions) -> TrainingOptions:
@@ -114,12 +121,18 @@ def start_run(
     images: PreparedImages,
     condition: ImageCondition | None = None,
     order: ClassBalancedOrder | None = None,
+    settings: Any = None,
 ) -> Run:
     """Claim the output folder, build the parts of a run, and resume them from a checkpoint if there is one.
 
-    `condition` gives the model's further inputs; `order` replaces the default of every image once per epoch. A
-    collective: call it on every rank. Raises `UserError` on all ranks.
+    `condition` gives the model's further inputs; `order` replaces the default of every image once per epoch.
+    `settings` are the script's own options, if these are others than `options`; they are written to config.yaml. With
+    `--dry_run` the run is one in a temporary folder. A collective: call it on every rank. Raises `UserError` on all
+    ranks.
     """
+    settings, asked = settings or options, options
+    if options.dry_run:
+        options = trial_options(options, images)
     check_same_dataset(accelerator, images)
     locks: list[FileLock] = []
     on_main_process(lambda: locks.append(claim_output_dir(options)))
@@ -131,7 +144,7 @@ def start_run(
 
     unet = move_to_device(unet, options, accelerator.device)
     shape = split_global_batch(options, accelerator, unet, images, inputs_of, candidates)
-    max_train_steps = count_steps(options, len(images), shape.global_size)
+    max_train_steps = count_steps(options, num_images(images), shape.global_size)
     image_flops = flops_of_image(unet, (images.channels, images.height, images.width), inputs_of(1))
     model, optimizer = _prepare_model(options, accelerator, unet)
     compile_unet(accelerator.unwrap_model(model), options, shape.micro_steps, accelerator.device)
@@ -147,18 +160,26 @@ def start_run(
         max_train_steps,
         candidates,
         image_flops,
+        settings,
     )
     run.lock = locks[0] if locks else None
-    if accelerator.is_main_process and options.lr_warmup_steps >= max_train_steps:
-        print(
-            f"WARNING: --lr_warmup_steps {options.lr_warmup_steps} is not less than the {max_train_steps} steps of "
-            "the run: the learning rate does not stay at its peak",
-            flush=True,
-        )
-    _resume(run, candidates)
-    run.start_log()
-    _announce(run)
+    resumed_from = _resume(run, candidates)
+    _announce(run, asked, resumed_from)
     return run
+
+
+def _announce(run: Run, asked: TrainingOptions, resumed_from: Path | None) -> None:
+    """Write config.yaml, start the trackers and print the summary of the options `asked` for."""
+    if run.accelerator.is_main_process and not asked.find_learning_rate:
+        with run.writing(CONFIG_NAME):
+            write_config(run.output_dir, *reproducing(run))
+    run.start_log()
+    print_summary(run, asked, resumed_from)
+    if run.accelerator.is_main_process and asked.lr_warmup_steps >= run.max_train_steps:
+        warn(
+            f"--lr_warmup_steps {asked.lr_warmup_steps} is not less than the {run.max_train_steps} steps of the run: "
+            "the learning rate does not stay at its peak"
+        )
 
 
 def _build_run(
@@ -173,6 +194,7 @@ def _build_run(
     max_train_steps: int,
     candidates: list[Path],
     image_flops: int,
+    settings: Any,
 ) -> Run:
     """The run at step 0, around a prepared model and its optimizer."""
     unet = accelerator.unwrap_model(model)
@@ -207,6 +229,7 @@ def _build_run(
         throughput=Throughput(image_flops, accelerator.device, accelerator.mixed_precision, accelerator.num_processes),
         writing=writing,
         max_train_steps=max_train_steps,
+        settings=settings,
     )
 
 
@@ -253,8 +276,8 @@ def _build_loader(
     )
 
 
-def _resume(run: Run, candidates: list[Path]) -> None:
-    """Load the first of `candidates` that can be read into the parts of `run`."""
+def _resume(run: Run, candidates: list[Path]) -> Path | None:
+    """Load the first of `candidates` that can be read into the parts of `run`; returns it."""
 
     def load(folder: Path) -> dict:
         saved = restore(folder, run.unet, run.averages, run.optimizer.optimizer)
@@ -273,17 +296,4 @@ def _resume(run: Run, candidates: list[Path]) -> None:
     else:
         on_main_process(lambda: report_resume(run.options, run.images, folder, saved, run.max_train_steps))
     run.power_averages.start(run.step)
-
-
-def _announce(run: Run) -> None:
-    parameters = sum(p.numel() for p in run.unet.parameters())
-    shape, size = run.shape, f"{run.images.height}x{run.images.width}"
-    stage = "ZeRO-3" if run.options.reshard_after_forward else "ZeRO-2"
-    sharded = f"weights sharded over the processes ({stage}), " if run.sharded else ""
-    run.accelerator.print(
-        f"{len(run.images):,} images {size}, {parameters / 1e6:.1f} M parameters, "
-        f"{run.max_train_steps:,} steps of {shape.global_size} images = "
-        f"{shape.per_device} per device x {shape.num_processes} processes x {shape.micro_steps} micro-steps, "
-        f"{sharded}mixed precision {run.accelerator.mixed_precision}; {run.throughput}",
-        flush=True,
-    )
+    return folder

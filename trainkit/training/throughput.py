@@ -83,8 +83,7 @@ class Throughput:
         self.peak_tflops = peak_tflops(self.device_name, mixed_precision)
 
     def __str__(self) -> str:
-        peak = f" with a peak of {self.peak_tflops:g} TFLOP/s" if self.peak_tflops else ""
-        return f"{self.image_flops / 1e9:.2f} GFLOP per image, {self.device_name}{peak}"
+        return f"{self.image_flops / 1e9:.3g} GFLOP per image in training"
 
     def values(self, images_per_s: float) -> dict[str, float]:
         """`images_per_s` is over all processes, the rest per device. `mfu` is the fraction of the peak, if known."""

@@ -25,6 +25,7 @@ from trainkit.data.settings import check_training_size
 from trainkit.diffusion.noise_schedule import uniform_timesteps
 from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
+from trainkit.terminal import say
 from trainkit.training.run import Run
 
 NUM_BINS = 4
@@ -167,7 +168,7 @@ class HeldOutLoss:
         run.log.write_values(run.step, values)
         total, *bins = ((name.removeprefix("validation_loss_"), value) for name, value in values.items())
         by_noise = ", ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in bins)
-        run.accelerator.print(f"\nstep {run.step}: validation loss {total[1]:.4f} ({by_noise})", flush=True)
+        say(f"step {run.step}: validation loss {total[1]:.4f} ({by_noise})")
 
     def losses(self, unet: torch.nn.Module) -> np.ndarray:
         """The loss of each validation image (N,) float32, on every rank; each computes its share."""

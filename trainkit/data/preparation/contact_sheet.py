@@ -27,6 +27,7 @@ from trainkit.data.preparation.shards import ShardWriter
 from trainkit.data.sources.folder import FolderReader
 from trainkit.data.sources.source import Source
 from trainkit.errors import one_line
+from trainkit.terminal import warn
 
 SHEET_NAME = "contact_sheet.html"
 SEED = 0
@@ -62,7 +63,7 @@ def write_contact_sheet(folder: Path | RemotePath, source: Source | None = None)
     """
     path = folder / SHEET_NAME
     if _is_foreign(path):
-        print(f"{path} is not a contact sheet and is kept: no contact sheet is written", flush=True)
+        warn(f"{path} is not a contact sheet and is kept: no contact sheet is written")
         return None
     if (
         isinstance(folder, Path)
@@ -86,7 +87,7 @@ def write_contact_sheet(folder: Path | RemotePath, source: Source | None = None)
     try:
         write_text(path, page)
     except OSError as error:
-        print(f"{path} cannot be written ({one_line(error.strerror or error)})", flush=True)
+        warn(f"{path} cannot be written ({one_line(error.strerror or error)})")
         return None
     return path
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 from trainkit.data.files import (
     RemotePath,
     delete,
+    exists,
     is_temporary,
     make_folder,
     read_schema,
@@ -199,3 +200,10 @@ def output_errors(folder: Path | RemotePath, output_flag: str) -> Iterator[None]
         )  # fmt: skip
         reason = one_line(error.strerror or error)
         raise UserError(f"{output_flag} {folder} cannot be written ({reason}); {fix}") from None
+
+
+def is_among_images(output_dir: Path, source: Path | RemotePath) -> bool:
+    """Whether `output_dir` is inside `source`, a local folder of raw images: the next run would read it with them."""
+    if not isinstance(source, Path) or not source.is_dir() or exists(source / PREPARATION_NAME):
+        return False
+    return output_dir.resolve().is_relative_to(source.resolve())

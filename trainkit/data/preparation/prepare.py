@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from tqdm import tqdm
-
 from trainkit.data import faults
 from trainkit.data.account import Account
 from trainkit.data.files import RemotePath, location, make_folder, read_schema, sizes
@@ -45,6 +43,7 @@ from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.source import Source
 from trainkit.errors import UserError
 from trainkit.locking import locked
+from trainkit.terminal import Progress, say
 
 Unit = tuple[Path | RemotePath, Sequence]  # a shard and its items
 
@@ -145,7 +144,7 @@ def _lock(work: Path | RemotePath, output_flag: str, show_progress: bool) -> Ite
 
     def announce(holder: str) -> None:
         if show_progress:
-            print(f"{output_flag} {work} is being prepared by {holder}: waiting for it to finish", flush=True)
+            say(f"{output_flag} {work} is being prepared by {holder}: waiting for it to finish")
 
     with locked(work / LOCK_NAME, announce):
         yield
@@ -153,7 +152,7 @@ def _lock(work: Path | RemotePath, output_flag: str, show_progress: bool) -> Ite
 
 def _up_to_date(preparation: dict, output_dir: Path | RemotePath, show_progress: bool) -> dict:
     if show_progress:
-        print(f"{output_dir} is up to date: {format_counts(preparation)}", flush=True)
+        say(f"{output_dir} is up to date: {format_counts(preparation)}")
     with contextlib.suppress(OSError):  # a finished dataset may be read-only
         delete_own_files(output_dir / WORK_FOLDER, everything=True)
         delete_after_kill(output_dir)
@@ -193,9 +192,9 @@ def _run(task: Task, engines: tuple[Callable, Callable], rejections: Rejections)
     if task.show_progress:
         seconds = time.monotonic() - started
         megabytes = sum(shard["num_bytes"] for shard in preparation["shards"]) / 1e6
-        print(f"{task.output_dir}: {format_counts(preparation)}, {megabytes:,.1f} MB")
+        say(f"{task.output_dir}: {format_counts(preparation)}, {megabytes:,.1f} MB")
         rate = plan.num_missing / max(seconds, 1e-9)
-        print(f"prepared {plan.num_missing:,} files in {seconds:.1f} s, {rate:,.0f} images/s", flush=True)
+        say(f"prepared {plan.num_missing:,} files in {seconds:.1f} s, {rate:,.0f} images/s")
         print_account(preparation)
     return preparation
 
@@ -205,8 +204,8 @@ def _run_jobs(task: Task, plan: Plan, engine: Callable, rejections: Rejections) 
     for count, rejected in plan.earlier_results():
         rejections.add(rejected)
         num_seen += count
-    is_hidden = None if task.show_progress else True
-    with tqdm(total=num_files, initial=num_files - plan.num_missing, unit=" images", disable=is_hidden) as bar:
+    done, hidden = num_files - plan.num_missing, not task.show_progress
+    with Progress("preparing", num_files, "images", done, hidden) as progress:
         for job in engine(task.writer, plan.next_job):
             if isinstance(job, SliceJob):
                 num_seen += len(job.items)
@@ -214,14 +213,14 @@ def _run_jobs(task: Task, plan: Plan, engine: Callable, rejections: Rejections) 
                     rejections.add(read_summary(read_schema(job.path))["rejected"])
                     if EARLY_FILES <= num_seen < num_files:
                         rejections.check(num_seen)
-                bar.update(len(job.items))
+                progress.advance(len(job.items))
             plan.mark_done(job)
 
 
 def print_account(preparation: dict) -> None:
     """Print the account of everything that was found, one line per kind."""
     for line in Account.from_json(preparation.get("account", {}), preparation["ignored"]).lines():
-        print(f"  {line}", flush=True)
+        say(f"  {line}")
 
 
 def slice_items(settings: PreparationSettings) -> int:

@@ -1,7 +1,20 @@
 """Whether the folders of images are their classes, for folders and archives alike."""
 
+import re
+
 from trainkit.data.account import MAX_EXAMPLES, Account, Kind
 from trainkit.data.sources.entries import folder_class
+
+REPEATS = re.compile(r"([1-9][0-9]*)_.+")
+
+
+def _are_repeats(names: set[str]) -> bool:
+    """Whether all folders are named like 10_cat, and not numbered one after the other like classes."""
+    found = [REPEATS.fullmatch(name) for name in names]
+    if not found or None in found:
+        return False
+    numbers = sorted(int(match[1]) for match in found if match)
+    return len(numbers) == 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 class FolderClasses:
@@ -37,7 +50,9 @@ class FolderClasses:
             self._note_folder(folder, path)
 
     def count(self, account: Account) -> None:
-        """Add to the account why folders are not classes, or which images are not in one."""
+        """Add to the account why folders are not classes, which images are not in one, and repeats of kohya."""
+        for name in sorted(self.names) if _are_repeats(self.names) else ():
+            account.add(Kind.REPEATS, name)
         if self._reason:
             account.add(Kind.NO_CLASSES, self._reason)
         elif self._label_from == "top_folder" and self.are_classes:

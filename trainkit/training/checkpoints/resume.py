@@ -15,6 +15,7 @@ from trainkit.options.model import ModelOptions, ObjectiveOptions
 from trainkit.options.script import TrainingOptions
 from trainkit.options.training import EmaOptions, OptimizationOptions
 from trainkit.processes import on_main_process
+from trainkit.terminal import say, warn
 from trainkit.training.checkpoints import folder as checkpoints
 from trainkit.training.checkpoints.state import EMA, read_training_state
 from trainkit.training.log import METRICS_FILE, truncate_metrics
@@ -49,14 +50,14 @@ def _complete_checkpoints(output_dir: Path, resume_from: str) -> list[Path]:
         if problem is None:
             complete.append(folder)
         else:
-            print(f"WARNING: {folder} is damaged ({problem}); trying the previous one", flush=True)
+            warn(f"{folder} is damaged ({problem}); trying the previous one")
     if candidates and not complete:
         raise UserError(
             f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged; "
             "--overwrite_output_dir starts again"
         )
     if not complete:
-        print(f"no checkpoint in {output_dir} yet: starting a new run", flush=True)
+        say(f"no checkpoint in {output_dir} yet: starting a new run")
     return complete
 
 
@@ -112,7 +113,7 @@ def restore_first(candidates: list[Path], restore: Callable[[Path], dict]) -> tu
                 f"--resume_from_checkpoint {folder} does not fit this run or is damaged ({reason}): resume with the "
                 "options in its training_state.json"
             )
-        print(f"WARNING: {folder} cannot be loaded ({reason}); trying the previous one", flush=True)
+        warn(f"{folder} cannot be loaded ({reason}); trying the previous one")
     return None, {}
 
 
@@ -121,21 +122,20 @@ def report_resume(
 ) -> None:
     """Print what is resumed and what has changed, and move an abandoned branch aside. Main process only."""
     output_dir, step = Path(options.output_dir), saved["step"]
-    print(f"resumed from {folder}: {step} of {max_train_steps} steps done", flush=True)
+    say(f"resumed from {folder}: {step} of {max_train_steps} steps done")
     if options.resume_from_checkpoint != "latest":
         _set_aside(output_dir, step)
     truncate_metrics(output_dir, step)
     if saved["dataset"] != images.fingerprint:
         before = saved.get("dataset_description", "another dataset")
-        print(f"WARNING: the dataset has changed: {before} before, {describe_dataset(images)} now", flush=True)
+        warn(f"the dataset has changed: {before} before, {describe_dataset(images)} now")
     differences = format_differences(saved["options"], asdict(options))
     if differences:
-        print(f"WARNING: these options differ from the checkpoint's and apply from here on: {differences}", flush=True)
+        warn(f"these options differ from the checkpoint's and apply from here on: {differences}")
     if step >= max_train_steps:
-        print(
+        say(
             f"nothing left to train: {step} steps are done and the run has {max_train_steps}; for more, raise "
-            "--max_train_steps (or --num_epochs, --max_train_images)",
-            flush=True,
+            "--max_train_steps (or --num_epochs, --max_train_images)"
         )
 
 
@@ -156,7 +156,7 @@ def _set_aside(output_dir: Path, step: int) -> None:
     if (output_dir / METRICS_FILE).exists():
         shutil.copy2(output_dir / METRICS_FILE, target / METRICS_FILE)
     names = ", ".join(path.name for path in later)
-    print(f"moved {names} to {target}: this run continues from step {step} and will write its own", flush=True)
+    say(f"moved {names} to {target}: this run continues from step {step} and will write its own")
 
 
 def format_differences(saved: dict, current: dict) -> str | None:
