@@ -3,15 +3,16 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from trainkit.report.metrics import Curve, envelope
 
 WIDTH, HEIGHT = 480, 270  # of the viewBox; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 30  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 42  # margins around the plot
 COLOURS = 8  # --c0 to --c7 in report.css
+CHOSEN_TICKS = 8
 MARKED = 40  # a curve of at most as many values has a dot at each
 FAINT_QUANTILES = 0.5, 99.5  # percent of a faint curve that the vertical axis must show
 
@@ -50,11 +51,17 @@ def line_chart(
     from_zero: bool = False,
     note: str = "",
 ) -> Chart | None:
-    """A chart of `series`, or None if they have no value. On a log axis values that are not positive are left out."""
+    """A chart of `series`, or None if they have no value. On a log axis values that are not positive are left out.
+
+    A logarithmic horizontal axis (`log_x`) has a tick at each value if they are few.
+    """
     drawn = [each for each in map(lambda one: _drawable(one, log, log_x), series) if len(each.curve)]
     if not drawn:
         return None
-    x_axis = _axis(np.concatenate([each.curve.steps for each in drawn]).astype(float), log_x, padded=False)
+    steps = np.unique(np.concatenate([each.curve.steps for each in drawn])).astype(float)
+    x_axis = _axis(steps, log_x, padded=log_x)
+    if log_x and len(steps) <= CHOSEN_TICKS:
+        x_axis = replace(x_axis, chosen=tuple(steps))
     y_axis = _axis(_shown_values(drawn), log, padded=True, from_zero=from_zero)
     x_axis, y_axis = x_axis.spanning(LEFT, WIDTH - RIGHT), y_axis.spanning(HEIGHT - BOTTOM, TOP)
     parts = [*_grid(x_axis, y_axis, x_label), *(_path(each, x_axis, y_axis) for each in drawn)]
@@ -76,9 +83,10 @@ class Axis:
     log: bool
     start: float = 0.0
     end: float = 1.0
+    chosen: tuple[float, ...] = ()
 
     def spanning(self, start: float, end: float) -> "Axis":
-        return Axis(self.low, self.high, self.log, start, end)
+        return replace(self, start=start, end=end)
 
     def pixels(self, values: np.ndarray) -> np.ndarray:
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
@@ -86,6 +94,8 @@ class Axis:
         return self.start + (given - low) / (high - low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
+        if self.chosen:
+            return list(self.chosen)
         return log_ticks(self.low, self.high) if self.log else linear_ticks(self.low, self.high)
 
 
@@ -165,11 +175,10 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> list[str]:
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick_text(value)}</text>')
     bottom = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"></line>')
-    label_width = 5.6 * len(x_label)
     for value, x in _placed(x_axis):
-        if x < WIDTH - RIGHT - label_width - 20:
-            parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_tick_text(value)}</text>')
-    label = f'<text class="label" x="{WIDTH - RIGHT}" y="{bottom + 18}" text-anchor="end">{_attribute(x_label)}</text>'
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_tick_text(value)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    label = f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{_attribute(x_label)}</text>'
     return [*parts, label]
 
 
@@ -191,7 +200,7 @@ def _path(series: Series, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def _hover_data(named: list[Series], x_axis: Axis, x_label: str) -> str:
-    """What the script needs: the ends of the horizontal axis in its values and in parts of the width, and the curves."""
+    """What the script needs: the curves, and the ends of the horizontal axis, also as parts of the width."""
     return json.dumps(
         {
             "x": [x_axis.low, x_axis.high],

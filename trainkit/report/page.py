@@ -32,11 +32,13 @@ def report_values(run: RunSummary) -> dict[str, Any]:
     """What templates/report.html shows of one run."""
     grids, num_grids = sample_grids(run.folder)
     changed, same = split_settings(run.record.get("options") or {})
+    charts = [*quality_charts([run]), *steps_charts([run])]
     return {
         "title": run.name,
         "run": run,
         "facts": headline(run),
-        "charts": [*quality_charts([run]), *steps_charts([run])],
+        "first_chart": charts[0] if charts else None,
+        "charts": charts[1:],
         "speed_charts": speed_charts([run]),
         "grids": grids,
         "num_grids": num_grids,
@@ -111,8 +113,8 @@ def speed_charts(runs: Sequence[RunSummary]) -> list[Chart]:
 
 def steps_charts(runs: Sequence[RunSummary]) -> list[Chart]:
     """The first metric of the table of steps, a curve per scheduler; of several runs, the best scheduler of each."""
-    with_table = [(number, run) for number, run in enumerate(runs) if len(run.table.get("cells", [])) > 1]
-    if not with_table:
+    with_table = [(number, run) for number, run in enumerate(runs) if run.table]
+    if sum(len(run.table["cells"]) for _, run in with_table) < 2:
         return []
     metric = with_table[0][1].table["settings"]["metrics"][0]
     series = []
@@ -126,7 +128,9 @@ def steps_charts(runs: Sequence[RunSummary]) -> list[Chart]:
         for place, (name, values) in enumerate(points.items()):
             series.append(Series(name, _curve(values), place if len(runs) == 1 else number))
     note = "Lower is better." if len(runs) == 1 else "The best scheduler of each run. Lower is better."
-    chart = line_chart(f"{metric.upper()} by sampling steps", series, "sampling steps", log=True, log_x=True, note=note)
+    chart = line_chart(
+        f"{metric.upper()} by sampling steps", series, "sampling steps", log=True, log_x=True, note=note
+    )
     return [] if chart is None else [chart]
 
 
@@ -146,7 +150,7 @@ def _horizontal(runs: Sequence[RunSummary]) -> tuple[str, Callable[[RunSummary, 
 
 
 def _series(runs: Sequence[RunSummary], place: Callable, name: str) -> list[Series]:
-    label = name if len(runs) == 1 else ""
+    label = "latest" if len(runs) == 1 else ""
     return [Series(label or run.name, place(run, run.curve(name)), number) for number, run in enumerate(runs)]
 
 
@@ -176,7 +180,7 @@ def _bin_name(name: str) -> str:
 
 
 def table_values(run: RunSummary) -> dict[str, Any]:
-    """Columns, rows and the note of the table of steps; {} without one. The best row of each number of steps is marked."""
+    """Columns, rows and the note of the table of steps; {} without one. The best row for each steps is marked."""
     if not run.table:
         return {}
     used = run.table["settings"]
@@ -211,14 +215,14 @@ def score_notes(run: RunSummary) -> list[str]:
     memorization = (run.scores.get("memorization") or {}).get("features") or {}
     if "share_too_near" in memorization:
         notes.append(
-            f"{memorization['share_too_near']:.1%} of the samples are nearer to a training image than 99 % of held-out "
-            f"images are (about 1 % is expected); {memorization['num_copies']} equal one."
+            f"{memorization['share_too_near']:.1%} of the samples are nearer to a training image than 99 % of the "
+            f"held-out images are (about 1 % is expected); {memorization['num_copies']} equal one."
         )
     return notes
 
 
 def students(run: RunSummary) -> list[dict[str, Any]]:
-    """The students of a distillation, in the order of training: sampling steps, training steps, loss, scores, picture."""
+    """The students of a distillation in the order of training: length, loss, scores, picture of each."""
     record = read_json(run.folder / DISTILLATION_NAME)
     if not record:
         return []
@@ -259,7 +263,7 @@ def dataset_values(run: RunSummary) -> dict[str, Any]:
         ("images", f"{count:,}" if count else None),
         ("size", size),
         ("held out", f"{held_out:,} images" if held_out else None),
-        ("rejected", ", ".join(f"{number:,} {fault}" for fault, number in rejected.items()) or ("none" if count else "")),
+        ("rejected", ", ".join(f"{number:,} {fault}" for fault, number in rejected.items()) or "none"),
         ("classes", f"{about['num_classes']:,}" if about.get("num_classes") else None),
         *((FILTER_WORDS.get(name, name), str(value)) for name, value in (about.get("filters") or {}).items()
           if name in FILTER_WORDS),
@@ -268,7 +272,7 @@ def dataset_values(run: RunSummary) -> dict[str, Any]:
     largest = max((number for _, number in classes), default=1)
     folder, fingerprint = about.get("folder"), about.get("fingerprint")
     return {
-        "facts": [(name, value) for name, value in facts if value],
+        "facts": [(name, value) for name, value in facts if value] if about else [],
         "classes": [(name, number, 100 * number / largest) for name, number in classes[:LISTED_CLASSES]],
         "more_classes": max(0, (about.get("num_classes") or 0) - LISTED_CLASSES),
         "picture": dataset_grid(folder, fingerprint) if folder and fingerprint else None,

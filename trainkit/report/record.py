@@ -48,9 +48,9 @@ def describe_preparation(preparation: dict) -> dict:
         "classes": dict(list(classes.items())[:KEPT_CLASSES]),
         "filters": {name: value for name, value in filters_of(preparation).items() if value not in ("none", 0, 0.0)},
         "settings": {
-            name: settings.get(name) for name in ("height", "width", "image_mode", "resize_mode", "bit_depth", "storage")
+            name: settings.get(name)
+            for name in ("height", "width", "image_mode", "resize_mode", "bit_depth", "storage")
         },
-        "pixels": preparation.get("pixels"),
     }
 
 

@@ -51,9 +51,13 @@ class Score:
 
     @property
     def detail(self) -> str:
-        by = f", {self.steps} steps" if self.steps else ""
+        by = f", {self.steps} {'step' if self.steps == 1 else 'steps'}" if self.steps else ""
         by += f" of {self.scheduler}" if self.scheduler else ""
         return f"{self.num_generated:,} samples{by}"
+
+    @property
+    def detail_with_error(self) -> str:
+        return self.detail if self.error is None else f"± {self.error:.2g}, {self.detail}"
 
 
 def scores_of_file(scores: dict) -> list[Score]:

@@ -7,7 +7,14 @@ from trainkit.options.script import ConditionalTrainingOptions
 from trainkit.report.charts import format_number
 from trainkit.report.metrics import Curve, curve, read_rows, training_seconds
 from trainkit.report.record import describe_preparation, read_json, read_record
-from trainkit.report.scores import Score, best_of_table, read_scores, readable_table, scores_of_file, scores_of_training
+from trainkit.report.scores import (
+    Score,
+    best_of_table,
+    read_scores,
+    readable_table,
+    scores_of_file,
+    scores_of_training,
+)
 
 DISTILLATION_NAME, STAGES_FOLDER = "distillation.json", "stages"
 
@@ -68,16 +75,22 @@ def read_run(folder: Path, record: dict | None = None) -> RunSummary:
 
 def headline(run: RunSummary) -> list[tuple[str, str, str]]:
     """The facts at the top: what, value, detail."""
+    scores = [(each.label, f"{each.value:.3g}", each.detail_with_error) for each in best_scores(run)[:2]]
+    return progress(run) + scores
+
+
+def progress(run: RunSummary) -> list[tuple[str, str, str]]:
+    """How far, how fast and how well it trained: what, value, detail."""
     speeds, memory, total = run.curve("images_per_s"), run.curve("memory_peak_mib"), run.record.get("max_train_steps")
     facts = [("optimizer steps", f"{run.step:,}", f"of {total:,}" if total else "")]
     count = run.dataset.get("num_images")
     facts.append(("images seen", f"{run.images:,}", f"{run.images / count:.3g} epochs" if count else ""))
     seconds = training_seconds(run.rows)
     if seconds is not None:
-        facts.append(("training time", format_duration(seconds), "without previews and saves"))
+        facts.append(("training time", format_duration(seconds), "without sampling and saving"))
     if len(speeds):
         median = sorted(speeds.values.tolist())[len(speeds) // 2]
-        facts.append(("throughput", f"{format_number(median)} images/s", "median"))
+        facts.append(("throughput", format_number(median), "images/s, median"))
     if len(memory):
         facts.append(("peak memory", format_mib(float(memory.values.max())), "per device"))
     for name, label in (("loss", "training loss"), ("validation_loss", "held-out loss")):
@@ -85,7 +98,7 @@ def headline(run: RunSummary) -> list[tuple[str, str, str]]:
         if len(values):
             last = values.values[-max(1, len(values) // 50) :].mean() if name == "loss" else values.last
             facts.append((label, format_number(float(last)), f"at step {values.steps[-1]:,}"))
-    return facts + [(each.label, each.text, each.detail) for each in best_scores(run)[:2]]
+    return facts
 
 
 def best_scores(run: RunSummary) -> list[Score]:

@@ -1,6 +1,5 @@
 """Write a report: OUTPUT/report.html of one run, or a page that compares several."""
 
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -29,14 +28,6 @@ def write_report(folder: Path, record: dict | None = None) -> Path:
         write_record(folder, record)
     write_text(folder / REPORT_NAME, _rendered("report.html", report_values(read_run(folder))))
     return folder / REPORT_NAME
-
-
-def try_to_write_report(folder: Path, record: dict | None = None) -> None:
-    """`write_report`, which only warns in one line if it fails: a report must never end a training."""
-    try:
-        write_report(folder, record)
-    except Exception as error:  # whatever is wrong with a file of the run, or with this code
-        print(f"\nWARNING: {folder / REPORT_NAME} is not written: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 def write_comparison(folders: Sequence[Path], file: Path) -> None:

@@ -20,9 +20,8 @@ from trainkit.atomic import replacing, write_text
 from trainkit.errors import UserError, one_line
 from trainkit.options.training import SECRET_OPTIONS, LoggingOptions
 from trainkit.processes import on_main_process
+from trainkit.report.metrics import METRICS_FILE
 from trainkit.training.throughput import Throughput
-
-METRICS_FILE = "metrics.jsonl"
 
 
 def check_tracker(logger: str) -> None:

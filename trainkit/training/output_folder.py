@@ -20,6 +20,8 @@ from trainkit.data.format import PREPARATION_NAME
 from trainkit.errors import UserError
 from trainkit.locking import holder_of, write_holder
 from trainkit.options.script import TrainingOptions
+from trainkit.report.record import RECORD_NAME
+from trainkit.report.write import REPORT_NAME
 from trainkit.sampling.pipeline import PIPELINE_PARTS
 from trainkit.training.checkpoints import folder as checkpoints
 from trainkit.training.log import METRICS_FILE
@@ -27,7 +29,7 @@ from trainkit.training.log import METRICS_FILE
 MARKER_FOLDER, MARKER = ".trainkit", "run.json"
 RUN_FILES = (
     *PIPELINE_PARTS, "samples", "loss.png", METRICS_FILE, "skipped_steps.jsonl", "ema_snapshots", "learning_rate.json",
-    "learning_rate.png", "stages", "distillation.json",
+    "learning_rate.png", "stages", "distillation.json", REPORT_NAME, RECORD_NAME,
 )  # fmt: skip
 LOCK_WAIT_S = 20.0  # a stopped run may need this long to write its last checkpoint
 NAMED_FILES = 5
