@@ -254,11 +254,11 @@ def sweep(options: Options) -> None:
             row = describe_cell(cell, model.folder, model.num_images, sampled.seconds, values)
             store_cell(model.table_dir, table, row, sampled.first)
             write_pictures(model.table_dir, table)
-            with only_warn(f"card and report in {model.table_dir} are not updated"):
-                refresh(model.table_dir)
         wait_for_everyone()
     if accelerator.is_main_process:
         write_pictures(model.table_dir, table)
+        with only_warn(f"card and report in {model.table_dir} are not updated"):
+            refresh(model.table_dir)
         print("\n".join(table_lines(table)))
         print(f"{len(missing)} rows made now, {len(cells) - len(missing)} made before; see {model.table_dir}")
     end_together(accelerator)

@@ -165,9 +165,10 @@ class VectorCondition:
 
     def example(self) -> str:
         """A condition written as an argument of the pipeline, for the model card."""
-        if self.length > WRITTEN_NUMBERS:
-            return f"[0.0] * {self.length}"
-        return repr([float(f"{number:.4g}") for number in self.images.vectors(np.zeros(1, dtype=np.int64))[0]])
+        vector = self.images.vectors(np.zeros(1, dtype=np.int64))[0]
+        if len(vector) > WRITTEN_NUMBERS:
+            return f"[0.0] * {len(vector)}"
+        return repr([float(f"{number:.4g}") for number in vector])
 
     def pipeline_conditions(self, indices: np.ndarray) -> np.ndarray:
         """The pipeline arguments that request images like those of `indices`."""

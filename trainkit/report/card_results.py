@@ -4,6 +4,7 @@ A save writes the card, then calls `update_card`; evaluate_samples.py calls it a
 """
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
@@ -116,7 +117,8 @@ def _table_results(table: dict, record: dict) -> list[EvalResult]:
     """Those of the best scheduler for each number of steps."""
     if not table:
         return []
-    metric, best = table["settings"]["metrics"][0], {}
+    metric = table["settings"]["metrics"][0]
+    best: dict[int, dict] = {}
     for cell in table["cells"]:
         known = best.setdefault(cell["steps"], cell)
         if cell["scores"].get(metric, float("inf")) < known["scores"].get(metric, float("inf")):
@@ -161,11 +163,12 @@ def _with_metadata(text: str, results: list[EvalResult], name: str) -> str:
     if not text.startswith("---"):
         return text
     card = ModelCard(text, ignore_metadata_errors=True)
-    kept = [result for result in card.data.eval_results or [] if "feature_extractor" not in (result.metric_args or {})]
+    data: Any = card.data  # a ModelCardData, whose attributes the type of the base class lacks
+    kept = [result for result in data.eval_results or [] if "feature_extractor" not in (result.metric_args or {})]
     results = kept + results
-    card.data.eval_results = results or None
-    card.data.model_name = (card.data.model_name or name) if results else None
-    card.data.metrics = sorted({result.metric_type for result in results}) or None
+    data.eval_results = results or None
+    data.model_name = (data.model_name or name) if results else None
+    data.metrics = sorted({result.metric_type for result in results}) or None
     return str(card)
 
 

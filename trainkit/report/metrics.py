@@ -49,16 +49,18 @@ def read_rows(folder: Path) -> list[dict]:
 def _thinned(lines: Iterable[bytes], stride: int) -> Iterable[bytes]:
     """Every `stride`-th line with a speed, every `stride`-th other line of an optimizer step, and the last line."""
     counts = {True: 0, False: 0}
-    line = b""
+    left_out = None
     for line in lines:
-        if LOSS_MARK not in line:
-            yield line
-            continue
-        speed = SPEED_MARK in line
-        counts[speed] += 1
-        if (counts[speed] - 1) % stride == 0:
-            yield line
-    yield line  # twice at worst
+        left_out = None
+        if LOSS_MARK in line:
+            speed = SPEED_MARK in line
+            counts[speed] += 1
+            if (counts[speed] - 1) % stride:
+                left_out = line
+                continue
+        yield line
+    if left_out is not None:
+        yield left_out
 
 
 def _parsed(lines: list[bytes]) -> list:

@@ -16,7 +16,8 @@ from trainkit.sampling.grid import image_grid
 
 SHOWN_GRIDS = 12
 GRID_BYTES, GRID_SIDE = 120_000, 1024  # of an embedded grid, at most; pixels
-QUALITIES = (90, 80, 65, 50)
+PNG_VALUES = 1_000_000  # of a picture that is tried as a PNG, which takes long to compress
+QUALITY, SMALLEST_SIDE = 85, 64
 DATASET_IMAGES, DATASET_COLUMNS = 40, 10
 DATASET_SIDE = 96  # pixels of a training image on the page, at most
 
@@ -37,11 +38,9 @@ def sample_grids(folder: Path, limit: int = SHOWN_GRIDS) -> tuple[list[Grid], in
     """
     paths = {int(path.stem): path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal()}
     steps = sorted(paths)
-    places = np.linspace(0, len(steps) - 1, min(limit, len(steps))).round().astype(int) if steps else []
-    if limit == 1 and steps:
-        places = [len(steps) - 1]
+    places = np.linspace(len(steps) - 1, 0, min(limit, len(steps))).round().astype(int)  # the last also if alone
     found = []
-    for step in (steps[place] for place in places):
+    for step in (steps[place] for place in places[::-1]):
         status = paths[step].stat()
         embedded = _embedded_file(paths[step], status.st_mtime_ns, status.st_size)
         if embedded is not None:
@@ -55,24 +54,34 @@ def _embedded_file(path: Path, mtime_ns: int, size: int) -> tuple[str, int, int]
         with Image.open(path) as image:
             if size <= GRID_BYTES:
                 return data_uri(path.read_bytes(), "png"), *image.size
-            return embedded(image.convert("RGB"))
+            return embedded(image)
     except (OSError, ValueError):
         return None
 
 
 def embedded(image: Image.Image) -> tuple[str, int, int]:
-    """A picture as a data URI of at most about `GRID_BYTES`, its width and height: lossless where that is enough."""
+    """A picture as a data URI of at most about `GRID_BYTES`, its width and height: a PNG where that is enough."""
     image = image.copy()
     image.thumbnail((GRID_SIDE, GRID_SIDE))
-    content, kind = _encoded(image, "PNG"), "png"
-    for quality in QUALITIES:
+    if image.width * image.height * len(image.getbands()) <= PNG_VALUES:
+        content = _encoded(image, "PNG")
         if len(content) <= GRID_BYTES:
-            break
-        content, kind = _encoded(image.convert("RGB"), "WEBP", quality=quality, method=2), "webp"
-    while len(content) > GRID_BYTES and image.width > 200:
-        image = image.resize((image.width * 3 // 4, image.height * 3 // 4))
-        content = _encoded(image.convert("RGB"), "WEBP", quality=QUALITIES[-1], method=2)
-    return data_uri(content, kind), *image.size
+            return data_uri(content, "png"), *image.size
+    image = _opaque(image)
+    content = _encoded(image, "JPEG", quality=QUALITY)
+    while len(content) > GRID_BYTES and min(image.size) > SMALLEST_SIDE:
+        shrink = min(0.9, (GRID_BYTES / len(content)) ** 0.5)
+        image = image.resize((max(1, int(image.width * shrink)), max(1, int(image.height * shrink))))
+        content = _encoded(image, "JPEG", quality=QUALITY)
+    return data_uri(content, "jpeg"), *image.size
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """An RGB picture, over white where `image` is transparent."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def data_uri(content: bytes, kind: str) -> str:

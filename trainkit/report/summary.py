@@ -114,7 +114,8 @@ def best_scores(run: RunSummary) -> list[Score]:
 def split_settings(options: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Name and text of the options that are not at their defaults, and of the others."""
     defaults = default_options()
-    changed, same = [], []
+    changed: list[tuple[str, str]] = []
+    same: list[tuple[str, str]] = []
     for name, value in options.items():
         (same if name in defaults and _equal(defaults[name], value) else changed).append((name, format_value(value)))
     return changed, same

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.diffusion.conditioning import ImageCondition
+from trainkit.diffusion.conditioning import ClassCondition, ImageCondition
 from trainkit.errors import only_warn
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.report.record import RECORD_NAME, describe_preparation, read_json
@@ -17,7 +17,6 @@ from trainkit.report.write import REPORT_NAME, write_report
 from trainkit.training.run import Run
 from trainkit.versions import git_commit, versions
 
-MOST_ROWS = 12  # of a preview whose rows are named
 TITLES = {None: "Unconditional", "class_labels": "Class-conditional", "vectors": "Vector-conditional"}
 LONGEST_CAPTION = 120  # characters
 
@@ -93,10 +92,9 @@ def describe_preview(condition: ImageCondition | None, options: Any, origin: str
         return {"how": how}
     if options.preview_guidance_scale > 1 and origin is None:
         how += f", guidance {options.preview_guidance_scale:g}"
-    conditions, columns = condition.preview_conditions(options.eval_batch_size, options.seed)
-    if condition.names:
-        numbers = list(dict.fromkeys(int(number) for number in conditions))
-        return {"how": how, "rows": [condition.names[number] for number in numbers]}
+    conditions, _ = condition.preview_conditions(options.eval_batch_size, options.seed)
+    if isinstance(condition, ClassCondition):
+        return {"how": how, "rows": [condition.names[number] for number in dict.fromkeys(conditions)]}
     if condition.argument == "prompt":
-        return {"how": how, "captions": [caption[:LONGEST_CAPTION] for caption in conditions]}
+        return {"how": how, "captions": [str(caption)[:LONGEST_CAPTION] for caption in conditions]}
     return {"how": how}
