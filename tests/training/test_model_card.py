@@ -98,6 +98,7 @@ def test_the_printed_code_runs_and_the_metadata_is_valid(train, kind, monkeypatc
     assert argument in text and "Trained on `shapes`: 37 images of 2 classes" in text
     assert "![samples](samples.png)" in text and "![training loss](loss.png)" in text
     assert (folder / "samples.png").is_file() and (folder / "loss.png").is_file()
+    assert "|\n\n|" not in text and "\n\n\n" not in text, "blank lines would cut its tables"
     assert re.search(r"torch \d", text) and "| hardware | 1 × CPU" in text and "| images seen | 16" in text
     names = run_printed_code(folder, monkeypatch)
     assert names["images"][0].size == (16, 16) and len(blocks(text)) == 2

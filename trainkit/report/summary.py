@@ -84,7 +84,7 @@ def progress(run: RunSummary) -> list[tuple[str, str, str]]:
     speeds, memory, total = run.curve("images_per_s"), run.curve("memory_peak_mib"), run.record.get("max_train_steps")
     facts = [("optimizer steps", f"{run.step:,}", f"of {total:,}" if total else "")]
     count = run.dataset.get("num_images")
-    facts.append(("images seen", f"{run.images:,}", f"{run.images / count:.3g} epochs" if count else ""))
+    facts.append(("images seen", f"{run.images:,}", f"in {run.images / count:.3g} epochs" if count else ""))
     seconds = training_seconds(run.rows)
     if seconds is not None:
         facts.append(("training time", format_duration(seconds), "without sampling and saving"))

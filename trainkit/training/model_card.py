@@ -85,7 +85,7 @@ def model_card(
         license=options.license,
         versions=_versions(record),
     )
-    return str(card)
+    return f"{card}\n"
 
 
 def card_data(
