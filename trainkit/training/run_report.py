@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.diffusion.conditioning import ClassCondition, ImageCondition
+from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.errors import only_warn
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.report.record import RECORD_NAME, describe_preparation, read_json
@@ -85,16 +85,14 @@ def describe_images(images: PreparedImages) -> dict[str, Any]:
 
 
 def describe_preview(condition: ImageCondition | None, options: Any, origin: str | None) -> dict[str, Any]:
-    """The names of the rows of a sample grid, or its captions, and how it was sampled."""
+    """How a sample grid is sampled, and its captions in full."""
     count = options.ddpm_num_inference_steps
     how = f", {count} sampling {'step' if count == 1 else 'steps'}"
     if condition is None:
         return {"how": how}
     if options.preview_guidance_scale > 1 and origin is None:
         how += f", guidance {options.preview_guidance_scale:g}"
-    conditions, _ = condition.preview_conditions(options.eval_batch_size, options.seed)
-    if isinstance(condition, ClassCondition):
-        return {"how": how, "rows": [condition.names[number] for number in dict.fromkeys(conditions)]}
     if condition.argument == "prompt":
+        conditions, _ = condition.preview_conditions(options.eval_batch_size, options.seed)
         return {"how": how, "captions": [str(caption)[:LONGEST_CAPTION] for caption in conditions]}
     return {"how": how}
