@@ -59,7 +59,7 @@ def line_chart(
     if not drawn:
         return None
     steps = np.unique(np.concatenate([each.curve.steps for each in drawn])).astype(float)
-    x_axis = _axis(steps, log_x, padded=log_x)
+    x_axis = _axis(steps, log_x, padded=True) if log_x else Axis(0.0, float(steps[-1]) or 1.0, log=False)
     if log_x and len(steps) <= CHOSEN_TICKS:
         x_axis = replace(x_axis, chosen=tuple(steps))
     y_axis = _axis(_shown_values(drawn), log, padded=True, from_zero=from_zero)

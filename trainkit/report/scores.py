@@ -6,7 +6,6 @@ from pathlib import Path
 from trainkit.errors import UserError
 from trainkit.report.metrics import METRICS_FILE
 from trainkit.report.record import read_json
-from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 from trainkit.sampling.table import TABLE_NAME, read_table
 
 SCORES_NAME = "scores.json"
@@ -122,7 +121,7 @@ def scores_of_training(rows: list[dict], extractor: str | None) -> list[Score]:
             num_generated=row.get("kid_n", 0),
             num_reference=row.get("kid_reference_n"),
             steps=row.get("kid_num_inference_steps"),
-            scheduler=DEFAULT_SCHEDULER,
+            scheduler=None,  # that of training
             extractor=extractor or "unknown features",
             source=METRICS_FILE,
         )
