@@ -50,13 +50,13 @@ $(DEV_READY): $(RUN_READY) requirements-dev.txt
 # Each step resumes where it was interrupted, and is skipped or quick when its result exists.
 demo: demo/.sampled
 	$(BIN)/python evaluate_samples.py --generated demo/samples --reference demo/mnist/heldout --metrics kid fid \
-		--output_file demo/scores.json
+		--output_file demo/model/scores.json
 	$(BIN)/python tools/judge_digits.py --generated demo/samples
 	@echo
 	@echo "pictures     demo/samples/grid.png"
-	@echo "loss curve   demo/model/loss.png"
 	@echo "pipeline     demo/model   (DDPMPipeline.from_pretrained)"
-	@echo "scores       demo/scores.json, demo/judge.json"
+	@echo "scores       demo/model/scores.json, demo/judge.json"
+	@echo "report       demo/model/report.html   open it in a browser: samples, curves, scores, settings"
 
 demo/mnist/source.json: | $(RUN_READY)
 	$(BIN)/python tools/fetch_images.py mnist demo/mnist

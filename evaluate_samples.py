@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.atomic import write_json
-from trainkit.errors import UserError, one_line, run_script
+from trainkit.errors import UserError, one_line, only_warn, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
@@ -92,7 +92,9 @@ class ScoreOptions:
         "network of the features: inception, efficientnet_lite0, a TorchScript file of Inception (.pt), or the folder "
         "or Hub id of a vision model of transformers (DINOv2, CLIP, ...)",
     )
-    output_file: str | None = option(None, "JSON file for the scores; default: print them only")
+    output_file: str | None = option(
+        None, "JSON file for the scores; scores.json in a model's folder also goes into its card and its report.html"
+    )
     num_images: int | None = option(
         None,
         "maximum number of images per side, drawn at random by --seed; default: all. With --model_name_or_path: "
@@ -227,8 +229,9 @@ def sweep(options: Options) -> None:
     """Score each scheduler and number of steps of `--sweep`, and write the table after each."""
     from trainkit.evaluation.model import open_model, open_reference, pipeline_of_row, table_settings
     from trainkit.evaluation.sweep import describe_cell, measure, needs_features, sample_features
-    from trainkit.evaluation.sweep_report import missing_cells, open_table, store_cell, table_lines, write_reports
+    from trainkit.evaluation.sweep_report import missing_cells, open_table, store_cell, table_lines, write_pictures
     from trainkit.processes import end_together, wait_for_everyone
+    from trainkit.report.refresh import refresh
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
     refuse_dynamo_config("evaluate_samples.py")
@@ -260,10 +263,12 @@ def sweep(options: Options) -> None:
             values = measure(sampled, reference.features, options.metrics, options.seed)
             row = describe_cell(cell, model.candidates, model.num_images, sampled.seconds, values)
             store_cell(model.table_dir, table, row, sampled.first)
-            write_reports(model.table_dir, table)
+            write_pictures(model.table_dir, table)
         wait_for_everyone()
     if accelerator.is_main_process:
-        write_reports(model.table_dir, table)
+        write_pictures(model.table_dir, table)
+        with only_warn(f"card and report in {model.table_dir} are not updated"):
+            refresh(model.table_dir)
         print("\n".join(table_lines(table)))
         print(f"{len(missing)} rows made now, {len(cells) - len(missing)} made before; see {model.table_dir}")
     end_together(accelerator)
@@ -315,10 +320,16 @@ def main() -> None:
     print_memorization(result)
     print_conditioning(result, options.metrics)
     if options.output_file is not None:
+        from trainkit.report.refresh import refresh
+        from trainkit.report.scores import SCORES_NAME
+
         file = Path(options.output_file)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, result)
+            if file.name == SCORES_NAME:
+                with only_warn(f"card and report in {file.parent} are not updated"):
+                    refresh(file.parent)
         except OSError as error:
             raise UserError(f"--output_file {file} cannot be written: {one_line(error)}") from None
 

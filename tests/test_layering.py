@@ -17,10 +17,12 @@ LAYERS = (
         "trainkit.processes",
         "trainkit.terminal",
         "trainkit.options",
+        "trainkit.versions",
     ),
     ("trainkit.data", "trainkit.diffusion"),
     ("trainkit.sampling",),
     ("trainkit.evaluation",),
+    ("trainkit.report",),
     ("trainkit.training",),
     ("trainkit.distillation",),
 )
@@ -103,6 +105,8 @@ def test_the_rules_find_what_breaks_them():
     assert forbidden_imports("trainkit.data.cache", {"train_unconditional"})
     assert forbidden_imports("trainkit.data.cache", {"trainkit.training.run"})
     assert forbidden_imports("trainkit.data.format", {"trainkit.data.cache"})
+    assert forbidden_imports("trainkit.report.page", {"trainkit.training.log"})
+    assert forbidden_imports("trainkit.evaluation.sweep", {"trainkit.report.write"})
     assert forbidden_imports("trainkit.data.loading.dataset", {"trainkit.data.preparation.shards"})
     assert forbidden_imports("trainkit.sampling.generate", {"trainkit.training.run"})
     assert forbidden_imports("trainkit.diffusion.unet", {"trainkit.data.loading.dataset", "trainkit.sampling.load"})

@@ -19,7 +19,7 @@ from trainkit.evaluation.candidates import Candidates, Cell
 from trainkit.evaluation.features import ROUNDED_RESIZE
 from trainkit.evaluation.frechet import RunningMoments
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance, frechet_distance_of_groups
-from trainkit.evaluation.sweep_report import with_section
+from trainkit.report.card_results import BEGIN, END, with_section
 from trainkit.sampling.load import weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 from trainkit.sampling.table import TABLE_NAME, choose_scheduler
@@ -277,10 +277,8 @@ def test_sums_of_features_give_the_same_fid_in_any_batches():
 
 
 def test_the_section_of_a_card_is_replaced():
-    from trainkit.evaluation.sweep_report import BEGIN, END
-
     card = with_section("# Card\n", f"{BEGIN}\nold\n{END}")
-    assert with_section(card + "more\n", f"{BEGIN}\nnew\n{END}") == f"# Card\n\n{BEGIN}\nnew\n{END}\nmore\n"
+    assert with_section(card + "more\n", f"{BEGIN}\nnew\n{END}") == f"# Card\n\n{BEGIN}\nnew\n{END}\n\nmore\n"
 
 
 def test_the_list_of_schedulers_says_what_runs_where(models, capsys):

@@ -24,6 +24,7 @@ from trainkit.errors import UserError
 from trainkit.options.script import ConditionalTrainingOptions
 
 PREVIEW_CLASSES = 10
+WRITTEN_NUMBERS = 16  # of an example vector, at most
 
 
 def condition_dropout(options: ConditionalTrainingOptions) -> float:
@@ -164,7 +165,10 @@ class VectorCondition:
 
     def example(self) -> str:
         """A condition written as an argument of the pipeline, for the model card."""
-        return f"[numbers]  # {self.length} of them"
+        vector = self.images.vectors(np.zeros(1, dtype=np.int64))[0]
+        if len(vector) > WRITTEN_NUMBERS:
+            return f"[0.0] * {len(vector)}"
+        return repr([float(f"{number:.4g}") for number in vector])
 
     def pipeline_conditions(self, indices: np.ndarray) -> np.ndarray:
         """The pipeline arguments that request images like those of `indices`."""

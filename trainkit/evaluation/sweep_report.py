@@ -1,18 +1,17 @@
-"""Where a sweep is written: sampling_table.json and two pictures in a folder, and a section of the model's card."""
+"""Where a sweep is written: sampling_table.json and two pictures in a folder."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from trainkit.atomic import replacing, write_json, write_text
+from trainkit.atomic import replacing, write_json
 from trainkit.errors import UserError, one_line
 from trainkit.evaluation.candidates import Cell
 from trainkit.sampling.grid import image_grid, save_image, to_pil
 from trainkit.sampling.table import STUDENT, TABLE_NAME, TEACHER, read_table, score_text
 
 PICTURE_NAME, PLOT_NAME, STRIPS = "sampling_table.png", "sampling_plot.png", ".sampling_table"
-BEGIN, END = "<!-- sampling table: written by evaluate_samples.py -->", "<!-- end of the sampling table -->"
 LABEL_WIDTH = 140  # pixels left of a row of sampling_table.png
 
 
@@ -49,13 +48,10 @@ def store_cell(folder: Path, table: dict, row: dict, images: np.ndarray) -> None
         raise UserError(f"{folder} cannot be written ({one_line(error)}): give another --table_dir") from None
 
 
-def write_reports(folder: Path, table: dict) -> None:
-    """Write the two pictures, and the section of README.md if there is one."""
+def write_pictures(folder: Path, table: dict) -> None:
+    """Write sampling_table.png and sampling_plot.png."""
     _write_picture(folder, table, table["settings"]["height_width"][1])
     _write_plot(folder, table)
-    card = folder / "README.md"
-    if card.is_file():
-        write_text(card, with_section(card.read_text(encoding="utf-8"), section(table)))
 
 
 def table_lines(table: dict) -> list[str]:
@@ -71,27 +67,6 @@ def table_lines(table: dict) -> list[str]:
         values += [score_text(row, metric).partition(" ")[2] for metric in metrics]
         lines.append("| " + " | ".join(map(str, [*values, f"{row['seconds_per_1000_images']:.3g}"])) + " |")
     return lines
-
-
-def section(table: dict) -> str:
-    """The section of the card: the table, the picture, and what the scores depend on."""
-    used = table["settings"]
-    return "\n".join(
-        [
-            BEGIN, "## Schedulers and steps", "", *table_lines(table), "",
-            f"{used['num_images']:,} samples per row, the same seeds in each, against {used['num_reference']:,} "
-            f"reference images; {used['feature_extractor']}; {used['note']}. Schedulers that are not in DDPMPipeline "
-            "run in `unconditional.py`.", "",
-            f"![rows of samples, one row per scheduler and steps]({PICTURE_NAME})", END,
-        ]
-    )  # fmt: skip
-
-
-def with_section(card: str, text: str) -> str:
-    """The card with `text` in place of its earlier section, or at its end."""
-    before, begin, rest = card.partition(BEGIN)
-    after = rest.partition(END)[2].lstrip("\n") if begin else ""
-    return f"{before.rstrip()}\n\n{text}\n{after}"
 
 
 def _strip(folder: Path, row: dict) -> Path:

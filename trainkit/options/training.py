@@ -240,3 +240,7 @@ class HubOptions:
     hub_token: str | None = option(None, "token for the push; default: the one stored by `hf auth login`")
     hub_model_id: str | None = option(None, "repository to push to; default: the name of --output_dir")
     hub_private_repo: bool = option(False, "create a private repository")
+    license: str | None = option(
+        None,
+        "licence of the trained model for its card, such as mit or cc-by-4.0; default: none is given",
+    )

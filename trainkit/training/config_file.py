@@ -7,11 +7,9 @@ import dataclasses
 import inspect
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,10 @@ from trainkit import __version__
 from trainkit.atomic import write_text
 from trainkit.options.fields import default_of, groups_of
 from trainkit.options.training import SECRET_OPTIONS
+from trainkit.versions import git_commit, versions
 
 CONFIG_NAME = "config.yaml"
 START = "# start: "  # of a line of the history
-PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "numpy")
 # What one start does, and not what is trained: a run from the file must not resume, delete or stay quiet.
 OF_ONE_START = (
     "resume_from_checkpoint",
@@ -90,26 +88,10 @@ def _history(path: Path) -> list[str]:
 
 
 def _environment() -> list[tuple[str, str]]:
+    packages = versions()
     return [
-        ("trainkit", f"{__version__}, git {git_commit()}"),
-        ("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
-        ("python", f"{platform.python_version()}, {platform.platform()}"),
+        ("trainkit", f"{packages.pop('trainkit')}, git {git_commit() or 'unknown'}"),
+        ("packages", ", ".join(f"{name} {number}" for name, number in packages.items() if name != "python")),
+        ("python", f"{packages['python']}, {platform.platform()}"),
         ("working directory", os.getcwd()),
     ]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def git_commit() -> str:
-    """The commit of these scripts, with -dirty if files differ from it; 'unknown' outside of a clone."""
-    command = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()

@@ -15,11 +15,11 @@ from PIL import Image
 from trainkit.atomic import replacing, write_text
 from trainkit.options.training import LoggingOptions
 from trainkit.processes import on_main_process
+from trainkit.report.metrics import METRICS_FILE
 from trainkit.terminal import Progress, warn
 from trainkit.training.throughput import Throughput
 from trainkit.training.trackers import start_trackers, tracked_values
 
-METRICS_FILE = "metrics.jsonl"
 SLOW_DATA = 0.1  # the share of waiting time from which the progress names it
 
 

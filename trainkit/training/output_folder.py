@@ -20,6 +20,8 @@ from trainkit.data.preparation.output import is_among_images
 from trainkit.errors import UserError
 from trainkit.locking import holder_of, write_holder
 from trainkit.options.script import TrainingOptions
+from trainkit.report.record import RECORD_NAME
+from trainkit.report.write import REPORT_NAME
 from trainkit.sampling.pipeline import PIPELINE_PARTS
 from trainkit.terminal import say
 from trainkit.training.checkpoints import folder as checkpoints
@@ -29,7 +31,7 @@ from trainkit.training.log import METRICS_FILE
 MARKER_FOLDER, MARKER = ".trainkit", "run.json"
 RUN_FILES = (
     *PIPELINE_PARTS, "samples", "loss.png", METRICS_FILE, "skipped_steps.jsonl", "ema_snapshots", "learning_rate.json",
-    "learning_rate.png", "stages", "distillation.json", CONFIG_NAME,
+    "learning_rate.png", "stages", "distillation.json", CONFIG_NAME, REPORT_NAME, RECORD_NAME,
 )  # fmt: skip
 LOCK_WAIT_S = 20.0  # a stopped run may need this long to write its last checkpoint
 NAMED_FILES = 5

@@ -9,14 +9,18 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch
 from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.conditioning import ImageCondition
+from trainkit.errors import only_warn
 from trainkit.hub import create_repository, push_pipeline
 from trainkit.options.script import ConditionalTrainingOptions
 from trainkit.processes import on_main_process, wait_for_everyone
+from trainkit.report.card_results import update_card
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks
 from trainkit.sampling.grid import image_grid, save_image
 from trainkit.sampling.pipeline import PIPELINE_PARTS, save_pipeline, use_default_scheduler
+from trainkit.training.log import plot_loss
 from trainkit.training.model_card import model_card
 from trainkit.training.run import Run
+from trainkit.training.run_report import RunReport
 from trainkit.training.score import SampleScore
 from trainkit.training.validation import HeldOutLoss
 
@@ -39,10 +43,11 @@ class Outputs:
         held_out_condition: ImageCondition | None = None,
         origin: str | None = None,
     ):
-        self.run, self.pipeline_of, self.origin, options = run, pipeline_of, origin, run.options
+        self.run, self.pipeline_of, options = run, pipeline_of, run.options
         self.validation: HeldOutLoss | None = None
         self.score: SampleScore | None = None
         self.repo_id: str | None = None
+        self.report = RunReport(run, held_out, origin)
         if options.push_to_hub:
             self.repo_id = on_main_process(lambda: create_repository(options))
         if held_out is not None:
@@ -63,14 +68,15 @@ class Outputs:
             self.save()
 
     def write_final(self) -> None:
-        """Write the outputs of a finished run; nothing if it was stopped by a signal."""
+        """Write the outputs of a finished run; only its report if it was stopped by a signal."""
         if self.run.stopped:
+            self.report.write()
             return
         self.write_preview()
-        self.save()
-        for measurement in (self.validation, self.score):
+        for measurement in (self.validation, self.score):  # before the card, which names what they found
             if measurement is not None:
                 measurement.measure()
+        self.save(finished=True)
 
     def write_preview(self) -> None:
         """Write a grid of samples from the averaged weights: samples/<step>.png and samples.png."""
@@ -91,19 +97,24 @@ class Outputs:
             save_image(grid, run.output_dir / "samples" / f"{run.step:07d}.png")
             save_image(grid, run.output_dir / "samples.png")
             run.log.write_image("samples", grid, run.step)
+        self.report.write()
 
-    def save(self) -> None:
+    def save(self, finished: bool = False) -> None:
         """Save the pipeline with the averaged weights into --output_dir, and push it if the options ask for it."""
         run, options = self.run, self.run.options
         with run.averaged_weights() as unet:
             if run.accelerator.is_main_process:
                 pipeline = self.pipeline_of(unet)
-                place = run.step, run.shape.global_size
-                card = model_card(options, pipeline, run.condition, *place, self.repo_id, self.origin)
                 with run.writing("the pipeline"):
+                    if finished:
+                        plot_loss(run.output_dir)  # a picture of the card
+                    card = model_card(options, pipeline, run.condition, self.report.record(finished), self.repo_id)
                     save_pipeline(run.output_dir, pipeline, card)
+                    with only_warn("the card has no scores"):
+                        update_card(run.output_dir)
                     if self.repo_id is not None:
                         push_pipeline(run.output_dir, self.repo_id, options.hub_token, PIPELINE_PARTS, run.step)
+        self.report.write(finished)
         wait_for_everyone()
 
     def _generate_unguided(self, count: int) -> np.ndarray:
