@@ -128,12 +128,14 @@ def test_classes_are_balanced_and_only_sums_are_kept_for_fid(models, reference, 
     assert not (model / TABLE_NAME).exists()
 
 
-def test_a_model_is_scored_without_a_sweep(model, reference, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, model, reference, num_inference_steps=2, output_file=tmp_path / "scores.json")
+def test_a_model_is_scored_without_a_sweep(model, reference, monkeypatch, capsys):
+    run(monkeypatch, model, reference, num_inference_steps=2, output_file=model / "scores.json")
+    card = (model / "README.md").read_text()
+    assert "## Scores" in card and "6 samples, 2 steps of dpmsolver" in card and "saved earlier" not in card
     output = capsys.readouterr().out
     assert "--scheduler dpmsolver: recommended for 2 steps" in output
     assert "dpmsolver (DPMSolverMultistepScheduler), 2 steps" in output and "6 generated, 24 reference" in output
-    assert json.loads((tmp_path / "scores.json").read_text())["sampling"]["num_inference_steps"] == 2
+    assert json.loads((model / "scores.json").read_text())["sampling"]["num_inference_steps"] == 2
 
 
 @pytest.fixture

@@ -120,6 +120,7 @@ def test_large_grids_stay_within_their_limit(tmp_path):
     assert len(page_of(run)) < 4 * 1.5 * pictures.GRID_BYTES + 100_000
 
 
+@pytest.mark.slow
 def test_a_report_of_a_long_run_takes_less_than_a_second(tmp_path):
     run = write_run(tmp_path / "long", steps=100_000)
     page_of(run)  # imports and templates

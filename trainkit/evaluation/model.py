@@ -119,6 +119,7 @@ def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArr
         **({} if conditions is None else conditions.guidance),
     )
     record = {"scheduler_name": name, "scheduler": describe_scheduler(scheduler), "num_inference_steps": steps}
+    record["weights_sha256"] = model.weights_sha256
     return record | ({} if conditions is None else conditions.guidance), ImageArray(images)
 
 

@@ -39,7 +39,9 @@ def update_card(folder: Path) -> None:
     if not file.is_file():
         return
     table, scores, record = readable_table(folder), read_scores(folder), read_record(folder)
-    trained = scores_of_training(read_rows(folder), (record.get("options") or {}).get("score_extractor"))
+    rows = read_rows(folder)
+    latest = [row for row in rows if row["step"] == rows[-1]["step"]]  # an earlier score is not of these weights
+    trained = scores_of_training(latest, (record.get("options") or {}).get("score_extractor"))
     digest = weights_digest(folder) if table or scores else None
     of_earlier = [found for found in (table, scores) if found and _digest_of(found) not in (None, digest)]
     lines = [

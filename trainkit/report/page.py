@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from trainkit.report.charts import Chart, Series, format_number, line_chart
 from trainkit.report.metrics import METRICS_FILE, Curve, names, smoothed
 from trainkit.report.pictures import SHOWN_GRIDS, dataset_grid, sample_grids
@@ -135,8 +137,6 @@ def steps_charts(runs: Sequence[RunSummary]) -> list[Chart]:
 
 
 def _curve(values: dict[int, float]) -> Curve:
-    import numpy as np
-
     steps = sorted(values)
     return Curve(np.array(steps), np.array([values[step] for step in steps]))
 
