@@ -38,12 +38,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.atomic import write_json
-from trainkit.errors import UserError, one_line, only_warn, run_script
+from trainkit.errors import UserError, one_line, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
 from trainkit.sampling.conditions import ConditionOptions
-from trainkit.terminal import say
+from trainkit.terminal import only_warn, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
     from trainkit.evaluation.features import FeatureExtractor

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TextIO
 
 OTHER_PROCESSES_WAIT_S = 15.0  # their starts may differ by seconds
@@ -19,15 +19,6 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     """The message of `error` on one line of at most `limit` characters, or its class name where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-@contextlib.contextmanager
-def only_warn(what: str) -> Iterator[None]:
-    """Print one line that begins with `what` if the block fails, whatever the error: for what nothing depends on."""
-    try:
-        yield
-    except Exception as error:
-        print(f"\nWARNING: {what}: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 def run_script(main: Callable[[], int | None]) -> None:

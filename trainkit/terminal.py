@@ -1,11 +1,14 @@
 """What a script prints: a line in place on a terminal, complete lines in a log file, and little with --quiet."""
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from datetime import timedelta
 from typing import Any, Protocol
+
+from trainkit.errors import one_line
 
 NAME_WIDTH = 12  # of the subjects of a summary
 
@@ -40,6 +43,15 @@ def tell(text: str) -> None:
 def warn(text: str) -> None:
     """Print `WARNING: text`, on every process that calls this, also with `--quiet`."""
     _print(f"WARNING: {text}")
+
+
+@contextlib.contextmanager
+def only_warn(what: str) -> Iterator[None]:
+    """Print one line that begins with `what` if the block fails, whatever the error: for what nothing depends on."""
+    try:
+        yield
+    except Exception as error:
+        warn(f"{what}: {one_line(error)}")
 
 
 def is_first_process() -> bool:

@@ -9,7 +9,6 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch
 from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.conditioning import ImageCondition
-from trainkit.errors import only_warn
 from trainkit.hub import create_repository, push_pipeline
 from trainkit.options.script import ConditionalTrainingOptions
 from trainkit.processes import on_main_process, wait_for_everyone
@@ -17,6 +16,7 @@ from trainkit.report.card_results import update_card
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks
 from trainkit.sampling.grid import image_grid, save_image
 from trainkit.sampling.pipeline import PIPELINE_PARTS, save_pipeline, use_default_scheduler
+from trainkit.terminal import only_warn
 from trainkit.training.log import plot_loss
 from trainkit.training.model_card import model_card
 from trainkit.training.run import Run

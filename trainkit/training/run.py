@@ -223,7 +223,7 @@ class Run:
             command = resume_command(self.output_dir, self.settings, *processes)
             tell(f"stopped by a signal at step {self.step}, checkpoint written; continue with: {command}")
         else:
-            saved = f"saved the pipeline, samples.png and loss.png in {self.output_dir}"
+            saved = f"saved the pipeline, samples.png, loss.png and report.html in {self.output_dir}"
             if another_follows:  # a stage of a distillation
                 say(saved)
             else:

@@ -10,10 +10,10 @@ import torch
 
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.diffusion.conditioning import ImageCondition
-from trainkit.errors import only_warn
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.report.record import RECORD_NAME, describe_preparation, read_json
 from trainkit.report.write import REPORT_NAME, write_report
+from trainkit.terminal import only_warn
 from trainkit.training.run import Run
 from trainkit.versions import git_commit, versions
 
