@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 NAME_WIDTH = 12  # of the subjects of a summary
+FALLBACK_WIDTH = 100  # of a terminal that does not know it
 
 
 class PrintOptions(Protocol):
@@ -54,6 +55,14 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
+def _has_width() -> bool:
+    """Whether the terminal of standard error knows its width; those of some job systems say 0."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def format_seconds(seconds: float) -> str:
     """'2.3 s', '0:03:12', or '2 days, 1:00:00'."""
     if seconds < 10:
@@ -78,8 +87,10 @@ class Progress:
         if not self._hidden and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            shape = "{percentage:3.0f}%|{bar:16}| {desc}"
-            self._bar = tqdm(total=total, initial=done, bar_format=shape, dynamic_ncols=True, desc=name)
+            shape, width = "{percentage:3.0f}%|{bar:16}| {desc}", None if _has_width() else FALLBACK_WIDTH
+            self._bar = tqdm(
+                total=total, initial=done, desc=name, bar_format=shape, ncols=width, dynamic_ncols=width is None
+            )
 
     def __enter__(self) -> "Progress":
         return self
