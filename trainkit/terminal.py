@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 NAME_WIDTH = 12  # of the subjects of a summary
-FALLBACK_WIDTH = 100  # of a terminal that does not know it
+FALLBACK_SIZE: dict[str, Any] = {"ncols": 100, "nrows": 20}  # of a terminal that does not know it
 
 
 class PrintOptions(Protocol):
@@ -55,8 +55,8 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-def _has_width() -> bool:
-    """Whether the terminal of standard error knows its width; those of some job systems say 0."""
+def _has_size() -> bool:
+    """Whether the terminal of standard error knows its size; those of some job systems say 0."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError, AttributeError):
@@ -87,10 +87,9 @@ class Progress:
         if not self._hidden and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            shape, width = "{percentage:3.0f}%|{bar:16}| {desc}", None if _has_width() else FALLBACK_WIDTH
-            self._bar = tqdm(
-                total=total, initial=done, desc=name, bar_format=shape, ncols=width, dynamic_ncols=width is None
-            )
+            size = {"dynamic_ncols": True} if _has_size() else FALLBACK_SIZE
+            shape = "{percentage:3.0f}%|{bar:16}| {desc}"
+            self._bar = tqdm(total=total, initial=done, desc=name, bar_format=shape, **size)
 
     def __enter__(self) -> "Progress":
         return self
