@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from trainkit.errors import one_line
 
 NAME_WIDTH = 12  # of the subjects of a summary
+FALLBACK_SIZE: dict[str, Any] = {"ncols": 100, "nrows": 20}  # of a terminal that does not know it
 
 
 class PrintOptions(Protocol):
@@ -66,6 +67,14 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
+def _has_size() -> bool:
+    """Whether the terminal of standard error knows its size; those of some job systems say 0."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def format_seconds(seconds: float) -> str:
     """'2.3 s', '0:03:12', or '2 days, 1:00:00'."""
     if seconds < 10:
@@ -90,8 +99,9 @@ class Progress:
         if not self._hidden and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
+            size = {"dynamic_ncols": True} if _has_size() else FALLBACK_SIZE
             shape = "{percentage:3.0f}%|{bar:16}| {desc}"
-            self._bar = tqdm(total=total, initial=done, bar_format=shape, dynamic_ncols=True, desc=name)
+            self._bar = tqdm(total=total, initial=done, desc=name, bar_format=shape, **size)
 
     def __enter__(self) -> "Progress":
         return self

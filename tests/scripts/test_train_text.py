@@ -236,3 +236,11 @@ def test_a_unet_that_does_not_fit_is_refused(captioned, cache_dir, bert, tiny_un
 def run_here(monkeypatch, arguments):
 
     run_in_process(monkeypatch, "train_conditional", arguments)
+
+
+def test_a_dry_run_encodes_few_captions(captioned, text_unet, bert, tmp_path, monkeypatch, capsys):
+    arguments = text_run(captioned, text_unet, tmp_path / "cache", tmp_path / "out", bert, dry_run=True)
+    run_in_process(monkeypatch, "train_conditional", arguments)
+    printed = capsys.readouterr().out
+    assert "--dry_run: all checks passed" in printed and "UNet2DConditionModel of " in printed
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache" / "prepared").exists()
