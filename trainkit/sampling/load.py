@@ -122,7 +122,7 @@ def _load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> Condi
             raise UserError(f"{FLAG} {folder}: {name} cannot be loaded: {one_line(error)}") from None
         if name != "tokenizer":
             parts[name].eval()
-    settings = {name: index.get(name) for name in ("id2label", "prompt_length")}
+    settings = {name: index.get(name) for name in ("id2label", "prompt_length", "unet_timesteps")}
     return ConditionalPipeline(scheduler=scheduler, **parts, **settings)
 
 
