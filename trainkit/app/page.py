@@ -1,65 +1,227 @@
 """The page: its fields, and what happens when they are used. Needs gradio; the rest of trainkit/app does not."""
 
+import html
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: the page calls nobody
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: the server reports to nobody
 
 import gradio as gr
 
 from trainkit.app.gallery import STYLE, gallery
-from trainkit.app.generation import Frame, frames
+from trainkit.app.generation import frames
 from trainkit.app.models import AppModel, describe, hint, table_rows
 from trainkit.app.requests import (
+    DEFAULT_GUIDANCE,
     MAX_GUIDANCE,
     MAX_IMAGES,
     Job,
     Request,
     Setting,
+    class_choices,
     example_vector,
     make_job,
 )
 from trainkit.errors import UserError
-from trainkit.sampling.conditions import ALL, NULL
 
 SIDES = ("A", "B")
 DEFAULT_IMAGES = 8
-DEFAULT_GUIDANCE = 2.0  # of conditional models; students have theirs folded in
-MAX_WAITING = 50  # visitors in the queue
-EMPTY = '<div class="tk-empty">Press Generate.</div>'
+MAX_WAITING = 50  # visitors in the queue; the next one is told to come back later
+EMPTY = '<div class="tk-empty">The images appear here.</div>'
 CSS = (
     STYLE
     + """
-.gradio-container { max-width: 1180px !important }
-.tk-empty { padding: 48px 0; text-align: center; color: var(--body-text-color-subdued) }
-.tk-hint p { margin: 0; font-size: 13px; color: var(--body-text-color-subdued) }
+.gradio-container { max-width: 1200px !important; margin: 0 auto }
+.tk-empty { padding: 40px 0; text-align: center; color: var(--body-text-color-subdued) }
+.tk-note p { margin: 0; font-size: 13px; line-height: 1.45; color: var(--body-text-color-subdued) }
 footer { display: none !important }
 """
 )
 
 
-def build_page(models: Sequence[AppModel]) -> gr.Blocks:
-    """The page of one or two models."""
+class Shared(NamedTuple):
+    """The fields that both sides share."""
+
+    seed: gr.Number
+    random_seed: gr.Checkbox
+    num_images: gr.Slider
+    classes: gr.Dropdown
+    vectors: gr.Textbox
+    prompts: gr.Textbox
+
+
+class Side(NamedTuple):
+    """The fields of one setting, and where its images go."""
+
+    box: gr.Column
+    model: gr.Dropdown
+    scheduler: gr.Dropdown
+    steps: gr.Slider
+    note: gr.Markdown
+    guidance: gr.Slider
+
+    @property
+    def inputs(self) -> list:
+        return [self.model, self.scheduler, self.steps, self.guidance]
+
+
+def launch(models: Sequence[AppModel], host: str | None, port: int | None, share: bool) -> None:
+    """Serve the page until it is stopped; None for gradio's own host and port."""
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
-    page = gr.Blocks(title=" · ".join(model.name for model in models), theme=theme, css=CSS, analytics_enabled=False)
-    with page:
-        gr.Markdown(f"# {page.title}")
-        for model in models:
-            gr.Markdown(("" if len(models) == 1 else f"**{model.name}**: ") + describe(model), elem_classes="tk-hint")
+    page = build_page(models).queue(default_concurrency_limit=1, max_size=MAX_WAITING)
+    page.launch(server_name=host, server_port=port, share=share, theme=theme, css=CSS, ssr_mode=False)
+
+
+def build_page(models: Sequence[AppModel]) -> gr.Blocks:
+    """The page of one or two models."""
+    title = " and ".join(model.name for model in models)
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        lines = [describe(models[0])] if len(models) == 1 else [f"**{one.name}**: {describe(one)}" for one in models]
+        gr.Markdown(f"# {title}")
+        gr.Markdown("  \n".join(lines), elem_classes="tk-note")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 shared = _shared_fields(models)
-                compare = gr.Checkbox(len(models) > 1, label="Compare two settings", elem_id="compare")
-                sides = [_side_fields(models, side) for side in range(2)]
+                compare = gr.Checkbox(len(models) > 1, label="Compare two settings with the same seeds")
+                sides = [_side_fields(models, number, len(models) > 1) for number in range(2)]
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate")
                     stop = gr.Button("Stop", elem_id="stop")
             with gr.Column(scale=3, min_width=300), gr.Row():
-                results = [_result(side) for side in range(2)]
+                results = [_result(number, len(models) > 1) for number in range(2)]
         _tables(models)
-        compare.change(_shown_sides, compare, [*(box for box, _ in sides), *(box for box, _, _ in results)])
-        page.load(_shown_sides, compare, [*(box for box, _ in sides), *(box for box, _, _ in results)])
+        _react(models, compare, shared, sides, results)
+        inputs = [compare, *shared, *sides[0].inputs, *sides[1].inputs]
+        making = start.click(
+            _make_function(models), inputs, [shared.seed, *(view for _, view in results)], show_progress="minimal",
+            api_name="generate",
+        )  # fmt: skip
+        stop.click(None, cancels=[making])
+    return page
+
+
+def _shared_fields(models: Sequence[AppModel]) -> Shared:
+    conditions = {model.condition for model in models}
+    vectors = next((example_vector(model) for model in models if model.condition == "vectors"), "")
+    choices = class_choices(models)
+    classes = gr.Dropdown(
+        choices, value=[], multiselect=True, allow_custom_value=True, label="Classes", elem_id="classes",
+        info="The images cycle through them. Empty: all classes.", visible="class_labels" in conditions,
+    )  # fmt: skip
+    prompts = gr.Textbox(
+        label="Prompt", info="One per line; the images cycle through them.", lines=2, elem_id="prompt",
+        visible="prompt" in conditions,
+    )  # fmt: skip
+    numbers = gr.Textbox(
+        vectors, label="Vector", info="One per line, numbers separated by commas. null: no vector.", lines=2,
+        elem_id="vector", visible="vectors" in conditions,
+    )  # fmt: skip
+    count = gr.Slider(1, MAX_IMAGES, DEFAULT_IMAGES, step=1, label="Images", elem_id="images")
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", info="Image i has seed + i.", precision=0, elem_id="seed", min_width=120)
+        fresh = gr.Checkbox(False, label="New seed each time", min_width=120)
+    return Shared(seed, fresh, count, classes, numbers, prompts)
+
+
+def _side_fields(models: Sequence[AppModel], number: int, compared: bool) -> Side:
+    model, side = models[min(number, len(models) - 1)], SIDES[number]
+    with gr.Column(visible=number == 0 or compared, elem_id=f"setting-{side}") as box, gr.Group():
+        named = f"{side}: " if compared or number else ""
+        chosen = gr.Dropdown(
+            [(one.name, index) for index, one in enumerate(models)], value=models.index(model),
+            label=f"{named}Model", visible=len(models) > 1, elem_id=f"model-{side}",
+        )  # fmt: skip
+        scheduler = gr.Dropdown(
+            model.schedulers, value=model.default_scheduler, label=f"{named}Scheduler",
+            visible=len(model.schedulers) > 1, elem_id=f"scheduler-{side}",
+        )  # fmt: skip
+        end = model.slider_end(model.default_scheduler)
+        steps = gr.Slider(1, end, model.default_steps, step=1, label=f"{named}Steps", elem_id=f"steps-{side}")
+        guidance = gr.Slider(
+            1, MAX_GUIDANCE, 1.0 if model.is_student else DEFAULT_GUIDANCE, step=0.1, label=f"{named}Guidance",
+            info="1: none, half the time.", visible=model.condition is not None, elem_id=f"guidance-{side}",
+        )  # fmt: skip
+        note = gr.Markdown(hint(model, model.default_scheduler, model.default_steps), elem_classes="tk-note",
+                           padding=True)  # fmt: skip
+    return Side(box, chosen, scheduler, steps, note, guidance)
+
+
+def _result(number: int, compared: bool) -> tuple[gr.Column, gr.HTML]:
+    side = SIDES[number]
+    with gr.Column(visible=number == 0 or compared, min_width=280) as box:
+        view = gr.HTML(EMPTY, elem_id=f"result-{side}")
+    return box, view
+
+
+def _tables(models: Sequence[AppModel]) -> None:
+    """The measured tables, closed at first."""
+    for model in models:
+        head, rows = table_rows(model)
+        if rows:
+            with gr.Accordion(f"Measured: quality and time of {model.name}", open=False):
+                gr.Dataframe(rows, headers=head, interactive=False, wrap=True)
+
+
+def _react(models: Sequence[AppModel], compare: gr.Checkbox, shared: Shared, sides: list[Side], results: list) -> None:
+    """What changes on the page when a field changes."""
+    compare.change(
+        lambda compared: [gr.update(visible=compared)] * 2, compare, [sides[1].box, results[1][0]],
+        queue=False, show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    hidden: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    for side in sides:
+
+        def changed_model(index: int) -> list:
+            model = models[index]
+            return [
+                gr.update(choices=model.schedulers, value=model.default_scheduler, visible=len(model.schedulers) > 1),
+                gr.update(value=model.default_steps, maximum=model.slider_end(model.default_scheduler)),
+                gr.update(visible=model.condition is not None),
+                hint(model, model.default_scheduler, model.default_steps),
+            ]
+
+        def changed_scheduler(index: int, scheduler: str, steps: int) -> list:
+            model = models[index]
+            end = model.slider_end(scheduler)
+            return [gr.update(maximum=end, value=min(steps or 1, end)), hint(model, scheduler, min(steps or 1, end))]
+
+        def changed_steps(index: int, scheduler: str, steps: int) -> str:
+            return hint(models[index], scheduler, int(steps or 1))
+
+        fields = [side.model, side.scheduler, side.steps]
+        side.model.input(
+            changed_model, side.model, [side.scheduler, side.steps, side.guidance, side.note], **hidden
+        )
+        side.scheduler.input(changed_scheduler, fields, [side.steps, side.note], **hidden)
+        side.steps.change(changed_steps, fields, side.note, **hidden)
+
+
+def _make_function(models: Sequence[AppModel]):
+    """The function of the button: it yields the seed and the two results, with previews in between."""
+
+    def make(compared: bool, seed, fresh: bool, num_images, classes, vectors: str, prompts: str, *fields) -> Iterator:
+        seed = random.randrange(2**31) if fresh else seed
+        request = Request(seed, num_images, tuple(classes or ()), vectors or "", prompts or "")
+        settings = [fields[:4], fields[4:]] if compared else [fields[:4]]
+        try:
+            jobs = [make_job(Setting(models[index], *others), request) for index, *others in settings]
+        except UserError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+        yield seed, EMPTY, EMPTY
+        for number, job in enumerate(jobs):
+            for shown in _views(job, f"{SIDES[number]}: " if compared else ""):
+                yield (gr.skip(), shown, gr.skip()) if number == 0 else (gr.skip(), gr.skip(), shown)
+
+    return make
+
+
+def _views(job: Job, side: str) -> Iterator[str]:
+    """The HTML of each frame of a job."""
+    for frame in frames(job):
+        count = len(job.seeds)
+        foot = f"{side}{job.title}: {count} image{'s' * (count > 1)} in {frame.seconds:.1f} s"
+        yield gallery(frame.images, job.seeds, job.captions, job.name, foot, frame.fraction)

@@ -1,7 +1,8 @@
 """What a visitor asks for, checked: every mistake is a `UserError` of one line that names the field."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipelines.conditional import check_prompts
@@ -13,6 +14,7 @@ from trainkit.sampling.generate import Pipeline
 MAX_IMAGES = 64
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 20.0
+DEFAULT_GUIDANCE = 2.0  # of conditional models; students have theirs folded in
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Request:
 class Job:
     """A checked request: images to make with `pipeline`, which belongs to this job alone."""
 
+    name: str  # for files: the model, the scheduler and the steps
+    title: str
     pipeline: Pipeline
     steps: int
     seeds: list[int]
@@ -58,19 +62,20 @@ def make_job(setting: Setting, request: Request) -> Job:
     steps = _whole(setting.steps, "Steps", 1, math.inf)
     pipeline = setting.model.pipeline_with(setting.scheduler, steps)
     seeds = [seed + index for index in range(count)]
+    of_model = re.sub(r"[^\w.-]+", "-", setting.model.name)
+    about = f"{of_model}-{setting.scheduler}-{steps}", f"{setting.scheduler}, {steps} step{'s' * (steps > 1)}"
     condition = setting.model.condition
     if condition is None:
-        return Job(pipeline, steps, seeds, None, [""] * count, {})
+        return Job(*about, pipeline, steps, seeds, None, [""] * count, {})
     scale = float(setting.guidance_scale)
     if not 1 <= scale <= MAX_GUIDANCE:
         raise UserError(f"Guidance: {setting.guidance_scale:g} must be 1 (none) to {MAX_GUIDANCE:g}")
     read: dict[str, Callable] = {"class_labels": _classes, "vectors": _vectors, "prompt": _prompts}
     values, shown = read[condition](setting.model, request)
     chosen = [index % len(values) for index in range(count)]
-    return Job(
-        pipeline, steps, seeds, [values[index] for index in chosen], [shown[index] for index in chosen],
-        {"guidance_scale": scale},
-    )  # fmt: skip
+    conditions, captions = [values[index] for index in chosen], [shown[index] for index in chosen]
+    name, title = about[0] + f"-guidance-{scale:g}", about[1] + f", guidance {scale:g}"
+    return Job(name, title, pipeline, steps, seeds, conditions, captions, {"guidance_scale": scale})
 
 
 def _whole(value: float | None, field: str, low: int, high: float) -> int:
@@ -110,6 +115,13 @@ def _number(word: str) -> float:
         return float(word)
     except ValueError:
         raise UserError(f"Vector: {word[:40]!r} is not a number") from None
+
+
+def class_choices(models: Sequence[AppModel]) -> list[tuple[str, str]]:
+    """(text, value) of each choice of classes: the names that the models have, then all and none."""
+    names = list(dict.fromkeys(name for model in models for name in model.class_names))
+    special = [("all classes", ALL), ("no class", NULL)]
+    return [(name, name) for name in names] + [choice for choice in special if choice[1] not in names]
 
 
 def example_vector(model: AppModel) -> str:
