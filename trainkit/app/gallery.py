@@ -26,13 +26,14 @@ STYLE = """
 .tk-grid img { display: block; width: 100%; height: auto; border: 1px solid var(--border-color-primary);
   border-radius: 4px; background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%) 0 0 / 16px 16px }
 .tk-grid .tk-small { image-rendering: pixelated }
-.tk-grid figcaption { display: flex; justify-content: space-between; gap: 6px; margin-top: 3px; font-size: 12px;
-  line-height: 1.35; color: var(--body-text-color-subdued) }
+.tk-grid figcaption { display: flex; justify-content: space-between; align-items: baseline; gap: 6px;
+  margin-top: 3px; font-size: 12px; line-height: 1.35; color: var(--body-text-color) }
 .tk-grid figcaption span { overflow-wrap: anywhere; min-width: 0 }
-.tk-grid a, .tk-foot a { color: var(--link-text-color); text-decoration: none; white-space: nowrap }
+.tk-grid a, .tk-foot a { margin: 0; padding: 0; font-size: inherit; line-height: inherit; white-space: nowrap;
+  color: var(--link-text-color); text-decoration: none }
 .tk-grid a:hover, .tk-foot a:hover { text-decoration: underline }
-.tk-foot { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-top: 12px; font-size: 13px;
-  color: var(--body-text-color-subdued) }
+.tk-foot { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 16px; margin-top: 12px; font-size: 13px;
+  color: var(--body-text-color) }
 .tk-bar { height: 4px; margin: 0 0 12px; border-radius: 2px; background: var(--border-color-primary) }
 .tk-bar div { height: 100%; border-radius: 2px; background: var(--color-accent) }
 """

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainkit.app.requests import Job
+from trainkit.app.models import AppModel
+from trainkit.app.requests import Job, Request, Setting, example_vector, make_job
 from trainkit.sampling.generate import evaluation_mode, limited_batch_size, noise_shape, to_uint8
 from trainkit.sampling.noise import Batch, draw
 from trainkit.sampling.preview import preview_batch
@@ -47,3 +48,11 @@ def frames(job: Job) -> Iterator[Frame]:
                 seconds = time.perf_counter() - started
                 yield Frame(np.concatenate([*finished, shown]), done / count, seconds, is_final)
             finished.append(shown)
+
+
+def warm_up(model: AppModel) -> None:
+    """Make an image in one step, so that the time of the first visitor's images is that of the others too."""
+    vector = "" if model.vector_length is None else example_vector(model)
+    scheduler = model.schedulers[-1] if model.is_student else "dpmsolver"
+    for _ in frames(make_job(Setting(model, scheduler, 1), Request(0, 1, vectors=vector))):
+        pass

@@ -91,6 +91,14 @@ def open_model(name_or_path: str) -> AppModel:
     )
 
 
+def first_setting(model: AppModel, number: int) -> tuple[str, int]:
+    """Scheduler and steps that the page starts with: the model's own, and half the steps for the second setting."""
+    if number == 0 or model.is_student:
+        return model.default_scheduler, model.default_steps
+    steps = max(1, model.default_steps // 2)
+    return choose_scheduler(model.folder, steps)[0], steps
+
+
 def describe(model: AppModel) -> str:
     """One line about a model: image size, condition, parameters."""
     height, width, channels = image_shape(model.pipeline)
@@ -112,7 +120,7 @@ def hint(model: AppModel, scheduler: str, steps: int) -> str:
     exact = [cell for cell in cells if cell["steps"] == steps]
     if exact:
         return f"Measured at {_count(steps, 'step')}: {_measured(model, exact[0])}.{_better(model, exact[0])}"
-    advice = f" Good for {CATALOGUE[scheduler].steps} steps." if scheduler in CATALOGUE else ""
+    advice = f" Made for {CATALOGUE[scheduler].steps}." if scheduler in CATALOGUE else ""
     if cells:
         nearest = min(cells, key=lambda cell: abs(cell["steps"] - steps))
         return f"Nearest measured: {_count(nearest['steps'], 'step')}, {_measured(model, nearest)}.{advice}"
@@ -148,7 +156,7 @@ def _better(model: AppModel, cell: dict) -> str:
         (one for one in model.table["cells"] if one["calls"] <= cell["calls"]), key=lambda one: one["scores"][metric]
     )
     if best["scores"][metric] >= cell["scores"][metric]:
-        return " No measured setting is better in the same time."
+        return " No measured setting is better with as few UNet calls."
     return f" Better: {best['scheduler']}, {_count(best['steps'], 'step')}, {score_text(best, metric)}."
 
 

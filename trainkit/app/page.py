@@ -12,7 +12,7 @@ import gradio as gr
 
 from trainkit.app.gallery import STYLE, gallery
 from trainkit.app.generation import frames
-from trainkit.app.models import AppModel, describe, hint, table_rows
+from trainkit.app.models import AppModel, describe, first_setting, hint, table_rows
 from trainkit.app.requests import (
     DEFAULT_GUIDANCE,
     MAX_GUIDANCE,
@@ -34,8 +34,10 @@ CSS = (
     STYLE
     + """
 .gradio-container { max-width: 1200px !important; margin: 0 auto }
-.tk-empty { padding: 40px 0; text-align: center; color: var(--body-text-color-subdued) }
-.tk-note p { margin: 0; font-size: 13px; line-height: 1.45; color: var(--body-text-color-subdued) }
+.tk-empty { padding: 40px 0; text-align: center; color: var(--body-text-color); opacity: .65 }
+.tk-note { background: var(--block-background-fill) }
+.tk-note p { margin: 0; font-size: 13px; line-height: 1.45; color: var(--body-text-color); opacity: .8 }
+.tk-side p { margin: 0; font-weight: 600 }
 footer { display: none !important }
 """
 )
@@ -56,6 +58,7 @@ class Side(NamedTuple):
     """The fields of one setting, and where its images go."""
 
     box: gr.Column
+    heading: gr.Markdown
     model: gr.Dropdown
     scheduler: gr.Dropdown
     steps: gr.Slider
@@ -84,20 +87,23 @@ def build_page(models: Sequence[AppModel]) -> gr.Blocks:
         gr.Markdown(f"# {title}")
         gr.Markdown("  \n".join(lines), elem_classes="tk-note")
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=1, min_width=320):
                 shared = _shared_fields(models)
-                compare = gr.Checkbox(len(models) > 1, label="Compare two settings with the same seeds")
+                compare = gr.Checkbox(
+                    len(models) > 1, label="Compare two settings with the same seeds", elem_id="compare"
+                )
                 sides = [_side_fields(models, number, len(models) > 1) for number in range(2)]
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate")
                     stop = gr.Button("Stop", elem_id="stop")
-            with gr.Column(scale=3, min_width=300), gr.Row():
+            with gr.Column(scale=2, min_width=320), gr.Row():
                 results = [_result(number, len(models) > 1) for number in range(2)]
         _tables(models)
         _react(models, compare, shared, sides, results)
         inputs = [compare, *shared, *sides[0].inputs, *sides[1].inputs]
+        views = [view for _, view in results]
         making = start.click(
-            _make_function(models), inputs, [shared.seed, *(view for _, view in results)], show_progress="minimal",
+            _make_function(models), inputs, [shared.seed, *views], show_progress="minimal", show_progress_on=views[0],
             api_name="generate",
         )  # fmt: skip
         stop.click(None, cancels=[making])
@@ -129,25 +135,24 @@ def _shared_fields(models: Sequence[AppModel]) -> Shared:
 
 def _side_fields(models: Sequence[AppModel], number: int, compared: bool) -> Side:
     model, side = models[min(number, len(models) - 1)], SIDES[number]
-    with gr.Column(visible=number == 0 or compared, elem_id=f"setting-{side}") as box, gr.Group():
-        named = f"{side}: " if compared or number else ""
+    scheduler, steps = first_setting(model, number if len(models) == 1 else 0)
+    with gr.Column(visible=number == 0 or compared) as box, gr.Group():
+        heading = gr.Markdown(side, visible=compared or number > 0, elem_classes=["tk-note", "tk-side"], padding=True)
         chosen = gr.Dropdown(
-            [(one.name, index) for index, one in enumerate(models)], value=models.index(model),
-            label=f"{named}Model", visible=len(models) > 1, elem_id=f"model-{side}",
+            [(one.name, index) for index, one in enumerate(models)], value=models.index(model), label="Model",
+            visible=len(models) > 1, elem_id=f"model-{side}",
         )  # fmt: skip
-        scheduler = gr.Dropdown(
-            model.schedulers, value=model.default_scheduler, label=f"{named}Scheduler",
-            visible=len(model.schedulers) > 1, elem_id=f"scheduler-{side}",
+        schedulers = gr.Dropdown(
+            model.schedulers, value=scheduler, label="Scheduler", visible=len(model.schedulers) > 1,
+            elem_id=f"scheduler-{side}",
         )  # fmt: skip
-        end = model.slider_end(model.default_scheduler)
-        steps = gr.Slider(1, end, model.default_steps, step=1, label=f"{named}Steps", elem_id=f"steps-{side}")
+        slider = gr.Slider(1, model.slider_end(scheduler), steps, step=1, label="Steps", elem_id=f"steps-{side}")
+        note = gr.Markdown(hint(model, scheduler, steps), elem_classes="tk-note", padding=True)
         guidance = gr.Slider(
-            1, MAX_GUIDANCE, 1.0 if model.is_student else DEFAULT_GUIDANCE, step=0.1, label=f"{named}Guidance",
+            1, MAX_GUIDANCE, 1.0 if model.is_student else DEFAULT_GUIDANCE, step=0.1, label="Guidance",
             info="1: none, half the time.", visible=model.condition is not None, elem_id=f"guidance-{side}",
         )  # fmt: skip
-        note = gr.Markdown(hint(model, model.default_scheduler, model.default_steps), elem_classes="tk-note",
-                           padding=True)  # fmt: skip
-    return Side(box, chosen, scheduler, steps, note, guidance)
+    return Side(box, heading, chosen, schedulers, slider, note, guidance)
 
 
 def _result(number: int, compared: bool) -> tuple[gr.Column, gr.HTML]:
@@ -168,34 +173,33 @@ def _tables(models: Sequence[AppModel]) -> None:
 
 def _react(models: Sequence[AppModel], compare: gr.Checkbox, shared: Shared, sides: list[Side], results: list) -> None:
     """What changes on the page when a field changes."""
-    compare.change(
-        lambda compared: [gr.update(visible=compared)] * 2, compare, [sides[1].box, results[1][0]],
-        queue=False, show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
     hidden: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    compare.change(
+        lambda compared: [gr.update(visible=compared)] * 3, compare, [sides[0].heading, sides[1].box, results[1][0]],
+        **hidden,
+    )  # fmt: skip
+
+    def changed_model(index: int) -> list:
+        model = models[index]
+        scheduler, steps = first_setting(model, 0)
+        return [
+            gr.update(choices=model.schedulers, value=scheduler, visible=len(model.schedulers) > 1),
+            gr.update(value=steps, maximum=model.slider_end(scheduler)),
+            gr.update(visible=model.condition is not None),
+            hint(model, scheduler, steps),
+        ]
+
+    def changed_scheduler(index: int, scheduler: str, steps: int | None) -> list:
+        end = models[index].slider_end(scheduler)
+        kept = min(int(steps or 1), end)
+        return [gr.update(maximum=end, value=kept), hint(models[index], scheduler, kept)]
+
+    def changed_steps(index: int, scheduler: str, steps: int | None) -> str:
+        return hint(models[index], scheduler, int(steps or 1))
+
     for side in sides:
-
-        def changed_model(index: int) -> list:
-            model = models[index]
-            return [
-                gr.update(choices=model.schedulers, value=model.default_scheduler, visible=len(model.schedulers) > 1),
-                gr.update(value=model.default_steps, maximum=model.slider_end(model.default_scheduler)),
-                gr.update(visible=model.condition is not None),
-                hint(model, model.default_scheduler, model.default_steps),
-            ]
-
-        def changed_scheduler(index: int, scheduler: str, steps: int) -> list:
-            model = models[index]
-            end = model.slider_end(scheduler)
-            return [gr.update(maximum=end, value=min(steps or 1, end)), hint(model, scheduler, min(steps or 1, end))]
-
-        def changed_steps(index: int, scheduler: str, steps: int) -> str:
-            return hint(models[index], scheduler, int(steps or 1))
-
         fields = [side.model, side.scheduler, side.steps]
-        side.model.input(
-            changed_model, side.model, [side.scheduler, side.steps, side.guidance, side.note], **hidden
-        )
+        side.model.input(changed_model, side.model, [side.scheduler, side.steps, side.guidance, side.note], **hidden)
         side.scheduler.input(changed_scheduler, fields, [side.steps, side.note], **hidden)
         side.steps.change(changed_steps, fields, side.note, **hidden)
 

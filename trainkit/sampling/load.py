@@ -27,6 +27,7 @@ HUB_FILES = [
     CONFIG_NAME,
     f"{WEIGHTS_STEM}*.safetensors*",
     "scheduler_config.json",
+    "sampling_table.json",
 ]
 COMPANIONS = ("vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet", "guidance_vector_embedding")
 CONDITIONAL_FILES = [f"{part}/*.{end}" for part in COMPANIONS for end in ("json", "safetensors", "txt", "model")]
