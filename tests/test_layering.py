@@ -22,6 +22,7 @@ LAYERS = (
     ("trainkit.evaluation",),
     ("trainkit.training",),
     ("trainkit.distillation",),
+    ("trainkit.app",),
 )
 DATA_LAYERS = (
     (

@@ -8,7 +8,6 @@ Everything is inside, so the server keeps no files and visitors cannot see the i
 import base64
 import html
 import io
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 
 from trainkit.sampling.grid import image_grid, to_pil
 
-CELL = 112  # pixels that small images are enlarged to at least
+CELL, HALF_PAGE_CELL = 112, 90  # pixels that small images are enlarged to, as near as a whole factor comes
 PREVIEW_SIDE = 256  # maximum pixels of a preview that is sent while the chain runs
 # The link takes the picture of its figure, so that each picture is sent once.
 COPY_SOURCE = "this.href = this.closest('figure').querySelector('img').src"
@@ -40,15 +39,21 @@ STYLE = """
 
 
 def gallery(
-    images: np.ndarray, seeds: Sequence[int], captions: Sequence[str], name: str, foot: str, fraction: float = 1.0
+    images: np.ndarray,
+    seeds: Sequence[int],
+    captions: Sequence[str],
+    name: str,
+    foot: str,
+    fraction: float = 1.0,
+    cell: int = CELL,
 ) -> str:
-    """The HTML of `images` (N, H, W, C) uint8 with their seeds and captions.
+    """The HTML of `images` (N, H, W, C) uint8, about `cell` pixels wide or more, with their seeds and captions.
 
     Finished images (`fraction` 1) have links to their PNG and to that of the grid, in files that start with `name`.
     Before, a bar shows the fraction.
     """
     is_final, width = fraction >= 1, images.shape[2]
-    scale = max(1, math.ceil(CELL / width))
+    scale = max(1, round(cell / width))
     small = ' class="tk-small"' if scale > 1 else ""
     figures = []
     for image, seed, caption in zip(images, seeds, captions, strict=False):  # those so far

@@ -120,7 +120,10 @@ def hint(model: AppModel, scheduler: str, steps: int) -> str:
     exact = [cell for cell in cells if cell["steps"] == steps]
     if exact:
         return f"Measured at {_count(steps, 'step')}: {_measured(model, exact[0])}.{_better(model, exact[0])}"
-    advice = f" Made for {CATALOGUE[scheduler].steps}." if scheduler in CATALOGUE else ""
+    advice = ""
+    if scheduler in CATALOGUE:
+        made_for = CATALOGUE[scheduler].steps
+        advice = f" Made for {made_for}{'' if 'steps' in made_for else ' steps'}."
     if cells:
         nearest = min(cells, key=lambda cell: abs(cell["steps"] - steps))
         return f"Nearest measured: {_count(nearest['steps'], 'step')}, {_measured(model, nearest)}.{advice}"
@@ -134,7 +137,7 @@ def table_rows(model: AppModel) -> tuple[list[str], list[list[str]]]:
     metric = _metric(model)
     cells = sorted(model.table["cells"], key=lambda cell: cell["scores"][metric])
     rows = [
-        [cell["scheduler"], str(cell["steps"]), score_text(cell, metric).partition(" ")[2],
+        [cell["scheduler"], str(cell["steps"]), _score(model, cell).partition(" ")[2],
          f"{cell['seconds_per_1000_images']:.3g}"]
         for cell in cells
     ]  # fmt: skip
@@ -146,7 +149,11 @@ def _metric(model: AppModel) -> str:
 
 
 def _measured(model: AppModel, cell: dict) -> str:
-    return f"{score_text(cell, _metric(model))}, {time_text(cell)}"
+    return f"{_score(model, cell)}, {time_text(cell)}"
+
+
+def _score(model: AppModel, cell: dict) -> str:
+    return score_text(cell, _metric(model)).replace("+-", "±")
 
 
 def _better(model: AppModel, cell: dict) -> str:
@@ -157,7 +164,7 @@ def _better(model: AppModel, cell: dict) -> str:
     )
     if best["scores"][metric] >= cell["scores"][metric]:
         return " No measured setting is better with as few UNet calls."
-    return f" Better: {best['scheduler']}, {_count(best['steps'], 'step')}, {score_text(best, metric)}."
+    return f" Better: {best['scheduler']}, {_count(best['steps'], 'step')}, {_score(model, best)}."
 
 
 def _count(number: int, noun: str) -> str:

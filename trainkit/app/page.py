@@ -10,7 +10,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import:
 
 import gradio as gr
 
-from trainkit.app.gallery import STYLE, gallery
+from trainkit.app.gallery import CELL, HALF_PAGE_CELL, STYLE, gallery
 from trainkit.app.generation import frames
 from trainkit.app.models import AppModel, describe, first_setting, hint, table_rows
 from trainkit.app.requests import (
@@ -35,6 +35,7 @@ CSS = (
     + """
 .gradio-container { max-width: 1200px !important; margin: 0 auto }
 .tk-empty { padding: 40px 0; text-align: center; color: var(--body-text-color); opacity: .65 }
+.tk-about p { margin: 0 }
 .tk-note { background: var(--block-background-fill) }
 .tk-note p { margin: 0; font-size: 13px; line-height: 1.45; color: var(--body-text-color); opacity: .8 }
 .tk-side p { margin: 0; font-weight: 600 }
@@ -85,17 +86,17 @@ def build_page(models: Sequence[AppModel]) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         lines = [describe(models[0])] if len(models) == 1 else [f"**{one.name}**: {describe(one)}" for one in models]
         gr.Markdown(f"# {title}")
-        gr.Markdown("  \n".join(lines), elem_classes="tk-note")
+        gr.Markdown("  \n".join(lines), elem_classes="tk-about")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 shared = _shared_fields(models)
                 compare = gr.Checkbox(
-                    len(models) > 1, label="Compare two settings with the same seeds", elem_id="compare"
+                    len(models) > 1, label="Compare two settings", elem_id="compare"
                 )
                 sides = [_side_fields(models, number, len(models) > 1) for number in range(2)]
                 with gr.Row():
-                    start = gr.Button("Generate", variant="primary", elem_id="generate")
-                    stop = gr.Button("Stop", elem_id="stop")
+                    start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=120)
             with gr.Column(scale=2, min_width=320), gr.Row():
                 results = [_result(number, len(models) > 1) for number in range(2)]
         _tables(models)
@@ -129,7 +130,7 @@ def _shared_fields(models: Sequence[AppModel]) -> Shared:
     count = gr.Slider(1, MAX_IMAGES, DEFAULT_IMAGES, step=1, label="Images", elem_id="images")
     with gr.Row():
         seed = gr.Number(0, label="Seed", info="Image i has seed + i.", precision=0, elem_id="seed", min_width=120)
-        fresh = gr.Checkbox(False, label="New seed each time", min_width=120)
+        fresh = gr.Checkbox(False, label="Random seed", min_width=120, elem_id="random-seed")
     return Shared(seed, fresh, count, classes, numbers, prompts)
 
 
@@ -217,15 +218,16 @@ def _make_function(models: Sequence[AppModel]):
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
         yield seed, EMPTY, EMPTY
         for number, job in enumerate(jobs):
-            for shown in _views(job, f"{SIDES[number]}: " if compared else ""):
+            for shown in _views(job, SIDES[number] if compared else ""):
                 yield (gr.skip(), shown, gr.skip()) if number == 0 else (gr.skip(), gr.skip(), shown)
 
     return make
 
 
 def _views(job: Job, side: str) -> Iterator[str]:
-    """The HTML of each frame of a job."""
+    """The HTML of each frame of a job; `side` is empty if it is the only one."""
+    cell = HALF_PAGE_CELL if side else CELL
     for frame in frames(job):
         count = len(job.seeds)
-        foot = f"{side}{job.title}: {count} image{'s' * (count > 1)} in {frame.seconds:.1f} s"
-        yield gallery(frame.images, job.seeds, job.captions, job.name, foot, frame.fraction)
+        foot = f"{side}{side and ': '}{job.title}: {count} image{'s' * (count > 1)} in {frame.seconds:.1f} s"
+        yield gallery(frame.images, job.seeds, job.captions, job.name, foot, frame.fraction, cell)

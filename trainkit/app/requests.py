@@ -69,7 +69,7 @@ def make_job(setting: Setting, request: Request) -> Job:
         return Job(*about, pipeline, steps, seeds, None, [""] * count, {})
     scale = float(setting.guidance_scale)
     if not 1 <= scale <= MAX_GUIDANCE:
-        raise UserError(f"Guidance: {setting.guidance_scale:g} must be 1 (none) to {MAX_GUIDANCE:g}")
+        raise UserError(f"Guidance {setting.guidance_scale:g} must be 1 (none) to {MAX_GUIDANCE:g}")
     read: dict[str, Callable] = {"class_labels": _classes, "vectors": _vectors, "prompt": _prompts}
     values, shown = read[condition](setting.model, request)
     chosen = [index % len(values) for index in range(count)]
