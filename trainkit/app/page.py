@@ -90,9 +90,7 @@ def build_page(models: Sequence[AppModel]) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 shared = _shared_fields(models)
-                compare = gr.Checkbox(
-                    len(models) > 1, label="Compare two settings", elem_id="compare"
-                )
+                compare = gr.Checkbox(len(models) > 1, label="Compare two settings", elem_id="compare")
                 sides = [_side_fields(models, number, len(models) > 1) for number in range(2)]
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)

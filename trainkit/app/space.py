@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import yaml
@@ -16,7 +16,7 @@ from trainkit.sampling.load import CONDITIONAL_FILES, HUB_FILES, PICKLED, find_p
 
 SCRIPT, CONFIG, REQUIREMENTS = "app.py", "space.yaml", "requirements.txt"
 PACKAGES = ("trainkit", "pipelines")
-GRADIO = "gradio>=6,<7"
+GRADIO, GRADIO_VERSION = "gradio>=6,<7", "6.31.0"  # the version that the page was tried with
 FLAG = "--export_space"
 
 
@@ -135,7 +135,7 @@ def _card(sources: dict[str, Path], hub_ids: list[str]) -> str:
     head = {
         "title": _title(sources),
         "sdk": "gradio",
-        "sdk_version": version("gradio"),
+        "sdk_version": GRADIO_VERSION,
         "app_file": SCRIPT,
         "pinned": False,
     } | ({"models": hub_ids} if hub_ids else {})
