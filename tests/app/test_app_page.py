@@ -19,6 +19,7 @@ from PIL import Image
 from process_helpers import script_environment
 from sampling_helpers import tiny_model
 
+from trainkit.diffusion.few_step import progressive_scheduler
 from trainkit.sampling.pipeline import save_pipeline
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -32,13 +33,14 @@ gradio = pytest.importorskip("gradio", minversion="6", reason='pip install "grad
 webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(500),  # starting the page and a browser takes half a minute on a busy machine
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and its chromedriver are not installed"),
 ]
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """A running app.py with a model that draws stripes, whatever the noise, and a model of classes."""
+    """A running app.py with an unconditional model and one of classes."""
     folder = save_models(tmp_path_factory.mktemp("models"))
     with serving(str(folder / "plain"), str(folder / "class")) as url:
         yield url
@@ -151,9 +153,10 @@ def test_two_visitors_at_once_see_the_images_of_their_seeds(address, tmp_path):
 
 
 def test_an_exported_space_runs_by_itself(tmp_path, monkeypatch):
-    """In its own folder, without the project on the path and without network."""
+    """In its own folder, without the project on the path and without network; a student of one step."""
     model = tmp_path / "model"
-    save_pipeline(model, DDPMPipeline(tiny_model(), DDPMScheduler()), "")
+    student = progressive_scheduler(DDPMScheduler().alphas_cumprod.double(), 1, "sample")
+    save_pipeline(model, DDPMPipeline(tiny_model(), student), "")
     space = tmp_path / "space"
     command = [sys.executable, ROOT / "app.py", "--model_name_or_path", model, "--export_space", space]
     subprocess.run(command, check=True, env=script_environment(), capture_output=True)

@@ -50,6 +50,7 @@ def test_its_requirements_and_card_are_those_of_a_gradio_space(exported):
     lines = (exported / "requirements.txt").read_text().splitlines()
     ours = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert space.GRADIO in lines and set(lines) - {space.GRADIO} < set(ours)
+    assert space.GRADIO in (ROOT / "requirements-app.txt").read_text().splitlines()
     names = {line.partition(">")[0] for line in lines}
     assert {"torch", "diffusers", "transformers", "pillow", "safetensors"} <= names
     assert not names & {"matplotlib", "tensorboard", "h5py"}, "what only training needs is left out"

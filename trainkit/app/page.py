@@ -145,13 +145,19 @@ def _side_fields(models: Sequence[AppModel], number: int, compared: bool) -> Sid
             model.schedulers, value=scheduler, label="Scheduler", visible=len(model.schedulers) > 1,
             elem_id=f"scheduler-{side}",
         )  # fmt: skip
-        slider = gr.Slider(1, model.slider_end(scheduler), steps, step=1, label="Steps", elem_id=f"steps-{side}")
+        slider = gr.Slider(1, value=steps, step=1, label="Steps", elem_id=f"steps-{side}", **_range(model, scheduler))
         note = gr.Markdown(hint(model, scheduler, steps), elem_classes="tk-note", padding=True)
         guidance = gr.Slider(
             1, MAX_GUIDANCE, 1.0 if model.is_student else DEFAULT_GUIDANCE, step=0.1, label="Guidance",
             info="1: none, half the time.", visible=model.condition is not None, elem_id=f"guidance-{side}",
         )  # fmt: skip
     return Side(box, heading, chosen, schedulers, slider, note, guidance)
+
+
+def _range(model: AppModel, scheduler: str) -> dict[str, Any]:
+    """The end of the slider of steps; it is fixed for a student of one step, as gradio wants two values at least."""
+    end = model.slider_end(scheduler)
+    return {"maximum": max(end, 2), "interactive": end > 1}
 
 
 def _result(number: int, compared: bool) -> tuple[gr.Column, gr.HTML]:
@@ -183,7 +189,7 @@ def _react(models: Sequence[AppModel], compare: gr.Checkbox, shared: Shared, sid
         scheduler, steps = first_setting(model, 0)
         return [
             gr.update(choices=model.schedulers, value=scheduler, visible=len(model.schedulers) > 1),
-            gr.update(value=steps, maximum=model.slider_end(scheduler)),
+            gr.update(value=steps, **_range(model, scheduler)),
             gr.update(visible=model.condition is not None),
             hint(model, scheduler, steps),
         ]
@@ -191,7 +197,7 @@ def _react(models: Sequence[AppModel], compare: gr.Checkbox, shared: Shared, sid
     def changed_scheduler(index: int, scheduler: str, steps: int | None) -> list:
         end = models[index].slider_end(scheduler)
         kept = min(int(steps or 1), end)
-        return [gr.update(maximum=end, value=kept), hint(models[index], scheduler, kept)]
+        return [gr.update(value=kept, **_range(models[index], scheduler)), hint(models[index], scheduler, kept)]
 
     def changed_steps(index: int, scheduler: str, steps: int | None) -> str:
         return hint(models[index], scheduler, int(steps or 1))
