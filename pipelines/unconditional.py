@@ -12,7 +12,7 @@ samples garbage with those that scale the noise or the model's input (Euler, Heu
 
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +33,19 @@ def solve(
     is a tensor without dimensions. Noise and input are scaled as the scheduler requires. `generators` draw the noise
     of a stochastic scheduler, one per image in a list; or `step_noise` yields it, one entry per timestep.
     """
+    for sample in solve_steps(scheduler, predict, start, generators, step_noise):  # noqa: B007
+        pass
+    return sample
+
+
+def solve_steps(
+    scheduler,
+    predict: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    start: torch.Tensor,
+    generators: torch.Generator | list[torch.Generator] | None = None,
+    step_noise: Iterable[torch.Tensor | None] | None = None,
+) -> Iterator[torch.Tensor]:
+    """Yield the sample (B, C, H, W) after each timestep of `solve`, whose arguments it takes."""
     accepted = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if "generator" in accepted else {}
     scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
@@ -43,7 +56,7 @@ def solve(
         given = {} if noise is None else {"variance_noise": noise.to(sample.device, non_blocking=True)}
         prediction = predict(call, timestep, scale_model_input(sample, timestep))
         sample = scheduler.step(prediction, timestep, sample, **extra, **given, return_dict=False)[0]
-    return sample
+        yield sample
 
 
 class UnconditionalPipeline(DiffusionPipeline):

@@ -25,6 +25,7 @@ LAYERS = (
     ("trainkit.report",),
     ("trainkit.training",),
     ("trainkit.distillation",),
+    ("trainkit.app",),
 )
 DATA_LAYERS = (
     (
@@ -144,7 +145,8 @@ def test_what_is_imported_is_required():
         for package in {top(name) for name in imports(file.read_text(), file.stem)} - {""}:
             if package not in ours and package not in sys.stdlib_module_names:
                 installed_by = {_normal(name) for name in distributions.get(package, [package])}
-                known = required | peers if file.parent.name == "benchmarks" else required
+                extra = {"benchmarks": peers, "app": _required("requirements-app.txt")}.get(file.parent.name, set())
+                known = required | extra
                 assert installed_by & known, f"{file.name} imports {package}: put it into requirements.txt"
 
 

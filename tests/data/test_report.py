@@ -196,7 +196,7 @@ def test_held_out_images_are_shown_with_their_names(photos, tmp_path):
     done = prepared(photos, tmp_path / "out", filters=FilterSettings(validation_fraction=0.2))
     page = Page(write_contact_sheet(tmp_path / "out", ImageFolder(photos)))
     held_out = PreparedImages(tmp_path / "out/validation")
-    assert f"held out for validation: {len(held_out)} images" in page.text and len(held_out) + done["num_images"] == 61
+    assert f"Held out for validation: {len(held_out)} images" in page.text and len(held_out) + done["num_images"] == 61
     assert all(name in page.text for name in held_out.sources(np.arange(len(held_out))))
 
 

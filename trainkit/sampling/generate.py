@@ -67,27 +67,35 @@ def sample_batch(
 
     Call it in `evaluation_mode`. The other arguments are those of `generate`.
     """
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    scheduler.set_timesteps(num_inference_steps)
-    device = next(unet.parameters()).device
+    pipeline.scheduler.set_timesteps(num_inference_steps)
+    device = next(pipeline.unet.parameters()).device
     start = batch.start.to(device, memory_format=memory_format, non_blocking=True)
     with torch.no_grad():
-        predict: Predict
-        if isinstance(pipeline, ConditionalPipeline):
-            assert conditions is not None  # of a ConditionalPipeline
-            predict = _guided(pipeline, list(conditions), **guidance)
-        else:
+        predict = predictor(pipeline, conditions, **guidance)
+        return to_images(pipeline, solve(pipeline.scheduler, predict, start, batch.generators, step_noise))
 
-            def predict(index: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-                # float32 under autocast too: the solvers cast the image to the type of the prediction
-                return unet(sample, timestep).sample.float()
 
-        if unet._compiled_call_impl is not None:
-            predict = _copied(predict)
-        images = solve(scheduler, predict, start, batch.generators, step_noise)
-        if isinstance(pipeline, ConditionalPipeline):
-            return pipeline._finish(images, "pt")
-        return (images / 2 + 0.5).clamp(0, 1)
+def predictor(pipeline: Pipeline, conditions: Sequence | np.ndarray | None, **guidance) -> Predict:
+    """The prediction of the UNet for a batch of images with these `conditions`; see `generate` for `guidance`."""
+    unet = pipeline.unet
+    predict: Predict
+    if isinstance(pipeline, ConditionalPipeline):
+        assert conditions is not None  # of a ConditionalPipeline
+        predict = _guided(pipeline, list(conditions), **guidance)
+    else:
+
+        def predict(index: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+            # float32 under autocast too: the solvers cast the image to the type of the prediction
+            return unet(sample, timestep).sample.float()
+
+    return predict if unet._compiled_call_impl is None else _copied(predict)
+
+
+def to_images(pipeline: Pipeline, samples: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) in [0, 1] of what the scheduler returns, decoded if those are latents."""
+    if isinstance(pipeline, ConditionalPipeline):
+        return pipeline._finish(samples, "pt")
+    return (samples / 2 + 0.5).clamp(0, 1)
 
 
 def _guided(

@@ -27,6 +27,7 @@ HUB_FILES = [
     CONFIG_NAME,
     f"{WEIGHTS_STEM}*.safetensors*",
     "scheduler_config.json",
+    "sampling_table.json",
 ]
 COMPANIONS = ("vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet", "guidance_vector_embedding")
 CONDITIONAL_FILES = [f"{part}/*.{end}" for part in COMPANIONS for end in ("json", "safetensors", "txt", "model")]
@@ -148,7 +149,7 @@ def _load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> Condi
             raise UserError(f"{FLAG} {folder}: {name} cannot be loaded: {one_line(error)}") from None
         if name != "tokenizer":
             parts[name].eval()
-    settings = {name: index.get(name) for name in ("id2label", "prompt_length")}
+    settings = {name: index.get(name) for name in ("id2label", "prompt_length", "unet_timesteps")}
     return ConditionalPipeline(scheduler=scheduler, **parts, **settings)
 
 

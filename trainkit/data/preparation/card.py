@@ -55,6 +55,14 @@ def _read(folder: Path | RemotePath, flag: str) -> dict:
 
 def card(folder: Path | RemotePath, preparation: dict) -> str:
     """Return the text of the card: a dozen lines of `name  value`."""
+    lines = facts(folder, preparation)
+    width = max(map(len, lines)) + 2
+    indented = {name: value.replace("\n", "\n" + " " * (width + 2)) for name, value in lines.items()}
+    return "\n".join([f"{folder}", *(f"  {name:<{width}}{value}" for name, value in indented.items())])
+
+
+def facts(folder: Path | RemotePath, preparation: dict) -> dict[str, str]:
+    """Return what a preparation says of a dataset, by the names that the card gives it."""
     settings, filters = preparation["settings"], filters_of(preparation)
     size = (
         f"{settings['height']}x{settings['width']} {settings['image_mode']}, {settings['bit_depth']} bits per channel"
@@ -78,9 +86,7 @@ def card(folder: Path | RemotePath, preparation: dict) -> str:
         "made with": versions,
         "train": _command(folder, settings, filters),
     }
-    width = max(map(len, lines)) + 2
-    indented = {name: str(value).replace("\n", "\n" + " " * (width + 2)) for name, value in lines.items() if value}
-    return "\n".join([f"{folder}", *(f"  {name:<{width}}{value}" for name, value in indented.items())])
+    return {name: value for name, value in lines.items() if value}
 
 
 def _account(preparation: dict) -> str:

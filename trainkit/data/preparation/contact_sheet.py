@@ -1,12 +1,10 @@
 """A page to look at before training: samples of each class, held-out images, duplicates and rejected files.
 
-It is one HTML file with everything inside. The same dataset gives the same page.
+The same dataset gives the same page. contact_page.py has its look.
 """
 
 # B batch, H/W height and width, C channels
 
-import base64
-import html
 import io
 import json
 import warnings
@@ -22,6 +20,8 @@ from trainkit.data.files import RemotePath, exists, read_text, write_text
 from trainkit.data.format import PREPARATION_NAME, REJECTED_NAME, VALIDATION_FOLDER, filters_of, format_counts
 from trainkit.data.images.decode import FORMATS, decode_image
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation.card import facts
+from trainkit.data.preparation.contact_page import Fault, Figure, Grid, Part, contact_page
 from trainkit.data.preparation.pool import call_in_process, quiet_decoders
 from trainkit.data.preparation.shards import ShardWriter
 from trainkit.data.sources.folder import FolderReader
@@ -40,19 +40,6 @@ SHOWN_FAULTS = {
     faults.TRUNCATED, faults.CORRUPT, faults.TOO_SMALL, faults.BAD_ASPECT, faults.ANIMATED, faults.DUPLICATE
 }  # fmt: skip
 OWN_MARK = '<meta name="generator" content="trainkit">'  # a file without it is not ours to replace
-STYLE = """
-body { font: 14px system-ui, sans-serif; margin: 2em; max-width: 1500px }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); gap: 10px 8px }
-.twelve { grid-template-columns: repeat(12, minmax(0, 1fr)) }
-figure { margin: 0; min-width: 0; overflow-wrap: anywhere }
-td figure { display: inline-block; width: min-content; min-width: 100px; margin-right: 8px }
-figcaption { font-size: 11px; color: #555; max-height: 6.5em; overflow: hidden }
-figcaption strong { display: block; font-weight: 600; color: #333 }
-img { box-sizing: border-box; min-width: 64px; max-width: 100%; border: 1px solid #888; image-rendering: pixelated;
-  background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%) 0 0 / 16px 16px }
-td { padding: 2px 12px 2px 0; vertical-align: top; overflow-wrap: anywhere }
-h2 { margin: 1.2em 0 .4em; font-size: 16px }
-"""
 
 
 def write_contact_sheet(folder: Path | RemotePath, source: Source | None = None) -> Path | RemotePath | None:
@@ -73,17 +60,17 @@ def write_contact_sheet(folder: Path | RemotePath, source: Source | None = None)
     ):
         return path
     images = PreparedImages(folder)
-    name = images.preparation["source"]["name"]
-    body = [f"<h1>{_escaped(name)}</h1>", f"<p>{_escaped(format_counts(images.preparation))}</p>"]
-    body += _sample_part(images)
+    held_out = None
     if filters_of(images.preparation).get("validation_fraction"):
         held_out = PreparedImages(folder / VALIDATION_FOLDER)
-        body += [f"<h1>held out for validation: {len(held_out):,} images</h1>", *_sample_part(held_out)]
-    body += _rejected_part(images, getattr(source, "folder", None))
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = f'<meta charset="utf-8">{OWN_MARK}<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    head += f"<title>{_escaped(name)}</title><style>{STYLE}</style>"
-    page = "\n".join(["<!DOCTYPE html>", f"<html><head>{head}</head><body>", *body, "</body></html>", ""])
+    page = contact_page(
+        images.preparation["source"]["name"],
+        format_counts(images.preparation),
+        _summary(images, held_out),
+        images.preparation["classes"],
+        [*_sample_parts(images, held_out), *_rejected_parts(images, getattr(source, "folder", None))],
+        OWN_MARK,
+    )
     try:
         write_text(path, page)
     except OSError as error:
@@ -102,16 +89,31 @@ def _is_foreign(path: Path | RemotePath) -> bool:
         return True
 
 
-def _sample_part(images: PreparedImages) -> list[str]:
+def _summary(images: PreparedImages, held_out: PreparedImages | None) -> dict[str, str]:
+    """The facts of the dataset without those that name its folder: a copy elsewhere has the same page."""
+    about = facts(images.folder, images.preparation)
+    for name in ("train", "held out", "classes"):  # classes have a part of their own
+        about.pop(name, None)
+    if held_out is not None:
+        about = {"images": about.pop("images"), "held out": f"{len(held_out):,} more for validation"} | about
+    return about
+
+
+def _sample_parts(images: PreparedImages, held_out: PreparedImages | None) -> Iterator[Part]:
+    """The parts of the page with samples of the images to train on, and of those that are held out."""
+    yield Part("Images to train on", _grids(images))
+    if held_out is not None:
+        yield Part(f"Held out for validation: {len(held_out):,} images", _grids(held_out))
+
+
+def _grids(images: PreparedImages) -> list[Grid]:
     """A grid of images per title, with the name and the caption of each."""
-    parts, is_by_class = [], images.label_names is not None
+    grids = []
     for title, indices in _samples(images):
         pictures = map(_encoded, images.gather(indices))
         about = zip(pictures, images.sources(indices), images.texts(indices), strict=True)
-        figures = [_figure(picture, source, text) for picture, source, text in about]
-        style = "row twelve" if is_by_class else "row"
-        parts += [f"<h2>{_escaped(title)}</h2>", f'<div class="{style}">', *figures, "</div>"]
-    return parts
+        grids.append(Grid(title, [Figure(picture, source, text) for picture, source, text in about]))
+    return grids
 
 
 def _samples(images: PreparedImages) -> list[tuple[str, np.ndarray]]:
@@ -137,12 +139,15 @@ def _samples(images: PreparedImages) -> list[tuple[str, np.ndarray]]:
     return found[:SHOWN_CLASSES]
 
 
-def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[str]:
+def _rejected_parts(images: PreparedImages, source_folder: Path | None) -> Iterator[Part]:
+    """The part of the page with rejected files, by fault; none if there are none."""
     by_fault: dict[str, list[dict]] = {}
     for line in _rejected_lines(images.folder / REJECTED_NAME):
         lines = by_fault.setdefault(line["fault"], [])
         if len(lines) < SHOWN_REJECTED:
             lines.append(line)
+    if not by_fault:
+        return
     paths = [
         source_folder / name
         for fault, lines in sorted(by_fault.items())
@@ -152,18 +157,18 @@ def _rejected_part(images: PreparedImages, source_folder: Path | None) -> list[s
     ]
     reader = ShardWriter(FolderReader("", {}), images.settings, None, has_text=False)
     pictures = dict(zip(paths, call_in_process(reader, picture_of, paths), strict=True))
-    parts = []
+    faulty = []
     for fault, lines in sorted(by_fault.items()):
         explained = " (left: the image that is kept)" if fault == faults.DUPLICATE else ""
         count = images.preparation["rejected"].get(fault, 0)
-        parts += [f"<h2>{_escaped(fault)}: {count:,}{explained}</h2>", "<table>"]
+        rows = []
         for line in lines:
             found = [(pictures.get(source_folder / name), name) for name in _names(line)] if source_folder else []
-            figures = [_figure(picture, name) for picture, name in found if isinstance(picture, bytes)]
-            text = f"{_escaped(line['source'])}<br>{_escaped(line['message'])}"
-            parts.append(f"<tr><td>{''.join(figures)}</td><td>{text}</td></tr>")
-        parts.append("</table>")
-    return parts
+            figures = [Figure(picture, name) for picture, name in found if isinstance(picture, bytes)]
+            rows.append((figures, line["source"], line["message"]))
+        more = f"{count - len(lines):,} more are in {REJECTED_NAME}" if count > len(lines) else ""
+        faulty.append(Fault(f"{fault}: {count:,}{explained}", rows, more))
+    yield Part("Rejected files", faulty)
 
 
 def _names(line: dict) -> list[str]:
@@ -204,14 +209,6 @@ def picture_of(writer: ShardWriter, path: Path) -> bytes | None:
             ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
-def _figure(picture: bytes, name: str, caption: str = "") -> str:
-    mime = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    return (
-        f'<figure><img src="data:image/{mime};base64,{base64.b64encode(picture).decode()}" alt="">'
-        f"<figcaption><strong>{_escaped(name[:200])}</strong>{_escaped(caption[:200])}</figcaption></figure>"
-    )
-
-
 def _encoded(pixels: np.ndarray) -> bytes:
     """An image (H, W, C) uint8 or uint16 as a PNG, or as a JPEG where that is far smaller."""
     if pixels.dtype == np.uint16:
@@ -225,8 +222,3 @@ def _encoded(pixels: np.ndarray) -> bytes:
     else:
         image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _escaped(text: str) -> str:
-    """A file may be called anything."""
-    return html.escape(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))

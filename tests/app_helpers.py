@@ -1,0 +1,40 @@
+"""Saved tiny models of each kind that the page opens."""
+
+import copy
+import json
+from pathlib import Path
+
+from conditional_helpers import NAMES, class_unet, text_parts, vector_unet
+from diffusers import DDPMPipeline, DDPMScheduler
+from sampling_helpers import tiny_model
+
+from trainkit.diffusion.few_step import progressive_scheduler
+from trainkit.sampling.load import weights_digest
+from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
+from trainkit.sampling.table import TABLE_NAME
+
+
+def save_models(folder: Path) -> Path:
+    """Write plain (with a table), student, class, vector, text and stock into `folder`; returns it."""
+    scheduler = DDPMScheduler()
+    student = progressive_scheduler(scheduler.alphas_cumprod.double(), 4, "epsilon")
+    save_pipeline(folder / "plain", DDPMPipeline(tiny_model(), scheduler), "")
+    save_pipeline(folder / "student", DDPMPipeline(tiny_model(), student), "")
+    save_pipeline(folder / "class", conditional_pipeline(class_unet(), copy.deepcopy(scheduler), id2label=NAMES), "")
+    save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), copy.deepcopy(scheduler)), "")
+    unet, parts = text_parts(folder)
+    save_pipeline(folder / "text", conditional_pipeline(unet, copy.deepcopy(scheduler), prompt_length=8, **parts), "")
+    DDPMPipeline(tiny_model(1), scheduler).save_pretrained(folder / "stock")
+    write_table(folder / "plain")
+    return folder
+
+
+def write_table(folder: Path) -> None:
+    rows = [("sde_dpmsolver", 20, 0.02, 80.0), ("dpmsolver", 20, 0.03, 80.0), ("dpmsolver", 8, 0.05, 30.0)]
+    cells = [
+        {"scheduler": name, "steps": steps, "calls": steps, "scores": {"kid": kid, "kid_se": kid / 10},
+         "seconds_per_1000_images": seconds}
+        for name, steps, kid, seconds in rows
+    ]  # fmt: skip
+    table = {"weights_sha256": weights_digest(folder), "settings": {"metrics": ["kid"]}, "cells": cells}
+    (folder / TABLE_NAME).write_text(json.dumps(table))

@@ -1,0 +1,171 @@
+"""A saved pipeline as the page shows it: its condition, schedulers, steps, and the table that was measured on it."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainkit.diffusion.few_step import is_few_step, student_steps
+from trainkit.diffusion.frozen import local_device
+from trainkit.errors import UserError
+from trainkit.sampling.catalogue import CATALOGUE, OWN_SCHEDULER
+from trainkit.sampling.generate import Pipeline, image_shape
+from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
+from trainkit.sampling.schedulers import available_schedulers, check_steps, load_scheduler
+from trainkit.sampling.table import choose_scheduler, default_steps, read_table, score_text, time_text
+
+SOLVER_STEPS = 100  # end of the slider for solvers that are good at few steps
+LONG_CHAINS = ("ddim", "ddpm")  # schedulers that are made for many steps
+
+
+@dataclass(frozen=True)
+class AppModel:
+    """A loaded pipeline and what is known of it. Requests use `pipeline_with`, whose scheduler is their own."""
+
+    name: str
+    folder: Path
+    pipeline: Pipeline
+    schedulers: list[str]
+    table: dict
+    default_scheduler: str
+    default_steps: int
+    most_steps: int  # that any of its schedulers accepts
+    is_student: bool
+
+    @property
+    def condition(self) -> str | None:
+        """The name of the condition that the model needs: class_labels, vectors or prompt; None without one."""
+        return getattr(self.pipeline, "condition", None)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each class, or its number; empty without classes."""
+        if self.condition != "class_labels":
+            return []
+        names = self.pipeline.config.id2label or {}
+        return [names.get(label, str(label)) for label in range(self.pipeline.num_classes)]
+
+    @property
+    def vector_length(self) -> int | None:
+        """Numbers in a vector; None for other conditions."""
+        return self.pipeline.vector_embedding.config.vector_length if self.condition == "vectors" else None
+
+    def pipeline_with(self, scheduler: str, steps: int) -> Pipeline:
+        """A pipeline that shares the weights and has its own scheduler, so that requests do not disturb each other.
+
+        Raises:
+            UserError: the model has no such scheduler, or the scheduler does not accept `steps`.
+        """
+        if scheduler not in self.schedulers:
+            raise UserError(f"Scheduler: {self.name} has no {scheduler}; choose one of {', '.join(self.schedulers)}")
+        own = copy.copy(self.pipeline)
+        own.scheduler = load_scheduler(self.folder, scheduler)
+        check_steps(own.scheduler, steps, "Steps")
+        return own
+
+    def slider_end(self, scheduler: str) -> int:
+        """The largest number of steps of the slider for this scheduler."""
+        return self.most_steps if scheduler in LONG_CHAINS else min(self.most_steps, SOLVER_STEPS)
+
+
+def open_model(name_or_path: str) -> AppModel:
+    """Load a saved pipeline onto this machine's device. No code in its folder is executed.
+
+    Raises:
+        UserError: there is no such pipeline, or it is of an unsupported kind.
+    """
+    folder = find_pipeline(name_or_path)
+    own = load_scheduler(folder)
+    student, steps = is_few_step(own), default_steps(folder)
+    pipeline = load_pipeline(folder, own).to(local_device())
+    fitting = available_schedulers(folder)
+    return AppModel(
+        name=name_or_path.rstrip("/\\") if not Path(name_or_path).is_dir() else folder.resolve().name,
+        folder=folder,
+        pipeline=pipeline,
+        schedulers=fitting if student else [*fitting, OWN_SCHEDULER],
+        table=read_table(folder, weights_digest(folder)),
+        default_scheduler=choose_scheduler(folder, steps)[0],
+        default_steps=steps,
+        most_steps=student_steps(own) if student else own.config.num_train_timesteps,
+        is_student=student,
+    )
+
+
+def first_setting(model: AppModel, number: int) -> tuple[str, int]:
+    """Scheduler and steps that the page starts with: the model's own, and half the steps for the second setting."""
+    if number == 0 or model.is_student:
+        return model.default_scheduler, model.default_steps
+    steps = max(1, model.default_steps // 2)
+    return choose_scheduler(model.folder, steps)[0], steps
+
+
+def describe(model: AppModel) -> str:
+    """One line about a model: image size, condition, parameters."""
+    height, width, channels = image_shape(model.pipeline)
+    kind = {
+        None: "unconditional",
+        "class_labels": f"{len(model.class_names)} classes",
+        "vectors": f"vectors of {model.vector_length} numbers",
+        "prompt": "prompts",
+    }[model.condition]
+    colour = {1: "grey", 3: "colour", 4: "colour with transparency"}[channels]
+    millions = sum(parameter.numel() for parameter in model.pipeline.unet.parameters()) / 1e6
+    student = f", student of {_count(model.most_steps, 'step')}" if model.is_student else ""
+    return f"{width}×{height} {colour}, {kind}{student}, {millions:.3g} M parameters"
+
+
+def hint(model: AppModel, scheduler: str, steps: int) -> str:
+    """What is known of a scheduler at so many steps: the row of the model's table, else that of the catalogue."""
+    cells = [cell for cell in model.table.get("cells", []) if cell["scheduler"] == scheduler]
+    exact = [cell for cell in cells if cell["steps"] == steps]
+    if exact:
+        return f"Measured at {_count(steps, 'step')}: {_measured(model, exact[0])}.{_better(model, exact[0])}"
+    advice = ""
+    if scheduler in CATALOGUE:
+        made_for = CATALOGUE[scheduler].steps
+        advice = f" Made for {made_for}{'' if 'steps' in made_for else ' steps'}."
+    if cells:
+        nearest = min(cells, key=lambda cell: abs(cell["steps"] - steps))
+        return f"Nearest measured: {_count(nearest['steps'], 'step')}, {_measured(model, nearest)}.{advice}"
+    return advice.strip() or ("Own scheduler of the model." if scheduler == OWN_SCHEDULER else "")
+
+
+def table_rows(model: AppModel) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the model's table, best score first; two empty lists without one."""
+    if not model.table:
+        return [], []
+    metric = _metric(model)
+    cells = sorted(model.table["cells"], key=lambda cell: cell["scores"][metric])
+    rows = [
+        [cell["scheduler"], str(cell["steps"]), _score(model, cell).partition(" ")[2],
+         f"{cell['seconds_per_1000_images']:.3g}"]
+        for cell in cells
+    ]  # fmt: skip
+    return ["scheduler", "steps", f"{metric.upper()} (lower is better)", "s per 1,000 images"], rows
+
+
+def _metric(model: AppModel) -> str:
+    return model.table["settings"]["metrics"][0]
+
+
+def _measured(model: AppModel, cell: dict) -> str:
+    return f"{_score(model, cell)}, {time_text(cell)}"
+
+
+def _score(model: AppModel, cell: dict) -> str:
+    return score_text(cell, _metric(model)).replace("+-", "±")
+
+
+def _better(model: AppModel, cell: dict) -> str:
+    """The best row of the table that calls the UNet no more often, if it is another one."""
+    metric = _metric(model)
+    best = min(
+        (one for one in model.table["cells"] if one["calls"] <= cell["calls"]), key=lambda one: one["scores"][metric]
+    )
+    if best["scores"][metric] >= cell["scores"][metric]:
+        return " No measured setting is better with as few UNet calls."
+    return f" Better: {best['scheduler']}, {_count(best['steps'], 'step')}, {_score(model, best)}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
