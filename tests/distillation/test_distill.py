@@ -22,6 +22,8 @@ from training_helpers import run_in_process, same_training_state, same_weights, 
 
 from pipelines.conditional import ConditionalPipeline
 from trainkit.errors import UserError
+from trainkit.sampling.load import load_pipeline
+from trainkit.sampling.schedulers import load_scheduler
 from trainkit.training.signals import StopSignals
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -192,7 +194,8 @@ def test_conditional_students_load_with_diffusers_and_keep_their_condition(
     if kind == "class_labels":
         assert pipeline.config.id2label == {0: "square", 1: "round"}
     if kind == "prompt" and method == "progressive":
-        assert pipeline.config.unet_timesteps == [499, 999]
+        ours = load_pipeline(out, load_scheduler(out))  # as sample.py opens it
+        assert pipeline.config.unet_timesteps == ours.config.unet_timesteps == [499, 999]
 
 
 def refused(distill, message, *arguments, **flags):
