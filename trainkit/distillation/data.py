@@ -8,7 +8,7 @@ from trainkit.data.cache import open_or_prepare
 from trainkit.data.files import cache_root
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition
-from trainkit.diffusion.latents import LatentImages, check_latent_options, open_latents
+from trainkit.diffusion.latents import LatentImages, check_latent_options, encode_images
 from trainkit.diffusion.text import TextCondition, load_text_encoder
 from trainkit.distillation.stages import RECORD, read_record
 from trainkit.distillation.teacher import FLAG, SavedTeacher
@@ -44,8 +44,7 @@ def check_options(options: DistillationOptions, engine: TrainingOptions) -> None
     check_optimization(engine)
     check_ema_power_lengths(engine)
     check_learning_rate_search(engine)
-    if isinstance(engine, ConditionalTrainingOptions):
-        check_latent_options(engine)
+    check_latent_options(engine)
     check_output_dir(engine)
     earlier = read_record(Path(options.output_dir))
     if earlier is not None and options.resume_from_checkpoint is None and not options.overwrite_output_dir:
@@ -68,11 +67,8 @@ def open_data(options: DistillationOptions, engine: TrainingOptions, teacher: Sa
     held_out_condition = None if held_out is None or condition is None else condition.for_images(held_out)
     if not engine.max_train_steps and not engine.max_train_images:
         engine = replace(engine, max_train_images=engine.num_epochs * len(images))
-    data = DistillationData(engine, images, condition, held_out, held_out_condition)
-    if isinstance(engine, ConditionalTrainingOptions) and engine.vae_name_or_path is not None:
-        data.images = open_latents(engine, images, flips=engine.random_flip)
-        data.held_out = None if held_out is None else open_latents(engine, held_out, flips=False)
-    return data
+    images, held_out = encode_images(engine, images, held_out)
+    return DistillationData(engine, images, condition, held_out, held_out_condition)
 
 
 def check_images(teacher: SavedTeacher, images: PreparedImages, given: str) -> None:

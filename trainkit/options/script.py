@@ -33,6 +33,7 @@ class TrainingOptions(
     LoadingOptions,
     AugmentationOptions,
     ModelOptions,
+    LatentOptions,
     ObjectiveOptions,
     OptimizationOptions,
     EmaOptions,
@@ -46,7 +47,7 @@ class TrainingOptions(
 
 
 @dataclass
-class ConditionalTrainingOptions(TrainingOptions, ConditioningOptions, TextOptions, LatentOptions):
+class ConditionalTrainingOptions(TrainingOptions, ConditioningOptions, TextOptions):
     """The options of train_conditional.py."""
 
 

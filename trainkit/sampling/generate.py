@@ -85,9 +85,9 @@ def sample_batch(
         if unet._compiled_call_impl is not None:
             predict = _copied(predict)
         images = solve(scheduler, predict, start, batch.generators, step_noise)
-        if isinstance(pipeline, ConditionalPipeline):
-            return pipeline._finish(images, "pt")
-        return (images / 2 + 0.5).clamp(0, 1)
+        if isinstance(pipeline, DDPMPipeline):
+            return (images / 2 + 0.5).clamp(0, 1)
+        return pipeline._finish(images, "pt")
 
 
 def _guided(

@@ -46,7 +46,7 @@ tags:
 CONDITIONAL_METADATA = """tags:
 - diffusers
 - conditional-image-generation"""
-CUSTOM_CODE_NOTE = "The pipeline is `conditional.py` in this folder. `trust_remote_code` lets diffusers run it.\n"
+CUSTOM_CODE_NOTE = "The pipeline is `{file}` in this folder. `trust_remote_code` lets diffusers run it.\n"
 STOCK_NOTE = (
     f". DDPMPipeline cannot run {outside_stock_pipeline()}: load the model with `DiffusionPipeline.from_pretrained("
     '"{name}", custom_pipeline="unconditional", trust_remote_code=True)` for them. For example'
