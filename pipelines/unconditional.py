@@ -7,8 +7,8 @@ images = pipeline(batch_size=16, num_inference_steps=10).images
 DDPMPipeline loads the same folder, but it cannot run schedulers that take no generator (UniPC, DEIS, Heun), and it
 samples garbage with those that scale the noise or the model's input (Euler, Heun).
 
-A model of latents names this file in its model_index.json, so `custom_pipeline` is not needed. LDMPipeline of diffusers
-does not fit it: that one ignores the VAE's `shift_factor` and, in stochastic schedulers, the generator. It raises for
+A model of latents names this file in its model_index.json, so `custom_pipeline` is not needed. LDMPipeline of
+diffusers does not fit: it ignores the VAE's `shift_factor` and, in stochastic schedulers, the generator. It raises for
 flow-matching schedulers, for latents that are not square, and with CPU offload.
 """  # needs torch and diffusers
 

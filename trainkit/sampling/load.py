@@ -67,8 +67,8 @@ def _load_unet(folder: Path, vae: AutoencoderKL | None) -> UNet2DModel:
     """The UNet of a saved pipeline, in evaluation mode, float32, on the CPU.
 
     Raises:
-        UserError: it is not a UNet2DModel for L, RGB or RGBA images, or for the latents of `vae`, or its weights cannot
-            be read.
+        UserError: it is not a UNet2DModel for L, RGB or RGBA images or the latents of `vae`, or its weights cannot be
+            read.
     """
     source = _unet_folder(folder)
     class_name = _read_json(source / CONFIG_NAME).get("_class_name")
@@ -123,9 +123,7 @@ def _load_component(folder: Path, index: dict, name: str, known: Any) -> Any:
     try:
         if name == "tokenizer":
             return component_class.from_pretrained(folder / name, local_files_only=True)
-        return load_any_variant(
-            component_class, folder / name, local_files_only=True, use_safetensors=True
-        ).eval()
+        return load_any_variant(component_class, folder / name, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{FLAG} {folder}: {name} cannot be loaded: {one_line(error)}") from None
 

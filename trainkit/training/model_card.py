@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from diffusers import DDPMPipeline
+
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.options.script import TrainingOptions
 from trainkit.sampling.catalogue import outside_stock_pipeline
@@ -46,7 +48,7 @@ tags:
 CONDITIONAL_METADATA = """tags:
 - diffusers
 - conditional-image-generation"""
-CUSTOM_CODE_NOTE = "The pipeline is `{file}` in this folder. `trust_remote_code` lets diffusers run it.\n"
+CUSTOM_CODE_NOTE = "The pipeline is `{kind}.py` in this folder. `trust_remote_code` lets diffusers run it.\n"
 STOCK_NOTE = (
     f". DDPMPipeline cannot run {outside_stock_pipeline()}: load the model with `DiffusionPipeline.from_pretrained("
     '"{name}", custom_pipeline="unconditional", trust_remote_code=True)` for them. For example'
@@ -82,19 +84,23 @@ def model_card(
         arguments = f"{condition.argument}={condition.example()}{guidance}"
     names = getattr(condition, "names", None) or []
     other, other_class = ("flow_euler", "FlowMatchEulerDiscreteScheduler") if flow else ("ddim", "DDIMScheduler")
-    runs_where = STOCK_NOTE.format(name=name) if condition is None else ""
+    stock = isinstance(pipeline, DDPMPipeline)
+    kind = "unconditional" if condition is None else "conditional"
+    latent = " latent" if pipeline.components.get("vae") is not None else ""
+    code_note = "" if stock else f"\n{CUSTOM_CODE_NOTE.format(kind=kind)}"
+    runs_where = STOCK_NOTE.format(name=name) if stock else ""
     schedulers = OTHER_SCHEDULERS.format(name=name, other=other, other_class=other_class, runs_where=runs_where)
     more = f", ... ({len(names):,} in all)" if len(names) > NAMED_CLASSES else ""
     return CARD.format(
         metadata=UNCONDITIONAL_METADATA if condition is None else CONDITIONAL_METADATA,
         name=name,
-        title="An unconditional" if condition is None else "A conditional",
+        title=("An " if condition is None else "A ") + kind + latent,
         height=height,
         width=width,
         step=step,
         global_batch=global_batch_size,
-        note=(f"\n{origin}\n" if origin else "") + ("" if condition is None else f"\n{CUSTOM_CODE_NOTE}"),
-        trust="" if condition is None else ", trust_remote_code=True",
+        note=(f"\n{origin}\n" if origin else "") + code_note,
+        trust="" if stock else ", trust_remote_code=True",
         arguments=arguments,
         num_inference_steps=options.ddpm_num_inference_steps,
         classes=f"\nClasses: {', '.join(names[:NAMED_CLASSES])}{more}.\n" if names else "",
