@@ -32,8 +32,8 @@ class DistillationData:
 
     engine: TrainingOptions
     images: PreparedImages | LatentImages
-    condition: ImageCondition | None
     held_out: PreparedImages | LatentImages | None
+    condition: ImageCondition | None
     held_out_condition: ImageCondition | None
 
 
@@ -67,8 +67,7 @@ def open_data(options: DistillationOptions, engine: TrainingOptions, teacher: Sa
     held_out_condition = None if held_out is None or condition is None else condition.for_images(held_out)
     if not engine.max_train_steps and not engine.max_train_images:
         engine = replace(engine, max_train_images=engine.num_epochs * len(images))
-    images, held_out = encode_images(engine, images, held_out)
-    return DistillationData(engine, images, condition, held_out, held_out_condition)
+    return DistillationData(engine, *encode_images(engine, images, held_out), condition, held_out_condition)
 
 
 def check_images(teacher: SavedTeacher, images: PreparedImages, given: str) -> None:
