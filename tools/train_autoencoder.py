@@ -5,8 +5,8 @@
     accelerate launch train_unconditional.py --train_data_dir photos --resolution 32 --center_crop \\
         --vae_name_or_path vae --model_config_name_or_path latent_unet --output_dir ddpm-latents
 
-The loss is the mean absolute error and a small KL divergence from the standard normal distribution. The autoencoders of
-published models are also trained with a perceptual loss and a discriminator (Rombach et al. 2022, section 3.1), so
+The loss is the mean absolute error and a small KL divergence from the standard normal distribution. The autoencoders
+of published models are also trained with a perceptual loss and a discriminator (Rombach et al. 2022, section 3.1), so
 theirs are sharper: prefer one of them for RGB images.
 
 `scaling_factor` is set to the inverse of the latents' standard deviation. reconstructions.png shows images above what
@@ -88,11 +88,9 @@ def train(options: Options) -> None:
         lr_scheduler.step()
         if batch.step % LOGGING_STEPS == 0:
             bar.set_postfix_str(f"error {error.item():.4f}, KL {divergence.item():.2f}")
-    save(
-        options,
-        vae.eval(),
-        torch.cat([batch.images for batch in loader.iterate(0, -(-MEASURED // shape.global_size))]),
-    )
+    first = loader.iterate(0, math.ceil(min(MEASURED, len(images)) / options.train_batch_size))
+    measured = torch.cat([batch.images for batch in first])[:MEASURED]
+    save(options, vae.eval(), measured[: len(images)])
 
 
 def check_images(options: Options, images) -> None:
@@ -123,7 +121,7 @@ def build(options: Options, channels: int, size: int):
 
 
 def save(options: Options, vae, images) -> None:
-    """Set the scaling factor, measure what is left of `images` (N, C, H, W) in [-1, 1], and write the output folder."""
+    """Measure what is left of `images` (N, C, H, W) in [-1, 1], set the scaling factor, and write the folder."""
     import numpy as np
     import torch
 
