@@ -118,7 +118,7 @@ def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> Train
     }
     folder = str(teacher.folder)
     if teacher.has_latents:
-        values |= {"vae_name_or_path": folder}
+        values |= {"vae_name_or_path": folder, "model_config_name_or_path": folder}  # whose sizes must fit
     if condition is not None:
         values |= {"condition": condition, "preview_guidance_scale": 1.0}
         values |= {"text_encoder_name_or_path": folder} if condition == "text" else {}

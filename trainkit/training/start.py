@@ -279,7 +279,7 @@ def _resume(run: Run, candidates: list[Path]) -> None:
 
 def _announce(run: Run) -> None:
     parameters = sum(p.numel() for p in run.unet.parameters())
-    what = "latents " if run.images.holds_latents else ""
+    what = "as latents " if run.images.holds_latents else ""
     shape, size = run.shape, f"{what}{run.images.height}x{run.images.width}"
     stage = "ZeRO-3" if run.options.reshard_after_forward else "ZeRO-2"
     sharded = f"weights sharded over the processes ({stage}), " if run.sharded else ""
