@@ -234,7 +234,7 @@ def test_an_autoencoder_can_be_trained_without_the_hub(image_folder, cache, trai
         train_autoencoder.Options(halvings=1, latent_channels=2, base_channels=8), 3, 16
     )
     assert not torch.equal(trained.decoder.conv_out.weight, untrained.decoder.conv_out.weight)
-    train(tmp_path / "out", vae_name_or_path=tmp_path / "trained", max_train_steps=1)
-    assert (tmp_path / "out" / "vae").is_dir()
     with pytest.raises(UserError, match="--output_dir .*trained is there already"):
         train_autoencoder.main()
+    train(tmp_path / "out", vae_name_or_path=tmp_path / "trained", max_train_steps=1)
+    assert (tmp_path / "out" / "vae").is_dir()
