@@ -28,7 +28,7 @@ def train(options: ConditionalTrainingOptions) -> None:
     from trainkit.data.cache import open_or_prepare
     from trainkit.data.loading.class_order import balanced_order
     from trainkit.diffusion.conditioning import check_condition, open_condition
-    from trainkit.diffusion.latents import check_latent_options, open_latents, without_clipping
+    from trainkit.diffusion.latents import encode_images
     from trainkit.diffusion.model import build_model
     from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
     from trainkit.diffusion.objective import denoising_errors
@@ -42,20 +42,15 @@ def train(options: ConditionalTrainingOptions) -> None:
     options = resolve_options(options)
     check_condition(options)
     check_options(options)
-    check_latent_options(options)
     images = open_or_prepare(options)  # before the process group, which a long preparation would time out
     prepare_process(options)
     condition = open_condition(options, images)  # encodes captions, once
     held_out = open_validation_images(options, images)
     held_out_condition = None if held_out is None else condition.for_images(held_out)
     order = balanced_order(images, options)
-    if options.vae_name_or_path is not None:
-        images = open_latents(options, images, flips=options.random_flip)
-        held_out = None if held_out is None else open_latents(options, held_out, flips=False)
+    images, held_out = encode_images(options, images, held_out)  # latents, with --vae_name_or_path
     accelerator = start_accelerator(options)
-    noise_scheduler = build_noise_scheduler(options)
-    if options.vae_name_or_path is not None:
-        without_clipping(noise_scheduler)  # latents have no fixed range
+    noise_scheduler = build_noise_scheduler(options, clip_sample=not images.holds_latents)
     unet = build_model(options, images, condition)
     run = start_run(options, accelerator, unet, images, condition, order)
 

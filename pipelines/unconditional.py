@@ -6,9 +6,13 @@ images = pipeline(batch_size=16, num_inference_steps=10).images
 
 DDPMPipeline loads the same folder, but it cannot run schedulers that take no generator (UniPC, DEIS, Heun), and it
 samples garbage with those that scale the noise or the model's input (Euler, Heun).
+
+A model of latents names this file in its model_index.json, so `custom_pipeline` is not needed. LDMPipeline of
+diffusers does not fit: it ignores the VAE's `shift_factor` and, in stochastic schedulers, the generator. It raises for
+flow-matching schedulers, for latents that are not square, and with CPU offload.
 """  # needs torch and diffusers
 
-# B images, C channels, H/W pixels
+# B images, C channels, H/W pixels or latents
 
 import inspect
 import json
@@ -16,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -60,17 +64,18 @@ def solve_steps(
 
 
 class UnconditionalPipeline(DiffusionPipeline):
-    """Generates images from noise with a UNet2DModel and any scheduler of diffusers.
+    """Generates images from noise with a UNet2DModel, in pixels or in the latents of a `vae`, and any scheduler.
 
-    The images are bit for bit those of DDPMPipeline with the schedulers that it can run.
+    In pixels they are bit for bit those of DDPMPipeline with the schedulers that it can run.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
     _source = Path(__file__).read_text(encoding="utf-8")  # kept: diffusers overwrites its copy of a loaded file
 
-    def __init__(self, unet: UNet2DModel, scheduler):
+    def __init__(self, unet: UNet2DModel, scheduler, vae: AutoencoderKL | None = None):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     def to_json_string(self) -> str:
         """The content of model_index.json, with this class named by its file in the same folder."""
@@ -94,7 +99,7 @@ class UnconditionalPipeline(DiffusionPipeline):
         self,
         batch_size: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -102,16 +107,18 @@ class UnconditionalPipeline(DiffusionPipeline):
 
         Args:
             generator: a list has one per image, so that images do not depend on each other.
-            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1].
+            num_inference_steps: None for 20, or for all steps of a few-step student.
+            output_type: "pil", "np" (B, H, W, C) and "pt" (B, C, H, W) in [0, 1], or "latent", the output of the UNet.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type {output_type}: use pil, np or pt")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type}: use pil, np, pt or latent")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: {len(generator)} generators for {batch_size} images")
         size = self.unet.config.sample_size
         shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        most = self.scheduler.config.get("original_inference_steps") or self.scheduler.config.num_train_timesteps
+        self.scheduler.set_timesteps(num_inference_steps or min(20, most), device=self._execution_device)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
 
             def predict(call: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -119,11 +126,18 @@ class UnconditionalPipeline(DiffusionPipeline):
                 return self.unet(sample.to(self.unet.dtype), timestep).sample.float()
 
             images = solve(self.scheduler, predict, noise, generator)
+        made = self._finish(images, output_type)
         self.maybe_free_model_hooks()
-        made = self._converted((images / 2 + 0.5).clamp(0, 1), output_type)
         return ImagePipelineOutput(images=made) if return_dict else (made,)
 
-    def _converted(self, images: torch.Tensor, output_type: str):
+    def _finish(self, samples: torch.Tensor, output_type: str):
+        if output_type == "latent":
+            return samples
+        if self.vae is not None:
+            config = self.vae.config
+            samples = samples / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            samples = self.vae.decode(samples.to(self.vae.dtype)).sample.float()
+        images = (samples / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         arrays = images.permute(0, 2, 3, 1).cpu().numpy()

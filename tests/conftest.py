@@ -77,6 +77,22 @@ def tiny_unet(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """The folder of a random autoencoder that halves RGB images once."""
+    from latent_helpers import save_vae  # imports diffusers
+
+    return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="session")
+def latent_unet(tmp_path_factory):
+    """The config of a UNet for the latents of `vae`."""
+    folder = tmp_path_factory.mktemp("latent_unet")
+    (folder / "config.json").write_text(json.dumps(TINY_UNET | {"in_channels": 2, "out_channels": 2}))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET
 from diffusers import AutoencoderKL, DiffusionPipeline
+from latent_helpers import latent_run, save_vae
 from PIL import Image
 from process_helpers import run_forked
-from training_helpers import losses, same_weights, tiny_run
+from training_helpers import losses, same_weights
 
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import BatchLoader, BatchShape
@@ -21,32 +21,8 @@ from trainkit.errors import UserError
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_vae(folder, seed=0):
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2, sample_size=16, scaling_factor=0.7,
-        shift_factor=0.1,
-    )  # fmt: skip
-    vae.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae"))
-
-
-@pytest.fixture(scope="module")
-def latent_unet(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unet")
-    (folder / "config.json").write_text(json.dumps(TINY_UNET | {"in_channels": 2, "out_channels": 2}))
-    return folder
-
-
-def latent_run(image_folder, latent_unet, cache_dir, output_dir, vae, **flags):
-    flags = {"condition": "class", "vae_name_or_path": vae, "center_crop": True, "max_train_steps": 6} | flags
-    return tiny_run(image_folder, latent_unet, cache_dir, output_dir, **flags)
+def conditional_run(*arguments, **flags):
+    return latent_run(*arguments, **{"condition": "class"} | flags)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +35,7 @@ def whole(image_folder, latent_unet, vae, tmp_path_factory):
         shutil.copy(file, target)
     cache = tmp_path_factory.mktemp("cache")
     flags = {"validation_data_dir": held_out}
-    run_forked("train_conditional.py", *latent_run(image_folder, latent_unet, cache, folder, vae, **flags))
+    run_forked("train_conditional.py", *conditional_run(image_folder, latent_unet, cache, folder, vae, **flags))
     return folder, cache
 
 
@@ -165,7 +141,7 @@ def test_two_processes_go_on_as_one_would(whole, image_folder, latent_unet, vae,
     shutil.copy(folder / "metrics.jsonl", resumed)
     flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
     run_forked(
-        "train_conditional.py", *latent_run(image_folder, latent_unet, cache, resumed, vae, **flags), processes=2
+        "train_conditional.py", *conditional_run(image_folder, latent_unet, cache, resumed, vae, **flags), processes=2
     )
     assert losses(resumed) == pytest.approx(losses(folder), abs=1e-4)
     same_weights(resumed / "unet" / WEIGHTS, folder / "unet" / WEIGHTS, tolerance=1e-4)
@@ -184,7 +160,7 @@ def test_two_processes_go_on_as_one_would(whole, image_folder, latent_unet, vae,
 def test_one_line_error(flags, message, image_folder, latent_unet, cache_dir, vae, tmp_path, monkeypatch):
     import train_conditional
 
-    arguments = latent_run(image_folder, latent_unet, cache_dir, tmp_path / "out", vae, **flags)
+    arguments = conditional_run(image_folder, latent_unet, cache_dir, tmp_path / "out", vae, **flags)
     monkeypatch.setattr("sys.argv", ["train_conditional.py", *arguments])
     with pytest.raises(UserError, match=message) as error:
         train_conditional.main()
@@ -194,7 +170,7 @@ def test_one_line_error(flags, message, image_folder, latent_unet, cache_dir, va
 def test_a_unet_of_other_channels_is_refused(image_folder, tiny_unet, cache_dir, vae, tmp_path, monkeypatch):
     import train_conditional
 
-    arguments = latent_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", vae)
+    arguments = conditional_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", vae)
     monkeypatch.setattr("sys.argv", ["train_conditional.py", *arguments])
     with pytest.raises(UserError, match="in_channels 3, but the latents of --vae_name_or_path have 2 channels"):
         train_conditional.main()

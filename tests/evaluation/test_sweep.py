@@ -10,7 +10,9 @@ import torch
 from conditional_helpers import NAMES, class_unet
 from diffusers import DDPMPipeline, DDPMScheduler, EulerAncestralDiscreteScheduler
 from evaluation_helpers import evaluate, write_images
+from latent_helpers import LATENT_CHANNELS, make_vae
 from PIL import Image
+from sampling_helpers import tiny_model
 
 from trainkit.diffusion.few_step import progressive_scheduler, step_timesteps, with_time_table
 from trainkit.errors import UserError
@@ -21,7 +23,7 @@ from trainkit.evaluation.frechet import RunningMoments
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance, frechet_distance_of_groups
 from trainkit.report.card_results import BEGIN, END, with_section
 from trainkit.sampling.load import weights_digest
-from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
+from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline, unconditional_pipeline
 from trainkit.sampling.table import TABLE_NAME, choose_scheduler
 
 
@@ -46,6 +48,8 @@ def on_the_cpu_with_a_tiny_extractor(monkeypatch, tmp_path):
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_pipeline(folder / "plain", DDPMPipeline(class_unet(num_class_embeds=None), DDPMScheduler()), "# A card\n")
+    latents = unconditional_pipeline(tiny_model(LATENT_CHANNELS, 8), DDPMScheduler(clip_sample=False), make_vae())
+    save_pipeline(folder / "latents", latents, "# A card\n")
     save_pipeline(folder / "class", conditional_pipeline(class_unet(), DDPMScheduler(), id2label=NAMES), "# A card\n")
     return folder
 
@@ -91,6 +95,16 @@ def test_a_sweep_ranks_its_rows_and_a_second_start_makes_none(model, reference, 
     run(monkeypatch, model, reference, sweep="dpmsolver:2,3;heun:2")
     assert "0 rows made now, 3 made before" in capsys.readouterr().out
     assert (model / "README.md").read_text() == card
+
+
+def test_latents_without_a_condition_are_decoded_and_scored(models, reference, tmp_path, monkeypatch):
+    model = shutil.copytree(models / "latents", tmp_path / "model")
+    run(monkeypatch, model, reference, sweep="dpmsolver:2;heun:2")
+    rows = table_of(model)["cells"]
+    assert len(rows) == 2 and all(np.isfinite(row["scores"]["kid"]) for row in rows)
+    run(monkeypatch, model, reference, num_inference_steps=2, output_file=tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["num_generated"] == 6 and np.isfinite(scores["scores"]["kid"])
 
 
 def test_a_killed_sweep_keeps_its_rows_and_their_seeds(model, reference, tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 from conftest import TINY_UNET
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, UNet2DModel
+from latent_helpers import LATENT_CHANNELS, SCALE, SHIFT, make_vae
 from process_helpers import run_code
 
-from pipelines.unconditional import UnconditionalPipeline
+from pipelines.unconditional import UnconditionalPipeline, solve
 from trainkit.diffusion.noise_schedule import build_noise_scheduler
 from trainkit.errors import UserError
 from trainkit.options.model import ObjectiveOptions
@@ -25,10 +26,11 @@ BUNDLES = {
 RUNS = [(kind, name) for kind, (names, _) in BUNDLES.items() for name in names]
 
 
-def unet():
+def unet(channels=3, size=16):
     torch.manual_seed(0)
     config = {key: value for key, value in TINY_UNET.items() if not key.startswith("_")}
-    return UNet2DModel(**config | {"sample_size": 16}).eval()
+    channels = {"in_channels": channels, "out_channels": channels}
+    return UNet2DModel(**config | channels | {"sample_size": size}).eval()
 
 
 def images(pipeline_class, scheduler):
@@ -57,6 +59,30 @@ def test_the_stock_pipeline_cannot_run_the_others(kind, name):
         assert (images(DDPMPipeline, scheduler_of(kind, name)) - ours).abs().max() > 0.1
     except TypeError as error:
         assert "generator" in str(error)
+
+
+@pytest.mark.parametrize("kind, name", RUNS)
+def test_latents_are_decoded_after_every_scheduler(kind, name):
+    """Not square: eight by twelve latents of an autoencoder that scales and shifts."""
+    model, vae, (scheduler, again) = unet(LATENT_CHANNELS, (8, 12)), make_vae(), (scheduler_of(kind, name),) * 2
+    pipeline = UnconditionalPipeline(model, scheduler, vae)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [[torch.Generator().manual_seed(seed) for seed in (3, 4)] for _ in range(2)]
+    made = pipeline(batch_size=2, generator=generators[0], num_inference_steps=4, output_type="pt").images
+    start = torch.cat([torch.randn(1, LATENT_CHANNELS, 8, 12, generator=each) for each in generators[1]])
+    again.set_timesteps(4)
+    with torch.no_grad():
+        latents = solve(again, lambda _, timestep, sample: model(sample, timestep).sample, start, generators[1])
+        decoded = vae.decode(latents / SCALE + SHIFT).sample
+    assert made.shape == (2, 3, 16, 24)
+    torch.testing.assert_close(made, (decoded / 2 + 0.5).clamp(0, 1))
+
+
+def test_a_student_of_latents_takes_its_own_steps_by_default():
+    scheduler = LCMScheduler(original_inference_steps=3, clip_sample=False)
+    pipeline = UnconditionalPipeline(unet(LATENT_CHANNELS, 8), scheduler, make_vae())
+    assert pipeline(output_type="latent").images.shape == (1, LATENT_CHANNELS, 8, 8)
+    assert len(scheduler.timesteps) == 3
 
 
 @pytest.mark.slow
@@ -93,7 +119,7 @@ pipeline.save_pretrained("again")
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"output_type": "jpeg"}, "output_type jpeg: use pil, np or pt"),
+        ({"output_type": "jpeg"}, "output_type jpeg: use pil, np, pt or latent"),
         ({"batch_size": 3, "generator": [torch.Generator()]}, "1 generators for 3 images"),
     ],
 )

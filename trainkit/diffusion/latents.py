@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from trainkit.data.files import cache_root
+from trainkit.data.files import cache_root, exists, location
 from trainkit.data.format import PREPARATION_NAME
 from trainkit.data.loading.augment import build_augmentation
 from trainkit.data.loading.dataset import PreparedImages
@@ -25,9 +25,11 @@ from trainkit.data.loading.loader import to_model_range
 from trainkit.data.loading.mapped_memory import will_need
 from trainkit.data.settings import parse_resolution, resize_mode_from_options
 from trainkit.diffusion.frozen import local_device, state_digest
-from trainkit.diffusion.noise_schedule import NoiseScheduler, is_flow
+from trainkit.diffusion.pretrained import FLAG as PRETRAINED_FLAG
+from trainkit.diffusion.pretrained import pipeline_index
+from trainkit.diffusion.unet import check_channels, load_any_variant, unet_halvings
 from trainkit.errors import UserError, one_line
-from trainkit.options.script import ConditionalTrainingOptions
+from trainkit.options.script import TrainingOptions
 from trainkit.terminal import Progress, say, warn
 
 FLAG = "--vae_name_or_path"
@@ -96,25 +98,39 @@ def halvings(vae_config: dict) -> int:
     return len(vae_config["block_out_channels"]) - 1
 
 
-def check_latent_options(options: ConditionalTrainingOptions) -> None:
+def check_latent_options(options: TrainingOptions) -> None:
     """Raise `UserError` for options that do not go with `--vae_name_or_path`, before anything is prepared."""
     name = options.vae_name_or_path
     if name is None:
+        _refuse_latents_as_pixels(options.pretrained_model_name_or_path)
         return
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UserError(f"{FLAG} {name}: the folder does not exist")
     if build_augmentation(options, 3) is not None:
         raise UserError(f"{FLAG} encodes images once: --random_flip is the only augmentation it supports")
+    config, _ = _find_vae(name)
     given = options.train_data_dir if options.dataset_name is None else None
-    prepared = given is not None and Path(given, PREPARATION_NAME).is_file()
+    prepared = given is not None and exists(location(given, options.storage_options) / PREPARATION_NAME)
     if not prepared and resize_mode_from_options(options) in (None, "random_crop"):
         raise UserError(f"{FLAG} encodes each image once: add --center_crop, or --resize_mode pad or stretch")
+    if options.image_mode is not None or not prepared:
+        _check_image_mode(options, config, options.image_mode or "RGB")
+    check_channels(options, config["latent_channels"])
     if options.resolution is not None:
-        height, width = parse_resolution(options.resolution)
-        _check_size(options, _load(name, AutoencoderKL.load_config), height, width)
+        _check_size(options, config, *parse_resolution(options.resolution))
 
 
-def open_latents(options: ConditionalTrainingOptions, images: PreparedImages, flips: bool) -> LatentImages:
+def encode_images(
+    options: TrainingOptions, images: PreparedImages, held_out: PreparedImages | None = None
+) -> tuple[PreparedImages | LatentImages, PreparedImages | LatentImages | None]:
+    """`images` and `held_out` as latents with `--vae_name_or_path`, else unchanged. Raises `UserError`."""
+    if options.vae_name_or_path is None:
+        return images, held_out
+    latents = open_latents(options, images, flips=options.random_flip)
+    return latents, None if held_out is None else open_latents(options, held_out, flips=False)
+
+
+def open_latents(options: TrainingOptions, images: PreparedImages, flips: bool) -> LatentImages:
     """The latents of `images` by `--vae_name_or_path`; those that the cache does not hold yet are computed.
 
     With `flips` the mirrored images are encoded too. All processes of a run may call this at the same time and share
@@ -122,9 +138,12 @@ def open_latents(options: ConditionalTrainingOptions, images: PreparedImages, fl
     """
     name = options.vae_name_or_path
     assert name is not None  # the caller asks for latents
-    vae = _load(name, lambda *where, **how: AutoencoderKL.from_pretrained(*where, **how))
-    vae = vae.eval().requires_grad_(False).float()
-    _check_images(options, vae, images)
+    config, subfolder = _find_vae(name)
+    _check_images(options, config, images)
+    try:
+        vae = load_any_variant(AutoencoderKL, name, subfolder=subfolder).eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{FLAG} {name}: its AutoencoderKL cannot be loaded: {one_line(error)}") from None
     digest = state_digest(vae, FORMAT)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", images.folder.name)[:60]
     folder = cache_root(options.cache_dir) / "latents" / f"{stem}-{images.fingerprint}-{digest}"
@@ -134,13 +153,6 @@ def open_latents(options: ConditionalTrainingOptions, images: PreparedImages, fl
     if os.environ.get("LOCAL_RANK", "0") == "0":
         _print_statistics(latents, folder)
     return latents
-
-
-def without_clipping(noise_scheduler: NoiseScheduler) -> NoiseScheduler:
-    """Turn clipping off in place: latents, unlike pixels, have no fixed range."""
-    if not is_flow(noise_scheduler):  # flow solvers never clip
-        noise_scheduler.register_to_config(clip_sample=False)
-    return noise_scheduler
 
 
 def _encoded(images: PreparedImages, vae: AutoencoderKL, folder: Path, mirror: bool) -> Rows:
@@ -178,37 +190,53 @@ def _encode(images: PreparedImages, vae: AutoencoderKL, batch: range, mirror: bo
     return encoded
 
 
-def _load(name: str, load):
-    """Call `load` on the AutoencoderKL of a folder or Hub repository, or of the `vae` of a pipeline there."""
+def _find_vae(name: str) -> tuple[dict, str | None]:
+    """The config of an AutoencoderKL in a folder or Hub repository, and its subfolder: the `vae` of a pipeline there.
+
+    The class is checked: diffusers loads any other model as an AutoencoderKL with random weights.
+    """
+    reasons = []
     for subfolder in ("vae", None):
         try:
-            return load(name, subfolder=subfolder)
+            config = AutoencoderKL.load_config(name, subfolder=subfolder)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = one_line(error).partition(". ")[0]
+            reasons.append(one_line(error).partition(". ")[0])
+            continue
+        if config.get("_class_name") == "AutoencoderKL":
+            return dict(config), subfolder
+        reasons.insert(0, f"it holds a {config.get('_class_name')}")
     raise UserError(
-        f"{FLAG} {name} is not an AutoencoderKL ({reason}); give its folder or Hub id, or that of a pipeline"
+        f"{FLAG} {name} is not an AutoencoderKL ({reasons[0]}); give its folder or Hub id, or that of a pipeline"
     )
 
 
-def _check_size(options: ConditionalTrainingOptions, vae_config: dict, height: int, width: int) -> None:
-    from trainkit.diffusion.unet import unet_halvings
+def _refuse_latents_as_pixels(name: str | None) -> None:
+    """A UNet of latents has nothing to start from for pixels."""
+    if name is not None and (pipeline_index(name).get("vae") or [None])[0] is not None:
+        raise UserError(f"{PRETRAINED_FLAG} {name} was trained on the latents of its vae: add {FLAG} {name}")
 
+
+def _check_size(options: TrainingOptions, vae_config: dict, height: int, width: int) -> None:
     by_vae, by_unet = halvings(vae_config), unet_halvings(options)
     factor = 2 ** (by_vae + by_unet)
     if height % factor or width % factor:
         raise UserError(
             f"--resolution {height}x{width} must be divisible by {factor}: the VAE halves it {by_vae} times, and the "
-            f"UNet its latents {by_unet} times"
+            f"UNet its latents {by_unet} times; use a multiple, or a smaller UNet through --model_config_name_or_path"
         )
 
 
-def _check_images(options: ConditionalTrainingOptions, vae: AutoencoderKL, images: PreparedImages) -> None:
-    _check_size(options, vae.config, images.height, images.width)
-    if vae.config.in_channels != images.channels:
+def _check_image_mode(options: TrainingOptions, vae_config: dict, image_mode: str) -> None:
+    if vae_config["in_channels"] != len(image_mode):
         raise UserError(
-            f"{FLAG} {options.vae_name_or_path} expects {vae.config.in_channels} channels, but --image_mode "
-            f"{images.image_mode} gives {images.channels}: change one of the two"
+            f"{FLAG} {options.vae_name_or_path} expects {vae_config['in_channels']} channels, but --image_mode "
+            f"{image_mode} gives {len(image_mode)}: change one of the two"
         )
+
+
+def _check_images(options: TrainingOptions, vae_config: dict, images: PreparedImages) -> None:
+    _check_size(options, vae_config, images.height, images.width)
+    _check_image_mode(options, vae_config, images.image_mode)
     if not images.fixed_size or (images.stored_height, images.stored_width) != (images.height, images.width):
         raise UserError(
             f"{FLAG} encodes each image once, and these are cropped randomly on each visit: prepare them at the "

@@ -27,12 +27,13 @@ DDPM_SETTINGS = (
 NoiseScheduler: TypeAlias = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 
-def build_noise_scheduler(options: TrainingOptions) -> NoiseScheduler:
+def build_noise_scheduler(options: TrainingOptions, clip_sample: bool = True) -> NoiseScheduler:
     """The scheduler that the options describe: noise schedule, number of timesteps, prediction type.
 
     Beta schedules: linear (Ho et al. 2020, section 4), scaled_linear (Rombach et al. 2022), squaredcos_cap_v2
     (Nichol & Dhariwal 2021, Eq. 17), sigmoid, or pretrained: that of --pretrained_model_name_or_path. `--noise_shift`
     and `--rescale_betas_zero_snr` then change the betas, in this order. Flow matching has only a shift.
+    `clip_sample` says whether samplers may clip to [-1, 1]: not latents, which have no range. Flow solvers never clip.
     """
     if options.prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(
@@ -42,6 +43,7 @@ def build_noise_scheduler(options: TrainingOptions) -> NoiseScheduler:
         "num_train_timesteps": options.ddpm_num_steps,
         "beta_schedule": options.ddpm_beta_schedule or DEFAULT_BETA_SCHEDULE,
         "prediction_type": options.prediction_type or DEFAULT_PREDICTION_TYPE,
+        "clip_sample": clip_sample,
     }
     if options.ddpm_beta_schedule == PRETRAINED_SCHEDULE:
         name = options.pretrained_model_name_or_path

@@ -127,10 +127,15 @@ def _embedding_weights(name: str) -> dict[str, torch.Tensor]:
     return load_file(hf_hub_download(name, f"{EMBEDDING}/{WEIGHTS}"))
 
 
+def pipeline_index(name: str) -> dict:
+    """model_index.json of the pipeline `name` (a folder or Hub id); empty if there is none."""
+    try:
+        return DiffusionPipeline.load_config(name)
+    except (OSError, ValueError):
+        return {}
+
+
 def _class_names(name: str) -> list[str] | None:
     """The class names of a pipeline in order of their numbers; None if it has none."""
-    try:
-        id2label = DiffusionPipeline.load_config(name).get("id2label")
-    except (OSError, ValueError):
-        return None
+    id2label = pipeline_index(name).get("id2label")
     return [id2label[key] for key in sorted(id2label, key=int)] if id2label else None

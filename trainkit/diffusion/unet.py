@@ -53,20 +53,8 @@ def _final_config(
     options: TrainingOptions, height: int, width: int, channels: int, condition: dict
 ) -> tuple[type[ModelMixin], dict]:
     """The class of the UNet and its config for images of this size. Raises `UserError` if it does not fit them."""
+    check_channels(options, channels)
     name, config = options.model_config_name_or_path, _config(options)
-    for key in ("in_channels", "out_channels"):
-        if name is not None and config.get(key, 3) != channels:
-            what = "latents of --vae_name_or_path" if _takes_latents(options) else "images"
-            mode = "" if _takes_latents(options) else f" (--image_mode {options.image_mode or 'RGB'})"
-            fix = (
-                "add --image_mode L, or choose another UNet"
-                if mode and config.get(key, 3) == 1
-                else "change one of the two"
-            )
-            raise UserError(
-                f"--model_config_name_or_path {name} has {key} {config.get(key, 3)}, but the {what}{mode} have "
-                f"{channels} channels: {fix}"
-            )
     config |= {"sample_size": height if height == width else (height, width)}
     config |= {"in_channels": channels, "out_channels": channels}
     config |= {"class_embed_type": None, "num_class_embeds": None}
@@ -99,7 +87,7 @@ def check_unet_options(options: TrainingOptions) -> None:
     config = _config(options)
     mode = options.image_mode or (None if _is_prepared(options) else "RGB")  # as raw images will be prepared
     if mode is not None and not _takes_latents(options):
-        _final_config(options, 2**times, 2**times, len(mode), {})
+        check_channels(options, len(mode))
     with torch.device("meta"):
         _from_config(UNet2DModel, config, options)
 
@@ -109,13 +97,31 @@ def _is_prepared(options: TrainingOptions) -> bool:
     return given is not None and exists(location(given, options.storage_options) / PREPARATION_NAME)
 
 
+def check_channels(options: TrainingOptions, channels: int) -> None:
+    """Raise `UserError` if `--model_config_name_or_path` is for images or latents of other `channels`."""
+    name, config = options.model_config_name_or_path, _config(options)
+    for key in ("in_channels", "out_channels"):
+        if name is not None and config.get(key, 3) != channels:
+            what = "latents of --vae_name_or_path" if _takes_latents(options) else "images"
+            mode = "" if _takes_latents(options) else f" (--image_mode {options.image_mode or 'RGB'})"
+            fix = (
+                "add --image_mode L, or choose another UNet"
+                if mode and config.get(key, 3) == 1
+                else "change one of the two"
+            )
+            raise UserError(
+                f"--model_config_name_or_path {name} has {key} {config.get(key, 3)}, but the {what}{mode} have "
+                f"{channels} channels: {fix}"
+            )
+
+
 def unet_halvings(options: TrainingOptions) -> int:
     """How often the UNet of the options halves its input. Raises `UserError` if its config cannot be read."""
     return len(_config(options)["block_out_channels"]) - 1
 
 
 def _takes_latents(options: TrainingOptions) -> bool:
-    return getattr(options, "vae_name_or_path", None) is not None
+    return options.vae_name_or_path is not None
 
 
 def _config(options: TrainingOptions) -> dict:

@@ -9,7 +9,7 @@ from trainkit.data.files import cache_root
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.trial import num_images
 from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition
-from trainkit.diffusion.latents import LatentImages, check_latent_options, open_latents
+from trainkit.diffusion.latents import LatentImages, check_latent_options, encode_images
 from trainkit.diffusion.text import TextCondition, load_text_encoder
 from trainkit.distillation.teacher import FLAG, SavedTeacher
 from trainkit.errors import UserError
@@ -33,8 +33,8 @@ class DistillationData:
 
     engine: TrainingOptions
     images: PreparedImages | LatentImages
-    condition: ImageCondition | None
     held_out: PreparedImages | LatentImages | None
+    condition: ImageCondition | None
     held_out_condition: ImageCondition | None
 
 
@@ -45,8 +45,7 @@ def check_options(options: DistillationOptions, engine: TrainingOptions) -> None
     check_optimization(engine)
     check_ema_power_lengths(engine)
     check_learning_rate_search(engine)
-    if isinstance(engine, ConditionalTrainingOptions):
-        check_latent_options(engine)
+    check_latent_options(engine)
     check_output_dir(engine)
     earlier = read_distillation(Path(options.output_dir))
     if earlier is not None and options.resume_from_checkpoint is None and not options.overwrite_output_dir:
@@ -69,11 +68,7 @@ def open_data(options: DistillationOptions, engine: TrainingOptions, teacher: Sa
     held_out_condition = None if held_out is None or condition is None else condition.for_images(held_out)
     if not engine.max_train_steps and not engine.max_train_images:
         engine = replace(engine, max_train_images=engine.num_epochs * num_images(images))
-    data = DistillationData(engine, images, condition, held_out, held_out_condition)
-    if isinstance(engine, ConditionalTrainingOptions) and engine.vae_name_or_path is not None:
-        data.images = open_latents(engine, images, flips=engine.random_flip)
-        data.held_out = None if held_out is None else open_latents(engine, held_out, flips=False)
-    return data
+    return DistillationData(engine, *encode_images(engine, images, held_out), condition, held_out_condition)
 
 
 def check_images(teacher: SavedTeacher, images: PreparedImages, given: str) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMPipeline
 
 from pipelines.conditional import ConditionalPipeline
 from trainkit.atomic import write_json
@@ -30,7 +29,7 @@ from trainkit.options.script import TrainingOptions
 from trainkit.processes import on_main_process, wait_for_everyone
 from trainkit.sampling.generate import Pipeline
 from trainkit.sampling.load import load_pipeline, weights_digest
-from trainkit.sampling.pipeline import conditional_pipeline
+from trainkit.sampling.pipeline import conditional_pipeline, unconditional_pipeline
 from trainkit.sampling.schedulers import load_scheduler
 from trainkit.sampling.students import RECORD, read_distillation, stage_folder
 from trainkit.training.device import compile_unet, move_to_device
@@ -239,7 +238,7 @@ def student_pipeline(teacher: Pipeline, unet, scheduler, timesteps: torch.Tensor
     elif timesteps is not None:
         by_pipeline = timesteps.tolist()
     if not isinstance(teacher, ConditionalPipeline):
-        return DDPMPipeline(unet, scheduler)
+        return unconditional_pipeline(unet, scheduler, teacher.components.get("vae"))
     components = {name: teacher.components[name] for name in ("text_encoder", "tokenizer", "vae")}
     settings = {name: teacher.config.get(name) for name in ("id2label", "prompt_length")}
     return conditional_pipeline(unet, scheduler, unet_timesteps=by_pipeline, **components, **settings)

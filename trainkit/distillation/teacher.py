@@ -116,10 +116,11 @@ def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> Train
         "resolution": options.resolution or f"{height}x{width}",
         "image_mode": options.image_mode or {1: "L", 3: "RGB", 4: "RGBA"}[channels],
     }
+    folder = str(teacher.folder)
+    if teacher.has_latents:
+        values |= {"vae_name_or_path": folder, "model_config_name_or_path": folder}  # whose sizes must fit
     if condition is not None:
-        folder = str(teacher.folder)
         values |= {"condition": condition, "preview_guidance_scale": 1.0}
-        values |= {"vae_name_or_path": folder} if teacher.has_latents else {}
         values |= {"text_encoder_name_or_path": folder} if condition == "text" else {}
     return options_class(**values)
 

@@ -34,6 +34,7 @@ class TrainingOptions(
     LoadingOptions,
     AugmentationOptions,
     ModelOptions,
+    LatentOptions,
     ObjectiveOptions,
     OptimizationOptions,
     EmaOptions,
@@ -48,7 +49,7 @@ class TrainingOptions(
 
 
 @dataclass
-class ConditionalTrainingOptions(TrainingOptions, ConditioningOptions, TextOptions, LatentOptions):
+class ConditionalTrainingOptions(TrainingOptions, ConditioningOptions, TextOptions):
     """The options of train_conditional.py."""
 
 

@@ -93,9 +93,9 @@ def predictor(pipeline: Pipeline, conditions: Sequence | np.ndarray | None, **gu
 
 def to_images(pipeline: Pipeline, samples: torch.Tensor) -> torch.Tensor:
     """Images (B, C, H, W) in [0, 1] of what the scheduler returns, decoded if those are latents."""
-    if isinstance(pipeline, ConditionalPipeline):
-        return pipeline._finish(samples, "pt")
-    return (samples / 2 + 0.5).clamp(0, 1)
+    if isinstance(pipeline, DDPMPipeline):
+        return (samples / 2 + 0.5).clamp(0, 1)
+    return pipeline._finish(samples, "pt")
 
 
 def _guided(

@@ -17,6 +17,7 @@ from trainkit.sampling.generate import Pipeline
 
 FLAG = "--model_name_or_path"
 CONFIG_NAME, WEIGHTS_STEM = "config.json", "diffusion_pytorch_model"
+VAE_CLASSES = {"AutoencoderKL": AutoencoderKL}
 # What is fetched from the Hub. Older pipelines keep UNet and scheduler at the top of the repository.
 HUB_FILES = [
     "model_index.json",
@@ -81,17 +82,20 @@ def load_pipeline(folder: Path, scheduler: SchedulerMixin) -> Pipeline:
     Raises:
         UserError: a component has an unsupported class, or cannot be read.
     """
-    index = folder / "model_index.json"
-    if index.is_file() and _class_name(_read_json(index)) == ConditionalPipeline.__name__:
-        return _load_conditional_pipeline(folder, scheduler)
-    return UnconditionalPipeline(_load_unet(folder), scheduler)
+    path = folder / "model_index.json"
+    index = _read_json(path) if path.is_file() else {}
+    if _class_name(index) == ConditionalPipeline.__name__:
+        return _load_conditional_pipeline(folder, index, scheduler)
+    vae = _load_component(folder, index, "vae", VAE_CLASSES)
+    return UnconditionalPipeline(_load_unet(folder, vae), scheduler, vae)
 
 
-def _load_unet(folder: Path) -> UNet2DModel:
+def _load_unet(folder: Path, vae: AutoencoderKL | None) -> UNet2DModel:
     """The UNet of a saved pipeline, in evaluation mode, float32, on the CPU.
 
     Raises:
-        UserError: it is not a UNet2DModel for L, RGB or RGBA images, or its weights cannot be read.
+        UserError: it is not a UNet2DModel for L, RGB or RGBA images or the latents of `vae`, or its weights cannot be
+            read.
     """
     source = _unet_folder(folder)
     class_name = _read_json(source / CONFIG_NAME).get("_class_name")
@@ -104,53 +108,51 @@ def _load_unet(folder: Path) -> UNet2DModel:
     if unet.class_embedding is not None:
         raise UserError(f"{FLAG} {folder}: its UNet needs a condition, but the pipeline class provides none")
     channels, out_channels = unet.config.in_channels, unet.config.out_channels
-    if channels not in (1, 3, 4) or channels != out_channels:
-        raise UserError(
-            f"{FLAG} {folder}: its UNet maps {channels} channels to {out_channels}; both must be the same 1, 3 or 4"
-        )
+    accepted = (1, 3, 4) if vae is None else (vae.config.latent_channels,)
+    if channels not in accepted or channels != out_channels:
+        wanted = "the same 1, 3 or 4" if vae is None else f"{accepted[0]}, the channels of its vae's latents"
+        raise UserError(f"{FLAG} {folder}: its UNet maps {channels} channels to {out_channels}; both must be {wanted}")
     if unet.config.sample_size is None:
         raise UserError(f"{FLAG} {folder}: its unet/{CONFIG_NAME} has no sample_size; add the resolution")
     return unet.eval()
 
 
-def _load_conditional_pipeline(folder: Path, scheduler: SchedulerMixin) -> ConditionalPipeline:
+def _load_conditional_pipeline(folder: Path, index: dict, scheduler: SchedulerMixin) -> ConditionalPipeline:
     """Our own ConditionalPipeline around the components in `folder`, in evaluation mode, float32, on the CPU.
 
     Raises:
         UserError: a component has an unsupported class, or cannot be read.
     """
-    index = _read_json(folder / "model_index.json")
     unets = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
     classes = {
         "unet": unets,
         "guidance_unet": unets,
         "vector_embedding": {"VectorEmbedding": VectorEmbedding},
         "guidance_vector_embedding": {"VectorEmbedding": VectorEmbedding},
-        "vae": {"AutoencoderKL": AutoencoderKL},
+        "vae": VAE_CLASSES,
         "text_encoder": transformers,
         "tokenizer": transformers,
     }
-    parts = {}
-    for name, known in classes.items():
-        class_name = (index.get(name) or [None, None])[1]
-        if class_name is None:
-            continue
-        component_class = known.get(class_name) if isinstance(known, dict) else getattr(known, class_name, None)
-        if component_class is None or not hasattr(component_class, "from_pretrained"):
-            raise UserError(f"{FLAG} {folder}: its {name} is a {class_name}, which is not supported")
-        try:
-            if name == "tokenizer":
-                parts[name] = component_class.from_pretrained(folder / name, local_files_only=True)
-            else:
-                parts[name] = load_any_variant(
-                    component_class, folder / name, local_files_only=True, use_safetensors=True
-                )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{FLAG} {folder}: {name} cannot be loaded: {one_line(error)}") from None
-        if name != "tokenizer":
-            parts[name].eval()
+    loaded = {name: _load_component(folder, index, name, known) for name, known in classes.items()}
+    parts = {name: part for name, part in loaded.items() if part is not None}
     settings = {name: index.get(name) for name in ("id2label", "prompt_length", "unet_timesteps")}
     return ConditionalPipeline(scheduler=scheduler, **parts, **settings)
+
+
+def _load_component(folder: Path, index: dict, name: str, known: Any) -> Any:
+    """The component `name` of model_index.json (`index`), of a class in the dict or module `known`; None if absent."""
+    class_name = (index.get(name) or [None, None])[1]
+    if class_name is None:
+        return None
+    component_class = known.get(class_name) if isinstance(known, dict) else getattr(known, class_name, None)
+    if component_class is None or not hasattr(component_class, "from_pretrained"):
+        raise UserError(f"{FLAG} {folder}: its {name} is a {class_name}, which is not supported")
+    try:
+        if name == "tokenizer":
+            return component_class.from_pretrained(folder / name, local_files_only=True)
+        return load_any_variant(component_class, folder / name, local_files_only=True, use_safetensors=True).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{FLAG} {folder}: {name} cannot be loaded: {one_line(error)}") from None
 
 
 def weights_digest(folder: Path) -> str:

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from pipelines.conditional import ConditionalPipeline
@@ -37,6 +37,13 @@ def conditional_pipeline(
     """
     unet, embedding = _split_vector_embedding(unet)
     return ConditionalPipeline(unet, noise_scheduler, **({"vector_embedding": embedding} | components))
+
+
+def unconditional_pipeline(
+    unet: UNet2DModel, noise_scheduler: NoiseScheduler | SchedulerMixin, vae: AutoencoderKL | None = None
+) -> DDPMPipeline | UnconditionalPipeline:
+    """The pipeline of a UNet without a condition: a stock one for pixels, our own for the latents of `vae`."""
+    return DDPMPipeline(unet, noise_scheduler) if vae is None else UnconditionalPipeline(unet, noise_scheduler, vae)
 
 
 def _split_vector_embedding(unet: nn.Module) -> tuple[nn.Module, VectorEmbedding | None]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from diffusers import DDPMPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from trainkit.diffusion.conditioning import ImageCondition
@@ -55,6 +56,7 @@ def model_card(
     if condition is not None:
         guidance = "" if origin else ", guidance_scale=2.0"
         arguments = f"{condition.argument}={condition.example()}{guidance}"
+    stock = isinstance(pipeline, DDPMPipeline)
     flow = options.prediction_type == "flow_prediction"
     scheduler, scheduler_class = (
         ("flow_euler", "FlowMatchEulerDiscreteScheduler") if flow else ("ddim", "DDIMScheduler")
@@ -69,13 +71,13 @@ def model_card(
         global_batch_size=record["global_batch_size"],
         origin=origin,
         trained_on=_trained_on(record.get("dataset") or {}),
-        custom_code=condition is not None,
+        custom_code=None if stock else f"{'un' if condition is None else ''}conditional.py",
         arguments=arguments,
         num_inference_steps=options.ddpm_num_inference_steps,
         classes=_listed_classes(getattr(condition, "names", None) or []),
         other_scheduler=None if origin else scheduler,
         other_class=scheduler_class,
-        runs_where="" if condition is not None else stock_note,
+        runs_where=stock_note if stock else "",
         results_place=RESULTS_PLACE,
         facts=[(what, f"{value} {detail}".strip()) for what, value, detail in progress(run)] + _equipment(about(run)),
         loss_picture=LOSS_PICTURE if (run.folder / LOSS_PICTURE).is_file() else None,

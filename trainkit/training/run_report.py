@@ -67,7 +67,8 @@ class RunReport:
         kind = TITLES.get(None if run.condition is None else run.condition.argument, "Text-to-image")
         student = "few-step student, " if self.origin else ""
         images = getattr(run.images, "images", run.images)  # of latents: the pixels
-        return f"{kind} diffusion model, {student}{images.width} × {images.height} pixels"
+        latent = "latent " if run.images.holds_latents else ""
+        return f"{kind} {latent}diffusion model, {student}{images.width} × {images.height} pixels"
 
 
 def describe_hardware(run: Run) -> str:

@@ -18,6 +18,7 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import BatchLoader, BatchShape
 from trainkit.data.trial import num_images
 from trainkit.diffusion.conditioning import ImageCondition
+from trainkit.diffusion.latents import check_latent_options
 from trainkit.diffusion.noise_schedule import build_noise_scheduler
 from trainkit.diffusion.objective import check_objective
 from trainkit.diffusion.resolve import resolve_objective
@@ -71,6 +72,7 @@ def check_options(options: TrainingOptions) -> None:
     check_tracker(options.logger)
     check_score(options)
     check_unet_options(options)
+    check_latent_options(options)
     check_objective(options)
     check_optimization(options)
     check_ema_power_lengths(options)
