@@ -82,7 +82,8 @@ def _place(name: str, source: Path, folder: Path) -> str:
 
 def needed_files(root: Path, script: Path) -> list[Path]:
     """`script` and the files of our packages that it imports, late and indirect imports too, sorted."""
-    found, waiting = set(), [script]
+    found: set[Path] = set()
+    waiting = [script]
     while waiting:
         file = waiting.pop()
         if file in found:
@@ -100,7 +101,7 @@ def needed_files(root: Path, script: Path) -> list[Path]:
 
 def imported_names(file: Path) -> set[str]:
     """The dotted names that a source file imports anywhere: `from a import b` gives a and a.b."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
