@@ -192,6 +192,31 @@ def test_many_classes_and_none(tmp_path):
     assert len(Page(write_contact_sheet(tmp_path / "flat-out")).pictures) == 5
 
 
+def test_the_sheet_begins_with_a_summary_and_the_counts_of_classes(photos, tmp_path):
+    done = prepared(photos, tmp_path / "out", filters=FilterSettings("exact", validation_fraction=0.2))
+    sheet = write_contact_sheet(tmp_path / "out", ImageFolder(photos))
+    html_text, text = sheet.read_text(encoding="utf-8"), Page(sheet).text
+    summary, _, rest = text.partition("Images to train on\n")
+    for known in (f"images{done['num_images']} of 16x16 ", "held out", "validation_fraction 0.2", done["fingerprint"]):
+        assert known in summary
+    assert str(tmp_path) not in text, "a copy elsewhere has the same page"
+    few, many = done["classes"]["<b>few"], done["classes"]["many"]
+    assert f"2 classes of {few} to {many} images" in summary and f"--share: {few / many:.3f}" in html_text
+    links = re.findall(r'href="#(part-\d)"', html_text)
+    assert len(links) == 3 and all(f'id="{link}"' in html_text for link in links)
+    assert rest.index("Held out for validation: ") < rest.index("Rejected files")
+
+
+def test_captions_stand_apart_from_paths(tmp_path):
+    write_images(tmp_path / "photos", 3)
+    for file in list((tmp_path / "photos").iterdir()):
+        file.with_suffix(".txt").write_text(f"the caption of {file.stem}")
+    prepared(tmp_path / "photos", tmp_path / "out")
+    text = write_contact_sheet(tmp_path / "out").read_text(encoding="utf-8")
+    found = re.findall(r'<span class="text">the caption of (\w+)</span><span class="path" title="(\w+)\.', text)
+    assert len(found) == 3 and all(stem == name for stem, name in found)
+
+
 def test_held_out_images_are_shown_with_their_names(photos, tmp_path):
     done = prepared(photos, tmp_path / "out", filters=FilterSettings(validation_fraction=0.2))
     page = Page(write_contact_sheet(tmp_path / "out", ImageFolder(photos)))

@@ -82,7 +82,8 @@ def _place(name: str, source: Path, folder: Path) -> str:
 
 def needed_files(root: Path, script: Path) -> list[Path]:
     """`script` and the files of our packages that it imports, late and indirect imports too, sorted."""
-    found, waiting = set(), [script]
+    found: set[Path] = set()
+    waiting = [script]
     while waiting:
         file = waiting.pop()
         if file in found:

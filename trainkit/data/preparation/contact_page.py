@@ -30,7 +30,7 @@ dd { margin: 0; white-space: pre-line; overflow-wrap: anywhere }
 .bars { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 6px 18px; margin-top: 12px;
   padding: 14px 16px }
 .bars div { display: flex; justify-content: space-between; gap: 8px; padding: 1px 6px; border-radius: 3px;
-  background: linear-gradient(var(--bar), var(--bar)) 0 / var(--share) 100% no-repeat }
+  background: linear-gradient(var(--bar), var(--bar)) 0 / calc((100% - 4.5em) * var(--share)) 100% no-repeat }
 .bars span { min-width: 0; overflow-wrap: anywhere }
 .bars p { grid-column: 1 / -1; margin: 4px 0 0; color: var(--soft) }
 .grid { display: grid; grid-template-columns: repeat(12, minmax(0, 1fr)); gap: 12px 8px }
@@ -143,7 +143,7 @@ def _bars(classes: dict[str, int]) -> list[str]:
     most, least = ordered[0][1], ordered[-1][1]
     lines = ['<div class="bars card">']
     for name, count in ordered[:SHOWN_BARS]:
-        share = f"{count / most:.1%}" if most else "0%"
+        share = f"{count / most:.3f}" if most else "0"
         lines.append(f'<div style="--share: {share}"><span>{escaped(name)}</span>{count:,}</div>')
     hidden = len(ordered) - SHOWN_BARS
     more = f"; {hidden:,} smaller ones are not listed" if hidden > 0 else ""
