@@ -19,6 +19,7 @@ LAYERS = (
     ),
     ("trainkit.data", "trainkit.diffusion"),
     ("trainkit.sampling",),
+    ("trainkit.hub",),
     ("trainkit.evaluation",),
     ("trainkit.training",),
     ("trainkit.distillation",),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trainkit.errors import one_line
 
-TOKEN = re.compile(r"\bhf_\w+|(?<=Bearer )[^\s'\"]+")
+TOKEN = re.compile(r"\bhf_\w{20,}|(?<=Bearer )[^\s'\"]+")
 WITH_TOKEN = "set HF_TOKEN to a token with write access, or log in with `hf auth login`"
 # Names of classes, since the HTTP library differs between versions of huggingface_hub.
 TIMEOUTS = ("TimeoutException", "Timeout", "TimeoutError")
@@ -31,8 +31,9 @@ def without_tokens(text: str, *tokens: str | None) -> str:
 
 def describe_failure(error: BaseException, repo_id: str, token: str | None) -> Failure:
     """The cause of `error`, which huggingface_hub raised when it read or wrote `repo_id`."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_token
 
+    token = token or get_token()
     errors = list(_chain(error))
     status = next(filter(None, map(_status, errors)), None)
     if status is not None:
@@ -54,11 +55,8 @@ def describe_failure(error: BaseException, repo_id: str, token: str | None) -> F
 
 def _refusal(status: int, error: BaseException, repo_id: str, token: str | None) -> Failure:
     """What an HTTP status means for a push."""
-    from huggingface_hub import get_token
-
     if status == 401:
-        known = token or get_token()
-        reason = "the token was refused (401)" if known else "there is no token, which the Hub asks for (401)"
+        reason = "the token was refused (401)" if token else "there is no token, which the Hub asks for (401)"
         return Failure(f"{reason}: {WITH_TOKEN}")
     if status == 403:
         return Failure(_forbidden(repo_id, token))

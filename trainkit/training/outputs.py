@@ -9,12 +9,12 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch
 from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.conditioning import ImageCondition
-from trainkit.hub import create_repository, push_pipeline
+from trainkit.hub.options import start_pushes
 from trainkit.options.script import ConditionalTrainingOptions
-from trainkit.processes import on_main_process, wait_for_everyone
+from trainkit.processes import wait_for_everyone
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks
 from trainkit.sampling.grid import image_grid, save_image
-from trainkit.sampling.pipeline import PIPELINE_PARTS, save_pipeline, use_default_scheduler
+from trainkit.sampling.pipeline import save_pipeline, use_default_scheduler
 from trainkit.training.model_card import model_card
 from trainkit.training.run import Run
 from trainkit.training.score import SampleScore
@@ -42,9 +42,8 @@ class Outputs:
         self.run, self.pipeline_of, self.origin, options = run, pipeline_of, origin, run.options
         self.validation: HeldOutLoss | None = None
         self.score: SampleScore | None = None
-        self.repo_id: str | None = None
-        if options.push_to_hub:
-            self.repo_id = on_main_process(lambda: create_repository(options))
+        if options.push_to_hub and run.accelerator.is_main_process:
+            run.pushes = start_pushes(options)
         if held_out is not None:
             self.validation = HeldOutLoss(run, held_out, losses, options.ddpm_num_steps, held_out_condition)
         if options.score_steps is not None:
@@ -61,6 +60,8 @@ class Outputs:
             self.write_preview()
         if run.due(epochs=options.save_model_epochs):
             self.save()
+            if run.pushes is not None and options.hub_strategy != "end":
+                run.pushes.push(run.step, run.checkpoints.complete_step)
 
     def write_final(self) -> None:
         """Write the outputs of a finished run; nothing if it was stopped by a signal."""
@@ -92,17 +93,16 @@ class Outputs:
             run.log.write_image("samples", grid, run.step)
 
     def save(self) -> None:
-        """Save the pipeline with the averaged weights into --output_dir, and push it if the options ask for it."""
+        """Save the pipeline with the averaged weights into --output_dir."""
         run, options = self.run, self.run.options
         with run.averaged_weights() as unet:
             if run.accelerator.is_main_process:
                 pipeline = self.pipeline_of(unet)
                 place = run.step, run.shape.global_size
-                card = model_card(options, pipeline, run.condition, *place, self.repo_id, self.origin)
+                repo_id = None if run.pushes is None else run.pushes.repo_id
+                card = model_card(options, pipeline, run.condition, *place, repo_id, self.origin)
                 with run.writing("the pipeline"):
                     save_pipeline(run.output_dir, pipeline, card)
-                    if self.repo_id is not None:
-                        push_pipeline(run.output_dir, self.repo_id, options.hub_token, PIPELINE_PARTS, run.step)
         wait_for_everyone()
 
     def _generate_unguided(self, count: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch, BatchLoader
 from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.diffusion.conditioning import ImageCondition
+from trainkit.hub.background import Pushes
 from trainkit.options.script import TrainingOptions
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.processes import end_together
@@ -72,6 +73,7 @@ class Run:
     step: int = 0
     stopped: bool = False  # by a signal
     lock: FileLock | None = None  # of the output folder, on the main process
+    pushes: Pushes | None = None  # to the Hub, on the main process
     log: StepLog = field(init=False)  # from `start_log`
 
     def __post_init__(self) -> None:
@@ -158,6 +160,8 @@ class Run:
             check_replicas(self.accelerator, self.unet, self.step)
         if options.checkpointing_steps and self.step % options.checkpointing_steps == 0:
             self.save_checkpoint()
+        if self.pushes is not None:
+            self.pushes.push_checkpoint(self.step, self.checkpoints.complete_step)
         self.log.pause(self.power_averages.snapshot(self.step))  # after the checkpoint, which does not wait for it
 
     def _flush_log(self) -> None:
@@ -212,6 +216,8 @@ class Run:
         if self.accelerator.is_main_process:
             with self.writing("loss.png"):
                 plot_loss(self.output_dir)
+        if self.pushes is not None:
+            self._push_last(self.pushes)
         self.close(another_follows and not self.stopped)
         self.writing.raise_failure()
         if self.stopped:
@@ -220,6 +226,15 @@ class Run:
             )
         else:
             self.accelerator.print(f"saved the pipeline, samples.png and loss.png in {self.output_dir}")
+        if self.pushes is not None:
+            print(self.pushes.finish(), flush=True)
+
+    def _push_last(self, pushes: Pushes) -> None:
+        """Ask for the last push. A stopped run has to end soon, and only has something to push for its successor."""
+        if self.stopped and not pushes.is_with_checkpoint:
+            pushes.cancel()
+        else:
+            pushes.push(self.step, self.checkpoints.complete_step)
 
     # Checkpoints
 
