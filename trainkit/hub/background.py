@@ -17,6 +17,7 @@ from trainkit.hub.failures import without_tokens
 from trainkit.hub.snapshot import STAGING, stage
 from trainkit.hub.upload import Outcome, Push
 
+STOP_S = 5.0  # for a process to be stopped and another one to start
 BYTES_PER_S = 1e6  # the least that a connection must carry, or a push is taken for hung
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,8 +95,10 @@ class Pushes:
                 wait_s = self._waiting[1]
                 self._stop_process()
             self._changed.notify()
-        self._thread.join(wait_s + 5)
-        self._stop_process()
+        self._thread.join(wait_s + STOP_S)
+        with self._changed:
+            self._is_cancelled = True  # what still runs is stopped without a word
+            self._stop_process()
         shutil.rmtree(self._staging, ignore_errors=True)
         if self._last.failure is None and self._last.commit_url:
             return f"pushed to {self._last.url}"
@@ -115,7 +118,8 @@ class Pushes:
                 is_newest = self._waiting is None and not self._is_cancelled
                 if is_newest and (job.folder is not None or outcome.failure is not None):
                     self._last = outcome
-            if is_newest or outcome.failure is None:
+                is_told = self._is_closing  # by the last line
+            if outcome.failure is None or (is_newest and not is_told):
                 self._report(job, outcome)
 
     def _report(self, job: Push, outcome: Outcome) -> None:
@@ -131,8 +135,8 @@ class Pushes:
     def _warn(self, what: str, outcome: Outcome) -> None:
         done = "pushed" if what.startswith("step") else "created"
         print(
-            f"\nWARNING: --push_to_hub: {what} was not {done} ({outcome.failure}); training goes on, and the next push "
-            "tries again",
+            f"\nWARNING: --push_to_hub: {what} was not {done}: {outcome.failure}; training goes on, and the next "
+            "push tries again",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
@@ -144,23 +148,23 @@ class Pushes:
             return Outcome(job.repo_id, failure=f"no process can be started ({one_line(error)})")
         with self._changed:
             self._process = process
+            if self._is_cancelled or (self._is_closing and self._waiting is not None):
+                process.kill()
         is_late = threading.Event()
-        timer = threading.Timer(allowed, lambda: (is_late.set(), process.kill()))
+
+        def give_up() -> None:
+            is_late.set()
+            process.kill()
+
+        timer = threading.Timer(allowed, give_up)
         timer.daemon = True
         timer.start()
-        answer = b""
-        with contextlib.suppress(OSError):  # it ended before it read the job
-            process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
-            process.stdin.flush()
-        answer = process.stdout.readline()  # the pipe to it stays open meanwhile: it would end with its parent
+        answer = ask(process, job)
         timer.cancel()
         with self._changed:
             self._process = None
         process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
         if answer:
             return Outcome(**json.loads(answer))
         if is_late.is_set():
@@ -186,6 +190,21 @@ def start_child() -> subprocess.Popen:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
         start_new_session=True,
     )  # fmt: skip
+
+
+def ask(process: subprocess.Popen, job: Push) -> bytes:
+    """The line that the process answers to `job`; empty if it was killed."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+        process.stdin.flush()
+        return process.stdout.readline()  # meanwhile the pipe stays open: the process would end with it
+    except OSError:
+        return b""
+    finally:
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
 
 
 def push_command(folder: Path, target: Push) -> str:

@@ -164,8 +164,8 @@ class CheckpointOptions:
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "checkpoint folder, its name in --output_dir, `latest`: the newest complete one (none: start a new run), `hub`: "
-        "the newest one there or in --hub_model_id, or hf://USER/MODEL: that of another repository",
+        "checkpoint folder, its name in --output_dir, `latest`: the newest complete one (none: start a new run), "
+        "`hub`: the newest one there or in --hub_model_id, or hf://USER/MODEL: that of another repository",
     )
     allow_dataset_change: bool = option(False, "resume on other images than those of the checkpoint")
     save_model_epochs: int = option(

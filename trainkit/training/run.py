@@ -216,8 +216,7 @@ class Run:
         if self.accelerator.is_main_process:
             with self.writing("loss.png"):
                 plot_loss(self.output_dir)
-        if self.pushes is not None:
-            self._push_last(self.pushes)
+        pushed = None if self.pushes is None else self._push_last(self.pushes)
         self.close(another_follows and not self.stopped)
         self.writing.raise_failure()
         if self.stopped:
@@ -226,15 +225,19 @@ class Run:
             )
         else:
             self.accelerator.print(f"saved the pipeline, samples.png and loss.png in {self.output_dir}")
-        if self.pushes is not None:
-            print(self.pushes.finish(), flush=True)
+        if pushed is not None:
+            print(pushed, flush=True)
 
-    def _push_last(self, pushes: Pushes) -> None:
-        """Ask for the last push. A stopped run has to end soon, and only has something to push for its successor."""
+    def _push_last(self, pushes: Pushes) -> str:
+        """Push what the run leaves, and return a line about it. The others wait for this without a collective.
+
+        A run that was stopped has to end soon: it only pushes what its successor needs.
+        """
         if self.stopped and not pushes.is_with_checkpoint:
             pushes.cancel()
         else:
             pushes.push(self.step, self.checkpoints.complete_step)
+        return pushes.finish()
 
     # Checkpoints
 
