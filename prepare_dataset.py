@@ -10,12 +10,15 @@ Run the same command again after an interruption or after files were added: only
 The training scripts also accept raw images and prepare them in the cache. See docs/data.md.
 """
 
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainkit.errors import UserError, run_script
 from trainkit.options.data import ImageOptions, SourceOptions
 from trainkit.options.fields import option
+from trainkit.options.hub import HubDatasetOptions
 from trainkit.options.parsing import parse_options
 
 
@@ -45,6 +48,7 @@ class OutputOptions:
     )
     overwrite_output_dir: bool = option(False, "replace a dataset of other images or other settings in --output_dir")
     contact_sheet: bool = option(True, "write contact_sheet.html: samples of each class, duplicates, rejected files")
+    push_to_hub: bool = option(False, "push the prepared dataset with a card to the Hub")
     inspect: str | None = option(None, "print what is in this prepared dataset, and do nothing else")
 
 
@@ -72,7 +76,7 @@ class FilterOptions:
 
 
 @dataclass
-class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions):
+class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions, HubDatasetOptions):
     pass
 
 
@@ -90,6 +94,8 @@ def main() -> None:
         prepare_images(options)
         if options.export_hdf5 is not None:
             export(options, options.output_dir)
+        if options.push_to_hub:
+            push(options)
 
 
 def check_options(options: Options) -> None:
@@ -99,6 +105,14 @@ def check_options(options: Options) -> None:
     given = options.train_data_dir
     if options.dataset_name is None and given and Path(given).resolve() == Path(options.output_dir).resolve():
         raise UserError(f"--output_dir {options.output_dir} is the folder of --train_data_dir: give another folder")
+    if options.push_to_hub:
+        from trainkit.hub.options import repository_name
+
+        if "://" in options.output_dir:
+            raise UserError(
+                f"--push_to_hub needs a folder of this machine, and --output_dir {options.output_dir} is none"
+            )
+        repository_name(options.hub_dataset_id, options.output_dir, "--hub_dataset_id")
     if options.ray_address is not None and options.engine != "ray":
         raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
     if options.export_hdf5 is not None:
@@ -158,6 +172,23 @@ def export(options: Options, folder: str) -> None:
 
     images = PreparedImages(folder, storage_options=options.storage_options)
     export_hdf5(images, options.export_hdf5, options.hdf5_compression)
+
+
+def push(options: Options) -> None:
+    """Push the prepared dataset. A failure is a warning: the dataset itself is complete."""
+    from trainkit.hub.contents import DATASET
+    from trainkit.hub.options import clean_token, repository_name
+    from trainkit.hub.share import Shared, share
+    from trainkit.hub.upload import Push
+
+    name, folder = repository_name(options.hub_dataset_id, options.output_dir), Path(options.output_dir)
+    target = Push(name, is_private=options.hub_private_repo, token=clean_token(options.hub_token))
+    outcome = share(Shared(folder, DATASET, options.hub_license), target)
+    if outcome.failure is None:
+        print(f"pushed to {outcome.url}", flush=True)
+    else:
+        again = shlex.join(["python", "push.py", str(folder), "--hub_dataset_id", name])
+        print(f"WARNING: not pushed: {outcome.failure}; run {again}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -134,18 +134,26 @@ class Hub(BaseHTTPRequestHandler):
         if held is None:
             return self.error(404, "RepoNotFound")
         if "/tree/" in path:
-            folder = "/".join(path.split("/")[7:])
-            inside = [self.entry(file, held) for file in held if file.startswith(f"{folder}/" if folder else "")]
-            return self.answer(inside) if inside or not folder else self.error(404, "EntryNotFound")
+            return self.tree(held, "/".join(path.split("/")[7:]))
         about = {"id": name.removeprefix("datasets/"), "sha": self.server.head(name), "private": False, "tags": []}
         self.answer(about | {"siblings": [{"rfilename": file} for file in held]})
+
+    def tree(self, held, folder):
+        start = f"{folder}/" if folder else ""
+        inside = [file for file in held if file.startswith(start)]
+        if folder and not inside:
+            return self.error(404, "EntryNotFound")
+        folders = {start + file[len(start) :].partition("/")[0] for file in inside if "/" in file[len(start) :]}
+        if "recursive=true" not in self.path.lower():
+            inside = [file for file in inside if "/" not in file[len(start) :]]
+        self.answer([*(self.entry(file, held) for file in inside), *map(directory, sorted(folders))])
 
     def paths_info(self, name, body):
         held = self.server.repositories.get(name, {})
         wanted = json.loads(body)["paths"]
         found = [self.entry(file, held) for file in wanted if file in held]
         folders = {path for path in wanted if any(file.startswith(f"{path}/") for file in held)}
-        return [*found, *({"type": "directory", "oid": "0", "size": 0, "path": path} for path in folders)]
+        return [*found, *map(directory, sorted(folders))]
 
     def entry(self, file, held):
         return {"type": "file", "oid": hashlib.sha1(held[file]).hexdigest(), "size": len(held[file]), "path": file}
@@ -200,6 +208,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+def directory(path):
+    return {"type": "directory", "oid": "0", "size": 0, "path": path}
 
 
 class Server(ThreadingHTTPServer):

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from trainkit.options.fields import option
 
 SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in checkpoints, not by trackers
+TOKEN_HELP = (
+    "token with write access; better: the variable HF_TOKEN, since `ps` shows flags; default: that of HF_TOKEN or "
+    "`hf auth login`"
+)
 
 
 @dataclass
@@ -232,11 +236,7 @@ class HubOptions:
         choices=("end", "every_save", "checkpoint"),
     )
     hub_model_id: str | None = option(None, "repository to push to; default: the name of --output_dir")
-    hub_token: str | None = option(
-        None,
-        "token with write access; better: the variable HF_TOKEN, since `ps` shows flags; default: that of HF_TOKEN or "
-        "`hf auth login`",
-    )
+    hub_token: str | None = option(None, TOKEN_HELP)
     hub_private_repo: bool = option(False, "create a private repository")
     hub_timeout_s: float = option(
         60.0,
