@@ -8,7 +8,7 @@ import numpy as np
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from trainkit import __version__
-from trainkit.data.format import NO_LABEL, PREPARATION_NAME, VALIDATION_FOLDER, read_preparation
+from trainkit.data.format import NO_LABEL, PREPARATION_NAME, REJECTED_NAME, VALIDATION_FOLDER, read_preparation
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.sampling.grid import image_grid, save_image
 from trainkit.sampling.record import GRID_NAME, METADATA_NAME, RECORD_NAME
@@ -24,22 +24,20 @@ folder = snapshot_download("{repo_id}", repo_type="dataset")
 images = load_from_disk(folder)
 ```
 
-`datasets.load_dataset("{repo_id}")` reads the same rows.{pixels} To train on the images with
-[trainkit](https://github.com/search?q=trainkit&type=repositories), pass the folder of `snapshot_download`, which its
-memory map opens at once, or the address:
+`datasets.load_dataset("{repo_id}")` reads the same rows.{pixels}
+
+To train on the images, pass the address, or the folder that `snapshot_download` returned:
 
 ```bash
 accelerate launch train_unconditional.py --train_data_dir hf://datasets/{repo_id} --output_dir model
 ```"""
-PIXELS = """ `image` holds the {bits}-bit samples of an image, row by row:
+PIXELS = """ `image` has the {bits}-bit samples of an image, row by row:
 
 ```python
 import numpy as np
 
 image = np.array(images[0]["image"], dtype=np.uint{bits}).reshape({height}, {width}, {channels})
-```
-
-"""
+```"""
 LOAD_FILES = """```python
 from datasets import load_dataset
 
@@ -85,8 +83,8 @@ def prepared_dataset_card(folder: Path, repo_id: str, license_name: str | None) 
         f"## Content\n\n{_content(preparation)}",
         *_classes(preparation["classes"]),
         f"## Preparation\n\n{_list(_settings(preparation))}",
-        f"`{PREPARATION_NAME}` has everything about the preparation, `rejected.jsonl` each file that was not taken and "
-        f"why.{'' if license_name else ' The licence of the images is not stated: ask who uploaded them.'}",
+        f"`{PREPARATION_NAME}` has everything about the preparation, `{REJECTED_NAME}` each file that was not taken "
+        f"and why.{'' if license_name else ' The licence of the images is not stated: ask who uploaded them.'}",
     ]
     return _card(data, parts)
 
@@ -104,7 +102,7 @@ def samples_card(folder: Path, repo_id: str, license_name: str | None) -> str:
         load, splits = LOAD_NPZ, []
     height, width = record["height_width"]
     channels = record.get("channels", 3)
-    pixels = PIXELS.format(bits=8, height=height, width=width, channels=channels).rstrip() + "\n\n"
+    pixels = PIXELS.format(bits=8, height=height, width=width, channels=channels)
     names = ("model", "scheduler_name", "num_inference_steps", "seed", "guidance_scale", "mixed_precision")
     settings = {each: record[each] for each in names if record.get(each) is not None}
     parts = [
