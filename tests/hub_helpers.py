@@ -1,10 +1,7 @@
 """What the tests of the Hub share: a server, and this process as its client."""
 
-import huggingface_hub.constants
 import pytest
 from hub_server import environment, serve_hub
-from huggingface_hub.utils import set_client_factory
-from huggingface_hub.utils._http import default_client_factory
 
 SECRET = "hf_" + "s3cret" * 6  # looks like a token of the Hub
 
@@ -20,10 +17,15 @@ def as_client(monkeypatch, hub, tmp_path):
     """Use the server as the Hub, in this process and in those that it starts, and retry at once."""
     use_hub(monkeypatch, hub.url, tmp_path / "home", environment(hub, tmp_path / "home"))
     yield hub
+    from huggingface_hub.utils import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
     set_client_factory(default_client_factory)
 
 
 def use_hub(monkeypatch, url, home, variables):
+    import huggingface_hub.constants
+
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)

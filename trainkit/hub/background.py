@@ -1,25 +1,22 @@
 """Pushes of a run that never make it wait: a thread hands them one by one to a process that can be killed."""
 
-import contextlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from trainkit.errors import one_line
 from trainkit.hub.contents import MODEL, REPLACED
 from trainkit.hub.failures import without_tokens
+from trainkit.hub.process import allowed_s, ask, close, start_child
 from trainkit.hub.snapshot import STAGING, stage
 from trainkit.hub.upload import Outcome, Push
 
 STOP_S = 5.0  # for a process to be stopped and another one to start
-BYTES_PER_S = 1e6  # the least that a connection must carry, or a push is taken for hung
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Pushes:
@@ -36,7 +33,7 @@ class Pushes:
         self._staging, self._number, self._step, self._checkpoint_step = self.folder / STAGING, 0, -1, -1
         shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
         self._waiting: tuple[Push, float] | None = target, target.timeout_s
-        self._is_closing = self._is_cancelled = False
+        self._is_closing = self._is_cancelled = self._is_busy = False
         self._process: subprocess.Popen | None = None
         self._last = Outcome(target.repo_id, failure="nothing was pushed yet")
         self._changed = threading.Condition()
@@ -78,10 +75,11 @@ class Pushes:
         """Drop what was not pushed yet."""
         with self._changed:
             waiting, self._waiting = self._waiting, None
-            if waiting is not None or self._process is not None:
+            if waiting is not None or self._is_busy:
                 self._last = Outcome(self.repo_id, failure="the run was stopped before the push was done")
             self._is_cancelled = True
-            self._stop_process()
+            if self._is_busy:
+                self._stop_process()
 
     def finish(self) -> str:
         """Wait for the newest push, and return the last line about it: where it went, or what to do.
@@ -93,12 +91,14 @@ class Pushes:
             wait_s = self._target.timeout_s
             if self._waiting is not None:
                 wait_s = self._waiting[1]
-                self._stop_process()
+                if self._is_busy:
+                    self._stop_process()
             self._changed.notify()
         self._thread.join(wait_s + STOP_S)
         with self._changed:
             self._is_cancelled = True  # what still runs is stopped without a word
-            self._stop_process()
+            if self._process is not None:
+                close(self._process)
         shutil.rmtree(self._staging, ignore_errors=True)
         if self._last.failure is None and self._last.commit_url:
             return f"pushed to {self._last.url}"
@@ -141,15 +141,16 @@ class Pushes:
         )  # fmt: skip
 
     def _push(self, job: Push, allowed: float) -> Outcome:
-        """Push `job` in a process of its own, which is killed after `allowed` seconds."""
+        """Push `job` in the process of this run, which is killed after `allowed` seconds."""
         try:
-            process = start_child()
+            with self._changed:
+                if self._process is None:
+                    self._process = start_child()
+                process, self._is_busy = self._process, True
+                if self._is_cancelled or (self._is_closing and self._waiting is not None):
+                    process.kill()
         except OSError as error:
             return Outcome(job.repo_id, failure=f"no process can be started ({one_line(error)})")
-        with self._changed:
-            self._process = process
-            if self._is_cancelled or (self._is_closing and self._waiting is not None):
-                process.kill()
         is_late = threading.Event()
 
         def give_up() -> None:
@@ -162,9 +163,10 @@ class Pushes:
         answer = ask(process, job)
         timer.cancel()
         with self._changed:
-            self._process = None
-        process.kill()
-        process.wait()
+            self._is_busy = False
+            if not answer:
+                close(process)
+                self._process = None  # the next push starts another one
         if answer:
             return Outcome(**json.loads(answer))
         if is_late.is_set():
@@ -172,39 +174,9 @@ class Pushes:
         return Outcome(job.repo_id, failure=f"the process that pushes ended with status {process.returncode}")
 
     def _stop_process(self) -> None:
+        """End the process in the middle of a push. The next push starts another one."""
         if self._process is not None:
             self._process.kill()
-
-
-def allowed_s(job: Push, num_bytes: int) -> float:
-    """The seconds after which a push of so many bytes is given up."""
-    return job.timeout_s + num_bytes / BYTES_PER_S
-
-
-def start_child() -> subprocess.Popen:
-    """A process that waits for a job. It hears no signal of the terminal: the run may still want to push then."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "trainkit.hub.child"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def ask(process: subprocess.Popen, job: Push) -> bytes:
-    """The line that the process answers to `job`; empty if it was killed."""
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
-        process.stdin.flush()
-        return process.stdout.readline()  # meanwhile the pipe stays open: the process would end with it
-    except OSError:
-        return b""
-    finally:
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
 
 
 def push_command(folder: Path, target: Push) -> str:

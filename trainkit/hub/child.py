@@ -1,35 +1,38 @@
 """The process that pushes for a run: it can be killed at any time, which a thread that waits for a server cannot.
 
-It reads one `Push` as a line of JSON, writes its `Outcome` as another, and ends when its parent does.
+It reads a `Push` as a line of JSON and writes its `Outcome` as another, until the run closes the pipe or is gone.
 """
 
 import json
 import os
+import queue
 import signal
 import sys
 import threading
 from dataclasses import asdict
 
 
-def end_with_parent() -> None:
-    sys.stdin.buffer.read()  # until the parent closes the pipe, or is gone
-    os._exit(1)
+def read_jobs(jobs: queue.SimpleQueue) -> None:
+    """Put the lines of standard input into `jobs`. Their end ends the process, whatever it waits for."""
+    for line in sys.stdin.buffer:
+        jobs.put(line)
+    os._exit(0)
 
 
 def main() -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # of the whole job; the parent decides what they mean
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # of the whole job; the run decides what they mean
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    answer = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever else prints
-    job = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=read_jobs, args=(jobs,), daemon=True).start()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     from trainkit.hub.upload import Push, push
 
-    answer.write(json.dumps(asdict(push(Push(**job)))) + "\n")
-    answer.flush()
-    os._exit(0)  # not after threads that still wait for a server
+    while True:
+        answers.write(json.dumps(asdict(push(Push(**json.loads(jobs.get()))))) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

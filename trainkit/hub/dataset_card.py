@@ -131,13 +131,13 @@ def _card_data(
     count: int, license_name: str | None, splits: list, has_text: bool, tags: list[str] | None = None
 ) -> DatasetCardData:
     tasks = ["unconditional-image-generation", *(["text-to-image"] if has_text else [])]
-    configs = [{"config_name": "default", "data_files": splits}] if splits else None
+    configs: dict[str, Any] = {"configs": [{"config_name": "default", "data_files": splits}]} if splits else {}
     return DatasetCardData(
         license=license_name,
         size_categories=[size_category(count)],
         task_categories=tasks,
         tags=["trainkit", "diffusion", *(tags or [])],
-        **({"configs": configs} if configs else {}),
+        **configs,
     )
 
 
