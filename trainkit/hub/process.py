@@ -45,6 +45,6 @@ def close(process: subprocess.Popen) -> None:
     """Kill a process and close the pipes to it."""
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError, AttributeError):
+    for pipe in filter(None, (process.stdin, process.stdout)):
+        with contextlib.suppress(OSError):
             pipe.close()
