@@ -31,6 +31,7 @@ def use_hub(monkeypatch, url, home, variables):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     constants = {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(home)}
     constants |= {"HF_TOKEN_PATH": str(home / "token"), "HF_HUB_DISABLE_PROGRESS_BARS": True}
+    constants["HUGGINGFACE_CO_URL_TEMPLATE"] = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     for name, value in constants.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("trainkit.hub.upload.RETRY_DELAYS_S", (0.05,))
