@@ -109,9 +109,7 @@ def check_options(options: Options) -> None:
         from trainkit.hub.options import repository_name
 
         if "://" in options.output_dir:
-            raise UserError(
-                f"--push_to_hub needs a folder of this machine, and --output_dir {options.output_dir} is none"
-            )
+            raise UserError(f"--push_to_hub: --output_dir {options.output_dir} must be a folder of this machine")
         repository_name(options.hub_dataset_id, options.output_dir, "--hub_dataset_id")
     if options.ray_address is not None and options.engine != "ray":
         raise UserError("--ray_address is for --engine ray; give that too, or leave it out")

@@ -169,7 +169,7 @@ def _content(preparation: dict) -> str:
 def _classes(classes: dict[str, int]) -> list[str]:
     if not classes:
         return []
-    rows = [f"| {name} | {count:,} |" for name, count in list(classes.items())[:LISTED_CLASSES]]
+    rows = [f"| {name.replace('|', '/')} | {count:,} |" for name, count in list(classes.items())[:LISTED_CLASSES]]
     more = f"\n\n{len(classes) - LISTED_CLASSES:,} more classes are in `dataset_info.json`."
     table = "\n".join(["| class | images |", "|---|---|", *rows])
     return [f"## Classes\n\nLabel {NO_LABEL} is no class.\n\n{table}{more if len(classes) > LISTED_CLASSES else ''}"]

@@ -160,7 +160,7 @@ class Run:
             check_replicas(self.accelerator, self.unet, self.step)
         if options.checkpointing_steps and self.step % options.checkpointing_steps == 0:
             self.save_checkpoint()
-        if self.pushes is not None:
+        if self.pushes is not None and self.step < self.max_train_steps:  # the last push follows anyway
             self.pushes.push_checkpoint(self.step, self.checkpoints.complete_step)
         self.log.pause(self.power_averages.snapshot(self.step))  # after the checkpoint, which does not wait for it
 
