@@ -8,7 +8,7 @@ from trainkit.options.training import TOKEN_HELP
 
 @dataclass
 class HubDatasetOptions:
-    """Hub: the repository of the dataset; see docs/hub.md"""
+    """Hub: repository and licence of a dataset, token; see docs/hub.md"""
 
     hub_dataset_id: str | None = option(
         None, "dataset repository to push images to; default: the name of --output_dir"
