@@ -30,7 +30,7 @@ class Pushes:
         """`target` names the repository. With `is_with_checkpoint` each push has the newest complete checkpoint."""
         self.folder, self._target, self.is_with_checkpoint = folder.resolve(), target, is_with_checkpoint
         self.repo_id = target.repo_id  # with its owner once the Hub has answered
-        self._staging, self._number, self._step, self._checkpoint_step = self.folder / STAGING, 0, -1, -1
+        self._staging, self._number, self._checkpoint_step = self.folder / STAGING, 0, -1
         shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
         self._waiting: tuple[Push, float] | None = target, target.timeout_s
         self._is_closing = self._is_cancelled = self._is_busy = False
@@ -49,7 +49,7 @@ class Pushes:
         if self.is_with_checkpoint and checkpoint_step is not None:
             checkpoint = self.folder / f"checkpoint-{checkpoint_step}"
             self._checkpoint_step = checkpoint_step
-        self._number, self._step = self._number + 1, step
+        self._number += 1
         target = self._staging / str(self._number)
         try:
             num_bytes = stage(self.folder, MODEL.files, target, checkpoint)
