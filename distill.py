@@ -103,6 +103,8 @@ def main() -> None:
             f"--resume_from_checkpoint {options.resume_from_checkpoint}: distill.py resumes the stage that was "
             "interrupted; give latest"
         )
+    if options.hub_strategy == "checkpoint":
+        raise UserError("--hub_strategy checkpoint: distill.py resumes from its own folder; use end or every_save")
     distill(options)
 
 

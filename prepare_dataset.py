@@ -11,12 +11,15 @@ The training scripts also accept raw images and prepare them in the cache. See d
 """
 
 import inspect
+import shlex
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from trainkit.errors import UserError, run_script
 from trainkit.options.data import ImageOptions, SourceOptions
 from trainkit.options.fields import option
+from trainkit.options.hub import HubDatasetOptions
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
 from trainkit.terminal import say
@@ -48,6 +51,7 @@ class OutputOptions:
     )
     overwrite_output_dir: bool = option(False, "replace a dataset of other images or other settings in --output_dir")
     contact_sheet: bool = option(True, "write contact_sheet.html: samples of each class, duplicates, rejected files")
+    push_to_hub: bool = option(False, "push the prepared dataset with a card to the Hub")
     inspect: str | None = option(None, "print what is in this prepared dataset, and do nothing else")
 
 
@@ -75,7 +79,7 @@ class FilterOptions:
 
 
 @dataclass
-class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions, TerminalOptions):
+class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions, HubDatasetOptions, TerminalOptions):
     pass
 
 
@@ -94,6 +98,8 @@ def main() -> None:
         prepare_images(options)
         if options.export_hdf5 is not None:
             export(options, options.output_dir)
+        if options.push_to_hub:
+            push(options)
 
 
 def check_inspect(options: Options) -> None:
@@ -127,6 +133,12 @@ def check_options(options: Options) -> None:
                 f"--output_dir {options.output_dir} is inside --train_data_dir {given}: the next preparation would "
                 "read it with the images; choose a folder outside"
             )
+    if options.push_to_hub:
+        from trainkit.hub.options import repository_name
+
+        if "://" in options.output_dir:
+            raise UserError(f"--push_to_hub: --output_dir {options.output_dir} must be a folder of this machine")
+        repository_name(options.hub_dataset_id, options.output_dir, "--hub_dataset_id")
     if options.ray_address is not None and options.engine != "ray":
         raise UserError("--ray_address is for --engine ray; give that too, or leave it out")
     if options.export_hdf5 is not None:
@@ -186,6 +198,23 @@ def export(options: Options, folder: str) -> None:
 
     images = PreparedImages(folder, storage_options=options.storage_options)
     export_hdf5(images, options.export_hdf5, options.hdf5_compression)
+
+
+def push(options: Options) -> None:
+    """Push the prepared dataset. A failure is a warning: the dataset itself is complete."""
+    from trainkit.hub.contents import DATASET
+    from trainkit.hub.options import clean_token, repository_name
+    from trainkit.hub.share import Shared, share
+    from trainkit.hub.upload import Push
+
+    name, folder = repository_name(options.hub_dataset_id, options.output_dir), Path(options.output_dir)
+    target = Push(name, is_private=options.hub_private_repo, token=clean_token(options.hub_token))
+    outcome = share(Shared(folder, DATASET, options.hub_license), target)
+    if outcome.failure is None:
+        print(f"pushed to {outcome.url}", flush=True)
+    else:
+        again = shlex.join(["python", "push.py", str(folder), "--hub_dataset_id", name])
+        print(f"WARNING: not pushed: {outcome.failure}; run {again}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

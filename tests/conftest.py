@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import process_helpers
 import pytest
+from hub_helpers import as_client, hub  # noqa: F401 - fixtures
 from hypothesis import HealthCheck, settings
 from PIL import Image
 

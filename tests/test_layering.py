@@ -21,6 +21,7 @@ LAYERS = (
     ),
     ("trainkit.data", "trainkit.diffusion"),
     ("trainkit.sampling",),
+    ("trainkit.hub",),
     ("trainkit.evaluation",),
     ("trainkit.report",),
     ("trainkit.training",),

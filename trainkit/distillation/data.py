@@ -13,6 +13,7 @@ from trainkit.diffusion.latents import LatentImages, check_latent_options, encod
 from trainkit.diffusion.text import TextCondition, load_text_encoder
 from trainkit.distillation.teacher import FLAG, SavedTeacher
 from trainkit.errors import UserError
+from trainkit.hub.options import check_hub_options
 from trainkit.options.distillation import DistillationOptions
 from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
 from trainkit.sampling.generate import image_shape
@@ -46,6 +47,7 @@ def check_options(options: DistillationOptions, engine: TrainingOptions) -> None
     check_ema_power_lengths(engine)
     check_learning_rate_search(engine)
     check_latent_options(engine)
+    check_hub_options(options)
     check_output_dir(engine)
     earlier = read_distillation(Path(options.output_dir))
     if earlier is not None and options.resume_from_checkpoint is None and not options.overwrite_output_dir:

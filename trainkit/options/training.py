@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from trainkit.options.fields import option
 
 SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in checkpoints, not by trackers
+TOKEN_HELP = (
+    "token with write access; better: the variable HF_TOKEN, since `ps` shows flags; default: that of HF_TOKEN or "
+    "`hf auth login`"
+)
 
 
 def compile_mode_option() -> str:
@@ -175,7 +179,8 @@ class CheckpointOptions:
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "checkpoint folder, its name in --output_dir, or `latest`: the newest complete one (none: start a new run)",
+        "checkpoint folder, its name in --output_dir, `latest`: the newest complete one (none: start a new run), "
+        "`hub`: the newest one there or in --hub_model_id, or hf://USER/MODEL: that of another repository",
     )
     allow_dataset_change: bool = option(False, "resume on other images than those of the checkpoint")
     save_model_epochs: int = option(
@@ -234,12 +239,23 @@ class ValidationOptions:
 
 @dataclass
 class HubOptions:
-    """Hub: push the saved pipeline (never the training state)"""
+    """Hub: push the saved pipeline in the background; see docs/hub.md"""
 
-    push_to_hub: bool = option(False, "push the pipeline whenever it is saved")
-    hub_token: str | None = option(None, "token for the push; default: the one stored by `hf auth login`")
+    push_to_hub: bool = option(False, "push the pipeline with its card, samples, tables and log to the Hub")
+    hub_strategy: str = option(
+        "every_save",
+        "end: push once, at the end; every_save: whenever the pipeline is saved; checkpoint: also the newest "
+        "checkpoint, for --resume_from_checkpoint hub on another machine",
+        choices=("end", "every_save", "checkpoint"),
+    )
     hub_model_id: str | None = option(None, "repository to push to; default: the name of --output_dir")
+    hub_token: str | None = option(None, TOKEN_HELP)
     hub_private_repo: bool = option(False, "create a private repository")
+    hub_timeout_s: float = option(
+        60.0,
+        "seconds after which a push is given up, plus one per MB; the end of the run waits no longer for the last one",
+        within="(0, inf)",
+    )
     license: str | None = option(
         None,
         "licence of the trained model for its card, such as mit or cc-by-4.0; default: none is given",

@@ -19,6 +19,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from trainkit.data.preparation.pool import num_cores
 from trainkit.data.trial import num_images, trial_of
 from trainkit.errors import UserError
+from trainkit.hub.options import check_hub_access
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import on_main_process
 from trainkit.terminal import NAME_WIDTH, format_seconds, say, tell
@@ -48,15 +49,6 @@ def trial_options(options: TrainingOptions, images: Any) -> TrainingOptions:
     )
 
 
-def check_hub(options: TrainingOptions) -> None:
-    """Raise `UserError` if `--push_to_hub` would fail."""
-    from trainkit import hub
-
-    check: Callable[[TrainingOptions], object] | None = getattr(hub, "check_hub_access", None)
-    if options.push_to_hub and check is not None:
-        on_main_process(lambda: check(options))
-
-
 def print_plan(
     run: Any, options: TrainingOptions, loss_of: Callable[[Any, Any], torch.Tensor], total_steps: int | None = None
 ) -> None:
@@ -64,7 +56,7 @@ def print_plan(
 
     `total_steps` are those of all stages of a distillation. Raises `UserError` for what cannot work.
     """
-    check_hub(options)
+    hub = on_main_process(lambda: check_hub_access(options)) if options.push_to_hub else None
     first, seconds = run.step, _time_steps(run, loss_of)
     remaining = (total_steps or run.max_train_steps) - first
     disk, problem = _disk(run, options)
@@ -73,7 +65,7 @@ def print_plan(
         ("time", _time(run, options, seconds, remaining)),
         ("memory", _memory(run)),
         ("disk", disk),
-        *([("Hub", "access checked")] if options.push_to_hub else []),
+        *([("Hub", hub)] if hub else []),
     ]
     for name, text in plan:
         say(f"{name:<{NAME_WIDTH}}{text}")

@@ -25,6 +25,7 @@ from trainkit.report.write import REPORT_NAME
 from trainkit.sampling.pipeline import PIPELINE_PARTS
 from trainkit.terminal import say
 from trainkit.training.checkpoints import folder as checkpoints
+from trainkit.training.checkpoints.remote import is_remote
 from trainkit.training.config_file import CONFIG_NAME
 from trainkit.training.log import METRICS_FILE
 
@@ -46,8 +47,8 @@ def check_output_dir(options: TrainingOptions) -> None:
     except OSError as error:
         raise UserError(_unwritable(output_dir, error)) from None
     _refuse_output_among_images(options)
-    if options.resume_from_checkpoint not in (None, "latest"):
-        checkpoints.named_checkpoint(output_dir, options.resume_from_checkpoint)
+    if (resume_from := options.resume_from_checkpoint) not in (None, "latest") and not is_remote(resume_from):
+        checkpoints.named_checkpoint(output_dir, resume_from)
     problem = _conflict(options, output_dir)
     if problem:
         raise UserError(problem)

@@ -9,13 +9,13 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch
 from trainkit.data.loading.order import sample_indices
 from trainkit.diffusion.conditioning import ImageCondition
-from trainkit.hub import create_repository, push_pipeline
+from trainkit.hub.options import start_pushes
 from trainkit.options.script import ConditionalTrainingOptions
-from trainkit.processes import on_main_process, wait_for_everyone
+from trainkit.processes import wait_for_everyone
 from trainkit.report.card_results import update_card
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks
 from trainkit.sampling.grid import image_grid, save_image
-from trainkit.sampling.pipeline import PIPELINE_PARTS, save_pipeline, use_default_scheduler
+from trainkit.sampling.pipeline import save_pipeline, use_default_scheduler
 from trainkit.terminal import only_warn
 from trainkit.training.log import plot_loss
 from trainkit.training.model_card import model_card
@@ -46,10 +46,9 @@ class Outputs:
         self.run, self.pipeline_of, options = run, pipeline_of, run.options
         self.validation: HeldOutLoss | None = None
         self.score: SampleScore | None = None
-        self.repo_id: str | None = None
         self.report = RunReport(run, held_out, origin)
-        if options.push_to_hub:
-            self.repo_id = on_main_process(lambda: create_repository(options))
+        if options.push_to_hub and run.accelerator.is_main_process:
+            run.pushes = start_pushes(options)
         if held_out is not None:
             self.validation = HeldOutLoss(run, held_out, losses, options.ddpm_num_steps, held_out_condition)
         if options.score_steps is not None:
@@ -66,6 +65,8 @@ class Outputs:
             self.write_preview()
         if run.due(epochs=options.save_model_epochs):
             self.save()
+            if run.pushes is not None and options.hub_strategy != "end":
+                run.pushes.push(run.step, run.checkpoints.complete_step)
 
     def write_final(self) -> None:
         """Write the outputs of a finished run; only its report if it was stopped by a signal."""
@@ -100,20 +101,19 @@ class Outputs:
         self.report.write()
 
     def save(self, finished: bool = False) -> None:
-        """Save the pipeline with the averaged weights into --output_dir, and push it if the options ask for it."""
+        """Save the pipeline with the averaged weights into --output_dir."""
         run, options = self.run, self.run.options
         with run.averaged_weights() as unet:
             if run.accelerator.is_main_process:
                 pipeline = self.pipeline_of(unet)
+                repo_id = None if run.pushes is None else run.pushes.repo_id
                 with run.writing("the pipeline"):
                     if finished:
                         plot_loss(run.output_dir)  # a picture of the card
-                    card = model_card(options, pipeline, run.condition, self.report.record(finished), self.repo_id)
+                    card = model_card(options, pipeline, run.condition, self.report.record(finished), repo_id)
                     save_pipeline(run.output_dir, pipeline, card)
                     with only_warn("the card has no scores"):
                         update_card(run.output_dir)
-                    if self.repo_id is not None:
-                        push_pipeline(run.output_dir, self.repo_id, options.hub_token, PIPELINE_PARTS, run.step)
         self.report.write(finished)
         wait_for_everyone()
 

@@ -29,6 +29,7 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch, BatchLoader
 from trainkit.diffusion.augmentation_input import without_augmentation_input
 from trainkit.diffusion.conditioning import ImageCondition
+from trainkit.hub.background import Pushes
 from trainkit.options.script import TrainingOptions
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.processes import end_together
@@ -76,6 +77,7 @@ class Run:
     step: int = 0
     stopped: bool = False  # by a signal
     lock: FileLock | None = None  # of the output folder, on the main process
+    pushes: Pushes | None = None  # to the Hub, on the main process
     log: StepLog = field(init=False)  # from `start_log`
 
     def __post_init__(self) -> None:
@@ -162,6 +164,8 @@ class Run:
             check_replicas(self.accelerator, self.unet, self.step)
         if options.checkpointing_steps and self.step % options.checkpointing_steps == 0:
             self.save_checkpoint()
+        if self.pushes is not None and self.step < self.max_train_steps:  # the last push follows anyway
+            self.pushes.push_checkpoint(self.step, self.checkpoints.complete_step)
         self.log.pause(self.power_averages.snapshot(self.step))  # after the checkpoint, which does not wait for it
 
     def _flush_log(self) -> None:
@@ -216,6 +220,7 @@ class Run:
         if self.accelerator.is_main_process:
             with self.writing("loss.png"):
                 plot_loss(self.output_dir)
+        pushed = None if self.pushes is None else self._push_last(self.pushes)
         self.close(another_follows and not self.stopped)
         self.writing.raise_failure()
         processes = self.shape.num_processes, self.accelerator.device.type
@@ -228,6 +233,19 @@ class Run:
                 say(saved)
             else:
                 tell(f"{saved}; next: {sample_command(self.options)}")
+        if pushed is not None:
+            tell(pushed)
+
+    def _push_last(self, pushes: Pushes) -> str:
+        """Push what the run leaves, and return a line about it. The others wait for this without a collective.
+
+        A run that was stopped has to end soon: it only pushes what its successor needs.
+        """
+        if self.stopped and not pushes.is_with_checkpoint:
+            pushes.cancel()
+        else:
+            pushes.push(self.step, self.checkpoints.complete_step)
+        return pushes.finish()
 
     # Checkpoints
 

@@ -24,6 +24,7 @@ from trainkit.diffusion.objective import check_objective
 from trainkit.diffusion.resolve import resolve_objective
 from trainkit.diffusion.unet import check_unet_options
 from trainkit.errors import UserError, one_line
+from trainkit.hub.options import check_hub_options
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import on_main_process
 from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
@@ -79,6 +80,7 @@ def check_options(options: TrainingOptions) -> None:
     check_learning_rate_search(options)
     check_augmentation(options, grey=options.image_mode == "L")
     check_sampling(options)
+    check_hub_options(options)
     check_output_dir(options)
 
 

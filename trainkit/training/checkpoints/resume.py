@@ -17,6 +17,7 @@ from trainkit.options.training import EmaOptions, OptimizationOptions
 from trainkit.processes import on_main_process
 from trainkit.terminal import say, warn
 from trainkit.training.checkpoints import folder as checkpoints
+from trainkit.training.checkpoints.remote import HUB, fetch_checkpoint, is_remote
 from trainkit.training.checkpoints.state import EMA, read_training_state
 from trainkit.training.log import METRICS_FILE, truncate_metrics
 
@@ -38,7 +39,12 @@ def complete_checkpoints(options: TrainingOptions) -> list[Path]:
     resume_from = options.resume_from_checkpoint
     if resume_from is None:
         return []
-    return on_main_process(lambda: _complete_checkpoints(Path(options.output_dir), resume_from))
+    output_dir = Path(options.output_dir)
+
+    def find() -> list[Path]:
+        return _complete_checkpoints(output_dir, fetch_checkpoint(options) if is_remote(resume_from) else resume_from)
+
+    return on_main_process(find)
 
 
 def _complete_checkpoints(output_dir: Path, resume_from: str) -> list[Path]:
@@ -123,7 +129,7 @@ def report_resume(
     """Print what is resumed and what has changed, and move an abandoned branch aside. Main process only."""
     output_dir, step = Path(options.output_dir), saved["step"]
     say(f"resumed from {folder}: {step} of {max_train_steps} steps done")
-    if options.resume_from_checkpoint != "latest":
+    if options.resume_from_checkpoint not in ("latest", HUB):
         _set_aside(output_dir, step)
     truncate_metrics(output_dir, step)
     if saved["dataset"] != images.fingerprint:

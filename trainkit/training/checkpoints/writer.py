@@ -80,6 +80,15 @@ class CheckpointWriter:
         if self._on_all_ranks(complete):
             self.saved_step = step
 
+    @property
+    def complete_step(self) -> int | None:
+        """The step of the newest complete checkpoint, also of one whose end nobody waited for; on the main process."""
+        if self._pending is not None:
+            step, future = self._pending
+            if future is not None and future.done() and future.exception() is None:
+                return step
+        return self.saved_step
+
     def close(self) -> None:
         if self._executor is not None:
             self._executor.shutdown()
