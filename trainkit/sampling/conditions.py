@@ -148,7 +148,7 @@ def _labels(words: list[str], pipeline) -> list[int | None]:
 
 
 def _prompts(file: str, pipeline) -> list[str]:
-    from pipelines.conditional import check_prompts  # late: it imports torch
+    from pipelines.prompts import check_prompts  # late: it imports torch
 
     try:
         prompts = Path(file).read_text(encoding="utf-8-sig").splitlines()
