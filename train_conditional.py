@@ -61,7 +61,7 @@ def train(options: ConditionalTrainingOptions) -> None:
 
     def losses(model, batch, timesteps):  # one per image
         noisy_images = add_noise(noise_scheduler, batch.images, batch.noise, timesteps)  # float32
-        prediction = model(noisy_images, timesteps, **batch.inputs).sample  # under autocast
+        prediction = model(batch.with_picture(noisy_images), timesteps, **batch.inputs).sample  # under autocast
         weighting = options.snr_gamma, options.loss_weighting
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
 

@@ -183,7 +183,8 @@ def grey(images: torch.Tensor) -> torch.Tensor:
     """The luma (B, 1, H, W) of `images` (B, C, H, W); alpha has no part in it."""
     if images.shape[1] == 1:
         return images
-    return sum(weight * images[:, channel : channel + 1] for channel, weight in enumerate(LUMA))
+    red, green, blue = (weight * images[:, channel : channel + 1] for channel, weight in enumerate(LUMA))
+    return red + green + blue
 
 
 def edges(images: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The conditions of images (class, vector or caption), as keyword arguments of the model.
+"""The conditions of images (class, vector, caption or another image), as keyword arguments of the model.
 
     condition = open_condition(options, images)            # training images
     unet = build_unet(options, ..., **condition.unet_config)
@@ -19,11 +19,12 @@ from trainkit.data.files import cache_root
 from trainkit.data.format import NO_LABEL
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import sample_indices
+from trainkit.diffusion.image_condition import PictureCondition, check_image_options, open_picture_condition
 from trainkit.diffusion.text import TextCondition, check_text_options, load_text_encoder
 from trainkit.errors import UserError
 from trainkit.options.script import ConditionalTrainingOptions
 
-PREVIEW_CLASSES = 10
+PREVIEW_CLASSES, DEFAULT_PREVIEW_SCALE = 10, 2.0
 
 
 def condition_dropout(options: ConditionalTrainingOptions) -> float:
@@ -31,10 +32,18 @@ def condition_dropout(options: ConditionalTrainingOptions) -> float:
     return options.conditioning_dropout if options.caption_dropout is None else options.caption_dropout
 
 
+def preview_scale(options: ConditionalTrainingOptions) -> float:
+    """The guidance scale of previews. An image says so much about the result that guidance would only overdo it."""
+    if options.preview_guidance_scale is not None:
+        return options.preview_guidance_scale
+    return 1.0 if options.condition == "image" else DEFAULT_PREVIEW_SCALE
+
+
 def check_condition(options: ConditionalTrainingOptions) -> None:
     """Raise `UserError` for conditioning and caption options that contradict each other."""
     check_text_options(options)
-    dropout, scale = condition_dropout(options), options.preview_guidance_scale
+    check_image_options(options)
+    dropout, scale = condition_dropout(options), preview_scale(options)
     if not 0 <= dropout <= 1:
         raise UserError(f"--conditioning_dropout {dropout} must be 0 to 1: the fraction of images without condition")
     if scale < 1:
@@ -48,7 +57,7 @@ def check_condition(options: ConditionalTrainingOptions) -> None:
 
 def open_condition(
     options: ConditionalTrainingOptions, images: PreparedImages
-) -> "ClassCondition | VectorCondition | TextCondition":
+) -> "ClassCondition | VectorCondition | TextCondition | PictureCondition":
     """The condition of the training `images` that `--condition` names.
 
     Captions are encoded here, by all processes of the run together.
@@ -58,6 +67,8 @@ def open_condition(
     """
     dropout = condition_dropout(options)
     given = f"--condition {options.condition}: {options.train_data_dir or options.dataset_name}"
+    if options.condition == "image":
+        return open_picture_condition(options, images)
     if options.condition == "text":
         return TextCondition(images, load_text_encoder(options), cache_root(options.cache_dir), given, dropout)
     if options.condition == "vector":
@@ -85,7 +96,7 @@ class ClassCondition:
     `images` may number their classes differently; names decide. Raises `UserError` for a class not in `names`.
     """
 
-    argument = "class_labels"  # argument of the pipeline
+    argument, picture = "class_labels", None  # argument of the pipeline; there is no second image
 
     def __init__(self, images: PreparedImages, names: list[str], dropout: float = 0.0):
         self.images, self.names, self.dropout = images, names, dropout
@@ -135,7 +146,7 @@ class ClassCondition:
 class VectorCondition:
     """The stored vectors of `images`. A row of NaN is the null condition, which the UNet's embedding handles."""
 
-    argument, names = "vectors", None  # argument of the pipeline; there are no classes
+    argument, names, picture = "vectors", None, None  # argument of the pipeline; no classes, no second image
     components: dict = {}
 
     def __init__(self, images: PreparedImages, dropout: float = 0.0):
@@ -189,4 +200,4 @@ def add_vector_embedding(unet: UNet2DModel, mean: np.ndarray, std: np.ndarray) -
     unet.class_embedding = embedding
 
 
-ImageCondition = ClassCondition | VectorCondition | TextCondition
+ImageCondition = ClassCondition | VectorCondition | TextCondition | PictureCondition

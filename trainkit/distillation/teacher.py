@@ -35,7 +35,7 @@ class SavedTeacher:
     @property
     def condition(self) -> str | None:
         """class, vector or text; None for an unconditional teacher."""
-        return KINDS[self.pipeline.condition] if isinstance(self.pipeline, ConditionalPipeline) else None
+        return KINDS[self.pipeline.conditions[0]] if isinstance(self.pipeline, ConditionalPipeline) else None
 
     @property
     def has_latents(self) -> bool:
@@ -77,6 +77,7 @@ def open_teacher(options: DistillationOptions) -> SavedTeacher:
         if noise_scheduler is None:
             raise UserError(f"{FLAG} {name} has no scheduler that says what it was trained for: add scheduler/")
         pipeline = load_pipeline(folder, noise_scheduler)
+        _refuse_images(pipeline, f"{FLAG} {name}")
     except UserError as error:
         raise UserError(str(error).replace("--model_name_or_path", FLAG)) from None
     teacher = SavedTeacher(name, folder, pipeline, noise_scheduler)
@@ -102,6 +103,11 @@ def _check_teacher(options: DistillationOptions, teacher: SavedTeacher) -> None:
         raise UserError(f"{scale}: --method consistency learns from images, not from guided ones; use progressive")
     if getattr(teacher.pipeline, "guidance_unet", None) is not None:
         raise UserError(f"{scale}: {given} is guided by a guidance_unet, which is not supported; use 1")
+
+
+def _refuse_images(pipeline: Pipeline, given: str) -> None:
+    if isinstance(pipeline, ConditionalPipeline) and pipeline.image_input is not None:
+        raise UserError(f"{given} is conditioned on images, and such a teacher cannot be distilled: give another one")
 
 
 def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> TrainingOptions:

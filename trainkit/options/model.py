@@ -76,8 +76,8 @@ class ConditioningOptions:
     """conditioning: what the model is conditioned on"""
 
     condition: str = option(
-        "class", "class: the class of an image; vector: its stored numbers; text: its captions",
-        choices=("class", "vector", "text"),
+        "class", "class: the class of an image; vector: its stored numbers; text: its captions; image: another image",
+        choices=("class", "vector", "text", "image"),
     )  # fmt: skip
     conditioning_dropout: float = option(
         0.1,
@@ -88,8 +88,27 @@ class ConditioningOptions:
         "none", "frequency of each class: proportional to its images, to the square root of that, or equal",
         choices=("none", "sqrt", "inverse"),
     )  # fmt: skip
-    preview_guidance_scale: float = option(
-        2.0, "guidance scale of the sample grids during training; 1: no guidance", within="[1, inf)"
+    preview_guidance_scale: float | None = option(
+        None,
+        "guidance scale of the sample grids during training; default: 2, or 1 (no guidance) with --condition image",
+        within="[1, inf)",
+    )
+
+
+@dataclass
+class ImageConditionOptions:
+    """image conditions: for --condition image"""
+
+    condition_from: str | None = option(
+        None,
+        "make the second image from the image itself: downscale:4 (super-resolution by 4), grayscale (colouring), "
+        "mask (inpainting of random boxes and strokes) or edges",
+    )
+    conditioning_noise: float | None = option(
+        None,
+        "with downscale: maximum standard deviation of the noise in the small image, whose pixels are -1 to 1; drawn "
+        "for each visit, and an input of the model; default: 0.2",
+        within="[0, 2]",
     )
 
 

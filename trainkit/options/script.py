@@ -7,6 +7,7 @@ from typing import TypeVar
 from trainkit.options.data import AugmentationOptions, ImageOptions, LoadingOptions, SourceOptions
 from trainkit.options.model import (
     ConditioningOptions,
+    ImageConditionOptions,
     LatentOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -46,7 +47,9 @@ class TrainingOptions(
 
 
 @dataclass
-class ConditionalTrainingOptions(TrainingOptions, ConditioningOptions, TextOptions, LatentOptions):
+class ConditionalTrainingOptions(
+    TrainingOptions, ConditioningOptions, ImageConditionOptions, TextOptions, LatentOptions
+):
     """The options of train_conditional.py."""
 
 

@@ -8,7 +8,7 @@ import torch
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch
 from trainkit.data.loading.order import sample_indices
-from trainkit.diffusion.conditioning import ImageCondition
+from trainkit.diffusion.conditioning import ImageCondition, preview_scale
 from trainkit.hub import create_repository, push_pipeline
 from trainkit.options.script import ConditionalTrainingOptions
 from trainkit.processes import on_main_process, wait_for_everyone
@@ -19,6 +19,8 @@ from trainkit.training.model_card import model_card
 from trainkit.training.run import Run
 from trainkit.training.score import SampleScore
 from trainkit.training.validation import HeldOutLoss
+
+PREVIEW_COLUMNS = 6  # of condition, sample and true image, twice
 
 
 class Outputs:
@@ -40,6 +42,9 @@ class Outputs:
         origin: str | None = None,
     ):
         self.run, self.pipeline_of, self.origin, options = run, pipeline_of, origin, run.options
+        self.preview_condition = run.condition
+        if held_out_condition is not None and held_out_condition.picture is not None:
+            self.preview_condition = held_out_condition  # pictures of other images show more
         self.validation: HeldOutLoss | None = None
         self.score: SampleScore | None = None
         self.repo_id: str | None = None
@@ -73,17 +78,23 @@ class Outputs:
                 measurement.measure()
 
     def write_preview(self) -> None:
-        """Write a grid of samples from the averaged weights: samples/<step>.png and samples.png."""
+        """Write a grid of samples from the averaged weights: samples/<step>.png and samples.png.
+
+        With a second image it shows condition, sample and true image side by side.
+        """
         run, options, count = self.run, self.run.options, self.run.options.eval_batch_size
         conditions: list | np.ndarray | None = None
         columns, guidance = None, {}
-        if run.condition is not None:
+        condition = self.preview_condition
+        if condition is not None:
             assert isinstance(options, ConditionalTrainingOptions)  # a condition comes from them
-            conditions, columns = run.condition.preview_conditions(count, options.seed)
-            guidance = {"guidance_scale": options.preview_guidance_scale}
+            conditions, columns = condition.preview_conditions(count, options.seed)
+            guidance = {"guidance_scale": preview_scale(options)}
         samples = self._generate(count if conditions is None else len(conditions), conditions, **guidance)
         if not run.accelerator.is_main_process:
             return
+        if condition is not None and condition.picture is not None:
+            samples, columns = condition.picture.beside(samples, options.seed), PREVIEW_COLUMNS
         grid = image_grid(samples, columns)
         with run.writing("samples.png"):
             (run.output_dir / "samples").mkdir(exist_ok=True)
