@@ -26,8 +26,8 @@ each scheduler and number of steps, with the same seeds. The table goes into the
 two pictures, README.md), where sample.py finds the best scheduler for a number of steps. Run the command again after
 an interruption: only missing rows are made.
 
-Samples of a model that is conditioned on images get PSNR and SSIM against the true images, if --reference holds them
-under the names of the conditioning images. `--paired` compares any two folders so.
+`--paired` adds PSNR and SSIM of samples against their true images, for models that are conditioned on images: the true
+image is that of --reference with the name of the conditioning image.
 
 `--held_out` adds a search for copies: the share of samples that are nearer to a reference image than 99 % of the
 held-out images are. `accelerate launch evaluate_samples.py ...` splits the images over all processes.
@@ -114,10 +114,10 @@ class ScoreOptions:
     classifier_data_dir: str | None = option(
         None, "real images with classes, or a prepared dataset: train a classifier that judges the samples"
     )
-    paired: bool | None = option(
-        None,
-        "PSNR and SSIM against the reference image of the same name; default: for samples of a model that is "
-        "conditioned on images, whose conditioning image names it",
+    paired: bool = option(
+        False,
+        "PSNR and SSIM of each sample against its true image: that of --reference with the name of the conditioning "
+        "image, else of the sample",
     )
     retrieval_captions: int = option(
         10, "number of captions from which a sample's own is retrieved; chance is 1 / this", within="[2, inf)"
@@ -177,7 +177,7 @@ def evaluate(options: Options) -> dict | None:
         "sampling": record or None,
         "splits": {flag: splits for flag, images in sides if (splits := describe_splits(images))},
         "accuracy": accuracy,
-        "paired": compare_pairs(options.paired, made, real),
+        "paired": compare_pairs(made, real) if options.paired else None,
         "memorization": search_copies(options, made, real, held_out),
         **compare_conditions(options, extractor.weights_sha256, made, real),
     }

@@ -63,18 +63,22 @@ def parse_kind(given: str) -> tuple[str, int]:
 def open_picture_condition(options: ConditionalTrainingOptions, images: PreparedImages) -> "PictureCondition":
     """The second image that `--condition_from` makes of `images`. Raises `UserError` if they do not fit."""
     assert options.condition_from is not None  # by check_image_options
-    kind, factor = parse_kind(options.condition_from)
-    if images.height % factor or images.width % factor:
-        raise UserError(
-            f"{FLAG} {options.condition_from}: images of {images.height}x{images.width} (HxW) cannot be made {factor} "
-            "times smaller: use another factor, or another --resolution"
-        )
-    if kind == "grayscale" and images.channels == 1:
-        raise UserError(f"{FLAG} grayscale: the images are grey already; prepare them with --image_mode RGB")
     noise = DEFAULT_NOISE if options.conditioning_noise is None else options.conditioning_noise
-    noise = noise if kind == "downscale" else 0.0
-    image_input = ImageInput(kind=kind, channels=images.channels, factor=factor, noise=noise)
+    image_input = image_input_of(options.condition_from, images.height, images.width, images.channels, noise)
     return PictureCondition(images, image_input, options.conditioning_dropout)
+
+
+def image_input_of(given: str, height: int, width: int, channels: int, noise: float = 0.0) -> ImageInput:
+    """The input that `--condition_from` makes of images (channels, height, width). Raises `UserError`."""
+    kind, factor = parse_kind(given)
+    if height % factor or width % factor:
+        raise UserError(
+            f"{FLAG} {given}: images of {height}x{width} (HxW) cannot be made {factor} times smaller: use another "
+            "factor, or another --resolution"
+        )
+    if kind == "grayscale" and channels == 1:
+        raise UserError(f"{FLAG} grayscale: the images are grey already; prepare them with --image_mode RGB")
+    return ImageInput(kind=kind, channels=channels, factor=factor, noise=noise if kind == "downscale" else 0.0)
 
 
 class PictureCondition:
@@ -155,7 +159,7 @@ class PictureCondition:
         if self.image_input.kind == "mask":
             pictures = torch.where(torch.from_numpy(self._masks(indices)[:, None]), 0.0, pictures)
         pictures = torch.nn.functional.interpolate(pictures, (height, width), mode="nearest")
-        shown = [_to_uint8(part, self.images.channels) for part in (pictures, images)]
+        shown = [to_uint8(part, self.images.channels) for part in (pictures, images)]
         return np.stack([shown[0], samples, shown[1]], axis=1).reshape(-1, *samples.shape[1:])
 
     def _masks(self, indices: np.ndarray) -> np.ndarray:
@@ -174,9 +178,10 @@ class PictureCondition:
         return to_training_size(images, (self.images.height, self.images.width))
 
 
-def _to_uint8(images: torch.Tensor, channels: int) -> np.ndarray:
-    """(B, H, W, channels) uint8 of images (B, 1 or C, H, W) in [-1, 1]; grey is repeated, and opaque."""
+def to_uint8(images: torch.Tensor, channels: int | None = None) -> np.ndarray:
+    """(B, H, W, C) uint8 of images (B, C, H, W) in [-1, 1]; with `channels` grey is repeated, and opaque."""
     images = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    channels = channels or images.shape[1]
     if images.shape[1] != channels:
         images = images.expand(-1, min(3, channels), -1, -1)
     if images.shape[1] != channels:

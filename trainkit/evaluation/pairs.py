@@ -22,26 +22,20 @@ SSIM_WINDOW = 11  # pixels (Wang et al. 2004)
 METADATA_NAME = "metadata.jsonl"
 
 
-def compare_pairs(paired: bool | None, made: ScoredImages, real: ScoredImages) -> dict | None:
+def compare_pairs(made: ScoredImages, real: ScoredImages) -> dict:
     """PSNR and SSIM of samples against the reference images of the same names.
 
-    `paired` is `--paired`; None compares samples of a model that is conditioned on images, if the reference has them.
     With several samples per condition the result also has the PSNR of their mean and their standard deviation.
     Raises `UserError` if a sample has no partner of its size.
     """
-    requested = _requested(made.images)
-    if paired is False or (paired is None and requested is None):
-        return None
-    names = requested or _names(made.images)
+    names = _requested(made.images) or _names(made.images)
     known = _names(real.images)
     partners = {known[index]: index for index in real.indices.tolist()}
     lost = [names[index] for index in made.indices if names[index] not in partners]
-    if paired is None and len(lost) == len(made.indices):
-        return None
     if lost:
         raise UserError(
-            f"--reference has no image {lost[0]}, the true image of a sample ({len(lost)} of {len(made.indices)} have "
-            "none): give the images that the conditions were made from, or --no_paired"
+            f"--paired: --reference has no image {lost[0]}, the true image of a sample ({len(lost)} of "
+            f"{len(made.indices)} have none): give the images that the conditions were made from"
         )
     groups: dict[str, list[int]] = {}
     for index in made.indices.tolist():
@@ -81,8 +75,10 @@ def ssim(image: np.ndarray, truth: np.ndarray) -> float:
     """The structural similarity of images (H, W, 3) in [0, 255], the mean over their channels (Wang et al. 2004)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    batches = (torch.from_numpy(one).permute(2, 0, 1)[None] for one in (image, truth))
-    return float(structural_similarity_index_measure(*batches, data_range=255.0))
+    one, other = (torch.from_numpy(pixels).permute(2, 0, 1)[None] for pixels in (image, truth))
+    found = structural_similarity_index_measure(one, other, data_range=255.0)
+    assert isinstance(found, torch.Tensor)  # the full image as well only if asked for
+    return float(found)
 
 
 def _summary(rows: list[dict[str, list[float]]], num_samples: int) -> dict:

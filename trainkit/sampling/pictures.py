@@ -29,7 +29,7 @@ class Pictures:
 
     def __init__(self, folder: str, mask_folder: str | None, pipeline):
         self.folder, self.input = Path(folder), pipeline.image_input
-        self.files = _list_images(self.folder, FLAG)
+        self.files = list_images(self.folder, FLAG)
         self.masks: list[Path] | None = None
         if mask_folder is not None:
             self.masks = self._match_masks(Path(mask_folder))
@@ -69,7 +69,7 @@ class Pictures:
         return digest.hexdigest()
 
     def _match_masks(self, folder: Path) -> list[Path]:
-        masks = {file.relative_to(folder).with_suffix(""): file for file in _list_images(folder, MASK_FLAG)}
+        masks = {file.relative_to(folder).with_suffix(""): file for file in list_images(folder, MASK_FLAG)}
         names = [file.relative_to(self.folder).with_suffix("") for file in self.files]
         missing = next((name for name in names if name not in masks), None)
         if missing is not None:
@@ -110,7 +110,8 @@ class Pictures:
             raise UserError(f"{flag}: {file} cannot be read: {error}") from None
 
 
-def _list_images(folder: Path, flag: str) -> list[Path]:
+def list_images(folder: Path, flag: str) -> list[Path]:
+    """The images in a folder and below it by name; of a folder of samples the samples. Raises `UserError`."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)
     if (folder / "sampling.json").is_file():
         files = [file for file in files if SAMPLE_NAME.fullmatch(file.relative_to(folder).as_posix())]
