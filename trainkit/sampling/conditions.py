@@ -81,6 +81,7 @@ class Conditions:
             raise UserError(f"{expected} is missing: it sets what the images show")
         if options.mask_dir is not None and "image" not in given:
             raise UserError(f"--mask_dir {options.mask_dir} needs --conditioning_dir, the images to fill")
+        _check_image_noise(options.image_noise, pipeline)
         # a condition that is not given is null
         self.lists: dict[str, Any] = {name: _read(name, value, options, pipeline) for name, value in given.items()}
         self.guidance = {
@@ -90,10 +91,7 @@ class Conditions:
         }
         if "image" in self.lists:
             self.guidance["image_noise"] = options.image_noise
-            _check_image_noise(options.image_noise, pipeline)
             pipeline.size = self.lists["image"].size
-        elif options.image_noise:
-            raise UserError(f"--image_noise {options.image_noise:g}: this pipeline takes no image; remove the flag")
         self._kinds = kinds
         self._names = pipeline.config.id2label or {}
         self._num_classes = pipeline.num_classes if "class_labels" in self.lists else 0
@@ -176,7 +174,7 @@ def _read(name: str, given, options: ConditionOptions, pipeline) -> Any:
 
 
 def _check_image_noise(level: float, pipeline) -> None:
-    most = pipeline.image_input.noise
+    most = 0.0 if pipeline.image_input is None else pipeline.image_input.noise
     if level > most:
         trained = f"was trained with noise of 0 to {most:g}" if most else "takes no noise"
         raise UserError(f"--image_noise {level:g}: this model {trained}")
