@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel, UNet2DModel
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
-from .guidance import check_output, checked_interval, noise_level, rescaled
+from .guidance import callback_tensors, check_output, checked_interval, noise_level, rescaled
 from .prompts import encode_prompts
 
 FILES = ("conditional.py", "guidance.py", "prompts.py")
@@ -236,7 +235,8 @@ class ConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"{missing} is missing: say what to make ([None] for the null condition)")
         return given
 
-    def _start(self, batch_size: int, generator, latents: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor:
+    def _start(self, batch_size: int, generator, latents: torch.Tensor | None, image=None) -> torch.Tensor:
+        size = self.size if image is None else image.shape[-2:]
         shape = (batch_size, self.unet.config.out_channels, *size)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: {len(generator)} generators for {batch_size} images")
@@ -261,6 +261,17 @@ class ConditionalPipeline(DiffusionPipeline):
             reference = _call(self.guidance_unet, sample, timestep, **weak)
         prediction = reference + self._guidance_scale * (conditional - reference)  # Ho & Salimans 2022, Eq. 6
         return rescaled(prediction, conditional, rescale) if rescale else prediction
+
+    def _set_timesteps(self, num_inference_steps: int | None) -> torch.Tensor:
+        most = self.scheduler.config.get("original_inference_steps") or self.scheduler.config.num_train_timesteps
+        self.scheduler.set_timesteps(num_inference_steps or min(20, most), device=self._execution_device)
+        self.num_timesteps = len(self.scheduler.timesteps)
+        return self.scheduler.timesteps
+
+    def _step_arguments(self, **arguments) -> dict:
+        """Those of `arguments` that the scheduler accepts."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in arguments.items() if name in accepted}
 
     def _finish(self, latents: torch.Tensor, output_type: str, image: torch.Tensor | None = None):
         if image is not None:
@@ -306,40 +317,33 @@ class ConditionalPipeline(DiffusionPipeline):
             guidance_scale: 1 means no guidance and needs one UNet call per step; larger scales need two.
             guidance_interval: noise levels sigma to guide at, low < sigma <= high (Kynkaanniemi et al. 2024).
             guidance_rescale: 0 to 1, against the over-exposure of high scales (Lin et al. 2023, section 3.4).
-            image_noise: deviation of noise to add to small images, against faults in them (Ho et al. 2022).
-            eta: of DDIM; 0 is deterministic. generator: a list has one per image, which makes images independent.
-            output_type: "pil", "np" (B, H, W, C) and "pt" (B, C, H, W) in [0, 1], or "latent", the output of the UNet.
+            image_noise: deviation of noise to add to small images, against their faults. eta: of DDIM.
+            generator: a list has one per image, which makes images independent of each other.
+            output_type: pil, np (B, H, W, C) and pt (B, C, H, W) in [0, 1], or latent, the output of the UNet.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) and returns tensors, as in diffusers.
         """
-        given = {"class_labels": class_labels, "vectors": vectors, "prompt": prompt, "image": image}
-        conditions = self._given(**given, mask_image=mask_image)
+        pictures = {"image": image, "mask_image": mask_image}
+        conditions = self._given(class_labels=class_labels, vectors=vectors, prompt=prompt, **pictures)
         low, high = checked_interval(guidance_scale, guidance_interval, guidance_rescale)
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        tensor_names = set(callback_on_step_end_tensor_inputs or ())
-        check_output(num_images_per_prompt, num_inference_steps, output_type, tensor_names)
+        tensor_names = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_output(num_images_per_prompt, num_inference_steps, output_type)
         self._guidance_scale, self._interrupt = guidance_scale, False
         encoded, batch_size = self.encode(num_images_per_prompt, image_noise, generator, **conditions)
-        image = encoded[0].get("image")
-        most = self.scheduler.config.get("original_inference_steps") or self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(num_inference_steps or min(20, most), device=self._execution_device)
-        latents = self._start(batch_size, generator, latents, self.size if image is None else image.shape[-2:])
-        accepted = inspect.signature(self.scheduler.step).parameters
-        extra = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
-        self.num_timesteps = len(timesteps := self.scheduler.timesteps)
-        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
+        timesteps = self._set_timesteps(num_inference_steps)
+        latents = self._start(batch_size, generator, latents, encoded[0].get("image"))
+        extra = self._step_arguments(generator=generator, eta=eta)
+        scale = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         with self.progress_bar(total=len(timesteps)) as bar:
             for index, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
                 guided = self._guidance_scale > 1 and low < noise_level(self.scheduler, index, timestep) <= high
-                scaled = scale_model_input(latents, timestep)
-                prediction = self._predict(scaled, timestep, encoded, guided, guidance_rescale)
+                prediction = self._predict(scale(latents, timestep), timestep, encoded, guided, guidance_rescale)
                 latents = self.scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if tensor_names else {}
                     latents = (callback_on_step_end(self, index, timestep, tensors) or {}).get("latents", latents)
                 bar.update()
-        images = self._finish(latents, output_type, image)
+        images = self._finish(latents, output_type, encoded[0].get("image"))
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

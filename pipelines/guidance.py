@@ -1,4 +1,4 @@
-"""Where to guide, how strongly, and the contrast of the result. Saved inside models with the pipeline.
+"""Guidance and the checks of a pipeline's other settings. Saved inside models with the pipeline.
 
 Keep the functions: diffusers gives all models of a process the file of the first one that it loads.
 """
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 
 def noise_level(scheduler, index: int, timestep: torch.Tensor) -> float:
@@ -35,14 +36,21 @@ def checked_interval(scale: float, interval: Sequence[float] | None, rescale: fl
     return interval[0], interval[1]
 
 
-def check_output(num_images_per_prompt: int, num_inference_steps: int | None, output_type: str, tensors: set) -> None:
-    """Raise `ValueError` for counts below 1, unknown output types and unknown callback tensors."""
+def check_output(num_images_per_prompt: int, num_inference_steps: int | None, output_type: str) -> None:
+    """Raise `ValueError` for counts below 1 and unknown output types."""
     if num_images_per_prompt < 1 or (num_inference_steps is not None and num_inference_steps < 1):
         raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
+
+
+def callback_tensors(callback, given: Sequence[str] | None) -> set[str]:
+    """The names of the tensors that a callback wants. Raises `ValueError` for unknown ones."""
+    own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    tensors = set((callback.tensor_inputs if own else given) or ())
     if not tensors <= {"latents"}:
         raise ValueError("callback_on_step_end_tensor_inputs: only ['latents'] can be given")
+    return tensors
 
 
 def rescaled(guided: torch.Tensor, conditional: torch.Tensor, factor: float) -> torch.Tensor:
