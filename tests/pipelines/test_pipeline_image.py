@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conditional_helpers import class_unet, image_pipeline
-from diffusers import DDIMScheduler
+from conditional_helpers import class_unet, image_pipeline, text_parts
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 
 from pipelines.conditional import ConditionalPipeline
@@ -126,6 +126,28 @@ def test_a_mirrored_image_has_a_mirrored_picture(kind):
     assert pictures.shape == (2, image_input.picture_channels, *((8, 6) if kind == "downscale" else (16, 12)))
     torch.testing.assert_close(image_input.pictures(images.flip(-1)), pictures.flip(-1))
     assert image_input(pictures).shape == (2, image_input.num_channels, 16, 12)
+
+
+def test_a_prompt_and_an_image_together(tmp_path):
+    """Any may be null, and one prompt is for all images."""
+    unet, parts = text_parts(tmp_path)
+    image_input = ImageInput(kind="grayscale", channels=3)
+    wider = UNet2DConditionModel.from_config(unet.config, in_channels=4).eval()
+    pipeline = ConditionalPipeline(wider, DDIMScheduler(), image_input=image_input, prompt_length=8, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.conditions == ("prompt", "image")
+    grey = [picture(16, "L", seed) for seed in range(2)]
+
+    def made(seeds, **given):
+        return pipeline(**given, guidance_scale=2.0, generator=generators(*seeds), **QUICK).images
+
+    both = made((5, 6), prompt="a red square", image=grey)
+    np.testing.assert_allclose(made((6,), prompt=["a red square"], image=grey[1])[0], both[1], atol=1e-4)
+    assert not np.allclose(made((6,), prompt="blue", image=grey[1])[0], both[1], atol=1e-4)
+    np.testing.assert_allclose(made((5,), image=grey[0]), made((5,), prompt=[None], image=grey[0]), atol=1e-5)
+    np.testing.assert_allclose(made((5,), prompt="blue"), made((5,), prompt="blue", image=[None]), atol=1e-5)
+    with pytest.raises(ValueError, match="conditions: 3, 2 rows were given: give one of each, or as many"):
+        made((5, 6), prompt=["a", "red", "blue"], image=grey)
 
 
 def test_edges_are_where_the_image_changes():

@@ -87,6 +87,34 @@ def test_the_second_image_goes_into_the_loss_and_a_pipeline_is_its_start(train, 
     assert new[:, 4:].abs().max() < 1e-6
 
 
+@pytest.mark.slow
+def test_classes_and_images_together(train):
+    """Each has its own dropout, and the pipeline takes both, one or the other."""
+    short = {"checkpointing_steps": 0, "save_images_epochs": 1000, "condition_from": "downscale:2"}
+    both = {"condition": ["class", "image"]} | short
+    out = train("both", **both)
+    config = UNet2DModel.load_config(out / "unet")
+    assert (config["in_channels"], config["out_channels"], config["num_class_embeds"]) == (7, 3, 3)
+    assert "image=picture, class_labels='round'" in (out / "README.md").read_text()
+    without = [
+        losses(train(str(number), **both | dropout))
+        for number, dropout in enumerate(({"image_dropout": 1}, {"conditioning_dropout": 1, "image_dropout": 0.3}))
+    ]
+    assert without[0] != losses(out) != without[1] != without[0]
+
+    pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    small = Image.new("RGB", (8, 8), "red")
+    given = (
+        {"class_labels": "square", "image": [small, small]},
+        {"image": [small]},
+        {"class_labels": ["square", None]},
+    )
+    for arguments, count in zip(given, (2, 1, 2), strict=True):
+        images = pipeline(**arguments, num_inference_steps=2, guidance_scale=2.0, output_type="np").images
+        assert images.shape == (count, 16, 16, 3)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -100,6 +128,12 @@ def test_the_second_image_goes_into_the_loss_and_a_pipeline_is_its_start(train, 
         ({"condition_from": "downscale:1"}, "--condition_from downscale:1: give the factor"),
         ({"condition_from": "downscale:3"}, "--condition_from downscale:3: images of 16x16 .* cannot be made 3 times"),
         ({"condition_from": "mask", "condition": "class"}, "--condition_from mask needs --condition image"),
+        ({"condition": "class", "image_dropout": 0.5}, "--image_dropout 0.5 needs --condition image"),
+        ({"condition": ["image", "class"]}, "--condition image class: give one of class, vector, text and image, or"),
+        (
+            {"condition": ["class", "vector"]},
+            "--condition class vector: give one of class, vector, text and image",
+        ),
         ({"condition_from": "mask", "conditioning_noise": 0.1}, "--conditioning_noise 0.1 is noise in a small image"),
         ({"condition_from": "mask", "vae_name_or_path": "x"}, "--vae_name_or_path x: --condition image is trained on"),
         ({"condition_from": "grayscale", "image_mode": "L"}, "--condition_from grayscale: with --image_mode L"),

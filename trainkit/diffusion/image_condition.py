@@ -29,8 +29,9 @@ def check_image_options(options: ConditionalTrainingOptions) -> None:
     """Raise `UserError` for image conditions that contradict each other or the model."""
     given = options.condition_from
     if "image" not in options.condition:
-        if given is not None:
-            raise UserError(f"{FLAG} {given} needs --condition image")
+        for name in ("condition_from", "conditioning_noise", "image_dropout"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} {getattr(options, name)} needs --condition image")
         return
     if given is None:
         raise UserError(f"--condition image needs {FLAG}: {', '.join(KINDS)}")
@@ -65,7 +66,12 @@ def open_picture_condition(options: ConditionalTrainingOptions, images: Prepared
     assert options.condition_from is not None  # by check_image_options
     noise = DEFAULT_NOISE if options.conditioning_noise is None else options.conditioning_noise
     image_input = image_input_of(options.condition_from, images.height, images.width, images.channels, noise)
-    return PictureCondition(images, image_input, options.conditioning_dropout)
+    return PictureCondition(images, image_input, image_dropout(options))
+
+
+def image_dropout(options: ConditionalTrainingOptions) -> float:
+    """The probability of training an image without its second image."""
+    return options.conditioning_dropout if options.image_dropout is None else options.image_dropout
 
 
 def image_input_of(given: str, height: int, width: int, channels: int, noise: float = 0.0) -> ImageInput:

@@ -141,7 +141,7 @@ class TextCondition:
 
 def check_text_options(options: ConditionalTrainingOptions) -> None:
     """Raise `UserError` for caption options that are missing, out of range, or given without `--condition text`."""
-    if options.condition != "text":
+    if "text" not in options.condition:
         given = next((name for name in TEXT_FLAGS if getattr(options, name) is not None), None)
         if given is not None:
             raise UserError(f"--{given} {getattr(options, given)} needs --condition text")

@@ -124,7 +124,7 @@ def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> Train
     }
     if condition is not None:
         folder = str(teacher.folder)
-        values |= {"condition": condition, "preview_guidance_scale": 1.0}
+        values |= {"condition": [condition], "preview_guidance_scale": 1.0}
         values |= {"vae_name_or_path": folder} if teacher.has_latents else {}
         values |= {"text_encoder_name_or_path": folder} if condition == "text" else {}
     return options_class(**values)

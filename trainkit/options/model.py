@@ -75,9 +75,11 @@ class ObjectiveOptions:
 class ConditioningOptions:
     """conditioning: what the model is conditioned on"""
 
-    condition: str = option(
-        "class", "class: the class of an image; vector: its stored numbers; text: its captions; image: another image",
-        choices=("class", "vector", "text", "image"),
+    condition: list[str] = option(
+        ["class"],
+        "class: the class of an image; vector: its stored numbers; text: its captions; image: another image, alone or "
+        "after one of the others",
+        choices=("class", "vector", "text", "image"), nargs="+",
     )  # fmt: skip
     conditioning_dropout: float = option(
         0.1,
@@ -90,7 +92,7 @@ class ConditioningOptions:
     )  # fmt: skip
     preview_guidance_scale: float | None = option(
         None,
-        "guidance scale of the sample grids during training; default: 2, or 1 (no guidance) with --condition image",
+        "guidance scale of the sample grids during training; default: 2, or 1 (no guidance) for --condition image",
         within="[1, inf)",
     )
 
@@ -99,6 +101,11 @@ class ConditioningOptions:
 class ImageConditionOptions:
     """image conditions: for --condition image"""
 
+    image_dropout: float | None = option(
+        None,
+        "probability that an image is trained without its second image; default: --conditioning_dropout",
+        within="[0, 1]",
+    )
     condition_from: str | None = option(
         None,
         "make the second image from the image itself: downscale:4 (super-resolution by 4), grayscale (colouring), "

@@ -181,8 +181,10 @@ def _yaml_value(path: Path, parser: argparse.ArgumentParser, action: argparse.Ac
         if action.default is None:
             return None
         raise UserError(f"--config {path}: '{action.dest}' has no value; write one, or delete the line")
-    if isinstance(value, dict) or isinstance(value, list) != (action.nargs == "+"):
+    if isinstance(value, dict) or (isinstance(value, list) and action.nargs != "+"):
         raise UserError(f"--config {path}: '{action.dest}' takes {'a list' if action.nargs == '+' else 'one value'}")
+    if action.nargs == "+" and not isinstance(value, list):
+        value = [value]  # as on the command line
     if isinstance(value, list) and (not value or any(item is None or isinstance(item, list | dict) for item in value)):
         raise UserError(f"--config {path}: '{action.dest}' takes a list of one or more values")
     words = [_word(item, action.choices) for item in (value if isinstance(value, list) else [value])]

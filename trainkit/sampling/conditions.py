@@ -76,7 +76,11 @@ class Conditions:
         for name, flag in FLAGS.items():
             if name not in pipeline.conditions and getattr(options, flag) is not None:
                 raise UserError(f"--{flag}: this pipeline is conditioned by {expected}")
-        given = {name: value for name in kinds if (value := getattr(options, FLAGS[name])) is not None}
+        values = {
+            "class_labels": options.class_labels, "prompt": options.prompts_file, "vectors": options.vectors_file,
+            "image": options.conditioning_dir,
+        }  # fmt: skip
+        given = {name: values[name] for name in kinds if values[name] is not None}
         if not given:
             raise UserError(f"{expected} is missing: it sets what the images show")
         if options.mask_dir is not None and "image" not in given:

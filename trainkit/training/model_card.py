@@ -53,7 +53,7 @@ STOCK_NOTE = (
 )
 NAMED_CLASSES = 100
 LISTED_OPTIONS = (
-    "condition", "conditioning_dropout", "prediction_type", "ddpm_beta_schedule", "noise_shift",
+    "condition", "condition_from", "conditioning_dropout", "prediction_type", "ddpm_beta_schedule", "noise_shift",
     "rescale_betas_zero_snr", "ddpm_num_steps", "loss_weighting", "snr_gamma", "timestep_sampling", "optimizer",
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "use_ema", "ema_max_decay", "random_flip", "mixed_precision",
     "seed",
@@ -99,5 +99,10 @@ def model_card(
         num_inference_steps=options.ddpm_num_inference_steps,
         classes=f"\nClasses: {', '.join(names[:NAMED_CLASSES])}{more}.\n" if names else "",
         schedulers="" if origin else schedulers,
-        settings="\n".join(f"- {name}: {getattr(options, name)}" for name in LISTED_OPTIONS if hasattr(options, name)),
+        settings="\n".join(f"- {name}: {_words(options, name)}" for name in LISTED_OPTIONS if hasattr(options, name)),
     )
+
+
+def _words(options: TrainingOptions, name: str) -> str:
+    value = getattr(options, name)
+    return " ".join(value) if isinstance(value, list) else str(value)
