@@ -29,6 +29,9 @@ each scheduler and number of steps, with the same seeds. The table goes into the
 two pictures, README.md), where sample.py finds the best scheduler for a number of steps. Run the command again after
 an interruption: only missing rows are made.
 
+`--paired` adds PSNR and SSIM of samples against their true images, for models that are conditioned on images: the true
+image is that of --reference with the name of the conditioning image.
+
 `--held_out` adds a search for copies: the share of samples that are nearer to a reference image than 99 % of the
 held-out images are. `accelerate launch evaluate_samples.py ...` splits the images over all processes.
 """
@@ -49,7 +52,14 @@ if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
     from trainkit.evaluation.features import FeatureExtractor
     from trainkit.evaluation.reference import ScoredImages
 
-WITHOUT_SWEEP = ("held_out", "closest_pairs_file", "classifier_data_dir", "output_file", "retrieval_captions")
+WITHOUT_SWEEP = (
+    "paired",
+    "held_out",
+    "closest_pairs_file",
+    "classifier_data_dir",
+    "output_file",
+    "retrieval_captions",
+)
 METRICS = ("kid", "fid", "fid_infinity", "precision", "recall", "density", "coverage")
 
 
@@ -116,6 +126,11 @@ class ScoreOptions:
     classifier_data_dir: str | None = option(
         None, "real images with classes, or a prepared dataset: train a classifier that judges the samples"
     )
+    paired: bool = option(
+        False,
+        "PSNR and SSIM of each sample against its true image: that of --reference with the name of the conditioning "
+        "image, else of the sample",
+    )
     retrieval_captions: int = option(
         10, "number of captions from which a sample's own is retrieved; chance is 1 / this", within="[2, inf)"
     )
@@ -134,6 +149,7 @@ def evaluate(options: Options) -> dict | None:
     from trainkit.evaluation.conditional_scores import compare_conditions, judge_classes
     from trainkit.evaluation.features import open_extractor
     from trainkit.evaluation.images import describe_splits, open_images, read_sampling_record
+    from trainkit.evaluation.pairs import compare_pairs
     from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
     from trainkit.processes import end_together
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
@@ -173,6 +189,7 @@ def evaluate(options: Options) -> dict | None:
         "sampling": record or None,
         "splits": {flag: splits for flag, images in sides if (splits := describe_splits(images))},
         "accuracy": accuracy,
+        "paired": compare_pairs(made, real) if options.paired else None,
         "memorization": search_copies(options, made, real, held_out),
         **compare_conditions(options, extractor.weights_sha256, made, real),
     }
@@ -314,9 +331,10 @@ def main() -> None:
     result = evaluate(options)
     if result is None:  # not the main process
         return
-    from trainkit.evaluation.printing import print_conditioning, print_memorization, print_scores
+    from trainkit.evaluation.printing import print_conditioning, print_memorization, print_paired, print_scores
 
     print_scores(result, options.metrics)
+    print_paired(result)
     print_memorization(result)
     print_conditioning(result, options.metrics)
     if options.output_file is not None:

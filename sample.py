@@ -7,6 +7,8 @@
     accelerate launch sample.py --model_name_or_path conditional-cifar10-32 --output_dir samples --num_images 1000 \\
         --class_labels all --guidance_scale 2
 
+    accelerate launch sample.py --model_name_or_path upsampler-64 --output_dir samples --conditioning_dir small
+
 Image i uses the seed --seed + i and, for a conditional pipeline, condition i of the requested ones, which repeat. It
 does not depend on the batch size or the number of processes. Writes 000000.png ... (or what --output_format says),
 grid.png, sampling.json and metadata.jsonl (seed and condition of each image). Run the same command again to generate

@@ -1,4 +1,4 @@
-"""Train a diffusion model conditioned on classes, vectors or captions, and save a pipeline that accepts them.
+"""Train a diffusion model conditioned on classes, vectors, captions or images, and save a pipeline that accepts them.
 
     accelerate launch train_conditional.py --condition class --train_data_dir photos --resolution 64 \\
         --output_dir classes-64 --mixed_precision bf16
@@ -9,6 +9,10 @@
     # captions: NAME.txt next to each image, one caption per line, or a `text` column
     accelerate launch train_conditional.py --condition text --train_data_dir photos --output_dir captions-64 \\
         --text_encoder_name_or_path openai/clip-vit-large-patch14
+
+    # another image, made from the image itself: super-resolution, inpainting (mask), colouring (grayscale), edges
+    accelerate launch train_conditional.py --condition image --condition_from downscale:4 --train_data_dir photos \\
+        --output_dir upsampler-64
 
     # start from an unconditional pipeline, or from one with other classes
         --pretrained_model_name_or_path ddpm-photos-64
@@ -56,7 +60,7 @@ def train(options: ConditionalTrainingOptions) -> None:
 
     def losses(model, batch, timesteps):  # one per image
         noisy_images = add_noise(noise_scheduler, batch.images, batch.noise, timesteps)  # float32
-        prediction = model(noisy_images, timesteps, **batch.inputs).sample  # under autocast
+        prediction = model(batch.with_picture(noisy_images), timesteps, **batch.inputs).sample  # under autocast
         weighting = options.snr_gamma, options.loss_weighting
         return denoising_errors(noise_scheduler, prediction, batch.images, batch.noise, timesteps, *weighting)
 

@@ -1,4 +1,4 @@
-"""Images from class labels, vectors or prompts. This file is saved inside the models it belongs to:
+"""Images from class labels, vectors, prompts or other images. This file is saved inside the models it belongs to:
 
 pipeline = DiffusionPipeline.from_pretrained("folder or Hub id", trust_remote_code=True)
 images = pipeline(class_labels=["cat", 3], guidance_scale=2.0).images
@@ -16,89 +16,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel, UNet2DModel
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
-MAX_PROMPT_LENGTH = 512  # tokens, for an encoder without a limit
+from .guidance import callback_tensors, check_output, checked_interval, noise_level, rescaled
+from .prompts import encode_prompts
+
+FILES = ("conditional.py", "guidance.py", "prompts.py")
 
 
-def encode_prompts(
-    tokenizer, text_encoder, prompts: Sequence[str], prompt_length: int | None = None, device=None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, L, width) of a transformers encoder, and the mask (B, L) of tokens that are not padding.
-
-    Every prompt is padded to `prompt_length` tokens (None: the encoder's limit), so its encoding does not depend on
-    the others. `device` is where the encoder runs, if its weights are stored elsewhere (offloading).
-
-    Raises:
-        ValueError: a prompt has more tokens than that.
-    """
-    length = check_prompts(tokenizer, text_encoder, prompts, prompt_length)
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    device = device or next(text_encoder.parameters()).device
-    mask = tokens.attention_mask.to(device)
-    with torch.no_grad():
-        states = text_encoder(input_ids=tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
-    return states, mask
-
-
-def check_prompts(tokenizer, text_encoder, prompts: Sequence[str], prompt_length: int | None = None) -> int:
-    """The tokens L that every prompt is padded to; `ValueError` for a prompt that has more."""
-    positions = getattr(text_encoder.config, "max_position_embeddings", None) or MAX_PROMPT_LENGTH
-    length = prompt_length or min(tokenizer.model_max_length, positions, MAX_PROMPT_LENGTH)
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt: {prompt!r} is not a string")
-        tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        if tokens > length:
-            raise ValueError(f"prompt: {prompt[:40]!r} has {tokens} tokens, the model accepts {length}: shorten it")
-    return length
-
-
-def noise_level(scheduler, index: int, timestep: torch.Tensor) -> float:
-    """The noise level at a step: sigma of Karras et al. 2022, noise relative to the image."""
-    if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
-        sigma = float(scheduler.sigmas[index])
-        return math.inf if sigma >= 1 else sigma / (1 - sigma)
-    if hasattr(scheduler, "alphas_cumprod"):
-        alphas_cumprod = scheduler.alphas_cumprod.cpu().double().numpy()  # MPS has no float64
-        alpha = np.interp(float(timestep), np.arange(len(alphas_cumprod)), alphas_cumprod)
-        return math.inf if alpha <= 0 else math.sqrt((1 - alpha) / alpha)
-    return float(scheduler.sigmas[index])
-
-
-def checked_interval(scale: float, interval: Sequence[float] | None, rescale: float) -> tuple[float, float]:
-    """The noise levels (low, high) to guide between; `ValueError` for invalid guidance."""
-    if not 1 <= scale < math.inf:
-        raise ValueError(f"guidance_scale {scale} must be at least 1 (no guidance)")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"guidance_rescale {rescale} must be 0 to 1")
-    if interval is None:
-        return 0.0, math.inf
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
-        raise ValueError(f"guidance_interval {interval}: give two noise levels, the lower first, both at least 0")
-    return interval[0], interval[1]
-
-
-def check_output(num_images_per_prompt: int, num_inference_steps: int | None, output_type: str, tensors: set) -> None:
-    """Raise `ValueError` for counts below 1, unknown output types and unknown callback tensors."""
-    if num_images_per_prompt < 1 or (num_inference_steps is not None and num_inference_steps < 1):
-        raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
-    if not tensors <= {"latents"}:
-        raise ValueError("callback_on_step_end_tensor_inputs: only ['latents'] can be given")
-
-
-def rescaled(guided: torch.Tensor, conditional: torch.Tensor, factor: float) -> torch.Tensor:
-    """`guided` with its contrast rescaled towards that of `conditional` (Lin et al. 2023, Eq. 15 and 16)."""
-    axes = list(range(1, guided.ndim))
-    matched = guided * (conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
-    return factor * matched + (1 - factor) * guided
+def _call(unet, sample: torch.Tensor, timestep, image: torch.Tensor | None = None, **condition) -> torch.Tensor:
+    """The UNet's prediction (B, C, H, W) float32; `image` (B, K, H, W) is concatenated to its input."""
+    sample = sample if image is None else torch.cat([sample, image.to(sample.dtype)], dim=1)
+    return unet(sample.to(unet.dtype), timestep, **condition).sample.float()
 
 
 class ConditionalPipeline(DiffusionPipeline):
-    """Samples a UNet that was trained with class labels, vectors or prompts, in pixels or, with a `vae`, in latents.
+    """Samples a UNet that was trained with one or more conditions, in pixels or, with a `vae`, in latents.
 
     Args:
         unet: a UNet2DModel for labels (`num_class_embeds` is K + 1, the last one null) and vectors (`class_embed_type`
@@ -108,16 +41,19 @@ class ConditionalPipeline(DiffusionPipeline):
         text_encoder, tokenizer: from transformers. The null prompt is the empty string. vae: decodes latents.
         guidance_unet: a weaker UNet to guide away from (Karras et al. 2024), instead of from the null condition.
         guidance_vector_embedding: the guide's embedding of vectors; None if it shares `vector_embedding`.
+        image_input: turns other images into further input channels of the UNet.
         id2label: names of the classes. prompt_length: tokens of padded prompts; None for the encoder's limit.
         unet_timesteps: timesteps of the UNet by those of the scheduler, if they differ (few-step students).
     """
 
-    model_cpu_offload_seq = "text_encoder->vector_embedding->unet->vae"
+    model_cpu_offload_seq = "text_encoder->vector_embedding->image_input->unet->vae"
     _optional_components = [
         "vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet", "guidance_vector_embedding",
+        "image_input",
     ]  # fmt: skip
     _callback_tensor_inputs = ["latents"]
-    _source = Path(__file__).read_text(encoding="utf-8")  # kept: diffusers overwrites its copy of a loaded file
+    # kept: diffusers overwrites its copies of loaded files
+    _sources = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in FILES}
 
     def __init__(
         self,
@@ -129,6 +65,7 @@ class ConditionalPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         guidance_unet: UNet2DModel | UNet2DConditionModel | None = None,
         guidance_vector_embedding: torch.nn.Module | None = None,
+        image_input: torch.nn.Module | None = None,
         id2label: dict | None = None,
         prompt_length: int | None = None,
         unet_timesteps: list[int] | None = None,
@@ -137,17 +74,33 @@ class ConditionalPipeline(DiffusionPipeline):
         self.register_modules(
             unet=unet, scheduler=scheduler, vector_embedding=vector_embedding, text_encoder=text_encoder,
             tokenizer=tokenizer, vae=vae, guidance_unet=guidance_unet,
-            guidance_vector_embedding=guidance_vector_embedding,
+            guidance_vector_embedding=guidance_vector_embedding, image_input=image_input,
         )  # fmt: skip
         names = None if id2label is None else {int(label): str(name) for label, name in id2label.items()}
+        self._size: tuple[int, int] | None = None
         self.register_to_config(id2label=names, prompt_length=prompt_length, unet_timesteps=unet_timesteps)
 
     @property
-    def condition(self) -> str:
-        """The name of the argument with the condition: "class_labels", "vectors" or "prompt"."""
-        if self.text_encoder is not None:
-            return "prompt"
-        return "class_labels" if self.vector_embedding is None else "vectors"
+    def conditions(self) -> tuple[str, ...]:
+        """The names of the arguments with conditions: class_labels, vectors, prompt, image, mask_image."""
+        accepted = {
+            "class_labels": self.unet.config.num_class_embeds is not None,
+            "vectors": self.vector_embedding is not None,
+            "prompt": self.text_encoder is not None,
+            "image": self.image_input is not None,
+            "mask_image": self.image_input is not None and self.image_input.kind == "mask",
+        }
+        return tuple(name for name, is_accepted in accepted.items() if is_accepted)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of what the UNet generates unless an image decides."""
+        size = self._size or self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @size.setter
+    def size(self, size: tuple[int, int]) -> None:
+        self._size = size
 
     @property
     def num_classes(self) -> int:
@@ -158,15 +111,18 @@ class ConditionalPipeline(DiffusionPipeline):
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)  # a path of the machine it was loaded on
         config["_class_name"] = ["conditional", "ConditionalPipeline"]
-        for name in ("vector_embedding", "guidance_vector_embedding"):
+        own = {"vector_embedding": "VectorEmbedding", "image_input": "ImageInput"}
+        for name in ("vector_embedding", "guidance_vector_embedding", "image_input"):
             if config[name][0] is not None:
-                config[name] = ["vector_embedding", "VectorEmbedding"]
+                file = name.removeprefix("guidance_")
+                config[name] = [file, own[file]]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Write model_index.json and a copy of this file."""
+        """Write model_index.json and copies of this file and of those that it imports."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / "conditional.py").write_text(self._source, encoding="utf-8")
+        for name, source in self._sources.items():
+            (Path(save_directory) / name).write_text(source, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def encode_labels(self, labels) -> torch.Tensor:
@@ -209,48 +165,79 @@ class ConditionalPipeline(DiffusionPipeline):
             raise ValueError("vectors: every number must be finite; None, or a row of NaN, is the null condition")
         return vectors
 
-    def encode(self, conditions, copies: int = 1) -> tuple[list[dict], int]:
-        """The UNet's arguments for the condition, the null condition and the condition of `guidance_unet`, and B."""
-        if self.condition == "prompt":
-            prompts = [conditions] if isinstance(conditions, str) else list(conditions)
-            text = self._encode_text(["" if prompt is None else prompt for prompt in prompts])
-            empty = self._encode_text([""])
-            encoded = [text, {name: rows.expand_as(text[name]) for name, rows in empty.items()}, text]
-        elif self.condition == "vectors":
-            vectors = self.check_vectors(conditions)
-            null = torch.full_like(vectors, torch.nan)
-            weak = self.guidance_vector_embedding or self.vector_embedding
-            pairs = ((self.vector_embedding, vectors), (self.vector_embedding, null), (weak, vectors))
-            encoded = [{"class_labels": embed(rows)} for embed, rows in pairs]
-        else:
-            labels = self.encode_labels(conditions)
-            null = torch.full_like(labels, self.num_classes)
-            encoded = [{"class_labels": rows} for rows in (labels, null, labels)]
+    def encode(
+        self, copies: int = 1, image_noise: float = 0.0, generator=None, **conditions
+    ) -> tuple[list[dict], int]:
+        """The UNet's inputs for the conditions, for null conditions and for `guidance_unet`, and B.
+
+        `conditions` has one entry or B for each of `self.conditions`; one that is missing is null. "image" in the
+        result is concatenated to the UNet's input.
+        """
+        kinds = {
+            "class_labels": self._encode_labels, "vectors": self._encode_vectors, "prompt": self._encode_prompts,
+        }  # fmt: skip
+        parts = [encode(conditions.get(name, [None])) for name, encode in kinds.items() if name in self.conditions]
+        if self.image_input is not None:
+            image, mask_image = conditions.get("image", [None]), conditions.get("mask_image")
+            divisor = 2 ** (len(self.unet.config.block_out_channels) - 1)
+            own = generator[::copies] if isinstance(generator, list) else generator
+            channels = self.image_input.encode(image, mask_image, self.size, divisor, image_noise, own)
+            channels, null = (one.to(self._execution_device) for one in channels)
+            parts.append([{"image": one} for one in (channels, null, channels)])
+        counts = [len(next(iter(part[0].values()))) for part in parts]
+        if {*counts} - {1, max(counts)}:
+            raise ValueError(
+                f"conditions: {', '.join(map(str, counts))} rows were given: give one of each, or as many"
+            )
+        encoded = [{name: value for part in parts for name, value in part[role].items()} for role in range(3)]
         guide = self.guidance_unet
-        if guide is not None and self.condition != "prompt" and guide.class_embedding is None:  # unconditional
-            encoded[2] = {}
-        encoded = [{name: rows.repeat_interleave(copies, 0) for name, rows in one.items()} for one in encoded]
-        return encoded, len(next(iter(encoded[0].values())))
+        if guide is not None and guide.class_embedding is None:
+            encoded[2].pop("class_labels", None)
+        if guide is not None and guide.config.in_channels == guide.config.out_channels:
+            encoded[2].pop("image", None)
+        rows = torch.arange(max(counts)).repeat_interleave(copies).to(self._execution_device)
+        encoded = [{name: value[rows % len(value)] for name, value in one.items()} for one in encoded]
+        return encoded, len(rows)
+
+    def _encode_labels(self, labels) -> list[dict]:
+        labels = self.encode_labels(labels)
+        null = torch.full_like(labels, self.num_classes)
+        return [{"class_labels": rows} for rows in (labels, null, labels)]
+
+    def _encode_vectors(self, vectors) -> list[dict]:
+        vectors = self.check_vectors(vectors)
+        null = torch.full_like(vectors, torch.nan)
+        weak = self.guidance_vector_embedding or self.vector_embedding
+        pairs = ((self.vector_embedding, vectors), (self.vector_embedding, null), (weak, vectors))
+        return [{"class_labels": embed(rows)} for embed, rows in pairs]
+
+    def _encode_prompts(self, prompts) -> list[dict]:
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        text = self._encode_text(["" if prompt is None else prompt for prompt in prompts])
+        empty = self._encode_text([""])
+        return [text, {name: rows.expand_as(text[name]) for name, rows in empty.items()}, text]
 
     def _encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         parts = self.tokenizer, self.text_encoder, prompts, self.config.prompt_length
         states, mask = encode_prompts(*parts, device=self._execution_device)
         return {"encoder_hidden_states": states.to(self.unet.dtype), "encoder_attention_mask": mask}
 
-    def _given(self, **arguments):
-        """The condition that the model accepts; `ValueError` if it is missing or another one is given."""
-        for name, value in arguments.items():
-            if value is not None and name != self.condition:
-                raise ValueError(f"{name}: this model accepts {self.condition}")
-        if (given := arguments[self.condition]) is None:
-            raise ValueError(f"{self.condition} is missing: say what to make ([None] for the null condition)")
-        if (isinstance(given, list | tuple) and not given) or getattr(given, "shape", ())[:1] == (0,):
-            raise ValueError(f"{self.condition}: the list is empty")
+    def _given(self, **arguments) -> dict:
+        """The conditions that are given; `ValueError` if none is, or if one is not accepted."""
+        given = {name: value for name, value in arguments.items() if value is not None}
+        for name, value in given.items():
+            if name not in self.conditions:
+                raise ValueError(f"{name}: this model accepts {' and '.join(self.conditions)}")
+            if (isinstance(value, list | tuple) and not value) or getattr(value, "shape", ())[:1] == (0,):
+                raise ValueError(f"{name}: the list is empty")
+        if not given:
+            missing = " and ".join(self.conditions)
+            raise ValueError(f"{missing} is missing: say what to make ([None] for the null condition)")
         return given
 
-    def _start(self, batch_size: int, generator, latents: torch.Tensor | None) -> torch.Tensor:
-        size = self.unet.config.sample_size
-        shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    def _start(self, batch_size: int, generator, latents: torch.Tensor | None, image=None) -> torch.Tensor:
+        size = self.size if image is None else image.shape[-2:]
+        shape = (batch_size, self.unet.config.out_channels, *size)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: {len(generator)} generators for {batch_size} images")
         if latents is None:
@@ -263,19 +250,32 @@ class ConditionalPipeline(DiffusionPipeline):
         """The UNet's prediction (B, C, H, W) float32, guided by the null condition or by `guidance_unet`."""
         if self.config.unet_timesteps is not None:
             timestep = torch.tensor(self.config.unet_timesteps, device=timestep.device)[timestep]
-        sample, (condition, null, weak) = sample.to(self.unet.dtype), encoded
+        condition, null, weak = encoded
         if not guided:
-            return self.unet(sample, timestep, **condition).sample.float()
+            return _call(self.unet, sample, timestep, **condition)
         if self.guidance_unet is None:
             both = {name: torch.cat([null[name], condition[name]]) for name in condition}
-            reference, conditional = self.unet(torch.cat([sample, sample]), timestep, **both).sample.float().chunk(2)
+            reference, conditional = _call(self.unet, torch.cat([sample, sample]), timestep, **both).chunk(2)
         else:
-            conditional = self.unet(sample, timestep, **condition).sample.float()
-            reference = self.guidance_unet(sample, timestep, **weak).sample.float()
+            conditional = _call(self.unet, sample, timestep, **condition)
+            reference = _call(self.guidance_unet, sample, timestep, **weak)
         prediction = reference + self._guidance_scale * (conditional - reference)  # Ho & Salimans 2022, Eq. 6
         return rescaled(prediction, conditional, rescale) if rescale else prediction
 
-    def _finish(self, latents: torch.Tensor, output_type: str):
+    def _set_timesteps(self, num_inference_steps: int | None) -> torch.Tensor:
+        most = self.scheduler.config.get("original_inference_steps") or self.scheduler.config.num_train_timesteps
+        self.scheduler.set_timesteps(num_inference_steps or min(20, most), device=self._execution_device)
+        self.num_timesteps = len(self.scheduler.timesteps)
+        return self.scheduler.timesteps
+
+    def _step_arguments(self, **arguments) -> dict:
+        """Those of `arguments` that the scheduler accepts."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in arguments.items() if name in accepted}
+
+    def _finish(self, latents: torch.Tensor, output_type: str, image: torch.Tensor | None = None):
+        if image is not None:
+            latents = self.image_input.keep_known(latents, image)
         if output_type == "latent":
             return latents
         if self.vae is not None:
@@ -293,11 +293,14 @@ class ConditionalPipeline(DiffusionPipeline):
         class_labels: int | str | Sequence | torch.Tensor | None = None,
         vectors: Sequence | np.ndarray | torch.Tensor | None = None,
         prompt: str | Sequence[str] | None = None,
+        image=None,
+        mask_image=None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
+        image_noise: float = 0.0,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -306,44 +309,41 @@ class ConditionalPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Generate `num_images_per_prompt` images per label, vector or prompt; None in a list is the null condition.
+        """Generate `num_images_per_prompt` images per condition; None in a list is the null condition.
 
         Args:
+            image, mask_image: PIL images, arrays or tensors, one or several: see `ImageInput`. White is generated.
             num_inference_steps: None for 20, or for all steps of a few-step student.
             guidance_scale: 1 means no guidance and needs one UNet call per step; larger scales need two.
             guidance_interval: noise levels sigma to guide at, low < sigma <= high (Kynkaanniemi et al. 2024).
             guidance_rescale: 0 to 1, against the over-exposure of high scales (Lin et al. 2023, section 3.4).
-            eta: of DDIM; 0 is deterministic. generator: a list has one per image, which makes images independent.
-            output_type: "pil", "np" (B, H, W, C) and "pt" (B, C, H, W) in [0, 1], or "latent", the output of the UNet.
+            image_noise: deviation of noise to add to small images, against their faults. eta: of DDIM.
+            generator: a list has one per image, which makes images independent of each other.
+            output_type: pil, np (B, H, W, C) and pt (B, C, H, W) in [0, 1], or latent, the output of the UNet.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) and returns tensors, as in diffusers.
         """
-        conditions = self._given(class_labels=class_labels, vectors=vectors, prompt=prompt)
+        pictures = {"image": image, "mask_image": mask_image}
+        conditions = self._given(class_labels=class_labels, vectors=vectors, prompt=prompt, **pictures)
         low, high = checked_interval(guidance_scale, guidance_interval, guidance_rescale)
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        tensor_names = set(callback_on_step_end_tensor_inputs or ())
-        check_output(num_images_per_prompt, num_inference_steps, output_type, tensor_names)
+        tensor_names = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_output(num_images_per_prompt, num_inference_steps, output_type)
         self._guidance_scale, self._interrupt = guidance_scale, False
-        encoded, batch_size = self.encode(conditions, num_images_per_prompt)
-        most = self.scheduler.config.get("original_inference_steps") or self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(num_inference_steps or min(20, most), device=self._execution_device)
-        latents = self._start(batch_size, generator, latents)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        extra = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
-        self.num_timesteps = len(timesteps := self.scheduler.timesteps)
-        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
+        encoded, batch_size = self.encode(num_images_per_prompt, image_noise, generator, **conditions)
+        timesteps = self._set_timesteps(num_inference_steps)
+        latents = self._start(batch_size, generator, latents, encoded[0].get("image"))
+        extra = self._step_arguments(generator=generator, eta=eta)
+        scale = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         with self.progress_bar(total=len(timesteps)) as bar:
             for index, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
                 guided = self._guidance_scale > 1 and low < noise_level(self.scheduler, index, timestep) <= high
-                scaled = scale_model_input(latents, timestep)
-                prediction = self._predict(scaled, timestep, encoded, guided, guidance_rescale)
+                prediction = self._predict(scale(latents, timestep), timestep, encoded, guided, guidance_rescale)
                 latents = self.scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if tensor_names else {}
                     latents = (callback_on_step_end(self, index, timestep, tensors) or {}).get("latents", latents)
                 bar.update()
-        images = self._finish(latents, output_type)
+        images = self._finish(latents, output_type, encoded[0].get("image"))
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from pipelines.conditional import ConditionalPipeline
+from pipelines.image_input import ImageInput
 from pipelines.vector_embedding import VectorEmbedding
 
 NAMES = {0: "cat", 1: "dog", 2: "7"}
@@ -38,6 +39,14 @@ def vector_pipeline():
     unet = vector_unet()
     embedding, unet.class_embedding = unet.class_embedding, torch.nn.Identity()
     pipeline = ConditionalPipeline(unet, DDIMScheduler(), vector_embedding=embedding)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def image_pipeline(kind, factor=1, noise=0.0, channels=3, **changes):
+    image_input = ImageInput(kind=kind, channels=channels, factor=factor, noise=noise)
+    sizes = {"num_class_embeds": None, "out_channels": channels, "in_channels": channels + image_input.num_channels}
+    pipeline = ConditionalPipeline(class_unet(**sizes | changes), DDIMScheduler(), image_input=image_input)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

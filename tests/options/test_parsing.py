@@ -163,7 +163,7 @@ def test_mistakes_on_the_command_line_are_one_line(words, message):
         ("kind: medium", "'kind'"),
         ("depth: deep", "'deep' is not a whole number"),
         ("depth: [1, 2]", "'depth' takes one value"),
-        ("widths: 8", "'widths' takes a list"),
+        ("widths: {a: 8}", "'widths' takes a list"),
         ("- depth", "must consist of lines of the form 'flag: value'"),
         ("depth: [1", "is not YAML"),
     ],

@@ -11,7 +11,9 @@ from conditional_helpers import UNET, class_pipeline, class_unet, text_parts, ve
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from pipelines.conditional import ConditionalPipeline, encode_prompts, noise_level, rescaled
+from pipelines.conditional import ConditionalPipeline
+from pipelines.guidance import noise_level, rescaled
+from pipelines.prompts import encode_prompts
 from pipelines.vector_embedding import VectorEmbedding
 
 
@@ -144,12 +146,12 @@ def test_an_image_depends_on_its_seed_and_condition_alone(kind, text_pipeline):
         "vector": [[1.0, 2, 3], [0.0, 0, 0], None, [9.0, 1, 1]],
         "text": ["a red square", "blue", None, "a circle"],
     }[kind]
-    together = images_of(pipeline, (5, 6, 7, 8), guidance_scale=2.0, **{pipeline.condition: asked})
+    together = images_of(pipeline, (5, 6, 7, 8), guidance_scale=2.0, **{pipeline.conditions[0]: asked})
     assert len({image.numpy().tobytes() for image in together}) == 4
     for index, condition in enumerate(asked):
-        alone = images_of(pipeline, (5 + index,), guidance_scale=2.0, **{pipeline.condition: [condition]})
+        alone = images_of(pipeline, (5 + index,), guidance_scale=2.0, **{pipeline.conditions[0]: [condition]})
         torch.testing.assert_close(alone[0], together[index], atol=1 / 255, rtol=0)
-    other = images_of(pipeline, (5,), guidance_scale=2.0, **{pipeline.condition: [asked[1]]})
+    other = images_of(pipeline, (5,), guidance_scale=2.0, **{pipeline.conditions[0]: [asked[1]]})
     assert not torch.allclose(other[0], together[0], atol=1 / 255), "the condition changes the image"
 
 

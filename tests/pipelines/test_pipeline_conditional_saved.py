@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conditional_helpers import NAMES, class_pipeline, class_unet, text_parts, vector_unet
+from conditional_helpers import NAMES, class_pipeline, class_unet, image_pipeline, text_parts, vector_unet
 from conftest import ROOT
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard
@@ -31,6 +31,9 @@ def saved(tmp_path_factory):
     save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), DDPMScheduler()), "A card.")
     unet, parts = text_parts(folder)
     save_pipeline(folder / "text", conditional_pipeline(unet, DDPMScheduler(), prompt_length=8, **parts), "A card.")
+    image = image_pipeline("mask")
+    parts = {"image_input": image.image_input}
+    save_pipeline(folder / "image", conditional_pipeline(image.unet, DDPMScheduler(), **parts), "A card.")
     return folder
 
 
@@ -48,6 +51,7 @@ for kind, asked in {
     "conditional-model": dict(class_labels=["cat", 1, None, "7"]),
     "vector": dict(vectors=[[1.0, 2.0, 3.0], None]),
     "text": dict(prompt=["a red square", None]),
+    "image": dict(image=[torch.full((3, 16, 16), 0.5), None], mask_image=torch.eye(16)),
 }.items():
     pipeline = DiffusionPipeline.from_pretrained(kind, trust_remote_code=True)
     first = image(pipeline, asked)
@@ -75,14 +79,18 @@ def elsewhere(program, folder):
 @pytest.mark.slow
 def test_a_saved_folder_loads_and_is_saved_again_without_this_repository(saved):
     elsewhere(ELSEWHERE, saved)
-    for kind in ("conditional-model", "vector", "text"):
+    for kind in ("conditional-model", "vector", "text", "image"):
         for folder in (saved / kind, saved / f"again-{kind}"):
             index = json.loads((folder / "model_index.json").read_text())
             assert index["_class_name"] == ["conditional", "ConditionalPipeline"] and "_name_or_path" not in index
-            assert (folder / "conditional.py").read_bytes() == (ROOT / "pipelines" / "conditional.py").read_bytes()
+            for name in ("conditional.py", "guidance.py", "prompts.py"):
+                assert (folder / name).read_bytes() == (ROOT / "pipelines" / name).read_bytes()
     index = json.loads((saved / "again-vector" / "model_index.json").read_text())
     assert index["vector_embedding"] == ["vector_embedding", "VectorEmbedding"]
     assert (saved / "vector" / "schedulers" / "ddim").is_dir() and (saved / "vector" / "README.md").is_file()
+    index = json.loads((saved / "again-image" / "model_index.json").read_text())
+    assert index["image_input"] == ["image_input", "ImageInput"]
+    assert (torch.load(saved / "image.pt", weights_only=True)[0, :, 0, 1] == 0.5).all(), "a known pixel"
     made = torch.load(saved / "vector.pt", weights_only=True)
     unet = vector_unet()
     scheduler = DPMSolverMultistepScheduler.from_pretrained(saved / "vector" / "scheduler")
@@ -117,4 +125,4 @@ def test_a_push_takes_the_code_along(monkeypatch):
     monkeypatch.setattr("huggingface_hub.ModelCard.load", lambda *names, **rest: ModelCard("x"))
     class_pipeline().push_to_hub("me/model")
     assert json.loads(pushed["model_index.json"])["_class_name"] == ["conditional", "ConditionalPipeline"]
-    assert "class ConditionalPipeline" in pushed["conditional.py"]
+    assert "class ConditionalPipeline" in pushed["conditional.py"] and {"guidance.py", "prompts.py"} <= pushed.keys()

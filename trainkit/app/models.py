@@ -9,7 +9,7 @@ from trainkit.diffusion.frozen import local_device
 from trainkit.errors import UserError
 from trainkit.sampling.catalogue import CATALOGUE, OWN_SCHEDULER
 from trainkit.sampling.generate import Pipeline, image_shape
-from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
+from trainkit.sampling.load import FLAG, find_pipeline, load_pipeline, weights_digest
 from trainkit.sampling.schedulers import available_schedulers, check_steps, load_scheduler
 from trainkit.sampling.table import choose_scheduler, default_steps, read_table, score_text, time_text
 
@@ -34,7 +34,8 @@ class AppModel:
     @property
     def condition(self) -> str | None:
         """The name of the condition that the model needs: class_labels, vectors or prompt; None without one."""
-        return getattr(self.pipeline, "condition", None)
+        names = getattr(self.pipeline, "conditions", ())
+        return names[0] if names else None
 
     @property
     def class_names(self) -> list[str]:
@@ -77,6 +78,8 @@ def open_model(name_or_path: str) -> AppModel:
     own = load_scheduler(folder)
     student, steps = is_few_step(own), default_steps(folder)
     pipeline = load_pipeline(folder, own).to(local_device())
+    if "image" in getattr(pipeline, "conditions", ()):
+        raise UserError(f"{FLAG} {name_or_path} is conditioned on images, which the page does not take: use sample.py")
     fitting = available_schedulers(folder)
     return AppModel(
         name=name_or_path.rstrip("/\\") if not Path(name_or_path).is_dir() else folder.resolve().name,

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipelines.conditional import check_prompts
+from pipelines.prompts import check_prompts
 from trainkit.app.models import AppModel
 from trainkit.errors import UserError
 from trainkit.sampling.conditions import ALL, NULL

@@ -1,4 +1,4 @@
-"""The conditions of images (class, vector or caption), as keyword arguments of the model.
+"""The conditions of images (class, vector, caption or another image), as keyword arguments of the model.
 
     condition = open_condition(options, images)            # training images
     unet = build_unet(options, ..., **condition.unet_config)
@@ -19,11 +19,18 @@ from trainkit.data.files import cache_root
 from trainkit.data.format import NO_LABEL
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import sample_indices
+from trainkit.diffusion.combined import CombinedCondition
+from trainkit.diffusion.image_condition import (
+    PictureCondition,
+    check_image_options,
+    image_dropout,
+    open_picture_condition,
+)
 from trainkit.diffusion.text import TextCondition, check_text_options, load_text_encoder
 from trainkit.errors import UserError
 from trainkit.options.script import ConditionalTrainingOptions
 
-PREVIEW_CLASSES = 10
+PREVIEW_CLASSES, DEFAULT_PREVIEW_SCALE = 10, 2.0
 WRITTEN_NUMBERS = 16  # of an example vector, at most
 
 
@@ -32,10 +39,26 @@ def condition_dropout(options: ConditionalTrainingOptions) -> float:
     return options.conditioning_dropout if options.caption_dropout is None else options.caption_dropout
 
 
+def preview_scale(options: ConditionalTrainingOptions) -> float:
+    """The guidance scale of previews. An image says so much about the result that guidance would only overdo it."""
+    if options.preview_guidance_scale is not None:
+        return options.preview_guidance_scale
+    return 1.0 if options.condition == ["image"] else DEFAULT_PREVIEW_SCALE
+
+
 def check_condition(options: ConditionalTrainingOptions) -> None:
     """Raise `UserError` for conditioning and caption options that contradict each other."""
+    kinds = options.condition
+    if len(kinds) > 2 or (len(kinds) == 2 and (kinds[0] == "image" or kinds[1] != "image")):
+        raise UserError(
+            f"--condition {' '.join(kinds)}: give one of class, vector, text and image, or one of the first three and "
+            "then image"
+        )
     check_text_options(options)
-    dropout, scale = condition_dropout(options), options.preview_guidance_scale
+    check_image_options(options)
+    dropout, scale = condition_dropout(options), preview_scale(options)
+    if "image" in kinds:
+        dropout = image_dropout(options) if kinds == ["image"] else min(dropout, image_dropout(options))
     if not 0 <= dropout <= 1:
         raise UserError(f"--conditioning_dropout {dropout} must be 0 to 1: the fraction of images without condition")
     if scale < 1:
@@ -49,19 +72,31 @@ def check_condition(options: ConditionalTrainingOptions) -> None:
 
 def open_condition(
     options: ConditionalTrainingOptions, images: PreparedImages
-) -> "ClassCondition | VectorCondition | TextCondition":
-    """The condition of the training `images` that `--condition` names.
+) -> "ClassCondition | VectorCondition | TextCondition | PictureCondition | CombinedCondition":
+    """The condition of the training `images`, or both of them, that `--condition` names.
 
     Captions are encoded here, by all processes of the run together.
 
     Raises:
         UserError: the images do not have this condition.
     """
+    kind = options.condition[0]
+    if kind == "image":
+        return open_picture_condition(options, images)
+    first = _open_first(options, images, kind)
+    if len(options.condition) == 1:
+        return first
+    return CombinedCondition(first, open_picture_condition(options, images))
+
+
+def _open_first(
+    options: ConditionalTrainingOptions, images: PreparedImages, kind: str
+) -> "ClassCondition | VectorCondition | TextCondition":
     dropout = condition_dropout(options)
-    given = f"--condition {options.condition}: {options.train_data_dir or options.dataset_name}"
-    if options.condition == "text":
+    given = f"--condition {kind}: {options.train_data_dir or options.dataset_name}"
+    if kind == "text":
         return TextCondition(images, load_text_encoder(options), cache_root(options.cache_dir), given, dropout)
-    if options.condition == "vector":
+    if kind == "vector":
         if not images.vector_length:
             raise UserError(
                 f"{given} has no vectors; give each image one: NAME.npy beside it, or a --vector_column of numbers in "
@@ -86,7 +121,7 @@ class ClassCondition:
     `images` may number their classes differently; names decide. Raises `UserError` for a class not in `names`.
     """
 
-    argument = "class_labels"  # argument of the pipeline
+    argument, picture = "class_labels", None  # argument of the pipeline; there is no second image
 
     def __init__(self, images: PreparedImages, names: list[str], dropout: float = 0.0):
         self.images, self.names, self.dropout = images, names, dropout
@@ -136,7 +171,7 @@ class ClassCondition:
 class VectorCondition:
     """The stored vectors of `images`. A row of NaN is the null condition, which the UNet's embedding handles."""
 
-    argument, names = "vectors", None  # argument of the pipeline; there are no classes
+    argument, names, picture = "vectors", None, None  # argument of the pipeline; no classes, no second image
     components: dict = {}
 
     def __init__(self, images: PreparedImages, dropout: float = 0.0):
@@ -193,4 +228,4 @@ def add_vector_embedding(unet: UNet2DModel, mean: np.ndarray, std: np.ndarray) -
     unet.class_embedding = embedding
 
 
-ImageCondition = ClassCondition | VectorCondition | TextCondition
+ImageCondition = ClassCondition | VectorCondition | TextCondition | PictureCondition | CombinedCondition

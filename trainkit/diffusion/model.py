@@ -6,7 +6,7 @@ from trainkit.data.loading.augment_draws import LABELS
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.statistics import vector_statistics
 from trainkit.diffusion.augmentation_input import add_augmentation_input
-from trainkit.diffusion.conditioning import ImageCondition, VectorCondition, add_vector_embedding
+from trainkit.diffusion.conditioning import ImageCondition, add_vector_embedding
 from trainkit.diffusion.latents import LatentImages
 from trainkit.diffusion.pretrained import load_pretrained
 from trainkit.diffusion.unet import build_unet
@@ -24,7 +24,7 @@ def build_model(
     """
     config = {} if condition is None else condition.unet_config
     unet = build_unet(options, images.height, images.width, images.channels, **config)
-    if isinstance(condition, VectorCondition):
+    if config.get("class_embed_type") == "identity":
         add_vector_embedding(unet, *vector_statistics(images, options))
     if options.pretrained_model_name_or_path is not None:
         loaded = load_pretrained(unet, options.pretrained_model_name_or_path, getattr(condition, "names", None))

@@ -92,7 +92,7 @@ class TextCondition:
     Encodings that `cache` does not hold yet are computed. `flag` names the images in messages.
     """
 
-    argument, names = "prompt", None  # argument of the pipeline; there are no classes
+    argument, names, picture = "prompt", None, None  # argument of the pipeline; no classes, no second image
 
     def __init__(self, images: PreparedImages, encoder: TextEncoder, cache: Path, flag: str, dropout: float = 0.0):
         self.images, self.encoder, self.cache, self.dropout = images, encoder, cache, dropout
@@ -141,7 +141,7 @@ class TextCondition:
 
 def check_text_options(options: ConditionalTrainingOptions) -> None:
     """Raise `UserError` for caption options that are missing, out of range, or given without `--condition text`."""
-    if options.condition != "text":
+    if "text" not in options.condition:
         given = next((name for name in TEXT_FLAGS if getattr(options, name) is not None), None)
         if given is not None:
             raise UserError(f"--{given} {getattr(options, given)} needs --condition text")

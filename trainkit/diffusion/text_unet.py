@@ -25,7 +25,7 @@ ENCODER_INPUTS = ("encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_typ
 
 def takes_text(options: TrainingOptions) -> bool:
     """Whether the options ask for a UNet2DConditionModel."""
-    return getattr(options, "condition", None) == "text"
+    return "text" in getattr(options, "condition", ())
 
 
 def with_cross_attention(config: dict) -> dict:

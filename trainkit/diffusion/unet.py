@@ -100,7 +100,8 @@ def _is_prepared(options: TrainingOptions) -> bool:
 def check_channels(options: TrainingOptions, channels: int) -> None:
     """Raise `UserError` if `--model_config_name_or_path` is for images or latents of other `channels`."""
     name, config = options.model_config_name_or_path, _config(options)
-    for key in ("in_channels", "out_channels"):
+    # with a second image the input has more channels, whatever the config says
+    for key in ("out_channels",) if "image" in getattr(options, "condition", ()) else ("in_channels", "out_channels"):
         if name is not None and config.get(key, 3) != channels:
             what = "latents of --vae_name_or_path" if _takes_latents(options) else "images"
             mode = "" if _takes_latents(options) else f" (--image_mode {options.image_mode or 'RGB'})"

@@ -20,6 +20,7 @@ from trainkit.atomic import write_json
 from trainkit.data.loading.loader import Batch
 from trainkit.data.trial import num_images
 from trainkit.diffusion import few_step
+from trainkit.diffusion.combined import CombinedCondition
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.diffusion.distillation import Teacher, student_prediction
 from trainkit.distillation.teacher import FLAG, SavedTeacher, trainable_unet
@@ -246,6 +247,7 @@ def student_pipeline(teacher: Pipeline, unet, scheduler, timesteps: torch.Tensor
 
 def _null_inputs(condition: ImageCondition, device: torch.device) -> Callable[[Batch], dict[str, torch.Tensor]]:
     """The model's inputs without a condition, for the images of a batch."""
+    assert not isinstance(condition, CombinedCondition)  # with an image, of which no teacher is
     dropping = copy.copy(condition)
     dropping.dropout = 1.0
 

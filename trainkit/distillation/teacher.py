@@ -35,7 +35,7 @@ class SavedTeacher:
     @property
     def condition(self) -> str | None:
         """class, vector or text; None for an unconditional teacher."""
-        return KINDS[self.pipeline.condition] if isinstance(self.pipeline, ConditionalPipeline) else None
+        return KINDS[self.pipeline.conditions[0]] if isinstance(self.pipeline, ConditionalPipeline) else None
 
     @property
     def has_latents(self) -> bool:
@@ -77,6 +77,7 @@ def open_teacher(options: DistillationOptions) -> SavedTeacher:
         if noise_scheduler is None:
             raise UserError(f"{FLAG} {name} has no scheduler that says what it was trained for: add scheduler/")
         pipeline = load_pipeline(folder, noise_scheduler)
+        _refuse_images(pipeline, f"{FLAG} {name}")
     except UserError as error:
         raise UserError(str(error).replace("--model_name_or_path", FLAG)) from None
     teacher = SavedTeacher(name, folder, pipeline, noise_scheduler)
@@ -104,6 +105,11 @@ def _check_teacher(options: DistillationOptions, teacher: SavedTeacher) -> None:
         raise UserError(f"{scale}: {given} is guided by a guidance_unet, which is not supported; use 1")
 
 
+def _refuse_images(pipeline: Pipeline, given: str) -> None:
+    if isinstance(pipeline, ConditionalPipeline) and pipeline.image_input is not None:
+        raise UserError(f"{given} is conditioned on images, and such a teacher cannot be distilled: give another one")
+
+
 def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> TrainingOptions:
     """The options of the training engine; the model, its objective and its conditions are those of the teacher."""
     condition, config = teacher.condition, teacher.noise_scheduler.config
@@ -120,7 +126,7 @@ def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> Train
     if teacher.has_latents:
         values |= {"vae_name_or_path": folder, "model_config_name_or_path": folder}  # whose sizes must fit
     if condition is not None:
-        values |= {"condition": condition, "preview_guidance_scale": 1.0}
+        values |= {"condition": [condition], "preview_guidance_scale": 1.0}
         values |= {"text_encoder_name_or_path": folder} if condition == "text" else {}
     return options_class(**values)
 

@@ -89,6 +89,11 @@ class ImageFolder:
                 if images:
                     yield np.stack(images)
 
+    def pixels(self, index: int) -> np.ndarray:
+        """An image (H, W, 3) uint8 of its own size; it was read before."""
+        with Image.open(self.files[index]) as image:
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+
     def _read(self, index: int, side: int, rounded: bool) -> np.ndarray | None:
         file = self.files[index]
         try:
@@ -129,12 +134,20 @@ class PreparedFolder:
                 pixels = (pixels >> 8).astype(np.uint8)
             yield np.stack([_resized(_from_array(image), side, rounded) for image in pixels])
 
+    def pixels(self, index: int) -> np.ndarray:
+        """An image (H, W, 3) uint8 of its own size."""
+        pixels = self.images.gather(np.array([index]), None)[0]
+        return np.asarray(_to_rgb(_from_array(pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8))))
+
 
 class ImageArray:
-    """Images in memory, (N, H, W, C) uint8 with 1, 3 or 4 channels."""
+    """Images in memory, (N, H, W, C) uint8 with 1, 3 or 4 channels.
 
-    def __init__(self, images: np.ndarray):
-        self.images = images
+    `conditioning` has the name of the conditioning image of each, if they are samples of such a model.
+    """
+
+    def __init__(self, images: np.ndarray, conditioning: list[str] | None = None):
+        self.images, self.conditioning = images, conditioning
         self.unreadable: dict[int, str] = {}
         self.side = max(images.shape[1:3])
 
@@ -150,6 +163,10 @@ class ImageArray:
         for start in range(0, len(indices), batch_size):
             chosen = self.images[indices[start : start + batch_size]]
             yield np.stack([_resized(_from_array(image), side, rounded) for image in chosen])
+
+    def pixels(self, index: int) -> np.ndarray:
+        """An image (H, W, 3) uint8 of its own size."""
+        return np.asarray(_to_rgb(_from_array(self.images[index])))
 
 
 def open_images(path: str, flag: str, skip_unreadable: bool = False) -> ImageFolder | PreparedFolder | ImageArray:
@@ -219,13 +236,18 @@ def _resized(image: Image.Image, side: int, rounded: bool) -> np.ndarray:
 
     Without rounding it is the resize of clean-fid (Parmar et al. 2022): each channel is resized as float32.
     """
+    image = _to_rgb(image)
+    if rounded:
+        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+    channels = [channel.convert("F").resize((side, side), Image.Resampling.BICUBIC) for channel in image.split()]
+    return np.stack([np.asarray(channel) for channel in channels], axis=-1).clip(0, 255)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits per channel, transparency over white, grey repeated."""
     if image.mode.startswith("I"):  # 16 bits per channel
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if rounded:
-        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-    channels = [channel.convert("F").resize((side, side), Image.Resampling.BICUBIC) for channel in image.split()]
-    return np.stack([np.asarray(channel) for channel in channels], axis=-1).clip(0, 255)
+    return image.convert("RGB")

@@ -52,14 +52,14 @@ def open_model(options: Any, accelerator: Accelerator) -> Model:
             f"--table_dir is missing: {options.model_name_or_path} is on the Hub, name a folder to write to"
         )
     pipeline = load_pipeline(folder, load_scheduler(folder)).to(accelerator.device)
-    if getattr(pipeline, "condition", None) == "class_labels" and options.class_labels is None:
+    if "class_labels" in getattr(pipeline, "conditions", ()) and options.class_labels is None:
         options.class_labels = [ALL]
     conditions = read_conditions(options, pipeline)
     count = options.num_images or DEFAULT_IMAGES
     check_count("num_images", count)
     table_dir = folder if options.table_dir is None else Path(options.table_dir)
-    if conditions is not None and count % len(conditions.values) and accelerator.is_main_process:
-        say(f"--num_images {count} is no multiple of {len(conditions.values)} conditions: some have one image more")
+    if conditions is not None and count % len(conditions) and accelerator.is_main_process:
+        say(f"--num_images {count} is no multiple of {len(conditions)} conditions: some have one image more")
     candidates = Candidates(folder, options.teacher_model_name_or_path)
     return Model(pipeline, conditions, folder, candidates, table_dir, weights_digest(folder), count)
 
@@ -120,7 +120,9 @@ def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArr
     )
     record = {"scheduler_name": name, "scheduler": describe_scheduler(scheduler), "num_inference_steps": steps}
     record["weights_sha256"] = model.weights_sha256
-    return record | ({} if conditions is None else conditions.guidance), ImageArray(images)
+    rows = [] if conditions is None else [conditions.row(index) for index in range(len(images))]
+    conditioning = [row["conditioning_image"] for row in rows if "conditioning_image" in row] or None
+    return record | ({} if conditions is None else conditions.guidance), ImageArray(images, conditioning)
 
 
 def pipeline_of_row(model: Model, cell: Cell, accelerator: Accelerator) -> Pipeline:

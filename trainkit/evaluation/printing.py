@@ -24,6 +24,22 @@ def print_scores(result: dict, metrics: list[str]) -> None:
         print(f"--reference: left out {len(result['unreadable_reference'])} images that cannot be read")
 
 
+def print_paired(result: dict) -> None:
+    """One line for the samples against their true images."""
+    found = result["paired"]
+    if not found:
+        return
+    line = f"PSNR {format_score(found, 'psnr')} dB"
+    if "ssim" in found:
+        line += f", SSIM {format_score(found, 'ssim')}"
+    if "psnr_of_mean" in found:
+        line += (
+            f" | PSNR of the mean over the samples of a condition {found['psnr_of_mean']:.4g} dB, standard deviation "
+            f"over them {found['deviation']:.3g} of 255"
+        )
+    print(f"{line} | {found['n']} samples of {found['num_conditions']} conditions against the true images")
+
+
 def print_memorization(result: dict) -> None:
     """One line per space in which copies were searched."""
     found = result["memorization"]

@@ -75,9 +75,11 @@ class ObjectiveOptions:
 class ConditioningOptions:
     """conditioning: what the model is conditioned on"""
 
-    condition: str = option(
-        "class", "class: the class of an image; vector: its stored numbers; text: its captions",
-        choices=("class", "vector", "text"),
+    condition: list[str] = option(
+        ["class"],
+        "class: the class of an image; vector: its stored numbers; text: its captions; image: another image, alone or "
+        "after one of the others",
+        choices=("class", "vector", "text", "image"), nargs="+",
     )  # fmt: skip
     conditioning_dropout: float = option(
         0.1,
@@ -88,8 +90,32 @@ class ConditioningOptions:
         "none", "frequency of each class: proportional to its images, to the square root of that, or equal",
         choices=("none", "sqrt", "inverse"),
     )  # fmt: skip
-    preview_guidance_scale: float = option(
-        2.0, "guidance scale of the sample grids during training; 1: no guidance", within="[1, inf)"
+    preview_guidance_scale: float | None = option(
+        None,
+        "guidance scale of the sample grids during training; default: 2, or 1 (no guidance) for --condition image",
+        within="[1, inf)",
+    )
+
+
+@dataclass
+class ImageConditionOptions:
+    """image conditions: for --condition image"""
+
+    image_dropout: float | None = option(
+        None,
+        "probability that an image is trained without its second image; default: --conditioning_dropout",
+        within="[0, 1]",
+    )
+    condition_from: str | None = option(
+        None,
+        "make the second image from the image itself: downscale:4 (super-resolution by 4), grayscale (colouring), "
+        "mask (inpainting of random boxes and strokes) or edges",
+    )
+    conditioning_noise: float | None = option(
+        None,
+        "with downscale: maximum standard deviation of the noise in the small image, whose pixels are -1 to 1; drawn "
+        "for each visit, and an input of the model; default: 0.2",
+        within="[0, 2]",
     )
 
 

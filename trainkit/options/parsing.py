@@ -198,8 +198,11 @@ def _yaml_value(parser: argparse.ArgumentParser, action: argparse.Action, value:
         if action.default is None:
             return None
         raise UserError(f"'{action.dest}' has no value; write one, or delete the line")
-    if isinstance(value, dict) or isinstance(value, list) != (action.nargs == "+"):
-        raise UserError(f"'{action.dest}' takes {'a list' if action.nargs == '+' else 'one value'}")
+    is_list = action.nargs in ("+", "*")
+    if isinstance(value, dict) or (isinstance(value, list) and not is_list):
+        raise UserError(f"'{action.dest}' takes {'a list' if is_list else 'one value'}")
+    if is_list and not isinstance(value, list):
+        value = [value]  # as on the command line
     if isinstance(value, list) and (not value or any(item is None or isinstance(item, list | dict) for item in value)):
         raise UserError(f"'{action.dest}' takes a list of one or more values")
     words = [_word(item, action.choices) for item in (value if isinstance(value, list) else [value])]

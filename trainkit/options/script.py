@@ -7,6 +7,7 @@ from typing import TypeVar
 from trainkit.options.data import AugmentationOptions, ImageOptions, LoadingOptions, SourceOptions
 from trainkit.options.model import (
     ConditioningOptions,
+    ImageConditionOptions,
     LatentOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -49,7 +50,7 @@ class TrainingOptions(
 
 
 @dataclass
-class ConditionalTrainingOptions(TrainingOptions, ConditioningOptions, TextOptions):
+class ConditionalTrainingOptions(TrainingOptions, ConditioningOptions, ImageConditionOptions, TextOptions):
     """The options of train_conditional.py."""
 
 

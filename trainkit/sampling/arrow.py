@@ -32,8 +32,8 @@ class ArrowSamples:
     def __init__(self, folder: Path, image_shape: tuple[int, int, int], conditions: Conditions | None, identity: str):
         self.folder, self._staging, self._identity = folder, Staging(folder), identity
         self._settings, self._conditions = image_settings(image_shape), conditions
-        if conditions is not None and conditions.kind == "vectors":
-            if any(np.isnan(vector).any() for vector in conditions.values):
+        if conditions is not None and "vectors" in conditions.lists:
+            if any(np.isnan(vector).any() for vector in conditions.lists["vectors"]):
                 raise UserError(
                     "--output_format arrow cannot hold a null vector (a row of nan in --vectors_file): use another "
                     "format"
@@ -69,11 +69,11 @@ class StagedSource:
     def __init__(self, samples: ArrowSamples, num_images: int, num_held: int):
         self._samples, self._num_images, self._num_held = samples, num_images, num_held
         conditions = samples._conditions
-        kind = None if conditions is None else conditions.kind
         self.name, self.fingerprint = f"samples {samples._identity}", f"{samples._identity} {num_images}"
-        self.label_names = conditions.label_names() if conditions is not None and kind == "class_labels" else None
-        self.has_text = kind == "prompt"
-        self.vector_length = len(conditions.values[0]) if conditions is not None and kind == "vectors" else None
+        self.label_names = None if conditions is None else conditions.label_names()
+        self.has_text = conditions is not None and conditions.text(0) is not None
+        vector = None if conditions is None else conditions.vector(0)
+        self.vector_length = None if vector is None else len(vector)
         self.account = Account()
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class StagedSource:
 
     @property
     def reader(self) -> "StagedReader":
-        return StagedReader(self._samples, self._num_held)
+        return StagedReader(self._samples, self._num_images, self._num_held)
 
     def units(self) -> list[Unit]:
         starts = range(0, self._num_images, UNIT_ITEMS)
@@ -92,8 +92,9 @@ class StagedSource:
 class StagedReader:
     """Reads an image by its number, from the staging folder or the dataset that is about to grow."""
 
-    def __init__(self, samples: ArrowSamples, num_held: int):
+    def __init__(self, samples: ArrowSamples, num_images: int, num_held: int):
         self._conditions, self._num_held = samples._conditions, num_held
+        self._labels = None if self._conditions is None else self._conditions.label_ids(num_images)
         self._dataset = PreparedImages(samples.folder) if num_held else None
         self._pieces = samples._staging.pieces()
         self._starts = [piece.first for piece in self._pieces]
@@ -106,12 +107,8 @@ class StagedReader:
         image = self._image(item)
         if self._conditions is None:
             return Record(image, NO_LABEL, None)
-        [value] = self._conditions.for_images([item])
-        if self._conditions.kind == "prompt":
-            return Record(image, NO_LABEL, value)
-        if self._conditions.kind == "vectors":
-            return Record(image, NO_LABEL, None, value)
-        return Record(image, NO_LABEL if value is None else value, None)
+        label = NO_LABEL if self._labels is None else int(self._labels[item])
+        return Record(image, label, self._conditions.text(item), self._conditions.vector(item))
 
     def _image(self, item: int) -> np.ndarray:
         if self._dataset is not None and item < self._num_held:

@@ -17,9 +17,17 @@ from trainkit.data.format import NO_LABEL
 from trainkit.errors import UserError
 from trainkit.options.fields import option
 
-FLAGS = {"class_labels": "class_labels", "prompt": "prompts_file", "vectors": "vectors_file"}
+MASK = "mask_image"  # comes with "image"
+FLAGS = {  # of each argument of the pipeline
+    "class_labels": "class_labels",
+    "prompt": "prompts_file",
+    "vectors": "vectors_file",
+    "image": "conditioning_dir",
+    MASK: "mask_dir",
+}
 ALL, NULL = "all", "null"
 SHOWN_CLASSES = 20  # in a message
+GUIDANCE = ("guidance_scale", "guidance_interval", "guidance_rescale", "image_noise")
 
 
 @dataclass
@@ -33,6 +41,18 @@ class ConditionOptions:
     vectors_file: str | None = option(
         None, ".npy (images, numbers), or .csv with one vector per line; a row of nan is no vector"
     )
+    conditioning_dir: str | None = option(
+        None, "folder of images, one per condition: small, grey or incomplete images, or edges"
+    )
+    mask_dir: str | None = option(
+        None,
+        "folder of masks with the names of the images in --conditioning_dir, white where to generate; default: the "
+        "transparency of the images",
+    )
+    image_noise: float = option(
+        0.0, "standard deviation of noise to add to small images, against faults in them (pixels are -1 to 1)",
+        within="[0, 2]",
+    )  # fmt: skip
     guidance_scale: float = option(
         1.0, "guidance scale; 1: no guidance, which halves the time per step", within="[1, inf)"
     )
@@ -45,67 +65,129 @@ class ConditionOptions:
 
 
 class Conditions:
-    """The conditions of a folder of samples, in the form that `pipeline` accepts."""
+    """The conditions of a folder of samples, in the form that `pipeline` accepts.
+
+    `lists` has one sequence per argument of the pipeline; image i shows entry i of each, and they repeat.
+    """
 
     def __init__(self, options: ConditionOptions, pipeline):
-        flag = FLAGS[pipeline.condition]
         check_guidance(options)
-        for other in set(FLAGS.values()) - {flag}:
-            if getattr(options, other) is not None:
-                raise UserError(f"--{other}: this pipeline is conditioned by --{flag}")
-        self.kind = pipeline.condition
-        by_kind: dict[str, tuple[Callable[..., list], Any]] = {
-            "class_labels": (_labels, options.class_labels),
-            "prompt": (_prompts, options.prompts_file),
-            "vectors": (_vectors, options.vectors_file),
-        }
-        read, given = by_kind[self.kind]
-        if given is None:
-            raise UserError(f"--{flag} is missing: it sets what the images show")
-        self.values = read(given, pipeline)
+        kinds = [name for name in pipeline.conditions if name != MASK]
+        expected = " and ".join(f"--{FLAGS[name]}" for name in kinds)
+        for name, flag in FLAGS.items():
+            if name not in pipeline.conditions and getattr(options, flag) is not None:
+                raise UserError(f"--{flag}: this pipeline is conditioned by {expected}")
+        values = {
+            "class_labels": options.class_labels, "prompt": options.prompts_file, "vectors": options.vectors_file,
+            "image": options.conditioning_dir,
+        }  # fmt: skip
+        given = {name: values[name] for name in kinds if values[name] is not None}
+        if not given:
+            raise UserError(f"{expected} is missing: it sets what the images show")
+        if options.mask_dir is not None and "image" not in given:
+            raise UserError(f"--mask_dir {options.mask_dir} needs --conditioning_dir, the images to fill")
+        _check_image_noise(options.image_noise, pipeline)
+        # a condition that is not given is null
+        self.lists: dict[str, Any] = {name: _read(name, value, options, pipeline) for name, value in given.items()}
         self.guidance = {
             "guidance_scale": options.guidance_scale,
             "guidance_interval": options.guidance_interval,
             "guidance_rescale": options.guidance_rescale,
         }
+        if "image" in self.lists:
+            self.guidance["image_noise"] = options.image_noise
+            pipeline.size = self.lists["image"].size
+        self._kinds = kinds
         self._names = pipeline.config.id2label or {}
-        self._num_classes = pipeline.num_classes if self.kind == "class_labels" else 0
+        self._num_classes = pipeline.num_classes if "class_labels" in self.lists else 0
+
+    def __len__(self) -> int:
+        """The number of conditions before they repeat."""
+        return max(len(values) for values in self.lists.values())
 
     def for_images(self, images: Sequence[int]) -> list:
-        """The conditions of the images with these numbers."""
-        return [self.values[image % len(self.values)] for image in images]
+        """The conditions of the images with these numbers, as `generate` accepts them."""
+        if len(self._kinds) == 1:
+            [name] = self._kinds
+            return [self._value(name, image) for image in images]
+        return [self._together(image) for image in images]
+
+    def _together(self, image: int) -> dict:
+        values = {name: self._value(name, image) for name in self.lists}
+        return values | values.get("image", {})  # which has the mask too
+
+    def _value(self, name: str, image: int):
+        return self.lists[name][image % len(self.lists[name])]
 
     def settings(self) -> dict:
         """The settings that decide what the images show, for their record."""
-        plain = json.dumps([_plain(value) for value in self.values])
+        plain = [
+            values.digest() if name == "image" else [_plain(value) for value in values]
+            for name, values in self.lists.items()
+        ]
+        content = json.dumps(plain[0] if len(plain) == 1 else plain)
         return {
-            "condition": self.kind,
-            "conditions_sha256": hashlib.sha256(plain.encode()).hexdigest(),
+            "condition": "+".join(self.lists),
+            "conditions_sha256": hashlib.sha256(content.encode()).hexdigest(),
             **self.guidance,
         }
 
     def row(self, image: int) -> dict:
-        """The columns of the image's line in metadata.jsonl: label and label_id, or text, or vector."""
-        value = self.for_images([image])[0]
-        if self.kind == "prompt":
-            return {"text": value}
-        if self.kind == "vectors":
-            return {"vector": _plain(value)}
-        return {"label": NULL if value is None else self._names.get(value, str(value)), "label_id": value}
+        """The columns of the image's line in metadata.jsonl: label and label_id, text, vector, conditioning_image."""
+        row: dict[str, Any] = {}
+        for name, values in self.lists.items():
+            value = None if name == "image" else self._value(name, image)
+            if name == "prompt":
+                row |= {"text": value}
+            elif name == "vectors":
+                row |= {"vector": _plain(value)}
+            elif name == "image":
+                row |= {"conditioning_image": values.name(image % len(values))}
+            else:
+                row |= {"label": NULL if value is None else self._names.get(value, str(value)), "label_id": value}
+        return row
 
-    def label_ids(self, num_images: int) -> np.ndarray:
-        """The classes (N,) int64 of images 0 to `num_images` - 1; -1 for the null class."""
-        ids = [NO_LABEL if value is None else value for value in self.values]
+    def label_ids(self, num_images: int) -> np.ndarray | None:
+        """The classes (N,) int64 of images 0 to `num_images` - 1, -1 for the null class; None without classes."""
+        if "class_labels" not in self.lists:
+            return None
+        ids = [NO_LABEL if value is None else value for value in self.lists["class_labels"]]
         return np.resize(np.array(ids, dtype=np.int64), num_images)
 
-    def label_names(self) -> list[str]:
-        """The names of all classes of the model."""
+    def label_names(self) -> list[str] | None:
+        """The names of all classes of the model; None without classes."""
+        if "class_labels" not in self.lists:
+            return None
         return [self._names.get(label, str(label)) for label in range(self._num_classes)]
+
+    def text(self, image: int) -> str | None:
+        """The prompt of an image, if there are prompts."""
+        return self._value("prompt", image) if "prompt" in self.lists else None
+
+    def vector(self, image: int) -> np.ndarray | None:
+        """The vector of an image, if there are vectors."""
+        return self._value("vectors", image) if "vectors" in self.lists else None
+
+
+def _read(name: str, given, options: ConditionOptions, pipeline) -> Any:
+    if name == "image":
+        from trainkit.sampling.pictures import Pictures  # late: it imports what decodes images
+
+        return Pictures(given, options.mask_dir, pipeline)
+    readers: dict[str, Callable[..., list]] = {"class_labels": _labels, "prompt": _prompts, "vectors": _vectors}
+    return readers[name](given, pipeline)
+
+
+def _check_image_noise(level: float, pipeline) -> None:
+    most = 0.0 if pipeline.image_input is None else pipeline.image_input.noise
+    if level > most:
+        trained = f"was trained with noise of 0 to {most:g}" if most else "takes no noise"
+        raise UserError(f"--image_noise {level:g}: this model {trained}")
 
 
 def read_conditions(options: ConditionOptions, pipeline) -> Conditions | None:
     """The conditions of the samples; None for an unconditional pipeline, whose options must not name any."""
-    if hasattr(pipeline, "condition"):
+    if hasattr(pipeline, "conditions"):
         return Conditions(options, pipeline)
     _refuse_conditions(options)
     return None
@@ -128,7 +210,7 @@ def check_guidance(options: ConditionOptions) -> None:
 def _refuse_conditions(options: ConditionOptions) -> None:
     """Raise `UserError` if conditions or guidance are given for an unconditional pipeline."""
     neutral = ConditionOptions()
-    for name in (*FLAGS.values(), "guidance_scale", "guidance_interval", "guidance_rescale"):
+    for name in (*FLAGS.values(), *GUIDANCE):
         if getattr(options, name) != getattr(neutral, name):
             raise UserError(f"--{name}: this pipeline is unconditional; remove the flag")
 
@@ -159,7 +241,7 @@ def _classes(pipeline) -> str:
 
 
 def _prompts(file: str, pipeline) -> list[str]:
-    from pipelines.conditional import check_prompts  # late: it imports torch
+    from pipelines.prompts import check_prompts  # late: it imports torch
 
     try:
         prompts = Path(file).read_text(encoding="utf-8-sig").splitlines()

@@ -5,14 +5,16 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from itertools import chain
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMPipeline
 
-from pipelines.conditional import ConditionalPipeline, checked_interval, noise_level
+from pipelines.conditional import ConditionalPipeline
+from pipelines.guidance import checked_interval, noise_level
 from pipelines.unconditional import UnconditionalPipeline, solve
 from trainkit.sampling.noise import Batch, draw
 from trainkit.sampling.schedulers import check_steps
@@ -33,9 +35,11 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Yield images (B, H, W, C) uint8, one per entry of `seeds` and in their order, `batch_size` at a time.
 
-    A ConditionalPipeline also needs one entry of `conditions` per seed: what `pipeline.condition` accepts (a class, a
-    vector, a prompt) or None for the null condition. `guidance` is passed on: guidance_scale, guidance_interval,
-    guidance_rescale. Noise is drawn from one CPU generator per image, so it is the same on any device. Runs on the
+    A ConditionalPipeline also needs one entry of `conditions` per seed: a class, a vector or a prompt, or a dict of
+    the arguments in `pipeline.conditions`; None is the null condition. `guidance` is passed on: guidance_scale,
+    guidance_interval, guidance_rescale, image_noise.
+
+    Noise is drawn from one CPU generator per image, so it is the same on any device. Runs on the
     pipeline's device under the caller's autocast; the chain itself stays float32.
 
     Raises:
@@ -71,50 +75,70 @@ def sample_batch(
     device = next(pipeline.unet.parameters()).device
     start = batch.start.to(device, memory_format=memory_format, non_blocking=True)
     with torch.no_grad():
-        predict = predictor(pipeline, conditions, **guidance)
-        return to_images(pipeline, solve(pipeline.scheduler, predict, start, batch.generators, step_noise))
+        predict, image = predictor(pipeline, conditions, batch.generators, **guidance)
+        samples = solve(pipeline.scheduler, predict, start, batch.generators, step_noise)
+        return to_images(pipeline, samples, image)
 
 
-def predictor(pipeline: Pipeline, conditions: Sequence | np.ndarray | None, **guidance) -> Predict:
-    """The prediction of the UNet for a batch of images with these `conditions`; see `generate` for `guidance`."""
-    unet = pipeline.unet
+def predictor(
+    pipeline: Pipeline, conditions: Sequence | np.ndarray | None, generators: list[torch.Generator], **guidance
+) -> tuple[Predict, torch.Tensor | None]:
+    """The prediction of the UNet for a batch of images with these `conditions`, and the channels of the second image.
+
+    See `generate` for `guidance`.
+    """
+    unet, image = pipeline.unet, None
     predict: Predict
     if isinstance(pipeline, ConditionalPipeline):
         assert conditions is not None  # of a ConditionalPipeline
-        predict = _guided(pipeline, list(conditions), **guidance)
+        predict, image = _guided(pipeline, list(conditions), generators, **guidance)
     else:
 
         def predict(index: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
             # float32 under autocast too: the solvers cast the image to the type of the prediction
             return unet(sample, timestep).sample.float()
 
-    return predict if unet._compiled_call_impl is None else _copied(predict)
+    return (predict if unet._compiled_call_impl is None else _copied(predict)), image
 
 
-def to_images(pipeline: Pipeline, samples: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W) in [0, 1] of what the scheduler returns, decoded if those are latents."""
+def to_images(pipeline: Pipeline, samples: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
+    """Images (B, C, H, W) in [0, 1] of what the scheduler returns, decoded if those are latents.
+
+    `image` are the channels of the second image, whose known pixels are kept.
+    """
     if isinstance(pipeline, DDPMPipeline):
         return (samples / 2 + 0.5).clamp(0, 1)
+    if isinstance(pipeline, ConditionalPipeline):
+        return pipeline._finish(samples, "pt", image)
     return pipeline._finish(samples, "pt")
 
 
 def _guided(
     pipeline: ConditionalPipeline,
     conditions: list,
+    generators: list[torch.Generator],
     guidance_scale: float = 1.0,
     guidance_interval: Sequence[float] | None = None,
     guidance_rescale: float = 0.0,
-) -> Predict:
-    """The prediction of each step, as ConditionalPipeline makes it in its own loop."""
+    image_noise: float = 0.0,
+) -> tuple[Predict, torch.Tensor | None]:
+    """The prediction of each step, as ConditionalPipeline makes it in its own loop, and the channels of the image."""
     low, high = checked_interval(guidance_scale, guidance_interval, guidance_rescale)
-    encoded, _ = pipeline.encode(conditions)
+    encoded, _ = pipeline.encode(1, image_noise, generators, **_by_argument(pipeline, conditions))
     pipeline._guidance_scale = guidance_scale
 
     def predict(index: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         is_guided = guidance_scale > 1 and low < noise_level(pipeline.scheduler, index, timestep) <= high
         return pipeline._predict(sample, timestep, encoded, is_guided, guidance_rescale)
 
-    return predict
+    return predict, encoded[0].get("image")
+
+
+def _by_argument(pipeline: ConditionalPipeline, conditions: list) -> dict[str, Any]:
+    """The `conditions` of images, one entry each, as arguments of the pipeline."""
+    if isinstance(conditions[0], dict):
+        return {name: [row.get(name) for row in conditions] for name in pipeline.conditions}
+    return {pipeline.conditions[0]: conditions}
 
 
 def _copied(predict: Predict) -> Predict:
@@ -151,7 +175,7 @@ def generate_on_all_ranks(
 
 def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:
     """(H, W, C) of the images that `pipeline` generates."""
-    (height, width), vae = _sample_size(pipeline.unet), getattr(pipeline, "vae", None)
+    (height, width), vae = _sample_size(pipeline), getattr(pipeline, "vae", None)
     if vae is None:
         return height, width, pipeline.unet.config.out_channels
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -163,14 +187,16 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _sample_size(unet: UNet2DModel | UNet2DConditionModel) -> tuple[int, int]:
-    size = unet.config.sample_size
+def _sample_size(pipeline: Pipeline) -> tuple[int, int]:
+    if isinstance(pipeline, ConditionalPipeline):
+        return pipeline.size
+    size = pipeline.unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def noise_shape(pipeline: Pipeline) -> tuple[int, int, int]:
     """(C, H, W) of the noise that an image of `pipeline` starts from."""
-    return (pipeline.unet.config.in_channels, *_sample_size(pipeline.unet))
+    return (pipeline.unet.config.out_channels, *_sample_size(pipeline))
 
 
 def limited_batch_size(pipeline: Pipeline, batch_size: int) -> int:
@@ -199,7 +225,7 @@ def evaluation_mode(pipeline: Pipeline) -> Iterator[None]:
 def _components_on(pipeline: Pipeline, device: torch.device) -> Iterator[None]:
     """The components other than the UNet on `device` inside the block, and back where they were after it."""
     others = [module for module in _modules(pipeline) if module is not pipeline.unet]
-    homes = [next(module.parameters()).device for module in others]
+    homes = [next(chain(module.parameters(), module.buffers())).device for module in others]
     try:
         for module in others:
             module.to(device)

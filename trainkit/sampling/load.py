@@ -9,6 +9,7 @@ import transformers
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 
 from pipelines.conditional import ConditionalPipeline
+from pipelines.image_input import ImageInput
 from pipelines.unconditional import UnconditionalPipeline
 from pipelines.vector_embedding import VectorEmbedding
 from trainkit.diffusion.unet import load_any_variant
@@ -30,7 +31,10 @@ HUB_FILES = [
     "scheduler_config.json",
     "sampling_table.json",
 ]
-COMPANIONS = ("vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet", "guidance_vector_embedding")
+COMPANIONS = (
+    "vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet", "guidance_vector_embedding",
+    "image_input",
+)  # fmt: skip
 CONDITIONAL_FILES = [f"{part}/*.{end}" for part in COMPANIONS for end in ("json", "safetensors", "txt", "model")]
 PICKLED = [f"unet/{WEIGHTS_STEM}.bin", f"{WEIGHTS_STEM}.bin"]
 
@@ -129,6 +133,7 @@ def _load_conditional_pipeline(folder: Path, index: dict, scheduler: SchedulerMi
         "guidance_unet": unets,
         "vector_embedding": {"VectorEmbedding": VectorEmbedding},
         "guidance_vector_embedding": {"VectorEmbedding": VectorEmbedding},
+        "image_input": {"ImageInput": ImageInput},
         "vae": VAE_CLASSES,
         "text_encoder": transformers,
         "tokenizer": transformers,

@@ -27,7 +27,7 @@ class NpzSamples:
 
     def __init__(self, folder: Path, image_shape: tuple[int, int, int], conditions: Conditions | None):
         self.path, self._staging, self._shape = folder / NPZ_NAME, Staging(folder), image_shape
-        self._labels = conditions.label_ids if conditions is not None and conditions.kind == "class_labels" else None
+        self._conditions = conditions
 
     def held(self) -> set[int]:
         return set(range(self._count())) | self._staging.numbers()
@@ -47,7 +47,7 @@ class NpzSamples:
         count = self._count()
         if count < num_images:
             earlier = read_blocks(self.path) if count else iter(())
-            labels = None if self._labels is None else self._labels(num_images)
+            labels = None if self._conditions is None else self._conditions.label_ids(num_images)
             write_npz(self.path, (num_images, *self._shape), _chain(earlier, self._staging.blocks, count), labels)
         self._staging.delete()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DModel
 
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import BatchShape
@@ -19,7 +20,7 @@ from trainkit.training.device import largest_micro_batch, memory_trial
 def split_global_batch(
     options: TrainingOptions,
     accelerator: Accelerator,
-    unet: torch.nn.Module,
+    unet: UNet2DModel,
     images: PreparedImages,
     inputs_of: Callable[[int], dict[str, torch.Tensor]],
     candidates: list[Path],
@@ -34,7 +35,7 @@ def split_global_batch(
     kept = read_training_state(candidates[0])["global_batch_size"] if candidates else None
     if options.find_batch_size:
         rows = (kept or per_device * micro_steps * accelerator.num_processes) // accelerator.num_processes
-        image_shape = (images.channels, images.height, images.width)
+        image_shape = (unet.config.in_channels, images.height, images.width)
         per_device = largest_micro_batch(rows, memory_trial(accelerator, unet, image_shape, inputs_of))
         micro_steps = rows // per_device
     once = per_device * accelerator.num_processes

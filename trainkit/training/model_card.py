@@ -24,6 +24,7 @@ TASKS = {
     "class_labels": ("other", ["class-conditional-image-generation", "conditional-image-generation"]),
     "vectors": ("other", ["conditional-image-generation"]),
     "prompt": ("text-to-image", ["conditional-image-generation"]),
+    "image": ("image-to-image", ["conditional-image-generation"]),
 }
 STOCK_NOTE = (
     ". DDPMPipeline cannot run {outside}: load the model with `DiffusionPipeline.from_pretrained("
@@ -31,7 +32,7 @@ STOCK_NOTE = (
 )
 NAMED_CLASSES = 100
 LISTED_OPTIONS = (
-    "condition", "conditioning_dropout", "prediction_type", "ddpm_beta_schedule", "noise_shift",
+    "condition", "condition_from", "conditioning_dropout", "prediction_type", "ddpm_beta_schedule", "noise_shift",
     "rescale_betas_zero_snr", "ddpm_num_steps", "loss_weighting", "snr_gamma", "timestep_sampling", "optimizer",
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "use_ema", "ema_max_decay", "random_flip", "mixed_precision",
     "seed",

@@ -22,9 +22,11 @@ def sample_command(options: TrainingOptions) -> str:
     words = ["python sample.py --model_name_or_path", shlex.quote(output_dir)]
     words += ["--output_dir", shlex.quote(f"{output_dir}-samples")]
     if isinstance(options, ConditionalTrainingOptions):
-        words += {
-            "class": ["--class_labels all"],
-            "text": ["--prompts_file prompts.txt"],
-            "vector": ["--vectors_file vectors.npy"],
-        }[options.condition]
+        flags = {
+            "class": "--class_labels all",
+            "text": "--prompts_file prompts.txt",
+            "vector": "--vectors_file vectors.npy",
+            "image": "--conditioning_dir images",
+        }
+        words += [flags[kind] for kind in options.condition]
     return " ".join(words)

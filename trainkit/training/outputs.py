@@ -8,7 +8,7 @@ import torch
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch
 from trainkit.data.loading.order import sample_indices
-from trainkit.diffusion.conditioning import ImageCondition
+from trainkit.diffusion.conditioning import ImageCondition, preview_scale
 from trainkit.hub.options import start_pushes
 from trainkit.options.script import ConditionalTrainingOptions
 from trainkit.processes import wait_for_everyone
@@ -23,6 +23,8 @@ from trainkit.training.run import Run
 from trainkit.training.run_report import RunReport
 from trainkit.training.score import SampleScore
 from trainkit.training.validation import HeldOutLoss
+
+PREVIEW_COLUMNS = 6  # of condition, sample and true image, twice
 
 
 class Outputs:
@@ -44,6 +46,9 @@ class Outputs:
         origin: str | None = None,
     ):
         self.run, self.pipeline_of, options = run, pipeline_of, run.options
+        self.preview_condition = run.condition
+        if held_out_condition is not None and held_out_condition.picture is not None:
+            self.preview_condition = held_out_condition  # pictures of other images show more
         self.validation: HeldOutLoss | None = None
         self.score: SampleScore | None = None
         self.report = RunReport(run, held_out, origin)
@@ -80,18 +85,25 @@ class Outputs:
         self.save(finished=True)
 
     def write_preview(self) -> None:
-        """Write a grid of samples from the averaged weights: samples/<step>.png and samples.png."""
+        """Write a grid of samples from the averaged weights: samples/<step>.png and samples.png.
+
+        With a second image it shows condition, sample and true image side by side.
+        """
         run, options, count = self.run, self.run.options, self.run.options.eval_batch_size
         conditions: list | np.ndarray | None = None
         columns, guidance, names, captions = None, {}, None, None
-        if run.condition is not None:
+        condition = self.preview_condition
+        if condition is not None:
             assert isinstance(options, ConditionalTrainingOptions)  # a condition comes from them
-            conditions, columns = run.condition.preview_conditions(count, options.seed)
-            guidance = {"guidance_scale": options.preview_guidance_scale}
-            names, captions = _words(run.condition, conditions)
+            conditions, columns = condition.preview_conditions(count, options.seed)
+            guidance = {"guidance_scale": preview_scale(options)}
+            if condition.picture is None:
+                names, captions = _words(condition, conditions)
         samples = self._generate(count if conditions is None else len(conditions), conditions, **guidance)
         if not run.accelerator.is_main_process:
             return
+        if condition is not None and condition.picture is not None:
+            samples, columns = condition.picture.beside(samples, options.seed), PREVIEW_COLUMNS
         grid = image_grid(samples, columns, row_names=names, captions=captions)
         with run.writing("samples.png"):
             (run.output_dir / "samples").mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.diffusion.conditioning import ImageCondition
+from trainkit.diffusion.conditioning import ImageCondition, preview_scale
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.report.record import RECORD_NAME, describe_preparation, read_json
 from trainkit.report.write import REPORT_NAME, write_report
@@ -17,7 +17,10 @@ from trainkit.terminal import only_warn
 from trainkit.training.run import Run
 from trainkit.versions import git_commit, versions
 
-TITLES = {None: "Unconditional", "class_labels": "Class-conditional", "vectors": "Vector-conditional"}
+TITLES = {
+    None: "Unconditional", "class_labels": "Class-conditional", "vectors": "Vector-conditional",
+    "prompt": "Text-to-image", "image": "Image-to-image",
+}  # fmt: skip
 LONGEST_CAPTION = 120  # characters
 
 
@@ -64,7 +67,7 @@ class RunReport:
 
     def _title(self) -> str:
         run = self.run
-        kind = TITLES.get(None if run.condition is None else run.condition.argument, "Text-to-image")
+        kind = TITLES[None if run.condition is None else run.condition.argument]
         student = "few-step student, " if self.origin else ""
         images = getattr(run.images, "images", run.images)  # of latents: the pixels
         latent = "latent " if run.images.holds_latents else ""
@@ -91,8 +94,8 @@ def describe_preview(condition: ImageCondition | None, options: Any, origin: str
     how = f", {count} sampling {'step' if count == 1 else 'steps'}"
     if condition is None:
         return {"how": how}
-    if options.preview_guidance_scale > 1 and origin is None:
-        how += f", guidance {options.preview_guidance_scale:g}"
+    if preview_scale(options) > 1 and origin is None:
+        how += f", guidance {preview_scale(options):g}"
     if condition.argument == "prompt":
         conditions, _ = condition.preview_conditions(options.eval_batch_size, options.seed)
         return {"how": how, "captions": [str(caption)[:LONGEST_CAPTION] for caption in conditions]}

@@ -149,7 +149,7 @@ def start_run(
     unet = move_to_device(unet, options, accelerator.device)
     shape = split_global_batch(options, accelerator, unet, images, inputs_of, candidates)
     max_train_steps = count_steps(options, num_images(images), shape.global_size)
-    image_flops = flops_of_image(unet, (images.channels, images.height, images.width), inputs_of(1))
+    image_flops = flops_of_image(unet, (unet.config.in_channels, images.height, images.width), inputs_of(1))
     model, optimizer = _prepare_model(options, accelerator, unet)
     compile_unet(accelerator.unwrap_model(model), options, shape.micro_steps, accelerator.device)
     run = _build_run(
@@ -277,6 +277,7 @@ def _build_loader(
         build_augmentation(options, images.channels),
         condition,
         order,
+        None if condition is None else condition.picture,
     )
 
 

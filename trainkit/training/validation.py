@@ -190,18 +190,26 @@ class HeldOutLoss:
             pixels = pixels.astype(np.int32)
         shape = (images.channels, images.height, images.width)
         noise = normal_draws(self.run.options.seed, 0, rows, shape, Purpose.VALIDATION_NOISE)
-        inputs = {} if self.condition is None else self.condition.inputs(indices)
+        inputs = to_training_size(to_model_input(torch.from_numpy(pixels).to(device), images), shape[1:])
+        condition = {} if self.condition is None else self.condition.inputs(indices)
         return Batch(
-            images=to_training_size(
-                to_model_input(torch.from_numpy(pixels).to(device), images), (images.height, images.width)
-            ),
+            images=inputs,
             noise=torch.from_numpy(noise).to(device),
             uniforms=self.uniforms[list(rows)],
             indices=indices,
             step=self.run.step,
             micro_step=0,
-            condition={name: value.to(device) for name, value in inputs.items()},
+            condition={name: value.to(device) for name, value in condition.items()},
+            picture=self._picture(inputs, rows),
         )
+
+    def _picture(self, images: torch.Tensor, rows: range) -> torch.Tensor | None:
+        picture = None if self.condition is None else self.condition.picture
+        if picture is None:
+            return None
+        size = self.images.height, self.images.width
+        drawn = picture.draw(self.run.options.seed, 0, rows, len(self.indices), size)
+        return picture.channels(images, {name: value.to(images.device) for name, value in drawn.items()})
 
 
 def _refuse_training_images(given: str, options: TrainingOptions) -> None:

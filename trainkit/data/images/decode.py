@@ -81,6 +81,16 @@ def decode_image(image: bytes | str | Path | np.ndarray, settings: PreparationSe
             raise rejection(image, error) from None
 
 
+def image_size(image: bytes | str | Path) -> tuple[int, int]:
+    """Return height and width in pixels of an image file as it is shown. Raises `RejectedImage`."""
+    try:
+        with _open(image) as opened:
+            width, height = opened.size
+            return (width, height) if orientation_of(opened) in (5, 6, 7, 8) else (height, width)
+    except Exception as error:  # Pillow's plugins raise almost anything on a broken file
+        raise rejection(image, error) from None
+
+
 def _open(image: bytes | str | Path | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         pixels = image if image.dtype == np.uint8 else np.rint(unit_array(image) * 255).astype(np.uint8)

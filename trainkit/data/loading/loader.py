@@ -9,7 +9,7 @@ B batch (images per device and micro-step), A micro-steps, P processes, C channe
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -60,13 +60,30 @@ class BatchShape:
 
 
 class Condition(Protocol):
-    """The conditions of images: classes, captions or vectors (trainkit/diffusion/conditioning.py)."""
+    """The conditions of images: classes, captions, vectors or images (trainkit/diffusion/conditioning.py)."""
+
+    @property
+    def picture(self) -> "PictureInput | None":
+        """Return what makes a second image for the model, if there is one."""
 
     def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         """Return the model's keyword arguments for the images `indices` (B,), on the host.
 
         `uniforms` (B,) in [0, 1) decide which conditions are dropped; without them none is.
         """
+
+
+class PictureInput(Protocol):
+    """A second image for the UNet, made from the first (trainkit/diffusion/image_condition.py)."""
+
+    def draw(self, seed: int, step: int, rows: Sequence[int], total: int, size: tuple[int, int]) -> dict:
+        """Return what is random for `rows` of the `total` of a global batch, as tensors (B, ...) on the host.
+
+        `size` (H, W) is that of the images.
+        """
+
+    def channels(self, images: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the further input channels (B, K, H, W) of the UNet for augmented `images` (B, C, H, W)."""
 
 
 @dataclass
@@ -81,6 +98,11 @@ class Batch:
     micro_step: int  # 0 .. A - 1
     augmentation: torch.Tensor | None = None  # (B, LABELS) float32, with --augmentation_conditioning
     condition: dict[str, torch.Tensor] = field(default_factory=dict)  # keyword arguments of the model, B rows each
+    picture: torch.Tensor | None = None  # (B, K, H, W) float32, further input channels of the model
+
+    def with_picture(self, noisy_images: torch.Tensor) -> torch.Tensor:
+        """The input of the model: `noisy_images` (B, C, H, W) and, if there is one, the second image."""
+        return noisy_images if self.picture is None else torch.cat([noisy_images, self.picture], dim=1)
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -107,10 +129,11 @@ class BatchLoader:
         augmentation: Augmentation | None = None,
         condition: Condition | None = None,
         order: SampleOrder | ClassBalancedOrder | None = None,
+        picture: PictureInput | None = None,
     ):
         self.images, self.shape, self.seed, self.random_flip = images, shape, seed, random_flip
         self.order = order or SampleOrder(len(images), seed, shuffle_block_size)
-        self.condition = condition
+        self.condition, self.picture = condition, picture
         self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
         self.augmentation, self.wait_s = augmentation, 0.0
         self._reading_ahead = threading.Lock()
@@ -180,10 +203,13 @@ class BatchLoader:
         condition = {}
         if self.condition is not None:
             condition = self.condition.inputs(indices, uniforms(Purpose.CONDITION_DROPOUT))
+        drawn = {} if self.picture is None else self.picture.draw(self.seed, step, rows, total, shape[1:])
         if pins_memory(self.device):  # in this thread; the training thread only starts the copies
             host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
             condition = {name: x.pin_memory() for name, x in condition.items()}
-        return host_batch | {"condition": condition, "indices": indices, "step": step, "micro_step": micro_step}
+            drawn = {name: x.pin_memory() for name, x in drawn.items()}
+        inputs = {"condition": condition, "drawn": drawn}
+        return host_batch | inputs | {"indices": indices, "step": step, "micro_step": micro_step}
 
     def _read_ahead(self, step: int, micro_step: int) -> None:
         """Start to read from the disk what later batches need.
@@ -216,4 +242,6 @@ class BatchLoader:
         labels = None if augmentation is None else augmentation.labels
         place = host_batch["indices"], host_batch["step"], host_batch["micro_step"]
         condition = {name: to_device(x, self.device) for name, x in host_batch["condition"].items()}
-        return Batch(images, noise, host_batch["uniforms"], *place, labels, condition)
+        drawn = {name: to_device(x, self.device) for name, x in host_batch["drawn"].items()}
+        picture = None if self.picture is None else self.picture.channels(images, drawn)
+        return Batch(images, noise, host_batch["uniforms"], *place, labels, condition, picture)

@@ -41,6 +41,10 @@ class Purpose(IntEnum):
     RESIZED_CROP_LEFT = 18
     CONDITION_DROPOUT = 19
     LATENT = 24
+    PICTURE_DROPOUT = 32
+    PICTURE_NOISE = 33
+    PICTURE_NOISE_LEVEL = 34
+    MASK = 35
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,11 @@ def normal_draws(
     for out, row in zip(noise, rows, strict=True):
         _philox(seed, step, purpose, row).standard_normal(dtype=np.float32, out=out)
     return noise
+
+
+def row_generator(seed: int, step: int, purpose: Purpose, row: int) -> np.random.Generator:
+    """Return the generator of `row` of the global batch of optimizer step `step`, for draws of any number."""
+    return _philox(seed, step, purpose, row)
 
 
 def _philox(seed: int, step: int, purpose: Purpose, row: int = 0) -> np.random.Generator:
