@@ -124,7 +124,7 @@ class ImageInput(ModelMixin, ConfigMixin):
         noise = _noise(pictures.shape, generator) if level else None
         channels = self(pictures, masks, noise, torch.full((len(rows),), float(level)))
         null = self.null(channels)
-        given = torch.tensor([row is not None for row in rows])
+        given = torch.tensor([row is not None for row in rows], device=channels.device)  # offloading moves them
         return torch.where(given[:, None, None, None], channels, null), null
 
     def keep_known(self, images: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from trainkit.distillation.teacher import open_teacher
 from trainkit.errors import UserError
 from trainkit.evaluation.pairs import psnr, ssim
 from trainkit.options.distillation import DistillationOptions
+from trainkit.sampling.pictures import list_images
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
@@ -99,6 +100,15 @@ def test_the_size_of_the_small_images_decides_and_the_samples_are_scored(models,
 def test_such_a_model_cannot_be_distilled(models):
     with pytest.raises(UserError, match="--teacher_model_name_or_path .* is conditioned on images"):
         open_teacher(DistillationOptions(teacher_model_name_or_path=str(models / "mask")))
+
+
+def test_the_samples_of_another_model_are_conditions_without_their_grid(tmp_path):
+    for name in ("000000.png", "000001.png", "grid.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert len(list_images(tmp_path, "--conditioning_dir")) == 3
+    (tmp_path / "sampling.json").write_text("{}")
+    names = [file.name for file in list_images(tmp_path, "--conditioning_dir")]
+    assert names == ["000000.png", "000001.png"]
 
 
 def test_psnr_is_that_of_the_definition():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainkit.errors import UserError
+from trainkit.errors import UserError, one_line
 from trainkit.evaluation.images import ImageArray, ImageFolder, PreparedFolder
 from trainkit.evaluation.reference import ScoredImages
 
@@ -99,8 +99,11 @@ def _requested(images: Any) -> list[str] | None:
         return None if images.conditioning is None else [_stem(name) for name in images.conditioning]
     if not isinstance(images, ImageFolder) or not (images.folder / METADATA_NAME).is_file():
         return None
-    lines = (images.folder / METADATA_NAME).read_text(encoding="utf-8").splitlines()
-    rows = [row for line in lines if line.strip() and isinstance(row := json.loads(line), dict)]
+    try:
+        lines = (images.folder / METADATA_NAME).read_text(encoding="utf-8").splitlines()
+        rows = [row for line in lines if line.strip() and isinstance(row := json.loads(line), dict)]
+    except ValueError as error:
+        raise UserError(f"--generated: {images.folder / METADATA_NAME} is not JSON lines: {one_line(error)}") from None
     by_file = {row.get("file_name"): row.get("conditioning_image") for row in rows}
     found = [by_file.get(file.relative_to(images.folder).as_posix()) for file in images.files]
     return None if any(name is None for name in found) else [_stem(str(name)) for name in found]

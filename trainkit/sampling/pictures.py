@@ -21,7 +21,7 @@ OPAQUE = 128  # alpha from which a pixel is kept
 
 
 class Pictures:
-    """The images of a folder in the order of their names, as arguments of `pipeline`; None without a folder.
+    """The images of a folder in the order of their names, as arguments of `pipeline`.
 
     A mask is the image of the same name in `mask_folder`, or else the transparency of the picture. Raises `UserError`
     that names the file if one cannot be read, has another size, or leaves nothing to keep or to generate.
