@@ -53,13 +53,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
     from trainkit.evaluation.reference import ScoredImages
 
 WITHOUT_SWEEP = (
-    "paired",
-    "held_out",
-    "closest_pairs_file",
-    "classifier_data_dir",
-    "output_file",
-    "retrieval_captions",
-)
+    "paired", "held_out", "closest_pairs_file", "classifier_data_dir", "output_file", "retrieval_captions",
+)  # fmt: skip
 METRICS = ("kid", "fid", "fid_infinity", "precision", "recall", "density", "coverage")
 
 
@@ -266,16 +261,9 @@ def sweep(options: Options) -> None:
         pipeline = pipeline_of_row(model, cell, accelerator)
         seeds = range(options.seed, options.seed + model.num_images)
         sampled = sample_features(
-            accelerator,
-            pipeline,
-            extractor,
-            seeds,
-            cell.steps,
-            options.sample_batch_size,
-            model.conditions,
-            model.candidates.guidance_scale(cell),
-            keep,
-        )
+            accelerator, pipeline, extractor, seeds, cell.steps, options.sample_batch_size, model.conditions,
+            model.candidates.guidance_scale(cell), keep,
+        )  # fmt: skip
         if accelerator.is_main_process:
             values = measure(sampled, reference.features, options.metrics, options.seed)
             row = describe_cell(cell, model.candidates, model.num_images, sampled.seconds, values)
