@@ -52,7 +52,7 @@ def corpus(request, tmp_path_factory) -> Path:
 
 def prepared(corpus: Path, output: Path, *arguments: str) -> PreparedImages:
     done = run_forked("prepare_dataset.py", "--train_data_dir", corpus, "--output_dir", output, *arguments)
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("  ")]  # but for the account
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(("  ", "preparing: "))]
     assert len(lines) == 3 - ("--no_contact_sheet" in arguments) and done.stderr == ""
     return PreparedImages(output)
 

@@ -89,7 +89,7 @@ def test_vectors_as_inputs():
         ({"label_names": None}, {}, "--condition class: photos has no classes"),
         ({"label_names": ["cat"]}, {}, r"has only one class \(cat\)"),
         ({"column": lambda name: iter([np.full(9, -1)])}, {}, "gives no image a class"),
-        ({"vector_length": None}, {"condition": "vector"}, "--condition vector: photos has no vectors"),
+        ({"vector_length": None}, {"condition": ["vector"]}, "--condition vector: photos has no vectors"),
     ],
 )
 def test_images_without_the_condition_are_refused(what, options, message):

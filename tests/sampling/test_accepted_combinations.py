@@ -108,7 +108,7 @@ class OneNetwork(torch.nn.Module):
     def __init__(self, networks: Networks, index: int, noise_scheduler):
         super().__init__()
         self.networks, self.index, self.noise_scheduler = networks, index, noise_scheduler
-        self.config = SimpleNamespace(in_channels=1, sample_size=(SIDE, SIDE))
+        self.config = SimpleNamespace(in_channels=1, out_channels=1, sample_size=(SIDE, SIDE))
 
     def forward(self, noisy, timestep):
         level = torch.atan2(*reversed(alpha_sigma(self.noise_scheduler, torch.as_tensor(timestep)[None])))

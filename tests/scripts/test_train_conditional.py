@@ -67,7 +67,7 @@ def test_classes_from_training_to_the_saved_pipeline(train, photos, capsys):
     first, last = (load_file(out / f"checkpoint-{step}" / UNET)["class_embedding.weight"] for step in (4, STEPS))
     assert ((first - last).abs().amax(1) > 1e-5).all()  # each class and the null one are learned
     grid = Image.open(out / "samples.png")
-    assert grid.height / grid.width == pytest.approx(3 / 2, rel=0.05)  # a row a class, two columns
+    assert grid.height / (grid.width - 2 * grid.height / 3) > 3  # one row per class, two columns, and their names
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["validation_loss"] > 0 for row in rows if "validation_loss" in row] == [True]
     assert [row["kid_n"] for row in rows if "kid" in row] == [4]

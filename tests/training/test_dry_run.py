@@ -71,7 +71,7 @@ def test_a_hub_that_refuses_ends_it(dry_run, monkeypatch):
     def refuse(options):
         raise UserError(f"--push_to_hub: no access to {options.hub_model_id}")
 
-    monkeypatch.setattr("trainkit.hub.check_hub_access", refuse, raising=False)
+    monkeypatch.setattr("trainkit.training.dry_run.check_hub_access", refuse)
     with pytest.raises(UserError, match="no access to me/model"):
         dry_run(push_to_hub=True, hub_model_id="me/model")
     dry_run(hub_model_id="me/model")  # without a push nothing is asked
