@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 from process_helpers import ScriptRun
 from safetensors.torch import load_file
+
+from trainkit.errors import UserError
 
 STEPS = 20
 
@@ -50,7 +53,11 @@ def run_in_process(monkeypatch, script, arguments):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("trainkit.training.launch._default_threads", lambda local_processes: 1)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-    importlib.import_module(script).main()
+    try:
+        importlib.import_module(script).main()
+    except UserError:  # the process would end here; Accelerate remembers the precision that was refused
+        AcceleratorState._reset_state(reset_partial_state=True)
+        raise
 
 
 def losses(output_dir):
