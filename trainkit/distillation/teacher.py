@@ -11,7 +11,7 @@ from pipelines.conditional import ConditionalPipeline
 from trainkit.diffusion import few_step
 from trainkit.diffusion.distillation import student_prediction
 from trainkit.diffusion.noise_schedule import NoiseScheduler, prediction_type_of, saved_noise_scheduler
-from trainkit.errors import UserError
+from trainkit.errors import UserError, renamed_flags
 from trainkit.options.distillation import DistillationOptions
 from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
 from trainkit.sampling.generate import Pipeline, image_shape
@@ -66,7 +66,7 @@ def open_teacher(options: DistillationOptions) -> SavedTeacher:
     name = options.teacher_model_name_or_path
     if name is None:
         raise UserError(f"{FLAG} is missing: give the folder of a saved pipeline, or a Hub id")
-    try:
+    with renamed_flags(model_name_or_path=FLAG[2:]):
         folder = find_pipeline(name)
         scheduler = load_scheduler(folder)
         if few_step.is_few_step(scheduler):
@@ -78,8 +78,6 @@ def open_teacher(options: DistillationOptions) -> SavedTeacher:
             raise UserError(f"{FLAG} {name} has no scheduler that says what it was trained for: add scheduler/")
         pipeline = load_pipeline(folder, noise_scheduler)
         _refuse_images(pipeline, f"{FLAG} {name}")
-    except UserError as error:
-        raise UserError(str(error).replace("--model_name_or_path", FLAG)) from None
     teacher = SavedTeacher(name, folder, pipeline, noise_scheduler)
     _check_teacher(options, teacher)
     return teacher
