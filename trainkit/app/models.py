@@ -10,7 +10,7 @@ from trainkit.diffusion.frozen import local_device
 from trainkit.errors import UserError
 from trainkit.sampling.catalogue import CATALOGUE, OWN_SCHEDULER
 from trainkit.sampling.generate import Pipeline, image_shape
-from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
+from trainkit.sampling.load import FLAG, find_pipeline, load_pipeline, weights_digest
 from trainkit.sampling.schedulers import available_schedulers, check_steps, load_scheduler
 from trainkit.sampling.table import choose_scheduler, default_steps, read_table, score_text, time_text
 
@@ -21,6 +21,7 @@ LONG_CHAINS = ("ddim", "ddpm")  # schedulers that are made for many steps
 
 PICTURES = {
     "downscale": "from small images", "mask": "fills masks", "grayscale": "from grey images", "edges": "from edges",
+    "picture": "from other images",
 }  # fmt: skip
 
 
@@ -106,6 +107,9 @@ def open_model(name_or_path: str) -> AppModel:
     own = load_scheduler(folder)
     student, steps = is_few_step(own), default_steps(folder)
     pipeline = load_pipeline(folder, own).to(local_device())
+    image_input = getattr(pipeline, "image_input", None)
+    if image_input is not None and image_input.kind not in PICTURES:
+        raise UserError(f"{FLAG} {name_or_path}: the page takes no {image_input.kind} as condition: use sample.py")
     fitting = available_schedulers(folder)
     return AppModel(
         name=name_or_path.rstrip("/\\") if not Path(name_or_path).is_dir() else folder.resolve().name,
@@ -137,7 +141,7 @@ def describe(model: AppModel) -> str:
         "prompt": "prompts",
     }
     known = [kinds[model.condition]] if model.condition else []
-    known += [PICTURES.get(model.image_input.kind, "other images")] if model.image_input else []
+    known += [PICTURES[model.image_input.kind]] if model.image_input else []
     colour = {1: "grey", 3: "colour", 4: "colour with transparency"}[channels]
     millions = sum(parameter.numel() for parameter in model.pipeline.unet.parameters()) / 1e6
     student = f", student of {_count(model.most_steps, 'step')}" if model.is_student else ""

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
+from pipelines.conditional import ConditionalPipeline
 from trainkit.errors import UserError
 from trainkit.evaluation.candidates import Candidates, Cell
 from trainkit.evaluation.features import FeatureExtractor, open_extractor
@@ -135,6 +136,9 @@ def pipeline_of_row(model: Model, cell: Cell, accelerator: Accelerator) -> Pipel
     folder, name = model.candidates.open(cell)
     scheduler = load_scheduler(folder, name)
     if folder != model.folder:
-        return load_pipeline(folder, scheduler).to(accelerator.device)
+        other = load_pipeline(folder, scheduler).to(accelerator.device)
+        if isinstance(other, ConditionalPipeline):
+            other.size = model.pipeline.size  # that of the pictures, if there are any
+        return other
     model.pipeline.scheduler = scheduler
     return model.pipeline
