@@ -45,6 +45,7 @@ from trainkit.errors import UserError, one_line, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
+from trainkit.options.training import mixed_precision_option
 from trainkit.sampling.conditions import ConditionOptions
 from trainkit.terminal import only_warn, say
 
@@ -78,9 +79,7 @@ class ModelOptions:
     )
     table_dir: str | None = option(None, "folder for the table of --sweep; default: the model's folder")
     sample_batch_size: int = option(64, "images per process and batch of the pipeline", within="[1, inf)")
-    mixed_precision: str | None = option(
-        None, "autocast of the UNet; default: what `accelerate launch` says, else no", choices=("no", "fp16", "bf16")
-    )
+    mixed_precision: str | None = mixed_precision_option()
 
 
 @dataclass

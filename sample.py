@@ -23,7 +23,7 @@ from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
-from trainkit.options.training import channels_last_option, compile_mode_option
+from trainkit.options.training import channels_last_option, compile_mode_option, mixed_precision_option
 from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
 from trainkit.terminal import say, tell
@@ -73,9 +73,7 @@ class ComputeOptions:
     find_batch_size: bool = option(
         False, "halve --sample_batch_size on each process until a batch fits into its memory"
     )
-    mixed_precision: str | None = option(
-        None, "autocast of the UNet; default: what `accelerate launch` says, else no", choices=("no", "fp16", "bf16")
-    )
+    mixed_precision: str | None = mixed_precision_option()
     compile: bool | None = option(
         None, "compile the UNet with torch.compile: minutes at the start, faster steps on GPUs; default: no"
     )

@@ -11,6 +11,14 @@ TOKEN_HELP = (
 )
 
 
+def mixed_precision_option() -> str | None:
+    return option(
+        None, "autocast of the forward pass; auto: bf16 where the device has it in hardware, else no; default: that of "
+        "`accelerate launch`, else no",
+        choices=("auto", "no", "fp16", "bf16"),
+    )  # fmt: skip
+
+
 def compile_mode_option() -> str:
     return option(
         "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
@@ -121,10 +129,7 @@ class EmaOptions:
 class HardwareOptions:
     """hardware: precision, memory, seeds"""
 
-    mixed_precision: str | None = option(
-        None, "autocast of the forward pass; default: that of `accelerate launch`, else no",
-        choices=("no", "fp16", "bf16"),
-    )  # fmt: skip
+    mixed_precision: str | None = mixed_precision_option()
     find_batch_size: bool = option(
         False, "use the largest micro-batch that fits into memory at the same global batch size"
     )

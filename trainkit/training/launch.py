@@ -15,6 +15,7 @@ from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import COLLECTIVE_TIMEOUT
 from trainkit.training.device import CompileOptions
+from trainkit.training.precision import resolve_precision, warn_of_slow_bfloat16
 
 CompiledT = TypeVar("CompiledT", bound=CompileOptions)
 DYNAMO = "ACCELERATE_DYNAMO_"  # environment variables of Accelerate's launcher
@@ -30,6 +31,7 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
     Raises `UserError` if the launcher was asked for more processes than have found each other, and for a precision
     that the device does not support.
     """
+    mixed_precision = resolve_precision(mixed_precision)
     asked = max(int(os.environ.get("WORLD_SIZE", 1)), _processes_asked_of_launcher())
     if not torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         _check_processes(asked, 1, "cpu")  # before Accelerate waits for the others for half an hour
@@ -45,6 +47,8 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
         if accelerator.mixed_precision == "fp16":  # Accelerate accepts it if ACCELERATE_USE_CPU is set
             raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
         set_cpu_threads(cpu_threads)
+    if accelerator.is_main_process:
+        warn_of_slow_bfloat16(accelerator.mixed_precision, accelerator.device.type)
     return accelerator
 
 
