@@ -220,12 +220,13 @@ def report(options: Options, record: dict, samples, conditions, num_generated: i
 
 def list_schedulers(options: Options) -> None:
     """Print the schedulers that fit the model, with the rows of its table."""
-    from trainkit.sampling.load import find_pipeline, weights_digest
+    from trainkit.sampling.load import find_pipeline, is_stock_pipeline, weights_digest
     from trainkit.sampling.schedulers import available_schedulers
     from trainkit.sampling.table import list_lines, read_table
 
     folder = find_pipeline(options.model_name_or_path)
-    print("\n".join(list_lines(available_schedulers(folder), read_table(folder, weights_digest(folder)))))
+    table = read_table(folder, weights_digest(folder))
+    print("\n".join(list_lines(available_schedulers(folder), table, is_stock_pipeline(folder))))
 
 
 def main() -> None:

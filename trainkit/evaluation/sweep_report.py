@@ -57,13 +57,14 @@ def write_pictures(folder: Path, table: dict) -> None:
 def table_lines(table: dict) -> list[str]:
     """The table in Markdown, best first."""
     metrics = table["settings"]["metrics"]
-    columns = ["scheduler", "steps", "UNet calls", "order", "stochastic", "in DDPMPipeline"]
+    stock = any(row["in_stock_pipeline"] is not None for row in table["cells"])
+    columns = ["scheduler", "steps", "UNet calls", "order", "stochastic"] + ["in DDPMPipeline"] * stock
     columns += [metric.upper() for metric in metrics] + ["s per 1,000 images"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     words = {True: "yes", False: "no", None: "?"}
     for row in sorted(table["cells"], key=lambda cell: cell["scores"][metrics[0]]):
         values = [row["scheduler"], row["steps"], row["calls"], row["order"] or "?"]
-        values += [words[row["stochastic"]], words[row["in_stock_pipeline"]]]
+        values += [words[row["stochastic"]]] + [words[row["in_stock_pipeline"]]] * stock
         values += [score_text(row, metric).partition(" ")[2] for metric in metrics]
         lines.append("| " + " | ".join(map(str, [*values, f"{row['seconds_per_1000_images']:.3g}"])) + " |")
     return lines

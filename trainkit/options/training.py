@@ -13,8 +13,8 @@ TOKEN_HELP = (
 
 def mixed_precision_option() -> str | None:
     return option(
-        None, "autocast of the forward pass; auto: bf16 where the device has it in hardware, else no; default: that of "
-        "`accelerate launch`, else no",
+        None, "autocast of the forward pass; auto: bf16 where the device has it in hardware, else no; default: that "
+        "of `accelerate launch`, else no",
         choices=("auto", "no", "fp16", "bf16"),
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ COMPANIONS = (
     "image_input",
 )  # fmt: skip
 CONDITIONAL_FILES = [f"{part}/*.{end}" for part in COMPANIONS for end in ("json", "safetensors", "txt", "model")]
+STOCK_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # all of the same two parts: unet and scheduler
 PICKLED = [f"unet/{WEIGHTS_STEM}.bin", f"{WEIGHTS_STEM}.bin"]
 
 
@@ -175,14 +176,17 @@ def _unet_folder(folder: Path) -> Path:
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
-def _check_pipeline_class(folder: Path) -> None:
+def is_stock_pipeline(folder: Path) -> bool:
+    """Whether diffusers' DDPMPipeline can hold the model in `folder`: no conditions and no autoencoder."""
     index = folder / "model_index.json"
-    if not index.is_file():
+    return not index.is_file() or _class_name(_read_json(index)) in STOCK_PIPELINES
+
+
+def _check_pipeline_class(folder: Path) -> None:
+    if is_stock_pipeline(folder):
         return
-    name = _class_name(_read_json(index))
-    # the first four consist of the same two parts: unet and scheduler
-    ours = UnconditionalPipeline.__name__, ConditionalPipeline.__name__
-    if name not in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", *ours):
+    name = _class_name(_read_json(folder / "model_index.json"))
+    if name not in (UnconditionalPipeline.__name__, ConditionalPipeline.__name__):
         raise UserError(f"{FLAG} {folder}: a {name}; only DDPMPipeline and ConditionalPipeline can be sampled")
 
 
