@@ -41,6 +41,11 @@ def tell(text: str) -> None:
         _print(text)
 
 
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """'1 step', or '1,000 steps'."""
+    return f"{count:,} {noun}" + ("" if count == 1 else ending)
+
+
 def warn(text: str) -> None:
     """Print `WARNING: text`, on every process that calls this, also with `--quiet`."""
     _print(f"WARNING: {text}")

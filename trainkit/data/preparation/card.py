@@ -15,6 +15,7 @@ from trainkit.data.format import (
 )
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.errors import UserError
+from trainkit.terminal import counted
 
 SHOWN_CLASSES = 6
 
@@ -78,7 +79,7 @@ def facts(folder: Path | RemotePath, preparation: dict) -> dict[str, str]:
         "account": _account(preparation),
         "mean, std": _statistics(preparation, settings["image_mode"]),
         "columns": ", ".join(preparation["columns"]),
-        "files": f"{len(preparation['shards']):,} shards, {num_bytes / 1e6:,.1f} MB, "
+        "files": f"{counted(len(preparation['shards']), 'shard')}, {num_bytes / 1e6:,.1f} MB, "
         f"{num_bytes / max(num_images, 1):,.0f} bytes per image",
         "settings": ", ".join(f"{name} {_setting(value)}" for name, value in (settings | filters).items()),
         "source": f"{preparation['source']['name']} ({preparation['source']['fingerprint']})",
