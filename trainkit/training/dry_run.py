@@ -135,8 +135,8 @@ def _preparation(run: Any, options: TrainingOptions) -> list[tuple[str, str]]:
     return [
         (
             "preparing",
-            f"{trial.num_files:,} files, once: about {format_seconds(seconds)} on {counted(processes, 'process', 'es')}, from "
-            f"{num_read} of them{f' ({rejected})' if rejected else ''}",
+            f"{trial.num_files:,} files, once: about {format_seconds(seconds)} on "
+            f"{counted(processes, 'process', 'es')}, from {num_read} of them{f' ({rejected})' if rejected else ''}",
         )
     ]
 
@@ -191,15 +191,15 @@ def _disk(run: Any, options: TrainingOptions) -> tuple[str, str | None]:
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(existing).free, count * each + 2 * weights
     text = (
-        f"{counted(count, 'checkpoint')} of {_megabytes(each)} and a pipeline of {_megabytes(weights)}: {_megabytes(needed)}; "
-        f"{_megabytes(free)} free at {existing}"
+        f"{counted(count, 'checkpoint')} of {_megabytes(each)} and a pipeline of {_megabytes(weights)}: "
+        f"{_megabytes(needed)}; {_megabytes(free)} free at {existing}"
     )
     if needed <= free:
         return text, None
     fits = max(1, int((free - 2 * weights) // max(1, each)) - 1)
     return text, (
-        f"--output_dir {output_dir}: {counted(count, 'checkpoint')} take {_megabytes(needed)}, {_megabytes(free)} are free: "
-        f"use --checkpoints_total_limit {fits}, a larger --checkpointing_steps, or another disk"
+        f"--output_dir {output_dir}: {counted(count, 'checkpoint')} take {_megabytes(needed)}, {_megabytes(free)} are "
+        f"free: use --checkpoints_total_limit {fits}, a larger --checkpointing_steps, or another disk"
     )
 
 

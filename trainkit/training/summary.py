@@ -65,8 +65,8 @@ def _model(run: Run) -> str:
 def _length(run: Run) -> str:
     trained = run.max_train_steps * run.shape.global_size
     return (
-        f"{counted(run.max_train_steps, 'step')} = {counted(trained, 'image')} = {trained / num_images(run.images):.3g} epochs of "
-        f"{num_images(run.images):,} images"
+        f"{counted(run.max_train_steps, 'step')} = {counted(trained, 'image')} = "
+        f"{trained / num_images(run.images):.3g} epochs of {counted(num_images(run.images), 'image')}"
     )
 
 
