@@ -204,7 +204,7 @@ def test_guidance_that_a_student_has_learned_is_given_to_its_teacher_alone(stude
         (["student:4"], None, "--sweep student:4: .* has students of 1, 2 steps"),
         (["ddim:50"], None, "ddim must be one of student, or a scheduler of the teacher, such as teacher/ddim"),
         (["teacher/plms:5"], None, "teacher/plms must be one of teacher/sde_dpmsolver"),
-        (["teacher/ddim:5"], "nowhere", "--teacher_model_name_or_path nowhere is neither a local folder"),
+        (["teacher/ddim:5"], "nowhere", "--teacher_model_name_or_path nowhere: there is no such folder, and the Hub"),
         (["teacher/ddim:5"], "students", "its weights are not those of distillation.json"),
     ],
 )
