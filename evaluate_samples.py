@@ -45,7 +45,7 @@ from trainkit.errors import UserError, one_line, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
-from trainkit.options.training import mixed_precision_option
+from trainkit.options.training import cpu_threads_option, mixed_precision_option
 from trainkit.sampling.conditions import ConditionOptions
 from trainkit.terminal import only_warn, say
 
@@ -111,6 +111,7 @@ class ScoreOptions:
     seed: int = option(
         0, "seed of the draws: --num_images, KID's subsets, the noise floor, the first sample", within="[0, inf)"
     )
+    cpu_threads: int = cpu_threads_option()
     held_out: str | None = option(
         None, "real images that were not trained on: search for samples that copy a reference image"
     )
@@ -144,7 +145,13 @@ def evaluate(options: Options) -> dict | None:
     from trainkit.evaluation.features import open_extractor
     from trainkit.evaluation.images import describe_splits, open_images, read_sampling_record
     from trainkit.evaluation.pairs import compare_pairs
-    from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
+    from trainkit.evaluation.reference import (
+        check_count,
+        choose_images,
+        reference_features,
+        score_images,
+        warn_of_few_images,
+    )
     from trainkit.processes import end_together
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
@@ -157,7 +164,7 @@ def evaluate(options: Options) -> dict | None:
     if of_files:
         record, generated = read_sampling_record(options.generated), open_images(options.generated, "--generated")
     extractor = open_extractor(options.feature_extractor, options.cache_dir)
-    accelerator = start_accelerator("no" if of_files else options.mixed_precision)
+    accelerator = start_accelerator("no" if of_files else options.mixed_precision, options.cpu_threads)
     if not of_files:
         from trainkit.evaluation.model import sample_model
 
@@ -170,6 +177,8 @@ def evaluate(options: Options) -> dict | None:
     made = score_images(generated, samples, *compute, "generated")
     real = reference_features(reference, references, *compute, options.cache_dir)
     check_count("reference", len(real.indices))  # unreadable images are left out
+    if accelerator.is_main_process:
+        warn_of_few_images(options.metrics, len(made.indices), len(real.indices))
     if held_out is not None:
         chosen = choose_images(held_out, "held_out", options.num_images, options.seed)
         held_out = score_images(held_out, chosen, *compute, "held-out")
@@ -246,7 +255,7 @@ def sweep(options: Options) -> None:
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
     refuse_dynamo_config("evaluate_samples.py")
-    accelerator = start_accelerator(options.mixed_precision)
+    accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
     model = open_model(options, accelerator)
     cells = model.candidates.parse(options.sweep)
     reference, extractor = open_reference(options, accelerator)

@@ -23,7 +23,12 @@ from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
-from trainkit.options.training import channels_last_option, compile_mode_option, mixed_precision_option
+from trainkit.options.training import (
+    channels_last_option,
+    compile_mode_option,
+    cpu_threads_option,
+    mixed_precision_option,
+)
 from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
 from trainkit.terminal import say, tell
@@ -79,9 +84,7 @@ class ComputeOptions:
     )
     compile_mode: str = compile_mode_option()
     channels_last: str = channels_last_option()
-    cpu_threads: int = option(
-        0, "threads a process computes with on a CPU; 0: the cores shared by its processes", within="[0, inf)"
-    )
+    cpu_threads: int = cpu_threads_option()
 
 
 @dataclass

@@ -27,6 +27,9 @@ _settings: dict[str, Any] = {"quiet": False, "interval_s": 30.0}  # of this proc
 def set_output(options: PrintOptions) -> None:
     """Take `--quiet` and `--log_interval_s` for everything that this process prints from here on."""
     _settings.update(quiet=options.quiet, interval_s=options.log_interval_s)
+    if options.quiet or not sys.stderr.isatty():  # read when the libraries are imported, after this
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers too
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def say(text: str) -> None:

@@ -19,6 +19,13 @@ def mixed_precision_option() -> str | None:
     )  # fmt: skip
 
 
+def cpu_threads_option() -> int:
+    return option(
+        0, "compute threads per process on a CPU; 0: OMP_NUM_THREADS, else the cores shared among the processes",
+        within="[0, inf)",
+    )  # fmt: skip
+
+
 def compile_mode_option() -> str:
     return option(
         "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
@@ -159,9 +166,7 @@ class HardwareOptions:
         "seed of weights, order, noise, timesteps and augmentation: the same seed gives the same run",
         within="[0, inf)",
     )
-    cpu_threads: int = option(
-        0, "compute threads per process on a CPU; 0: the cores shared among the processes", within="[0, inf)"
-    )
+    cpu_threads: int = cpu_threads_option()
     local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag", within="[-1, inf)")
 
 

@@ -61,7 +61,8 @@ def choose_scheduler(folder: Path, steps: int) -> tuple[str, str]:
     if saved is not None and describe_scheduler(own) != describe_scheduler(saved):
         return OWN_SCHEDULER, f"scheduler: the pipeline's own {type(own).__name__}"
     name = recommended_scheduler(steps)
-    return name, f"--scheduler {name}: recommended for {steps} steps (no row of {TABLE_NAME} has as many)"
+    missing = f" (no row of {TABLE_NAME} has as many)" if table else ""
+    return name, f"--scheduler {name}: recommended for {steps} steps{missing}"
 
 
 def named_scheduler(folder: Path, name: str | None, steps: int) -> tuple[str, SchedulerMixin, str]:

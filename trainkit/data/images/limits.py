@@ -101,8 +101,8 @@ def rejection(image: bytes | str | Path | np.ndarray, error: Exception) -> Rejec
     message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         pixels = re.search(r"[0-9]+", message)
-        size = f"{int(pixels[0]):,} pixels" if pixels else message
-        return RejectedImage(faults.TOO_LARGE, f"{size}; --max_image_pixels is {Image.MAX_IMAGE_PIXELS or 0:,}")
+        found = f"{int(pixels[0]):,} pixels" if pixels else message
+        return RejectedImage(faults.TOO_LARGE, f"{found}; --max_image_pixels is {Image.MAX_IMAGE_PIXELS or 0:,}")
     if isinstance(error, MemoryError):
         return RejectedImage(faults.TOO_LARGE, "decoding it takes more memory than its size says")
     if isinstance(error, FileNotFoundError):

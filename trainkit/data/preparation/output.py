@@ -203,5 +203,6 @@ def output_errors(folder: Path | RemotePath, output_flag: str) -> Iterator[None]
 
 def is_among_images(output_dir: Path, source: Path | RemotePath) -> bool:
     """Whether `output_dir` is inside `source`, a local folder of images or of a prepared dataset."""
-    is_folder = isinstance(source, Path) and source.is_dir()
-    return is_folder and output_dir.resolve().is_relative_to(source.resolve())
+    if not isinstance(source, Path) or not source.is_dir():
+        return False
+    return output_dir.resolve().is_relative_to(source.resolve())
