@@ -144,6 +144,7 @@ def evaluate(options: Options) -> dict | None:
     from trainkit.evaluation.conditional_scores import compare_conditions, judge_classes
     from trainkit.evaluation.features import open_extractor
     from trainkit.evaluation.images import describe_splits, open_images, read_sampling_record
+    from trainkit.evaluation.memorization import search_copies
     from trainkit.evaluation.pairs import compare_pairs
     from trainkit.evaluation.reference import (
         check_count,
@@ -193,7 +194,7 @@ def evaluate(options: Options) -> dict | None:
         "splits": {flag: splits for flag, images in sides if (splits := describe_splits(images))},
         "accuracy": accuracy,
         "paired": compare_pairs(made, real) if options.paired else None,
-        "memorization": search_copies(options, made, real, held_out),
+        "memorization": search_copies(made, real, held_out, options.held_out, options.closest_pairs_file),
         **compare_conditions(options, extractor.weights_sha256, made, real),
     }
 
@@ -221,28 +222,6 @@ def score(options: Options, extractor: "FeatureExtractor", made: "ScoredImages",
         "seed": options.seed,
         "unreadable_reference": {str(real.images.files[index]): why for index, why in real.images.unreadable.items()},
     }
-
-
-def search_copies(
-    options: Options, made: "ScoredImages", real: "ScoredImages", held_out: "ScoredImages | None"
-) -> dict | None:
-    """Nearest reference images of the samples, in feature and in pixel space; None unless a flag requests it."""
-    if held_out is None and options.closest_pairs_file is None:
-        return None
-    from trainkit.evaluation.memorization import closest_pairs, memorization, save_closest_pairs, thumbnails
-
-    found: dict = {"held_out": options.held_out}
-    for space in ("features", "pixels"):
-        training, samples, spare = (
-            None if side is None else side.features if space == "features" else thumbnails(side.images, side.indices)
-            for side in (real, made, held_out)
-        )
-        found[space] = memorization(training, samples, spare)
-    pairs = closest_pairs(made, real)
-    found["closest_pairs"] = [pair._asdict() for pair in pairs]
-    if options.closest_pairs_file is not None:
-        save_closest_pairs(Path(options.closest_pairs_file), made.images, real.images, pairs)
-    return found
 
 
 def sweep(options: Options) -> None:
