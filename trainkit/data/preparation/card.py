@@ -109,7 +109,8 @@ def _classes(classes: dict[str, int]) -> str:
     if len(ordered) == 1:
         return shown
     (_, most), (least_name, least) = ordered[0], ordered[-1]
-    more = f", ... {least_name} {least:,}" if len(ordered) > SHOWN_CLASSES else ""
+    between = "... " if len(ordered) > SHOWN_CLASSES + 1 else ""
+    more = f", {between}{least_name} {least:,}" if len(ordered) > SHOWN_CLASSES else ""
     skew = f"the largest is {most / least:,.1f} times the smallest" if least else f"{least_name} has no images"
     return f"{len(ordered):,}: {shown}{more}; {skew}"
 
