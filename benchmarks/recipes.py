@@ -210,7 +210,7 @@ def train(options, flags: list[str], run_dir: Path, seed: int, more_flags: list[
         *("--model_config_name_or_path", str(run_dir.parent / "unet"), "--image_mode", first_image(options).mode),
         *("--resolution", str(min(first_image(options).size)), "--center_crop"),
         *("--output_dir", str(run_dir), "--overwrite_output_dir", "--seed", str(seed), "--cpu_threads", "1"),
-        *("--mixed_precision", "bf16", "--logger", "none", "--checkpointing_steps", "0", "--num_epochs", "1000000"),
+        *("--mixed_precision", "auto", "--logger", "none", "--checkpointing_steps", "0", "--num_epochs", "1000000"),
         *("--preview_steps", str(10**9), "--save_model_epochs", str(10**9)),
         *("--ddpm_num_inference_steps", "20", *more_flags),
     ]

@@ -68,7 +68,7 @@ class BenchmarkOptions:
     unet: str | None = option(None, "the UNet; default: ddpm_cifar10 on CUDA, else small", choices=tuple(UNETS))
     batch_size: int | None = option(None, "images a step; default: 128 on CUDA, else 32")
     resolution: int = option(32, "height and width of the images")
-    mixed_precision: str = option("bf16", "autocast of all loops", choices=("no", "bf16"))
+    mixed_precision: str = option("auto", "autocast of all loops", choices=("auto", "no", "bf16"))
     compile: bool | None = option(None, "let the engine compile its UNet; default: on CUDA")
     cpu_threads: int = option(0, "threads on a CPU; 0: all cores")
     memory: bool = option(True, "measure memory, each loop in a separate process")
@@ -76,9 +76,11 @@ class BenchmarkOptions:
     only: str | None = option(None, "run this loop alone and print its peak memory in MiB", choices=LOOPS)
     json_file: str | None = option(None, "also write the figures to this file")
 
-    def wait(self) -> None:
+    def resolve(self) -> None:
         """Fill in what depends on the device."""
         import torch
+
+        from trainkit.training.precision import resolve_precision
 
         if self.cpu_threads:
             torch.set_num_threads(self.cpu_threads)
@@ -86,6 +88,7 @@ class BenchmarkOptions:
         on_cuda = self.device.type == "cuda"
         self.unet = self.unet or ("ddpm_cifar10" if on_cuda else "small")
         self.batch_size = self.batch_size or (128 if on_cuda else 32)
+        self.mixed_precision = resolve_precision(self.mixed_precision)
         self.compile = on_cuda if self.compile is None else self.compile
         self.unet_config = {"sample_size": self.resolution} | UNETS[self.unet]
 
@@ -268,7 +271,7 @@ def report(options, speeds: dict, wait_share: float, memory: dict) -> None:
 
 def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
-    options.wait()
+    options.resolve()
     import numpy as np
     from PIL import Image
 

@@ -136,15 +136,15 @@ def _start_again(output_dir: Path) -> None:
 
 
 def _refuse_output_among_images(options: TrainingOptions) -> None:
-    """Grids and samples written among the raw training images would be trained on by the next run."""
+    """Files of a run do not belong among the images; grids among raw ones would be trained on by the next run."""
     for flag in ("train_data_dir", "validation_data_dir"):
         given = getattr(options, flag)
         if given is None or (flag == "train_data_dir" and options.dataset_name is not None):
             continue
         if is_among_images(Path(options.output_dir), location(given, options.storage_options)):
             raise UserError(
-                f"--output_dir {options.output_dir} is inside --{flag} {given}: its grids would become training "
-                "images; choose a folder outside"
+                f"--output_dir {options.output_dir} is inside --{flag} {given}, where grids would become training "
+                "images: choose a folder outside"
             )
 
 
