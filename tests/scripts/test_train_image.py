@@ -132,7 +132,7 @@ def test_classes_and_images_together(train):
         ({"condition": ["image", "class"]}, "--condition image class: give one of class, vector, text and image, or"),
         (
             {"condition": ["class", "vector"]},
-            "--condition class vector: give one of class, vector, text and image",
+            "--condition class vector: the UNet embeds one of class and vector: for both, append the class",
         ),
         ({"condition_from": "mask", "conditioning_noise": 0.1}, "--conditioning_noise 0.1 is noise in a small image"),
         ({"condition_from": "mask", "vae_name_or_path": "x"}, "--vae_name_or_path x: --condition image is trained on"),

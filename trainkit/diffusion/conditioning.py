@@ -50,6 +50,11 @@ def preview_scale(options: ConditionalTrainingOptions) -> float:
 def check_condition(options: ConditionalTrainingOptions) -> None:
     """Raise `UserError` for conditioning and caption options that contradict each other."""
     kinds = options.condition
+    if {"class", "vector"} <= set(kinds):
+        raise UserError(
+            f"--condition {' '.join(kinds)}: the UNet embeds one of class and vector: for both, append the class to "
+            "the vectors, a number per class that is 1 for its own and 0 for the others, and give vector"
+        )
     if len(kinds) > 2 or (len(kinds) == 2 and (kinds[0] == "image" or kinds[1] != "image")):
         raise UserError(
             f"--condition {' '.join(kinds)}: give one of class, vector, text and image, or one of the first three and "
