@@ -208,7 +208,7 @@ def refused(distill, message, *arguments, **flags):
         ({"teacher_model_name_or_path": None}, "--teacher_model_name_or_path is missing"),
         (
             {"teacher_model_name_or_path": "/nowhere"},
-            "--teacher_model_name_or_path /nowhere is neither",
+            "--teacher_model_name_or_path /nowhere does not exist",
         ),
         ({"resume_from_checkpoint": "checkpoint-2"}, "--resume_from_checkpoint checkpoint-2: distill.py resumes"),
     ],
