@@ -262,7 +262,8 @@ def _rows(given, are_maps: bool = False) -> list:
     if isinstance(given, list | tuple):
         return list(given)
     if isinstance(given, np.ndarray | torch.Tensor):
-        if given.ndim == 4 or (are_maps and given.ndim == 3 and 1 not in (given.shape[0], given.shape[2])):
+        several_maps = are_maps and given.ndim == 3 and given.shape[0] > 1 and given.shape[2] not in (1, 3, 4)
+        if given.ndim == 4 or several_maps:
             return list(given)
     return [given]
 
