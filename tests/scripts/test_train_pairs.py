@@ -146,72 +146,72 @@ def test_a_prepared_dataset_of_pairs_is_all_that_training_needs(train, prepared,
     assert "has label maps of 4 classes as conditioning images, which are not used" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("data", "flags", "message"),
-    [
-        (
-            None,
-            {"conditioning_data_dir": None},
-            "--condition image needs --condition_from: downscale:FACTOR, .*; or co",
-        ),
-        (None, {"condition": "class"}, "--conditioning_data_dir .*maps needs --condition image"),
-        (
-            None,
-            {"condition_from": "edges"},
-            "--conditioning_data_dir .*maps is for .* and --condition_from edges makes",
-        ),
-        (
-            None,
-            {"conditioning_noise": 0.1},
-            "--conditioning_noise 0.1 is noise in a small image: it needs --condition_f",
-        ),
-        (None, {"vae_name_or_path": "x"}, "--vae_name_or_path x: --condition image is trained on pixels"),
-        (None, {"conditioning_classes": 2}, "--conditioning_classes 2: .*.png: .*: it holds the id [23]"),
-        (None, {"conditioning_classes": 1}, "--conditioning_classes 1 must be 2 to 256"),
-        (
-            None,
-            {"conditioning_data_dir": None, "conditioning_classes": 4},
-            "--condition image needs --condition_from: .*; or conditioning images, of which .* has none",
-        ),
-        (
-            None,
-            {"validation_conditioning_data_dir": "x"},
-            "--validation_conditioning_data_dir x needs --validation_data",
-        ),
-        (
-            None,
-            {"validation_data_dir": "held-out/images"},
-            "of which --validation_data_dir .* has none: --validation_con",
-        ),
-        ("plain", {}, "--conditioning_data_dir .* is prepared already, without conditioning images: prepare the raw"),
-        (
-            "maps",
-            {},
-            "--conditioning_data_dir .* is prepared already, with its conditioning images: leave the flag out",
-        ),
-        ("plain", {"conditioning_data_dir": None}, "--condition image needs --condition_from: .*plain has none"),
-        (
-            "maps",
-            {"conditioning_data_dir": None, "condition_from": "edges"},
-            "--condition_from edges, but .*maps has conditioning images",
-        ),
-        (
-            "maps",
-            {"conditioning_data_dir": None, "conditioning_classes": 5},
-            "--conditioning_classes 5, but .*maps holds label maps of 4 classes",
-        ),
-        (
-            "pictures",
-            {"conditioning_data_dir": None, "conditioning_classes": 4},
-            "--conditioning_classes 4, but .*pictures holds RGB pictures",
-        ),
-        (
-            "pictures",
-            {"conditioning_data_dir": None, "conditioning_image_mode": "L"},
-            "--conditioning_image_mode L, but .*pictures holds RGB pictures",
-        ),
-    ],
-)
+MISTAKES = [
+    (
+        None,
+        {"conditioning_data_dir": None},
+        "--condition image needs --condition_from: downscale:FACTOR, .*; or co",
+    ),
+    (None, {"condition": "class"}, "--conditioning_data_dir .*maps needs --condition image"),
+    (
+        None,
+        {"condition_from": "edges"},
+        "--conditioning_data_dir .*maps is for .* and --condition_from edges makes",
+    ),
+    (
+        None,
+        {"conditioning_noise": 0.1},
+        "--conditioning_noise 0.1 is noise in a small image: it needs --condition_f",
+    ),
+    (None, {"vae_name_or_path": "x"}, "--vae_name_or_path x: --condition image is trained on pixels"),
+    (None, {"conditioning_classes": 2}, "--conditioning_classes 2: .*.png: .*: it holds the id [23]"),
+    (None, {"conditioning_classes": 1}, "--conditioning_classes 1 must be 2 to 256"),
+    (
+        None,
+        {"conditioning_data_dir": None, "conditioning_classes": 4},
+        "--condition image needs --condition_from: .*; or conditioning images, of which .* has none",
+    ),
+    (
+        None,
+        {"validation_conditioning_data_dir": "x"},
+        "--validation_conditioning_data_dir x needs --validation_data",
+    ),
+    (
+        None,
+        {"validation_data_dir": "held-out/images"},
+        "of which --validation_data_dir .* has none: --validation_con",
+    ),
+    ("plain", {}, "--conditioning_data_dir .* is prepared already, without conditioning images: prepare the raw"),
+    (
+        "maps",
+        {},
+        "--conditioning_data_dir .* is prepared already, with its conditioning images: leave the flag out",
+    ),
+    ("plain", {"conditioning_data_dir": None}, "--condition image needs --condition_from: .*plain has none"),
+    (
+        "maps",
+        {"conditioning_data_dir": None, "condition_from": "edges"},
+        "--condition_from edges, but .*maps has conditioning images",
+    ),
+    (
+        "maps",
+        {"conditioning_data_dir": None, "conditioning_classes": 5},
+        "--conditioning_classes 5, but .*maps holds label maps of 4 classes",
+    ),
+    (
+        "pictures",
+        {"conditioning_data_dir": None, "conditioning_classes": 4},
+        "--conditioning_classes 4, but .*pictures holds RGB pictures",
+    ),
+    (
+        "pictures",
+        {"conditioning_data_dir": None, "conditioning_image_mode": "L"},
+        "--conditioning_image_mode L, but .*pictures holds RGB pictures",
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "flags", "message"), MISTAKES)
 def test_one_line_error(train, folders, prepared, monkeypatch, data, flags, message):
     monkeypatch.chdir(folders["train_data_dir"].parent)
     if data is not None:
