@@ -51,6 +51,14 @@ def test_pairs_are_the_same_in_every_form(pairs, tmp_path, how):
     assert preparation["columns"].count("conditioning_image") == 1
 
 
+def test_pairs_may_be_left_out(pairs, tmp_path):
+    for how in ("metadata.jsonl", "parquet", "webdataset"):
+        given, _ = given_as(how, *pairs, tmp_path / how)
+        left_out = open_pairs(given, conditioning_image_column="none")
+        assert left_out.pairs is None and len(left_out) == 8
+        assert dataset_fingerprint(left_out, SETTINGS) == dataset_fingerprint(open_given(given), SETTINGS)
+
+
 @pytest.mark.parametrize("how", ["metadata.jsonl", "zip", "beside zip"])
 def test_conditioning_images_in_the_folder_are_used_and_not_trained_on(pairs, tmp_path, how):
     given, _ = given_as(how, *pairs, tmp_path / "given")

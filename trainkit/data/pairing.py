@@ -10,6 +10,7 @@ from trainkit.options.data import PairOptions
 from trainkit.options.model import DERIVED_KINDS
 from trainkit.options.script import ConditionalTrainingOptions
 
+LEFT_OUT = "none"  # instead of a column
 PAIR_FLAGS = tuple(field.name for field in dataclasses.fields(PairOptions))
 GIVE_PAIRS = (
     "--conditioning_data_dir FOLDER, a conditioning_image column of a table, conditioning_file_name in metadata, or "
@@ -84,7 +85,7 @@ def wants_pairs(options: Any) -> bool:
     """Whether conditioning images are read where the data has them."""
     if isinstance(options, ConditionalTrainingOptions):
         return "image" in options.condition and options.condition_from is None
-    return isinstance(options, PairOptions)
+    return isinstance(options, PairOptions) and options.conditioning_image_column != LEFT_OUT
 
 
 def check_pairs_found(found: PairSettings | None, options: Any, what: str) -> None:

@@ -59,7 +59,7 @@ class PairOptions:
     )
     conditioning_image_column: str | None = option(
         None, "column of conditioning images, or of the names of their files, in tables and metadata files; default: "
-        "conditioning_image in tables, conditioning_file_name in metadata files",
+        "conditioning_image in tables, conditioning_file_name in metadata files; none: prepare without them",
     )  # fmt: skip
     conditioning_image_mode: str | None = option(
         None, "colour mode of the conditioning images; default: that of the prepared dataset, else RGB",

@@ -82,7 +82,9 @@ def find_table_columns(schema: pa.Schema, options: ColumnOptions, account: Accou
     features = table_features(schema)
     condition = _condition_column(schema, options, what)
     images = _image_columns(schema, features, options, what)
-    images = [name for name in images if name != condition] or images
+    if images == [condition]:  # there is no other image
+        condition = None
+    images = [name for name in images if name != condition]
     classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
     classes = sorted((name for name in classes if name in schema.names), key=lambda name: _rank(name, LABEL_NAMES))
     named = [name for name in schema.names if normal_name(name) in LABEL_NAMES]

@@ -1,7 +1,7 @@
 """Put together what a walk through a folder found and what its metadata files say, in the order of the paths."""
 
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from trainkit.data.sources.entries import (
 )
 from trainkit.data.sources.metadata import ColumnOptions, read_folder_metadata
 from trainkit.data.sources.names import match_names, relative_name
-from trainkit.data.sources.rowfile import RowFile, sorted_rows
+from trainkit.data.sources.rowfile import BATCH_ROWS, RowFile, sorted_rows
 from trainkit.errors import UserError
 
 PATH_SCHEMA = pa.schema([("path", pa.binary())])
@@ -39,31 +39,31 @@ def with_metadata(
         return
     renamed = _renamed(root, file, found, options, flag)
     account = found.account
-    named = sorted_rows(_metadata_rows(root, found, options.columns, account, renamed), METADATA_SCHEMA)
+    conditions = RowFile(PATH_SCHEMA)
+    read = _noted(_metadata_rows(root, found, options.columns, account, renamed), conditions)
+    named = sorted_rows(read, METADATA_SCHEMA)
     merged = _merged(_of_split(named, keep, account), account)
-    first = next(merged, None)
+    first = next(merged, None)  # now all metadata is read
     kept = (row for row in rows if keep(row[0]))
     if first is None:
         yield from kept
         return
-    conditions = _condition_names(root, found, options.columns)
     _refuse_outside(root, conditions, flag)
-    yield from _joined(root, kept, chain([first], merged), found, _condition_names(root, found, options.columns))
+    used = (path for (path,) in sorted_rows(conditions.rows(0, len(conditions)), PATH_SCHEMA))
+    yield from _joined(root, kept, chain([first], merged), found, used)
 
 
-def _condition_names(root: Path, found: Found, columns: ColumnOptions) -> Iterator[bytes]:
-    """The paths of the conditioning images that metadata names, sorted."""
-    if not columns.has_pairs:
-        return iter(())
-    named = _metadata_rows(root, found, columns, Account(), {})
-    paths = sorted_rows(((row[-1],) for row in named if row[-1] is not None), PATH_SCHEMA)
-    return (path for path, *_ in paths)
+def _noted(rows: Iterator[tuple], conditions: RowFile) -> Iterator[tuple]:
+    """`rows` of `METADATA_SCHEMA`; the conditioning images that they name are added to `conditions`."""
+    while batch := list(islice(rows, BATCH_ROWS)):
+        conditions.extend((row[-1],) for row in batch if row[-1] is not None)
+        yield from batch
 
 
-def _refuse_outside(root: Path, conditions: Iterator[bytes], flag: str) -> None:
+def _refuse_outside(root: Path, conditions: RowFile, flag: str) -> None:
     """Raise `UserError` for a conditioning image outside of `root`, or if none of them is there."""
     first, is_one_there = None, False
-    for path in map(decoded, conditions):
+    for path in (decoded(path) for (path,) in conditions.rows(0, len(conditions))):
         if _leads_out(path):
             raise UserError(
                 f"{flag} {root}: metadata names the conditioning image {path}, which is outside of it; name files "
