@@ -45,6 +45,7 @@ from trainkit.errors import UserError, one_line, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
+from trainkit.options.training import cpu_threads_option, mixed_precision_option
 from trainkit.sampling.conditions import ConditionOptions
 from trainkit.terminal import only_warn, say
 
@@ -78,9 +79,7 @@ class ModelOptions:
     )
     table_dir: str | None = option(None, "folder for the table of --sweep; default: the model's folder")
     sample_batch_size: int = option(64, "images per process and batch of the pipeline", within="[1, inf)")
-    mixed_precision: str | None = option(
-        None, "autocast of the UNet; default: what `accelerate launch` says, else no", choices=("no", "fp16", "bf16")
-    )
+    mixed_precision: str | None = mixed_precision_option()
 
 
 @dataclass
@@ -112,6 +111,7 @@ class ScoreOptions:
     seed: int = option(
         0, "seed of the draws: --num_images, KID's subsets, the noise floor, the first sample", within="[0, inf)"
     )
+    cpu_threads: int = cpu_threads_option()
     held_out: str | None = option(
         None, "real images that were not trained on: search for samples that copy a reference image"
     )
@@ -144,8 +144,15 @@ def evaluate(options: Options) -> dict | None:
     from trainkit.evaluation.conditional_scores import compare_conditions, judge_classes
     from trainkit.evaluation.features import open_extractor
     from trainkit.evaluation.images import describe_splits, open_images, read_sampling_record
+    from trainkit.evaluation.memorization import search_copies
     from trainkit.evaluation.pairs import compare_pairs
-    from trainkit.evaluation.reference import check_count, choose_images, reference_features, score_images
+    from trainkit.evaluation.reference import (
+        check_count,
+        choose_images,
+        reference_features,
+        score_images,
+        warn_of_few_images,
+    )
     from trainkit.processes import end_together
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
@@ -158,7 +165,7 @@ def evaluate(options: Options) -> dict | None:
     if of_files:
         record, generated = read_sampling_record(options.generated), open_images(options.generated, "--generated")
     extractor = open_extractor(options.feature_extractor, options.cache_dir)
-    accelerator = start_accelerator("no" if of_files else options.mixed_precision)
+    accelerator = start_accelerator("no" if of_files else options.mixed_precision, options.cpu_threads)
     if not of_files:
         from trainkit.evaluation.model import sample_model
 
@@ -171,6 +178,8 @@ def evaluate(options: Options) -> dict | None:
     made = score_images(generated, samples, *compute, "generated")
     real = reference_features(reference, references, *compute, options.cache_dir)
     check_count("reference", len(real.indices))  # unreadable images are left out
+    if accelerator.is_main_process:
+        warn_of_few_images(options.metrics, len(made.indices), len(real.indices))
     if held_out is not None:
         chosen = choose_images(held_out, "held_out", options.num_images, options.seed)
         held_out = score_images(held_out, chosen, *compute, "held-out")
@@ -185,7 +194,7 @@ def evaluate(options: Options) -> dict | None:
         "splits": {flag: splits for flag, images in sides if (splits := describe_splits(images))},
         "accuracy": accuracy,
         "paired": compare_pairs(made, real) if options.paired else None,
-        "memorization": search_copies(options, made, real, held_out),
+        "memorization": search_copies(made, real, held_out, options.held_out, options.closest_pairs_file),
         **compare_conditions(options, extractor.weights_sha256, made, real),
     }
 
@@ -215,28 +224,6 @@ def score(options: Options, extractor: "FeatureExtractor", made: "ScoredImages",
     }
 
 
-def search_copies(
-    options: Options, made: "ScoredImages", real: "ScoredImages", held_out: "ScoredImages | None"
-) -> dict | None:
-    """Nearest reference images of the samples, in feature and in pixel space; None unless a flag requests it."""
-    if held_out is None and options.closest_pairs_file is None:
-        return None
-    from trainkit.evaluation.memorization import closest_pairs, memorization, save_closest_pairs, thumbnails
-
-    found: dict = {"held_out": options.held_out}
-    for space in ("features", "pixels"):
-        training, samples, spare = (
-            None if side is None else side.features if space == "features" else thumbnails(side.images, side.indices)
-            for side in (real, made, held_out)
-        )
-        found[space] = memorization(training, samples, spare)
-    pairs = closest_pairs(made, real)
-    found["closest_pairs"] = [pair._asdict() for pair in pairs]
-    if options.closest_pairs_file is not None:
-        save_closest_pairs(Path(options.closest_pairs_file), made.images, real.images, pairs)
-    return found
-
-
 def sweep(options: Options) -> None:
     """Score each scheduler and number of steps of `--sweep`, and write the table after each."""
     from trainkit.evaluation.model import open_model, open_reference, pipeline_of_row, table_settings
@@ -247,7 +234,7 @@ def sweep(options: Options) -> None:
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
     refuse_dynamo_config("evaluate_samples.py")
-    accelerator = start_accelerator(options.mixed_precision)
+    accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
     model = open_model(options, accelerator)
     cells = model.candidates.parse(options.sweep)
     reference, extractor = open_reference(options, accelerator)

@@ -23,7 +23,12 @@ from trainkit.errors import UserError, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
-from trainkit.options.training import channels_last_option, compile_mode_option
+from trainkit.options.training import (
+    channels_last_option,
+    compile_mode_option,
+    cpu_threads_option,
+    mixed_precision_option,
+)
 from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
 from trainkit.terminal import say, tell
@@ -73,17 +78,13 @@ class ComputeOptions:
     find_batch_size: bool = option(
         False, "halve --sample_batch_size on each process until a batch fits into its memory"
     )
-    mixed_precision: str | None = option(
-        None, "autocast of the UNet; default: what `accelerate launch` says, else no", choices=("no", "fp16", "bf16")
-    )
+    mixed_precision: str | None = mixed_precision_option()
     compile: bool | None = option(
         None, "compile the UNet with torch.compile: minutes at the start, faster steps on GPUs; default: no"
     )
     compile_mode: str = compile_mode_option()
     channels_last: str = channels_last_option()
-    cpu_threads: int = option(
-        0, "threads a process computes with on a CPU; 0: the cores shared by its processes", within="[0, inf)"
-    )
+    cpu_threads: int = cpu_threads_option()
 
 
 @dataclass
@@ -222,12 +223,13 @@ def report(options: Options, record: dict, samples, conditions, num_generated: i
 
 def list_schedulers(options: Options) -> None:
     """Print the schedulers that fit the model, with the rows of its table."""
-    from trainkit.sampling.load import find_pipeline, weights_digest
+    from trainkit.sampling.load import find_pipeline, is_stock_pipeline, weights_digest
     from trainkit.sampling.schedulers import available_schedulers
     from trainkit.sampling.table import list_lines, read_table
 
     folder = find_pipeline(options.model_name_or_path)
-    print("\n".join(list_lines(available_schedulers(folder), read_table(folder, weights_digest(folder)))))
+    table = read_table(folder, weights_digest(folder))
+    print("\n".join(list_lines(available_schedulers(folder), table, is_stock_pipeline(folder))))
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Several threads round differently from run to run, and those of several workers wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait sleep: scripts of the tests compute with all cores, which they share with other workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import process_helpers

@@ -46,12 +46,8 @@ def tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags):
 
 
 def run_in_process(monkeypatch, script, arguments):
-    """Run `main` of a script, "train_unconditional" for example, in this process on the CPU, with one thread.
-
-    Threads of several workers of pytest that wait for each other on the same cores cost many times the work.
-    """
+    """Run `main` of a script, "train_unconditional" for example, in this process on the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr("trainkit.training.launch._default_threads", lambda local_processes: 1)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     try:
         importlib.import_module(script).main()

@@ -27,6 +27,9 @@ _settings: dict[str, Any] = {"quiet": False, "interval_s": 30.0}  # of this proc
 def set_output(options: PrintOptions) -> None:
     """Take `--quiet` and `--log_interval_s` for everything that this process prints from here on."""
     _settings.update(quiet=options.quiet, interval_s=options.log_interval_s)
+    if options.quiet or not sys.stderr.isatty():  # read when the libraries are imported, after this
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers too
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def say(text: str) -> None:
@@ -39,6 +42,11 @@ def tell(text: str) -> None:
     """Print a result, on the first process of each machine, also with `--quiet`."""
     if is_first_process():
         _print(text)
+
+
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """'1 step', or '1,000 steps'."""
+    return f"{count:,} {noun}" + ("" if count == 1 else ending)
 
 
 def warn(text: str) -> None:

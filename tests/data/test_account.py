@@ -106,6 +106,39 @@ def test_why_folders_are_not_classes(tmp_path, packed):
     assert account.examples[Kind.NO_CLASS_FOLDER] == ["loose.png"] and account.counts[Kind.NO_CLASS_FOLDER] == 1
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_the_folder_at_the_top_is_looked_for_in_the_split(tmp_path, packed):
+    names = ("train/cat/1.png", "train/cat/old/2.png", "train/dog/3.png", "train/loose.png", "test/cat/4.png")
+    given = given_files(tmp_path, [(name, png(number)) for number, name in enumerate(names)], packed)
+    found = prepared(given, tmp_path / "out", label_from="top_folder")
+    assert dict(zip(found.names, found.labels, strict=True)) == {
+        "train/cat/1.png": 0, "train/cat/old/2.png": 0, "train/dog/3.png": 1, "train/loose.png": -1,
+    }  # fmt: skip
+    account = open_given(given, label_from="top_folder").account
+    assert account.examples[Kind.NO_CLASS_FOLDER] == ["train/loose.png"]
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    given_files(tmp_path, [(name, png()) for name in ("train/old/1.png", "car/2.png", "bus/3.png")], packed=False)
+    source = open_given(tmp_path / "in", label_from="top_folder", dataset_split="all")
+    assert [entry.label for entry in source.entries] == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize("flag", ["caption_column", "image_column", "vector_column"])
+def test_a_column_of_a_folder_without_a_table_is_refused(tmp_path, flag):
+    given = given_files(tmp_path, [("1.png", png())], packed=False)
+    with pytest.raises(UserError, match=f"--{flag} foo is a column of a table, and .* has no metadata.csv"):
+        open_given(given, **{flag: "foo"})
+    assert len(open_given(given, image_column="image").entries) == 1
+
+
+def test_one_folder_at_the_top_is_no_class(tmp_path):
+    given_files(tmp_path, [(name, png()) for name in ("photos/cat/1.png", "photos/dog/2.png")], packed=False)
+    source = open_given(tmp_path / "in", label_from="top_folder")
+    assert source.label_names is None
+    assert source.account.examples[Kind.NO_CLASSES] == ["--label_from top_folder: all images are in photos"]
+
+
 def test_linked_folders_that_are_read_elsewhere_are_named(tmp_path):
     given_files(tmp_path, [("a/1.png", png()), ("b/2.png", png(1))], packed=False)
     os.symlink(tmp_path / "in/a", tmp_path / "in/again")

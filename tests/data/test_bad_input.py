@@ -98,6 +98,8 @@ def test_only_what_says_so_is_taken_for_tga(tmp_path):
 def test_the_limit_comes_before_the_memory():
     """A bomb of 40 GB as 8-bit RGBA: refused from its header."""
     assert fault(header_only_png(100_000, 100_000, 6)) == "too_large"
+    with pytest.raises(RejectedImage, match="^10,000,000,000 pixels; --max_image_pixels is 89,478,485$"):
+        decode_image(header_only_png(100_000, 100_000, 6), PreparationSettings(8, 8))
     assert fault(header_only_png(9400, 9520)) == "too_large" and fault(header_only_png(9400, 9500)) == "truncated"
 
 

@@ -160,7 +160,7 @@ def test_a_dataset_with_other_pairs_is_not_replaced(pairs, tmp_path):
         ({"conditioning_data_dir": "others"}, "wanted is a/00.png with any image suffix, and there is x.png"),
         ({"conditioning_data_dir": "pairs/images/a"}, "images/a is inside --train_data_dir pairs/images"),
         ({"conditioning_classes": 4}, "--conditioning_classes 4 is for conditioning images, and .* has none: give "),
-        ({"conditioning_image_column": "x"}, "--conditioning_image_column x is for conditioning images, and .* none"),
+        ({"conditioning_image_column": "x"}, "--conditioning_image_column x is a column of a table, and .* has no"),
         (
             {"conditioning_data_dir": "pairs/maps", "conditioning_image_column": "x"},
             "--conditioning_data_dir pairs/maps and --conditioning_image_column x both name",

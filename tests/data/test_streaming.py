@@ -105,7 +105,7 @@ def test_a_copy_that_was_cut_short_is_completed(prepared, tmp_path, capsys):
     shard.write_bytes(whole[:100])
     capsys.readouterr()
     assert local_copy(location(URL), tmp_path) == copy and shard.read_bytes() == whole
-    assert "copying 1 shards" in capsys.readouterr().out
+    assert "copying 1 shard of" in capsys.readouterr().out
 
 
 def test_a_complete_copy_that_only_its_owner_can_write_is_read(prepared, tmp_path, monkeypatch):

@@ -17,12 +17,12 @@ from sampling_helpers import tiny_model
 from trainkit.diffusion.few_step import progressive_scheduler, step_timesteps, with_time_table
 from trainkit.errors import UserError
 from trainkit.evaluation import sweep
-from trainkit.evaluation.candidates import Candidates, Cell
+from trainkit.evaluation.candidates import Candidates, Cell, facts_of
 from trainkit.evaluation.features import ROUNDED_RESIZE
 from trainkit.evaluation.frechet import RunningMoments
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance, frechet_distance_of_groups
 from trainkit.report.card_results import BEGIN, END, with_section
-from trainkit.sampling.load import weights_digest
+from trainkit.sampling.load import is_stock_pipeline, weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline, unconditional_pipeline
 from trainkit.sampling.table import TABLE_NAME, choose_scheduler
 
@@ -204,7 +204,7 @@ def test_guidance_that_a_student_has_learned_is_given_to_its_teacher_alone(stude
         (["student:4"], None, "--sweep student:4: .* has students of 1, 2 steps"),
         (["ddim:50"], None, "ddim must be one of student, or a scheduler of the teacher, such as teacher/ddim"),
         (["teacher/plms:5"], None, "teacher/plms must be one of teacher/sde_dpmsolver"),
-        (["teacher/ddim:5"], "nowhere", "--teacher_model_name_or_path nowhere is neither a local folder"),
+        (["teacher/ddim:5"], "nowhere", "--teacher_model_name_or_path nowhere: there is no such folder, and the Hub"),
         (["teacher/ddim:5"], "students", "its weights are not those of distillation.json"),
     ],
 )
@@ -304,3 +304,17 @@ def test_the_list_of_schedulers_says_what_runs_where(models, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("unipc ") and "not in DDPMPipeline" in line and "order 3" in line for line in lines)
     assert any(line.startswith("sde_dpmsolver ") and "stochastic, runs in DDPMPipeline" in line for line in lines)
+
+
+def test_ddpmpipeline_is_not_mentioned_for_a_model_that_it_cannot_hold(models, tmp_path, capsys):
+    import sample
+
+    folder = tmp_path / "latents"
+    shutil.copytree(models / "plain", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = ["unconditional", "UnconditionalPipeline"]  # as it is saved with an autoencoder
+    (folder / "model_index.json").write_text(json.dumps(index))
+    sample.list_schedulers(SimpleNamespace(model_name_or_path=str(folder)))
+    assert "unipc" in (lines := capsys.readouterr().out) and "DDPMPipeline" not in lines
+    assert not is_stock_pipeline(folder) and is_stock_pipeline(models / "plain")
+    assert facts_of(Cell("unipc", 5), stock=False)["in_stock_pipeline"] is None

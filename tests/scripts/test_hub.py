@@ -150,7 +150,7 @@ def test_push_py_sends_the_checkpoint_if_asked_and_names_what_is_wrong(
         ([out, "--hub_token", SECRET], r"was not pushed to digits: the token was refused \(401\)"),
         ([out, "--hub_license", "mit"], "--hub_license: .* holds a model, which has no use for it"),
         ([out, "--hub_model_id", "a b"], "--hub_model_id a b: not a name for a repository"),
-        ([tmp_path], "holds no model"),
+        ([tmp_path], "holds no saved model"),
         ([tmp_path / "none"], "does not exist; give a folder"),
         ([], "give the folder to push: python push.py FOLDER"),
         ([tmp_path, "--push_checkpoint"], "holds no complete checkpoint"),

@@ -1,6 +1,7 @@
 """--dry_run: everything is checked and measured, nothing is trained, and nothing is left behind."""
 
 import glob
+import re
 import shutil
 import tempfile
 from collections import namedtuple
@@ -55,7 +56,12 @@ def test_a_disk_without_room_for_the_checkpoints_is_an_error(dry_run, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**7))
     with pytest.raises(UserError, match=r"334 checkpoints take .* MB, 10.0 MB are free: use --checkpoints_total"):
         dry_run(max_train_steps=1000)
-    assert "1 checkpoints" not in dry_run(max_train_steps=1000, checkpoints_total_limit=2)
+    assert "1 checkpoint " not in dry_run(max_train_steps=1000, checkpoints_total_limit=2)
+
+
+def test_a_run_of_one_step_is_timed_by_it(dry_run):
+    found = re.search(r"for 1 step at (\S+) s ", dry_run(max_train_steps=1))
+    assert found and float(found[1]) > 0.002  # forward and backward pass, and not only the end of the step
 
 
 def test_a_step_that_does_not_fit_is_one_line(dry_run, monkeypatch):

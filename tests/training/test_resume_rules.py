@@ -148,7 +148,7 @@ def test_checkpoints_behind_links_and_odd_names_are_left_alone(train, tmp_path):
 
 def test_the_output_folder_is_not_among_the_images(train, image_folder):
     for where in (image_folder, image_folder / "model"):
-        with pytest.raises(UserError, match="is inside --train_data_dir .*: its grids would become training images"):
+        with pytest.raises(UserError, match="is inside --train_data_dir .*, where grids would become training images"):
             train(output_dir=where)
     assert not (image_folder / "model").exists()
 

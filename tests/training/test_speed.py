@@ -292,7 +292,7 @@ def test_finding_the_batch_size_keeps_the_run(train, monkeypatch, capsys):
 
     monkeypatch.setattr(UNet2DModel, "forward", limited)
     found = train("found", find_batch_size=True)
-    assert "8 images per step = 2 per device x 1 processes x 4 micro-steps" in capsys.readouterr().out
+    assert "8 images per step = 2 per device x 1 process x 4 micro-steps" in capsys.readouterr().out
     assert losses(found) == pytest.approx(losses(plain), abs=1e-4)
 
 

@@ -60,7 +60,7 @@ class Kind(str, Enum):
     FALLBACK_ENCODING = "text file~ not in UTF-8, read as cp1252"
     OTHER_SPLIT = "file~ of another split, not read"
     OTHER_SPLIT_ROWS = "row~ of another split, not read"
-    NO_SPLIT = "file~ outside the split folders, not read"
+    NO_SPLIT = "file~ outside the folders of splits, not read (--dataset_split all reads all)"
     SPLIT_NAME = "image~ named like one of a split, read like the others"
     OTHER_FORMAT = "image file~ next to tables or archives, not read"
     FOREIGN_IMAGE = "image~ of a format that is not read (convert to JPEG or PNG)"

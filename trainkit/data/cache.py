@@ -21,7 +21,7 @@ from trainkit.data.settings import (
 from trainkit.data.sources.opening import open_source
 from trainkit.data.trial import TRIAL_FILES, TrialImages, try_source
 from trainkit.errors import UserError
-from trainkit.terminal import say
+from trainkit.terminal import counted, say
 
 
 def open_or_prepare(options) -> PreparedImages:
@@ -111,7 +111,8 @@ def local_copy(folder: RemotePath, root: Path) -> Path:
                 return copy
             present = sizes(copy)
             missing = [name for name in names if present.get(name) != wanted[name]]
-            say(f"copying {len(missing):,} shards of {folder} to {copy} (once; --streaming reads without a copy)")
+            shards = counted(len(missing), "shard")
+            say(f"copying {shards} of {folder} to {copy} (once; --streaming reads without a copy)")
             list(for_each(lambda path: fetch(path, copy / path.name), [folder / name for name in missing]))
             for name in (INFO_NAME, STATE_NAME, PREPARATION_NAME):
                 fetch(folder / name, copy / name)

@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DModel
 
 from pipelines.vector_embedding import VectorEmbedding
+from trainkit.data.account import Account, Kind
 from trainkit.data.files import cache_root
 from trainkit.data.format import NO_LABEL
 from trainkit.data.loading.dataset import PreparedImages
@@ -104,9 +105,10 @@ def _open_first(
             )
         return VectorCondition(images, dropout)
     if images.label_names is None:
+        account = Account.from_json(images.preparation.get("account", {}))
+        reason = "".join(f" ({why})" for why in account.examples.get(Kind.NO_CLASSES, [])[:1])
         raise UserError(
-            f"{given} has no classes; give it one folder per class, or a `label` column in its metadata, and prepare "
-            "it again"
+            f"{given} has no classes{reason}; give it one folder per class, or a `label` column in its metadata"
         )
     if len(images.label_names) < 2:
         raise UserError(f"{given} has only one class ({images.label_names[0]}): use train_unconditional.py")

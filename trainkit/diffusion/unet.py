@@ -170,8 +170,8 @@ def find_unet(name_or_path: str, flag: str) -> tuple[dict, str | None]:
             reason = " ".join(str(error).split()).partition(". ")[0]
     else:
         raise UserError(
-            f"{flag} {name_or_path}: no config.json to read ({reason}); give a folder that holds one, or a Hub "
-            "repository"
+            f"{flag} {name_or_path}: no config.json to read ({reason}); give the folder of a saved pipeline, a folder "
+            "with the config.json of a UNet, or a Hub id"
         )
     if "block_out_channels" not in config:
         raise UserError(f"{flag} {name_or_path}: config.json describes no UNet2DModel")

@@ -135,10 +135,15 @@ def _accepts(folder: Path, name: str, steps: int) -> bool:
     return True
 
 
-def facts_of(cell: Cell) -> dict:
-    """What the catalogue says of a row's scheduler, None for what it does not know."""
+def facts_of(cell: Cell, stock: bool) -> dict:
+    """What the catalogue says of a row's scheduler, None for what it does not know or what does not apply.
+
+    `stock`: whether DDPMPipeline can hold the model at all (`is_stock_pipeline`).
+    """
     facts = CATALOGUE.get(cell.scheduler.removeprefix(TEACHER))
     known = {} if facts is None else facts._asdict()
     if cell.scheduler == STUDENT:
         known = {"in_stock_pipeline": True}
+    if not stock:
+        known["in_stock_pipeline"] = None
     return {name: known.get(name) for name in ("order", "stochastic", "in_stock_pipeline")}

@@ -80,3 +80,28 @@ def save_closest_pairs(file: Path, generated: ImageSet, training: ImageSet, pair
             Image.fromarray(np.concatenate(rows)).save(temporary)
     except OSError as error:
         raise UserError(f"--closest_pairs_file {file} cannot be written: {one_line(error)}") from None
+
+
+def search_copies(
+    made: ScoredImages,
+    real: ScoredImages,
+    held_out: ScoredImages | None,
+    held_out_name: str | None,
+    closest_pairs_file: str | None,
+) -> dict | None:
+    """Nearest reference images of the samples, in feature and in pixel space; None unless one of the last is given.
+
+    Writes the picture `closest_pairs_file`.
+    """
+    if held_out is None and closest_pairs_file is None:
+        return None
+    found: dict = {"held_out": held_out_name}
+    spare = None if held_out is None else held_out.features
+    found["features"] = memorization(real.features, made.features, spare)
+    spare = None if held_out is None else thumbnails(held_out.images, held_out.indices)
+    found["pixels"] = memorization(thumbnails(real.images, real.indices), thumbnails(made.images, made.indices), spare)
+    pairs = closest_pairs(made, real)
+    found["closest_pairs"] = [pair._asdict() for pair in pairs]
+    if closest_pairs_file is not None:
+        save_closest_pairs(Path(closest_pairs_file), made.images, real.images, pairs)
+    return found

@@ -9,8 +9,13 @@ from trainkit.errors import UserError
 from trainkit.evaluation.candidates import Candidates, Cell
 from trainkit.evaluation.features import FeatureExtractor, open_extractor
 from trainkit.evaluation.images import ImageArray, open_images
-from trainkit.evaluation.metrics import KID_SUBSET_SIZE
-from trainkit.evaluation.reference import ScoredImages, check_count, choose_images, reference_features
+from trainkit.evaluation.reference import (
+    ScoredImages,
+    check_count,
+    choose_images,
+    reference_features,
+    warn_of_few_images,
+)
 from trainkit.evaluation.report import comparability
 from trainkit.processes import main_process_first
 from trainkit.sampling.conditions import ALL, Conditions, read_conditions
@@ -18,10 +23,9 @@ from trainkit.sampling.generate import Pipeline, generate_on_all_ranks, image_sh
 from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
 from trainkit.sampling.schedulers import check_steps, describe_scheduler, load_scheduler
 from trainkit.sampling.table import default_steps, named_scheduler
-from trainkit.terminal import say, warn
+from trainkit.terminal import say
 
 DEFAULT_IMAGES = 1000
-WARN_BELOW = 100  # images on a side: KID's subsets are then smaller than 50
 
 
 class Model(NamedTuple):
@@ -71,12 +75,8 @@ def open_reference(options: Any, accelerator: Accelerator) -> tuple[ScoredImages
     chosen = choose_images(images, "reference", None, options.seed)
     found = reference_features(images, chosen, extractor, options.batch_size, accelerator, options.cache_dir)
     check_count("reference", len(found.indices))
-    smaller = min(len(found.indices), options.num_images or DEFAULT_IMAGES)
-    if "kid" in options.metrics and smaller < WARN_BELOW and accelerator.is_main_process:
-        warn(
-            f"KID of {smaller} images uses subsets of {max(2, smaller // 2)} (usual: {KID_SUBSET_SIZE:,}): "
-            "differences below its standard error mean nothing"
-        )
+    if accelerator.is_main_process:
+        warn_of_few_images(options.metrics, len(found.indices), options.num_images or DEFAULT_IMAGES)
     return found, extractor
 
 

@@ -20,9 +20,11 @@ from trainkit.data.files import cache_root
 from trainkit.errors import UserError
 from trainkit.evaluation.features import ROUNDED_RESIZE, FeatureExtractor, extract_features
 from trainkit.evaluation.images import ImageSet, PreparedFolder
+from trainkit.evaluation.metrics import KID_SUBSET_SIZE
 from trainkit.processes import wait_for_everyone
-from trainkit.terminal import Progress
+from trainkit.terminal import Progress, warn
 
+WARN_BELOW = 100  # images on a side: KID's subsets are then smaller than 50
 FORMAT = 1  # increase it when the same images and extractor would give other features
 FOLDER = ".features"  # in a prepared dataset
 
@@ -103,6 +105,16 @@ def check_count(side: str, count: int) -> None:
     least = 2 if side == "generated" else 4
     if count < least:
         raise UserError(f"--{side}: {count} images are too few for a score; give at least {least} that can be read")
+
+
+def warn_of_few_images(metrics: list[str], *counts: int) -> None:
+    """Print a warning if KID is computed from so few images on one side that differences mean little."""
+    smaller = min(counts)
+    if "kid" in metrics and smaller < WARN_BELOW:
+        warn(
+            f"KID of {smaller} images uses subsets of {max(2, smaller // 2)} (usual: {KID_SUBSET_SIZE:,}): its "
+            "standard error is too small, and small differences mean nothing"
+        )
 
 
 def _read(file: Path) -> tuple[Tensor, np.ndarray] | None:

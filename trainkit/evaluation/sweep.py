@@ -18,6 +18,7 @@ from trainkit.evaluation.images import ImageArray
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance_of_groups, scores
 from trainkit.sampling.conditions import Conditions
 from trainkit.sampling.generate import Pipeline, generate
+from trainkit.sampling.load import is_stock_pipeline
 from trainkit.sampling.schedulers import describe_scheduler, load_scheduler
 from trainkit.sampling.table import calls_of
 
@@ -115,12 +116,13 @@ def needs_features(metrics: list[str], num_images: int, num_features: int) -> bo
 
 def describe_cell(cell: Cell, candidates: Candidates, num_images: int, seconds: float, values: dict) -> dict:
     """The row of a cell in sampling_table.json."""
-    scheduler = load_scheduler(*candidates.open(cell))
+    folder, name = candidates.open(cell)
+    scheduler = load_scheduler(folder, name)
     return {
         "scheduler": cell.scheduler,
         "steps": cell.steps,
         "calls": calls_of(scheduler, cell.steps),
-        **facts_of(cell),
+        **facts_of(cell, is_stock_pipeline(folder)),
         "scores": values,
         "seconds_per_1000_images": round(1000 * seconds / num_images, 3),
         "config": describe_scheduler(scheduler),

@@ -1,6 +1,7 @@
 """Where a sweep is written: sampling_table.json and two pictures in a folder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -57,13 +58,14 @@ def write_pictures(folder: Path, table: dict) -> None:
 def table_lines(table: dict) -> list[str]:
     """The table in Markdown, best first."""
     metrics = table["settings"]["metrics"]
-    columns = ["scheduler", "steps", "UNet calls", "order", "stochastic", "in DDPMPipeline"]
+    stock = any(row["in_stock_pipeline"] is not None for row in table["cells"])
+    columns = ["scheduler", "steps", "UNet calls", "order", "stochastic"] + ["in DDPMPipeline"] * stock
     columns += [metric.upper() for metric in metrics] + ["s per 1,000 images"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     words = {True: "yes", False: "no", None: "?"}
     for row in sorted(table["cells"], key=lambda cell: cell["scores"][metrics[0]]):
         values = [row["scheduler"], row["steps"], row["calls"], row["order"] or "?"]
-        values += [words[row["stochastic"]], words[row["in_stock_pipeline"]]]
+        values += [words[row["stochastic"]]] + [words[row["in_stock_pipeline"]]] * stock
         values += [score_text(row, metric).partition(" ")[2] for metric in metrics]
         lines.append("| " + " | ".join(map(str, [*values, f"{row['seconds_per_1000_images']:.3g}"])) + " |")
     return lines
@@ -97,22 +99,38 @@ def _write_picture(folder: Path, table: dict, image_width: int) -> None:
     save_image(picture, folder / PICTURE_NAME)
 
 
+def _set_ticks(axis: Any, values: list[float]) -> None:
+    """Plain numbers at `values`, as far as there is room, on a logarithmic axis; a linear one for near values."""
+    lowest, highest = min(values), max(values)
+    if highest < 2 * lowest:
+        axis.set_xlim(0.8 * lowest, 1.2 * highest)
+        axis.set_xticks(sorted({lowest, highest}) if highest > 1.05 * lowest else [lowest])
+        return
+    axis.set_xscale("log")
+    shown = [values[0]]
+    for value in values[1:]:
+        if value > shown[-1] * (highest / lowest) ** 0.09:  # else the numbers would overlap
+            shown.append(value)
+    axis.set_xticks(shown, [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in shown])
+    axis.minorticks_off()
+
+
 def _write_plot(folder: Path, table: dict) -> None:
     """The first metric against steps, and against seconds per 1,000 images."""
     from matplotlib.figure import Figure
 
     metric = table["settings"]["metrics"][0]
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     for number, (key, label) in enumerate(
         (("steps", "steps"), ("seconds_per_1000_images", "seconds per 1,000 images")), start=1
     ):
-        axis = figure.add_subplot(1, 2, number, xlabel=label, ylabel=metric.upper(), xscale="log")
+        axis = figure.add_subplot(1, 2, number, xlabel=label, ylabel=metric.upper())
+        _set_ticks(axis, sorted({row[key] for row in table["cells"]}))
         for name in sorted({row["scheduler"] for row in table["cells"]}):
             rows = sorted((row for row in table["cells"] if row["scheduler"] == name), key=lambda row: row[key])
             errors = [row["scores"].get(f"{metric}_se", 0.0) for row in rows]
             values = [row["scores"][metric] for row in rows]
             axis.errorbar([row[key] for row in rows], values, errors, marker="o", markersize=3, label=name)
-        if number == 1:
-            axis.legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     with replacing(folder / PLOT_NAME) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -55,6 +55,6 @@ def contents_of(folder: Path) -> Contents:
         if (folder / mark).is_file():
             return contents
     raise UserError(
-        f"{folder} holds no model ({', '.join(BY_MARK)} are missing): give the --output_dir of a training script, of "
-        "prepare_dataset.py or of sample.py"
+        f"{folder} holds no saved model, dataset or samples (none of {', '.join(BY_MARK)}): give the --output_dir of "
+        "a training script that has saved a pipeline, of prepare_dataset.py or of sample.py"
     )

@@ -13,6 +13,7 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.pairing import pairs_of
 from trainkit.sampling.grid import image_grid, save_image
 from trainkit.sampling.record import GRID_NAME, METADATA_NAME, RECORD_NAME
+from trainkit.terminal import counted
 
 PICTURE_NAME, PICTURE_IMAGES = "contact_sheet.png", 64
 LISTED_CLASSES = 200
@@ -161,7 +162,7 @@ def _content(preparation: dict) -> str:
     if pixels := preparation.get("pixels"):
         about["mean, std"] = f"{pixels['mean']}, {pixels['std']} (samples in 0..1)"
     num_bytes = sum(shard["num_bytes"] for shard in preparation["shards"])
-    about["files"] = f"{len(preparation['shards']):,} Arrow files, {num_bytes / 1e6:,.1f} MB"
+    about["files"] = f"{counted(len(preparation['shards']), 'Arrow file')}, {num_bytes / 1e6:,.1f} MB"
     if (pairs := pairs_of(preparation)) is not None:
         about["conditioning images"] = f"{pairs}, stored as the images are"
     rejected = preparation["rejected"]

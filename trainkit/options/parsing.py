@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import inspect
 import os
+import re
 import sys
 import typing
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from trainkit.options.terminal import TerminalOptions
 from trainkit.terminal import set_output
 
 T = TypeVar("T")
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -77,6 +79,15 @@ def _expanded(name: str, value: Any) -> Any:
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are `UserError`s."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse takes -1e-4 for a flag
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            meant = suggestion(str(value), map(str, action.choices)).removesuffix(" (see --help)")
+            raise argparse.ArgumentError(action, f"'{value}' is none of {', '.join(map(str, action.choices))}{meant}")
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see --help)")

@@ -11,6 +11,21 @@ TOKEN_HELP = (
 )
 
 
+def mixed_precision_option() -> str | None:
+    return option(
+        None, "autocast of the forward pass; auto: bf16 where the device has it in hardware, else no; default: that "
+        "of `accelerate launch`, else no",
+        choices=("auto", "no", "fp16", "bf16"),
+    )  # fmt: skip
+
+
+def cpu_threads_option() -> int:
+    return option(
+        0, "compute threads per process on a CPU; 0: OMP_NUM_THREADS, else the cores shared among the processes",
+        within="[0, inf)",
+    )  # fmt: skip
+
+
 def compile_mode_option() -> str:
     return option(
         "default", "mode of torch.compile: reduce-overhead uses CUDA graphs, max-autotune also tries kernels",
@@ -121,10 +136,7 @@ class EmaOptions:
 class HardwareOptions:
     """hardware: precision, memory, seeds"""
 
-    mixed_precision: str | None = option(
-        None, "autocast of the forward pass; default: that of `accelerate launch`, else no",
-        choices=("no", "fp16", "bf16"),
-    )  # fmt: skip
+    mixed_precision: str | None = mixed_precision_option()
     find_batch_size: bool = option(
         False, "use the largest micro-batch that fits into memory at the same global batch size"
     )
@@ -154,9 +166,7 @@ class HardwareOptions:
         "seed of weights, order, noise, timesteps and augmentation: the same seed gives the same run",
         within="[0, inf)",
     )
-    cpu_threads: int = option(
-        0, "compute threads per process on a CPU; 0: the cores shared among the processes", within="[0, inf)"
-    )
+    cpu_threads: int = cpu_threads_option()
     local_rank: int = option(-1, "rank on this machine, for launchers that pass it as a flag", within="[-1, inf)")
 
 

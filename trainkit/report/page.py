@@ -1,10 +1,12 @@
 """The parts of a report as values for its templates: charts, tables, pictures, settings."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
+from trainkit.options.training import HubOptions
 from trainkit.report.charts import Chart, Series, format_number, line_chart
 from trainkit.report.metrics import METRICS_FILE, Curve, names, smoothed
 from trainkit.report.pictures import SHOWN_GRIDS, dataset_grid, sample_grids
@@ -27,6 +29,7 @@ LINKED = (
     RECORD_NAME,
 )  # fmt: skip
 LISTED_CLASSES = 30
+OF_THE_HUB = {field.name for field in fields(HubOptions)}
 FILTER_WORDS = {"deduplicate": "duplicates removed", "validation_fraction": "held out for validation"}
 
 
@@ -63,6 +66,7 @@ def comparison_values(runs: Sequence[RunSummary]) -> dict[str, Any]:
     facts = [{what: (value, detail) for what, value, detail in headline(run)} for run in runs]
     options = [run.record.get("options") or {} for run in runs]
     every = list(dict.fromkeys(name for each in options for name in each))
+    every.sort(key=lambda name: name in OF_THE_HUB)  # they change nothing in the model: last
     same_ignored = {"output_dir"}
     return {
         "title": " · ".join(run.name for run in runs),

@@ -85,7 +85,8 @@ class Conditions:
         }  # fmt: skip
         given = {name: values[name] for name in kinds if values[name] is not None}
         if not given:
-            raise UserError(f"{expected} is missing: it sets what the images show")
+            says = "are missing: they set" if len(kinds) > 1 else "is missing: it sets"
+            raise UserError(f"{expected} {says} what the images show")
         if options.mask_dir is not None and "image" not in given:
             raise UserError(f"--mask_dir {options.mask_dir} needs --conditioning_dir, the images to fill")
         _check_image_noise(options.image_noise, pipeline)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ COMPANIONS = (
     "image_input",
 )  # fmt: skip
 CONDITIONAL_FILES = [f"{part}/*.{end}" for part in COMPANIONS for end in ("json", "safetensors", "txt", "model")]
+STOCK_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # all of the same two parts: unet and scheduler
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLED = [f"unet/{WEIGHTS_STEM}.bin", f"{WEIGHTS_STEM}.bin"]
 
 
@@ -175,14 +178,17 @@ def _unet_folder(folder: Path) -> Path:
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
-def _check_pipeline_class(folder: Path) -> None:
+def is_stock_pipeline(folder: Path) -> bool:
+    """Whether diffusers' DDPMPipeline can hold the model in `folder`: no conditions and no autoencoder."""
     index = folder / "model_index.json"
-    if not index.is_file():
+    return not index.is_file() or _class_name(_read_json(index)) in STOCK_PIPELINES
+
+
+def _check_pipeline_class(folder: Path) -> None:
+    if is_stock_pipeline(folder):
         return
-    name = _class_name(_read_json(index))
-    # the first four consist of the same two parts: unet and scheduler
-    ours = UnconditionalPipeline.__name__, ConditionalPipeline.__name__
-    if name not in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", *ours):
+    name = _class_name(_read_json(folder / "model_index.json"))
+    if name not in (UnconditionalPipeline.__name__, ConditionalPipeline.__name__):
         raise UserError(f"{FLAG} {folder}: a {name}; only DDPMPipeline and ConditionalPipeline can be sampled")
 
 
@@ -202,15 +208,21 @@ def _read_json(path: Path) -> dict:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"{FLAG} {name} does not exist: give the folder of a saved pipeline, or a Hub id")
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + CONDITIONAL_FILES))
         if not any(_unet_folder(folder).glob(f"{WEIGHTS_STEM}*")):
             folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + PICKLED))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # also what huggingface_hub raises without a connection
+        response = getattr(error, "response", None)
+        why = "the Hub cannot be reached" if response is None else f"the Hub answers: {one_line(error, 150)}"
+        if response is not None and response.status_code in (401, 403, 404):
+            why = "the Hub has no such model, or does not show it without a token"
         raise UserError(
-            f"{FLAG} {name} is neither a local folder nor an available Hub repository ({type(error).__name__}); use "
-            "the folder of a saved pipeline or a Hub id such as google/ddpm-cifar10-32"
+            f"{FLAG} {name}: there is no such folder, and {why}; give the folder of a saved pipeline, or a Hub id "
+            "such as google/ddpm-cifar10-32"
         ) from None
     return folder

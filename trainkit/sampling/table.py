@@ -61,7 +61,8 @@ def choose_scheduler(folder: Path, steps: int) -> tuple[str, str]:
     if saved is not None and describe_scheduler(own) != describe_scheduler(saved):
         return OWN_SCHEDULER, f"scheduler: the pipeline's own {type(own).__name__}"
     name = recommended_scheduler(steps)
-    return name, f"--scheduler {name}: recommended for {steps} steps (no row of {TABLE_NAME} has as many)"
+    missing = f" (no row of {TABLE_NAME} has as many)" if table else ""
+    return name, f"--scheduler {name}: recommended for {steps} steps{missing}"
 
 
 def named_scheduler(folder: Path, name: str | None, steps: int) -> tuple[str, SchedulerMixin, str]:
@@ -78,8 +79,11 @@ def default_steps(folder: Path) -> int:
     return student_steps(own) if is_few_step(own) else DEFAULT_STEPS
 
 
-def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
-    """What `sample.py --list_schedulers` prints: a line per scheduler, and one per row of the table."""
+def list_lines(bundle: Iterable[str], table: dict, stock: bool) -> list[str]:
+    """What `sample.py --list_schedulers` prints: a line per scheduler, and one per row of the table.
+
+    For a `stock` model (`is_stock_pipeline`) they say which schedulers DDPMPipeline runs.
+    """
     rows = table.get("cells", [])
     names = [*bundle, *(row["scheduler"] for row in rows)]  # the rows of a few-step student have names of their own
     cells = {name: [cell for cell in rows if cell["scheduler"] == name] for name in names}
@@ -90,10 +94,10 @@ def list_lines(bundle: Iterable[str], table: dict) -> list[str]:
         if facts is None:
             lines.append(f"{name:14} {_describe_row(name)}")
         else:
-            runs = "runs in DDPMPipeline" if facts.in_stock_pipeline else "not in DDPMPipeline"
+            runs = "runs in DDPMPipeline, " if facts.in_stock_pipeline else "not in DDPMPipeline, "
             noise = "stochastic" if facts.stochastic else "deterministic"
             calls = ", 2 UNet calls per step" if facts.doubles_calls else ""
-            known = f"{facts.method}, order {facts.order}, {noise}, {runs}, steps: {facts.steps}{calls}"
+            known = f"{facts.method}, order {facts.order}, {noise}, {runs if stock else ''}steps: {facts.steps}{calls}"
             lines.append(f"{name:14} {known}")
         lines += [
             f"    {cell['steps']:5} steps  {score_text(cell, metric)}  {time_text(cell)}" for cell in cells[name]

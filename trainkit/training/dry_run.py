@@ -22,7 +22,7 @@ from trainkit.errors import UserError
 from trainkit.hub.options import check_hub_access
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import on_main_process
-from trainkit.terminal import NAME_WIDTH, format_seconds, say, tell
+from trainkit.terminal import NAME_WIDTH, counted, format_seconds, say, tell
 from trainkit.training.checkpoints.resume import complete_checkpoints
 from trainkit.training.learning_rate_finder import find_learning_rate
 from trainkit.training.throughput import memory_peak_mib
@@ -91,16 +91,20 @@ def only_measures(
 
 
 def _time_steps(run: Any, loss_of: Callable[[Any, Any], torch.Tensor]) -> float:
-    """Seconds per optimizer step, after `WARM_UP_STEPS`. Raises `UserError` if a step does not fit into memory."""
+    """Seconds per optimizer step, after `WARM_UP_STEPS` if the run has more.
+
+    Raises `UserError` if a step does not fit into memory.
+    """
     run.log.show_progress = False
-    first, started = run.step, time.perf_counter()
+    timed_from, started = run.step, time.perf_counter()
+    warm = min(run.step + WARM_UP_STEPS, run.max_train_steps - 1)
     try:
         for batch in run.batches():
             run.update(loss_of(run.model, batch))
-            if run.end_of_step and run.step == first + WARM_UP_STEPS:
+            if run.end_of_step and run.step == warm:
                 _wait_for(run.accelerator.device)
-                started = time.perf_counter()
-            if run.end_of_step and run.step == first + WARM_UP_STEPS + TIMED_STEPS:
+                timed_from, started = run.step, time.perf_counter()
+            if run.end_of_step and run.step == warm + TIMED_STEPS:
                 break
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not should_reduce_batch_size(error):
@@ -110,7 +114,7 @@ def _time_steps(run: Any, loss_of: Callable[[Any, Any], torch.Tensor]) -> float:
             "--find_batch_size, --gradient_checkpointing, or a smaller one with more --gradient_accumulation_steps"
         ) from None
     _wait_for(run.accelerator.device)
-    return (time.perf_counter() - started) / max(1, run.step - first - WARM_UP_STEPS)
+    return (time.perf_counter() - started) / max(1, run.step - timed_from)
 
 
 def _wait_for(device: torch.device) -> None:
@@ -131,8 +135,8 @@ def _preparation(run: Any, options: TrainingOptions) -> list[tuple[str, str]]:
     return [
         (
             "preparing",
-            f"{trial.num_files:,} files, once: about {format_seconds(seconds)} on {processes} processes, from "
-            f"{num_read} of them{f' ({rejected})' if rejected else ''}",
+            f"{trial.num_files:,} files, once: about {format_seconds(seconds)} on "
+            f"{counted(processes, 'process', 'es')}, from {num_read} of them{f' ({rejected})' if rejected else ''}",
         )
     ]
 
@@ -146,9 +150,9 @@ def _time(run: Any, options: TrainingOptions, seconds: float, remaining: int) ->
     passes = grids * options.eval_batch_size * options.ddpm_num_inference_steps
     grid_seconds = passes * seconds * FORWARD_SHARE / run.shape.global_size
     return (
-        f"{format_seconds(seconds * remaining)} for {remaining:,} steps at {seconds:.3g} s "
-        f"({run.shape.global_size / seconds:.3g} images/s), and about {format_seconds(grid_seconds)} for {grids:,} "
-        "sample grids; held-out losses, scores and saves come on top"
+        f"{format_seconds(seconds * remaining)} for {counted(remaining, 'step')} at {seconds:.3g} s "
+        f"({run.shape.global_size / seconds:.3g} images/s), and about {format_seconds(grid_seconds)} for "
+        f"{counted(grids, 'sample grid')}; held-out losses, scores and saves come on top"
     )
 
 
@@ -187,15 +191,15 @@ def _disk(run: Any, options: TrainingOptions) -> tuple[str, str | None]:
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(existing).free, count * each + 2 * weights
     text = (
-        f"{count:,} checkpoints of {_megabytes(each)} and a pipeline of {_megabytes(weights)}: {_megabytes(needed)}; "
-        f"{_megabytes(free)} free at {existing}"
+        f"{counted(count, 'checkpoint')} of {_megabytes(each)} and a pipeline of {_megabytes(weights)}: "
+        f"{_megabytes(needed)}; {_megabytes(free)} free at {existing}"
     )
     if needed <= free:
         return text, None
     fits = max(1, int((free - 2 * weights) // max(1, each)) - 1)
     return text, (
-        f"--output_dir {output_dir}: {count:,} checkpoints take {_megabytes(needed)}, {_megabytes(free)} are free: "
-        f"use --checkpoints_total_limit {fits}, a larger --checkpointing_steps, or another disk"
+        f"--output_dir {output_dir}: {counted(count, 'checkpoint')} take {_megabytes(needed)}, {_megabytes(free)} are "
+        f"free: use --checkpoints_total_limit {fits}, a larger --checkpointing_steps, or another disk"
     )
 
 

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from trainkit.errors import UserError
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import COLLECTIVE_TIMEOUT
 from trainkit.training.device import CompileOptions
+from trainkit.training.precision import resolve_precision, warn_of_slow_bfloat16
 
 CompiledT = TypeVar("CompiledT", bound=CompileOptions)
 DYNAMO = "ACCELERATE_DYNAMO_"  # environment variables of Accelerate's launcher
@@ -30,6 +31,7 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
     Raises `UserError` if the launcher was asked for more processes than have found each other, and for a precision
     that the device does not support.
     """
+    mixed_precision = resolve_precision(mixed_precision)
     asked = max(int(os.environ.get("WORLD_SIZE", 1)), _processes_asked_of_launcher())
     if not torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         _check_processes(asked, 1, "cpu")  # before Accelerate waits for the others for half an hour
@@ -45,6 +47,8 @@ def start_accelerator(mixed_precision: str | None = None, cpu_threads: int = 0, 
         if accelerator.mixed_precision == "fp16":  # Accelerate accepts it if ACCELERATE_USE_CPU is set
             raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
         set_cpu_threads(cpu_threads)
+    if accelerator.is_main_process:
+        warn_of_slow_bfloat16(accelerator.mixed_precision, accelerator.device.type)
     return accelerator
 
 
@@ -188,11 +192,33 @@ def _fresh_store() -> dist.TCPStore | None:
 def _default_threads(local_processes: int) -> int:
     """This process's share of the cores, unless OMP_NUM_THREADS sets another number.
 
-    `accelerate launch` sets it to 1 by default, which would leave the other cores idle.
+    Launchers set it to 1 if it is not set, which would leave the other cores idle. So 1 counts only if the user has
+    set it.
     """
-    asked = int(os.environ.get("OMP_NUM_THREADS", 1))
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # one number per level of nesting
+    asked = int(first) if first.isdecimal() else 0
+    if asked > 1 or (asked == 1 and _set_threads_for_launcher()):
+        return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return asked if asked > 1 else max(1, cores // local_processes)
+    return max(1, cores // local_processes)
+
+
+def _set_threads_for_launcher() -> bool:
+    """Whether the user has set OMP_NUM_THREADS, of which this process sees the value. True without a launcher."""
+    import psutil
+
+    parent, words = _parent()
+    is_launcher = any(
+        os.path.basename(word) in ("accelerate", "torchrun")
+        or word.startswith(("accelerate.commands", "torch.distributed"))
+        for word in words
+    )
+    if not is_launcher or "--num_cpu_threads_per_process" in words:
+        return True
+    try:
+        return "OMP_NUM_THREADS" in parent.environ()
+    except psutil.Error:
+        return False
 
 
 def _check_processes(asked: int, num_processes: int, device_type: str) -> None:
@@ -209,12 +235,7 @@ def _processes_asked_of_launcher() -> int:
 
     On a CPU the launcher starts one process whatever the number, and only its command line shows the number.
     """
-    import psutil  # comes with accelerate
-
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return 1
+    words = _parent()[1]
     # `accelerate launch ...` or `python -m accelerate.commands.launch ...`
     starts = [i for i, word in enumerate(words) if word == "launch" or word.endswith("accelerate.commands.launch")]
     if not starts or not any("accelerate" in word for word in words[: starts[0] + 1]):
@@ -229,6 +250,17 @@ def _processes_asked_of_launcher() -> int:
     if not os.path.isfile(config_file):
         return 1
     return load_config_from_file(config_file).num_processes or 1
+
+
+def _parent() -> tuple[Any, list[str]]:
+    """The `psutil.Process` that started this one, and its command line; None and no words if it cannot be seen."""
+    import psutil  # comes with accelerate
+
+    try:
+        parent = psutil.Process(os.getppid())
+        return parent, parent.cmdline()
+    except psutil.Error:
+        return None, []
 
 
 def make_deterministic() -> None:

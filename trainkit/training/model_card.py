@@ -53,7 +53,7 @@ def model_card(
     height, width, _ = image_shape(pipeline)
     name = repo_id or options.hub_model_id or Path(options.output_dir).resolve().name
     origin, run = record.get("origin"), read_run(Path(options.output_dir), record)
-    arguments = "batch_size=16"
+    arguments, known = "batch_size=16", vars(options)
     if condition is not None:
         guidance = "" if origin else ", guidance_scale=2.0"
         arguments = f"{condition.argument}={condition.example()}{guidance}"
@@ -82,7 +82,7 @@ def model_card(
         results_place=RESULTS_PLACE,
         facts=[(what, f"{value} {detail}".strip()) for what, value, detail in progress(run)] + _equipment(about(run)),
         loss_picture=LOSS_PICTURE if (run.folder / LOSS_PICTURE).is_file() else None,
-        settings=[(each, format_value(getattr(options, each))) for each in LISTED_OPTIONS if hasattr(options, each)],
+        settings=[(each, format_value(value)) for each in LISTED_OPTIONS if (value := known.get(each)) is not None],
         height=height,
         width=width,
         license=options.license,

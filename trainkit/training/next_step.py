@@ -16,6 +16,12 @@ def resume_command(output_dir: Path, settings: object, num_processes: int, devic
     return " ".join([*words, *secrets, "--resume_from_checkpoint latest"])
 
 
+def _conditions_name(options: ConditionalTrainingOptions) -> str:
+    """A name for the folder of conditioning images that says what belongs into it."""
+    kind = (options.condition_from or "conditioning").partition(":")[0]
+    return {"downscale": "small_images", "mask": "images --mask_dir masks"}.get(kind, f"{kind}_images")
+
+
 def sample_command(options: TrainingOptions) -> str:
     """The command that samples the saved pipeline."""
     output_dir = options.output_dir.rstrip("/")
@@ -26,7 +32,7 @@ def sample_command(options: TrainingOptions) -> str:
             "class": "--class_labels all",
             "text": "--prompts_file prompts.txt",
             "vector": "--vectors_file vectors.npy",
-            "image": "--conditioning_dir images",
+            "image": f"--conditioning_dir {_conditions_name(options)}",
         }
         words += [flags[kind] for kind in options.condition]
     return " ".join(words)

@@ -136,7 +136,7 @@ def _start_again(output_dir: Path) -> None:
 
 
 def _refuse_output_among_images(options: TrainingOptions) -> None:
-    """Grids and samples written among the raw training images would be trained on by the next run."""
+    """Files of a run do not belong among the images; grids among raw ones would be trained on by the next run."""
     conditions = ("conditioning_data_dir", "validation_conditioning_data_dir")
     for flag in ("train_data_dir", "validation_data_dir", *conditions):
         given = getattr(options, flag, None)
@@ -144,8 +144,8 @@ def _refuse_output_among_images(options: TrainingOptions) -> None:
             continue
         if is_among_images(Path(options.output_dir), location(given, options.storage_options)):
             raise UserError(
-                f"--output_dir {options.output_dir} is inside --{flag} {given}: its grids would become training "
-                "images; choose a folder outside"
+                f"--output_dir {options.output_dir} is inside --{flag} {given}, where grids would become training "
+                "images: choose a folder outside"
             )
 
 

@@ -11,6 +11,7 @@ import torch
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.diffusion.conditioning import ImageCondition, preview_scale
 from trainkit.options.training import SECRET_OPTIONS
+from trainkit.report.metrics import read_rows, training_seconds
 from trainkit.report.record import RECORD_NAME, describe_preparation, read_json
 from trainkit.report.write import REPORT_NAME, write_report
 from trainkit.terminal import only_warn
@@ -31,7 +32,9 @@ class RunReport:
         self.run, self.held_out, self.origin = run, held_out, origin
         self._started = time.perf_counter()
         earlier = read_json(run.output_dir / RECORD_NAME) if run.step else {}
-        self._earlier_s = float(earlier.get("wall_time_s") or 0.0)
+        # A killed run has trained for longer than it last reported.
+        trained_s = training_seconds(read_rows(run.output_dir)) if run.step else None
+        self._earlier_s = max(float(earlier.get("wall_time_s") or 0.0), trained_s or 0.0)
 
     def write(self, finished: bool = False) -> None:
         """Write both files; a failure only warns. The time does not count as training."""

@@ -8,7 +8,7 @@ import torch
 
 from trainkit.data.trial import num_images, trial_of
 from trainkit.options.script import TrainingOptions
-from trainkit.terminal import NAME_WIDTH, say
+from trainkit.terminal import NAME_WIDTH, counted, say
 from trainkit.training.checkpoints.resume import describe_dataset
 from trainkit.training.run import Run
 from trainkit.training.trackers import where_to_look
@@ -65,8 +65,8 @@ def _model(run: Run) -> str:
 def _length(run: Run) -> str:
     trained = run.max_train_steps * run.shape.global_size
     return (
-        f"{run.max_train_steps:,} steps = {trained:,} images = {trained / num_images(run.images):.3g} epochs of "
-        f"{num_images(run.images):,} images"
+        f"{counted(run.max_train_steps, 'step')} = {counted(trained, 'image')} = "
+        f"{trained / num_images(run.images):.3g} epochs of {counted(num_images(run.images), 'image')}"
     )
 
 
@@ -74,8 +74,8 @@ def _batch(run: Run) -> str:
     shape, stage = run.shape, "ZeRO-3" if run.options.reshard_after_forward else "ZeRO-2"
     sharded = f"; weights sharded over the processes ({stage})" if run.sharded else ""
     return (
-        f"{shape.global_size} images per step = {shape.per_device} per device x {shape.num_processes} processes x "
-        f"{shape.micro_steps} micro-steps{sharded}"
+        f"{shape.global_size} images per step = {shape.per_device} per device x "
+        f"{counted(shape.num_processes, 'process', 'es')} x {counted(shape.micro_steps, 'micro-step')}{sharded}"
     )
 
 
@@ -140,7 +140,7 @@ def _joined(parts: dict[str, str]) -> str:
 def reproducing(run: Run) -> tuple[Any, list[tuple[str, str]], int]:
     """What config.yaml says of `run`: its settings, with the precision of the launch; further facts; the step."""
     settings = run.settings
-    if settings.mixed_precision is None:  # the launcher's
+    if settings.mixed_precision in (None, "auto"):  # the launcher's, or the device's
         settings = replace(settings, mixed_precision=run.accelerator.mixed_precision)
     facts = [
         ("dataset", describe_dataset(run.images)),

@@ -1,6 +1,7 @@
 """Limits that the header of an image must keep, and the faults of files that cannot be read."""
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -98,8 +99,12 @@ def _unidentified(image: bytes | str | Path) -> RejectedImage:
 def rejection(image: bytes | str | Path | np.ndarray, error: Exception) -> RejectedImage:
     """Return the fault of a file for which Pillow raised `error`."""
     message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError)):
-        return RejectedImage(faults.TOO_LARGE, message)
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        pixels = re.search(r"[0-9]+", message)
+        found = f"{int(pixels[0]):,} pixels" if pixels else message
+        return RejectedImage(faults.TOO_LARGE, f"{found}; --max_image_pixels is {Image.MAX_IMAGE_PIXELS or 0:,}")
+    if isinstance(error, MemoryError):
+        return RejectedImage(faults.TOO_LARGE, "decoding it takes more memory than its size says")
     if isinstance(error, FileNotFoundError):
         return RejectedImage(faults.MISSING, "the file does not exist")
     if isinstance(error, (PermissionError, IsADirectoryError)) or getattr(error, "errno", None):

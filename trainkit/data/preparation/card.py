@@ -16,6 +16,7 @@ from trainkit.data.format import (
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.pairing import pairs_of
 from trainkit.errors import UserError
+from trainkit.terminal import counted
 
 SHOWN_CLASSES = 6
 
@@ -80,7 +81,7 @@ def facts(folder: Path | RemotePath, preparation: dict) -> dict[str, str]:
         "account": _account(preparation),
         "mean, std": _statistics(preparation, settings["image_mode"]),
         "columns": ", ".join(preparation["columns"]),
-        "files": f"{len(preparation['shards']):,} shards, {num_bytes / 1e6:,.1f} MB, "
+        "files": f"{counted(len(preparation['shards']), 'shard')}, {num_bytes / 1e6:,.1f} MB, "
         f"{num_bytes / max(num_images, 1):,.0f} bytes per image",
         "settings": ", ".join(f"{name} {_setting(value)}" for name, value in (settings | filters).items()),
         "source": f"{preparation['source']['name']} ({preparation['source']['fingerprint']})",
@@ -115,7 +116,8 @@ def _classes(classes: dict[str, int]) -> str:
     if len(ordered) == 1:
         return shown
     (_, most), (least_name, least) = ordered[0], ordered[-1]
-    more = f", ... {least_name} {least:,}" if len(ordered) > SHOWN_CLASSES else ""
+    between = "... " if len(ordered) > SHOWN_CLASSES + 1 else ""
+    more = f", {between}{least_name} {least:,}" if len(ordered) > SHOWN_CLASSES else ""
     skew = f"the largest is {most / least:,.1f} times the smallest" if least else f"{least_name} has no images"
     return f"{len(ordered):,}: {shown}{more}; {skew}"
 

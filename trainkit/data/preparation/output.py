@@ -19,7 +19,6 @@ import pyarrow as pa
 from trainkit.data.files import (
     RemotePath,
     delete,
-    exists,
     is_temporary,
     make_folder,
     read_schema,
@@ -214,7 +213,7 @@ def output_errors(folder: Path | RemotePath, output_flag: str) -> Iterator[None]
 
 
 def is_among_images(output_dir: Path, source: Path | RemotePath) -> bool:
-    """Whether `output_dir` is inside `source`, a local folder of raw images: the next run would read it with them."""
-    if not isinstance(source, Path) or not source.is_dir() or exists(source / PREPARATION_NAME):
+    """Whether `output_dir` is inside `source`, a local folder of images or of a prepared dataset."""
+    if not isinstance(source, Path) or not source.is_dir():
         return False
     return output_dir.resolve().is_relative_to(source.resolve())

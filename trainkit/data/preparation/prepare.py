@@ -197,11 +197,18 @@ def _run(task: Task, engines: tuple[Callable, Callable], rejections: Rejections)
     if task.show_progress:
         seconds = time.monotonic() - started
         megabytes = sum(shard["num_bytes"] for shard in preparation["shards"]) / 1e6
-        say(f"{task.output_dir}: {format_counts(preparation)}, {megabytes:,.1f} MB")
+        say(f"{task.output_dir}: {format_counts(preparation)}, {_contents(preparation)}, {megabytes:,.1f} MB")
         rate = plan.num_missing / max(seconds, 1e-9)
         say(f"prepared {plan.num_missing:,} files in {seconds:.1f} s, {rate:,.0f} images/s")
         print_account(preparation)
     return preparation
+
+
+def _contents(preparation: dict) -> str:
+    """'28x28 L, 10 classes': what the images are."""
+    settings, classes = preparation["settings"], preparation["classes"]
+    size = f"{settings['height']}x{settings['width']} {settings['image_mode']}"
+    return f"{size}, {len(classes)} classes" if classes else size
 
 
 def _run_jobs(task: Task, plan: Plan, engine: Callable, rejections: Rejections) -> None:

@@ -87,7 +87,7 @@ class Archives:
         folders.count(self.account)
         for number, member in enumerate(self.members if folders.are_classes else ()):
             if not _is_damage(member):
-                label = folder_class(member.path.rpartition("/")[0], label_from) or None
+                label = folder_class(member.path.rpartition("/")[0], folders.rule) or None
                 self.members[number] = member._replace(label=label)
 
     def _drop_vector_files(self) -> None:

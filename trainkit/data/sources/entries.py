@@ -20,6 +20,7 @@ IMAGE_EXTENSIONS = frozenset(
     ".heic .heif".split()  # Pillow reads no HEIF: better rejected by name than passed over in silence
 )
 FOREIGN_IMAGES = frozenset(".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .psd .xcf .svg .eps .jxl .exr .hdr".split())
+TOP_FOLDER, BELOW_SPLIT = "top_folder", "below_split"  # which folder of a path is its class, if not the parent
 MISSING, NOT_A_FILE = -1, -2  # instead of a size
 
 IMAGE, CAPTION, VECTOR, FOLDER, LINKED_FOLDER, UNREAD = range(6)
@@ -174,8 +175,11 @@ def sidecar_path(path: Path, file: tuple, standard: str) -> Path:
 
 
 def folder_class(folder: str, label_from: str) -> str:
-    """The class that a relative folder stands for: its own name, or that of the folder at the top."""
-    name = folder.partition("/")[0] if label_from == "top_folder" else folder.rpartition("/")[2]
+    """The class that a relative folder stands for: its own name, or that of the folder at the top or in a split."""
+    top, _, below = folder.partition("/")
+    name = folder.rpartition("/")[2]
+    if label_from in (TOP_FOLDER, BELOW_SPLIT):
+        name = top if label_from == TOP_FOLDER else below.partition("/")[0]
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # an ASCII locale does not decode it
 
 

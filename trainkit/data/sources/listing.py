@@ -45,7 +45,7 @@ from trainkit.data.sources.entries import (
     size_and_time,
 )
 from trainkit.data.sources.joining import with_metadata
-from trainkit.data.sources.metadata import METADATA_NAMES
+from trainkit.data.sources.metadata import METADATA_NAMES, refuse_columns
 from trainkit.data.sources.rowfile import RowFile, sorted_rows
 from trainkit.data.sources.splits import choose_split, readme_data_files
 from trainkit.errors import UserError
@@ -76,6 +76,8 @@ def list_folder(folder: Path, flag: str, options: ReadOptions) -> Listing:
     if not folder.is_dir():
         raise UserError(f"{flag} {folder} is a file; give the folder that holds the images")
     found, file = _walked(folder, flag)
+    if not found.metadata:
+        refuse_columns(options.columns, f"{flag} {folder}")
     rule = _split_rule(folder, file, options, found.account, flag)
     seen, listed = _Seen(options.label_from), file
     if rule is None and not found.metadata and options.conditioning_dir is None:
@@ -95,7 +97,7 @@ def list_folder(folder: Path, flag: str, options: ReadOptions) -> Listing:
     seen.count(found)
     folder_labels = not seen.named_labels and seen.folders.are_classes
     labels = seen.folders.names if folder_labels else seen.named_labels
-    entries = Entries(listed, options.label_from if folder_labels else None, range(len(listed)))
+    entries = Entries(listed, seen.folders.rule if folder_labels else None, range(len(listed)))
     has_what = seen.has_text, seen.has_vector, seen.vector_files, seen.has_pairs
     return Listing(entries, labels, *has_what, found.account)
 

@@ -46,6 +46,22 @@ class ColumnOptions:
     condition: str | None = None  # the column that names them
 
 
+def refuse_columns(columns: ColumnOptions, what: str) -> None:
+    """Raise `UserError` if a column is named for the folder `what`, which has no metadata file.
+
+    `image` is what the column of images is called when `datasets` reads a folder.
+    """
+    for flag, name, defaults in (
+        ("caption_column", columns.caption, (None,)),
+        ("image_column", columns.image, (None, "image")),
+        ("vector_column", columns.vector, ("vector",)),
+        ("conditioning_image_column", columns.condition, (None, "conditioning_image")),
+    ):
+        if name not in defaults:
+            missing = f"{what} has no metadata.csv or metadata.jsonl"
+            raise UserError(f"--{flag} {name} is a column of a table, and {missing}: leave it out")
+
+
 class MetadataRow(NamedTuple):
     """What a row says about the image `name`, as it is written there. `vector`: float32 bytes."""
 
