@@ -35,6 +35,7 @@ DATA_LAYERS = (
         "trainkit.data.settings",
         "trainkit.data.account",
         "trainkit.data.faults",
+        "trainkit.data.pairing",
     ),
     ("trainkit.data.images",),
     ("trainkit.data.sources",),

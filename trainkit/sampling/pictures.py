@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trainkit.data.faults import RejectedImage
+from trainkit.data.images.conditions import decode_label_map
 from trainkit.data.images.decode import decode_image, image_size
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.entries import IMAGE_EXTENSIONS
@@ -46,6 +47,8 @@ class Pictures:
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         file, mask = self.files[number], None if self.masks is None else self.masks[number]
+        if self.input.kind == "labels":
+            return {"image": self._read_labels(file)}
         if self.input.kind != "mask":
             return {"image": self._read(file, FLAG, MODES[self.input.picture_channels])}
         if mask is not None:
@@ -89,7 +92,7 @@ class Pictures:
         divisor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
         if self.input.kind == "mask" and self.masks is None and self.input.channels == 4:
             raise UserError(f"{MASK_FLAG} is missing: the transparency of the pictures is part of this model's images")
-        numbers = range(len(self)) if self.input.kind == "mask" else [0]
+        numbers = range(len(self)) if self.input.kind in ("mask", "labels") else [0]
         for number in numbers:
             given = self[number]
             try:
@@ -108,6 +111,12 @@ class Pictures:
             return decode_image(file, PreparationSettings(*self.small_size, "stretch", mode))
         except RejectedImage as error:
             raise UserError(f"{flag}: {file} cannot be read: {error}") from None
+
+    def _read_labels(self, file: Path) -> np.ndarray:
+        try:
+            return decode_label_map(file, PreparationSettings(*self.small_size, "stretch", "L"), self.input.classes)
+        except RejectedImage as error:
+            raise UserError(f"{FLAG}: {file} is not used: {error}") from None
 
 
 def list_images(folder: Path, flag: str) -> list[Path]:
