@@ -6,8 +6,8 @@
     python app.py --model_name_or_path ddpm-model-64 ddpm-model-64-4-steps     # side by side
     python app.py --model_name_or_path ddpm-model-64 --export_space my-space    # the files of a Hugging Face Space
 
-Takes every pipeline that sample.py takes: unconditional, of classes, vectors or prompts, and few-step students. Image
-i of the page is that of sample.py with the same settings. No code in a model's folder is executed.
+Takes every pipeline that sample.py takes: unconditional, of classes, vectors, prompts or images, and few-step
+students. Image i of the page is that of sample.py with the same settings. No code in a model's folder is executed.
 """
 
 import sys

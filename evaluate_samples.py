@@ -46,6 +46,7 @@ from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.options.terminal import TerminalOptions
 from trainkit.options.training import cpu_threads_option, mixed_precision_option
+from trainkit.sampling.cascade import CascadeOptions
 from trainkit.sampling.conditions import ConditionOptions
 from trainkit.terminal import only_warn, say
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
 
 WITHOUT_SWEEP = (
     "paired", "held_out", "closest_pairs_file", "classifier_data_dir", "output_file", "retrieval_captions",
+    *(field.name for field in fields(CascadeOptions)),
 )  # fmt: skip
 METRICS = ("kid", "fid", "fid_infinity", "precision", "recall", "density", "coverage")
 
@@ -135,7 +137,7 @@ class ScoreOptions:
 
 
 @dataclass
-class Options(ScoreOptions, ModelOptions, ConditionOptions, TerminalOptions):
+class Options(ScoreOptions, ModelOptions, ConditionOptions, CascadeOptions, TerminalOptions):
     """The options of evaluate_samples.py."""
 
 
@@ -276,7 +278,7 @@ def check(options: Options) -> None:
         raise UserError("--reference is missing: give a folder of images")
     defaults = Options()
     if options.model_name_or_path is None:
-        for field in (*fields(ModelOptions), *fields(ConditionOptions)):
+        for field in (*fields(ModelOptions), *fields(ConditionOptions), *fields(CascadeOptions)):
             if getattr(options, field.name) != getattr(defaults, field.name):
                 raise UserError(f"--{field.name} needs --model_name_or_path, the model to sample")
     if options.sweep is not None:

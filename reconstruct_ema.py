@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainkit.errors import UserError, run_script
+from trainkit.errors import UserError, renamed_flags, run_script
 from trainkit.options.fields import option
 from trainkit.options.parsing import parse_options
 from trainkit.sampling.conditions import ConditionOptions
@@ -59,7 +59,7 @@ class Options(AverageOptions, ScoreOptions, ConditionOptions):
 
 
 def reconstruct(options: Options) -> None:
-    from trainkit.sampling.load import FLAG, find_pipeline
+    from trainkit.sampling.load import find_pipeline
     from trainkit.training.averages.post_hoc import Snapshots, save_reconstruction
 
     model_dir, output_dir = Path(options.model_dir), Path(options.output_dir)
@@ -69,14 +69,12 @@ def reconstruct(options: Options) -> None:
         raise UserError(f"--model_dir {model_dir} is not a folder: give the --output_dir of a training run")
     snapshots = Snapshots(model_dir, options.step)
     record = {}
-    try:
+    with renamed_flags(model_name_or_path="model_dir"):
         find_pipeline(str(model_dir))
         if options.sigma_rel == AUTO:
             sigma_rel, record = best_length(options, snapshots)
         else:
             sigma_rel = float(options.sigma_rel)
-    except UserError as error:
-        raise UserError(str(error).replace(FLAG, "--model_dir")) from None
     record = save_reconstruction(snapshots, sigma_rel, output_dir, record)
     print(
         f"{output_dir}: the average of sigma_rel {sigma_rel:g} at step {snapshots.step}, from {len(snapshots.files)} "

@@ -9,6 +9,10 @@
 
     accelerate launch sample.py --model_name_or_path upsampler-64 --output_dir samples --conditioning_dir small
 
+    # images of 64 pixels, enlarged to 128 and then to 256
+    accelerate launch sample.py --model_name_or_path ddpm-model-64 --output_dir samples \\
+        --upsampler_name_or_path upsampler-128 upsampler-256
+
 Image i uses the seed --seed + i and, for a conditional pipeline, condition i of the requested ones, which repeat. It
 does not depend on the batch size or the number of processes. Writes 000000.png ... (or what --output_format says),
 grid.png, sampling.json and metadata.jsonl (seed and condition of each image). Run the same command again to generate
@@ -29,6 +33,7 @@ from trainkit.options.training import (
     cpu_threads_option,
     mixed_precision_option,
 )
+from trainkit.sampling.cascade import Cascade, CascadeOptions, open_cascade
 from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
 from trainkit.terminal import say, tell
@@ -88,7 +93,7 @@ class ComputeOptions:
 
 
 @dataclass
-class Options(PipelineOptions, ConditionOptions, OutputOptions, ComputeOptions, TerminalOptions):
+class Options(PipelineOptions, ConditionOptions, CascadeOptions, OutputOptions, ComputeOptions, TerminalOptions):
     """The options of sample.py."""
 
 
@@ -111,10 +116,11 @@ def sample(options: Options) -> None:
     options = replace(options, scheduler=name, num_inference_steps=steps)
     pipeline = load_pipeline(model_folder, scheduler)
     conditions = read_conditions(options, pipeline)
+    cascade = open_cascade(options, pipeline)
 
-    record, samples, missing = plan(options, accelerator, model_folder, pipeline, conditions)
+    record, samples, missing = plan(options, accelerator, model_folder, pipeline, conditions, cascade)
     try:
-        speed = generate_missing(options, accelerator, pipeline, conditions, samples, missing)
+        speed = generate_missing(options, accelerator, pipeline, conditions, cascade, samples, missing)
         if accelerator.is_main_process:
             report(options, record | speed, samples, conditions, len(missing))
     except OSError as error:
@@ -125,7 +131,9 @@ def sample(options: Options) -> None:
     end_together(accelerator)
 
 
-def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions) -> tuple[dict, Any, set[int]]:
+def plan(
+    options: Options, accelerator, model_folder: Path, pipeline, conditions, cascade: Cascade
+) -> tuple[dict, Any, set[int]]:
     """The record of the folder, its samples, and the numbers of the images that it lacks.
 
     Raises `UserError` for the record of other images.
@@ -138,7 +146,8 @@ def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions
     from trainkit.sampling.record import SPEED, open_samples, read_record, start_record, versions
     from trainkit.sampling.schedulers import describe_scheduler
 
-    folder, shape = Path(options.output_dir), image_shape(pipeline)
+    folder, last = Path(options.output_dir), cascade.upsamplers[-1].pipeline if cascade.upsamplers else pipeline
+    shape = image_shape(last)
     settings = {  # what the images depend on
         "weights_sha256": weights_digest(model_folder),
         "scheduler": describe_scheduler(pipeline.scheduler),
@@ -147,11 +156,13 @@ def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions
         "mixed_precision": accelerator.mixed_precision,
         "height_width": list(shape[:2]),
         **({} if conditions is None else conditions.settings()),
+        **cascade.settings,
     }
     samples = open_samples(folder, options.output_format, shape, conditions, settings)
     earlier = read_record(folder, settings, options.output_format)
     record = (
         settings
+        | cascade.names
         | {
             "model": options.model_name_or_path,
             "scheduler_name": options.scheduler,
@@ -172,7 +183,9 @@ def plan(options: Options, accelerator, model_folder: Path, pipeline, conditions
     return record, samples, missing
 
 
-def generate_missing(options: Options, accelerator, pipeline, conditions, samples, missing: set[int]) -> dict:
+def generate_missing(
+    options: Options, accelerator, pipeline, conditions, cascade: Cascade, samples, missing: set[int]
+) -> dict:
     """Generate and write the images `missing`; on the main process returns speed and waiting times of all processes.
 
     Processes take batches one after the other. The noise of the next one is drawn, and images are encoded and written,
@@ -188,14 +201,16 @@ def generate_missing(options: Options, accelerator, pipeline, conditions, sample
     if not missing:
         return {}
     layout = memory_format(options, accelerator.device)
-    pipeline.to(accelerator.device).unet.to(memory_format=layout)
-    compile_unet(pipeline.unet, options, 1, accelerator.device)
+    for one in (pipeline, *(upsampler.pipeline for upsampler in cascade.upsamplers)):
+        one.to(accelerator.device).unet.to(memory_format=layout)
+        compile_unet(one.unet, options, 1, accelerator.device)
     share = -(-options.num_images // accelerator.num_processes)  # so that every process has a batch
-    batch_size = limited_batch_size(pipeline, min(options.sample_batch_size, share))
+    batch_size = limited_batch_size(pipeline, min(options.sample_batch_size, share), cascade.upsamplers)
     units = cut_units(options.num_images, batch_size, missing, padded=options.compile)
     sampler = Sampler(
-        pipeline, options.num_inference_steps, options.seed, conditions, batch_size, options.find_batch_size, layout
-    )
+        pipeline, options.num_inference_steps, options.seed, conditions, batch_size, options.find_batch_size, layout,
+        cascade.upsamplers,
+    )  # fmt: skip
     with torch.inference_mode(), accelerator.autocast():
         return run_units(sampler, samples, Team(accelerator), units, missing) or {}
 

@@ -4,7 +4,7 @@ import copy
 import json
 from pathlib import Path
 
-from conditional_helpers import NAMES, class_unet, text_parts, vector_unet
+from conditional_helpers import NAMES, class_unet, image_pipeline, text_parts, vector_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from sampling_helpers import tiny_model
 
@@ -15,7 +15,7 @@ from trainkit.sampling.table import TABLE_NAME
 
 
 def save_models(folder: Path) -> Path:
-    """Write plain (with a table), student, class, vector, text and stock into `folder`; returns it."""
+    """Write plain (with a table), student, class, vector, text, stock, enlarge, fill and edges; returns `folder`."""
     scheduler = DDPMScheduler()
     student = progressive_scheduler(scheduler.alphas_cumprod.double(), 4, "epsilon")
     save_pipeline(folder / "plain", DDPMPipeline(tiny_model(), scheduler), "")
@@ -24,6 +24,11 @@ def save_models(folder: Path) -> Path:
     save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), copy.deepcopy(scheduler)), "")
     unet, parts = text_parts(folder)
     save_pipeline(folder / "text", conditional_pipeline(unet, copy.deepcopy(scheduler), prompt_length=8, **parts), "")
+    for name, kind, *settings in (("enlarge", "downscale", 2, 0.2), ("fill", "mask"), ("edges", "edges")):
+        of_classes = {"num_class_embeds": 4} if name == "edges" else {}
+        made = image_pipeline(kind, *settings, **of_classes)
+        parts = {"image_input": made.image_input, "id2label": NAMES if of_classes else None}
+        save_pipeline(folder / name, conditional_pipeline(made.unet, copy.deepcopy(scheduler), **parts), "")
     DDPMPipeline(tiny_model(1), scheduler).save_pretrained(folder / "stock")
     write_table(folder / "plain")
     return folder

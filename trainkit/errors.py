@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 OTHER_PROCESSES_WAIT_S = 15.0  # their starts may differ by seconds
@@ -13,6 +14,18 @@ OTHER_PROCESSES_WAIT_S = 15.0  # their starts may differ by seconds
 
 class UserError(Exception):
     """Something the user can fix; the message names the flag, the file and the fix in one line."""
+
+
+@contextlib.contextmanager
+def renamed_flags(**names: str) -> Iterator[None]:
+    """Inside the block a `UserError` names other flags: `model_name_or_path="model_dir"` for `--model_dir`."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for known, given in names.items():
+            message = re.sub(rf"--{known}\b", f"--{given}", message)
+        raise UserError(message) from None
 
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:

@@ -18,7 +18,7 @@ from trainkit.errors import UserError
 from trainkit.sampling.catalogue import SCHEDULER_NAMES
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
-KINDS = ("plain", "student", "class", "vector", "text", "stock")
+KINDS = ("plain", "student", "class", "vector", "text", "stock", "enlarge", "fill", "edges")
 
 
 @pytest.fixture(scope="module")

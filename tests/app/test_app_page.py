@@ -107,6 +107,12 @@ def type_into(browser, selector, text):
     return field
 
 
+def upload(browser, field, file):
+    """Give a file to a field for pictures, and wait until the browser has it."""
+    wait_for(lambda: find(browser, f"{field} input[type=file]"))[0].send_keys(str(file))
+    wait_for(lambda: find(browser, f"{field} img"))
+
+
 def pictures(browser, side="A"):
     """The finished images of one side; an empty list until they are there."""
     if not find(browser, f"#result-{side} figure a"):
@@ -150,6 +156,28 @@ def test_two_visitors_at_once_see_the_images_of_their_seeds(address, tmp_path):
     for index in range(7):
         assert np.abs(first[index + 1].astype(int) - second[index]).max() <= 1, "the same seed"
         assert np.abs(first[index].astype(int) - second[index]).max() > 20
+
+
+def test_an_uploaded_picture_is_enlarged_and_filled(tmp_path):
+    """The upsampler beside the model that fills masks, with one picture for both, and a file that is no picture."""
+    folder = save_models(tmp_path / "models")
+    photo, mask = Image.new("RGB", (40, 30), "teal"), Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 16, 8))
+    photo.save(tmp_path / "photo.png")
+    mask.save(tmp_path / "mask.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with serving(str(folder / "enlarge"), str(folder / "fill")) as url, visitor(url, tmp_path / "a") as browser:
+        upload(browser, "#picture", tmp_path / "broken.png")
+        find(browser, "#generate")[0].click()
+        shown = wait_for(lambda: [one.text for one in find(browser, ".toast-body") if one.text])
+        assert "Image: it cannot be read" in shown[0] and pictures(browser) == []
+        find(browser, "#picture button[aria-label='Remove Image']")[0].click()
+        for field, name in (("#picture", "photo.png"), ("#mask", "mask.png")):
+            upload(browser, field, tmp_path / name)
+        find(browser, "#generate")[0].click()
+        enlarged, filled = wait_for(lambda: pictures(browser, "B") and (pictures(browser), pictures(browser, "B")))
+    assert len(enlarged) == len(filled) == 8 and enlarged[0].shape == filled[0].shape == (16, 16, 3)
+    assert all((one[8:] == (0, 128, 128)).all() and (one[:8] != (0, 128, 128)).any() for one in filled)
 
 
 def test_an_exported_space_runs_by_itself(tmp_path, monkeypatch):

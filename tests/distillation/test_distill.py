@@ -17,8 +17,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from distillation_helpers import FLAGS, run_distill
 from process_helpers import run_forked
-from training_helpers import run_in_process, same_training_state, same_weights, tiny_run
+from training_helpers import same_training_state, same_weights, tiny_run
 
 from pipelines.conditional import ConditionalPipeline
 from trainkit.errors import UserError
@@ -27,11 +28,6 @@ from trainkit.sampling.schedulers import load_scheduler
 from trainkit.training.signals import StopSignals
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-FLAGS = {
-    "model_config_name_or_path": None, "max_train_steps": 18, "first_steps": 4, "num_steps": 1, "random_flip": None,
-    "lr_warmup_steps": 1, "checkpointing_steps": 2, "ddpm_num_inference_steps": None, "save_model_epochs": 0,
-    "save_images_epochs": 0,
-}  # fmt: skip
 
 
 def save_teacher(folder, scheduler=None, **changes):
@@ -51,11 +47,7 @@ def distill(image_folder, cache_dir, tmp_path, monkeypatch):
     """Run distill.py in this process with flags over those of a tiny run; returns the output folder."""
 
     def call(teacher, name="out", images=None, **flags):
-        flags = FLAGS | {"teacher_model_name_or_path": teacher} | flags
-        run_in_process(
-            monkeypatch, "distill", tiny_run(images or image_folder, None, cache_dir, tmp_path / name, **flags)
-        )
-        return tmp_path / name
+        return run_distill(monkeypatch, teacher, images or image_folder, cache_dir, tmp_path / name, **flags)
 
     return call
 
@@ -64,10 +56,8 @@ def distill(image_folder, cache_dir, tmp_path, monkeypatch):
 def whole_run(teacher, image_folder, cache_dir, tmp_path_factory):
     """An uninterrupted distillation to 4, 2 and 1 steps."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    flags = FLAGS | {"teacher_model_name_or_path": teacher}
     with pytest.MonkeyPatch.context() as patch:
-        run_in_process(patch, "distill", tiny_run(image_folder, None, cache_dir, folder, **flags))
-    return folder
+        return run_distill(patch, teacher, image_folder, cache_dir, folder)
 
 
 def test_each_stage_saves_a_stock_pipeline_that_refuses_more_steps(whole_run):

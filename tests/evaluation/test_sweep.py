@@ -9,7 +9,7 @@ import pytest
 import torch
 from conditional_helpers import NAMES, class_unet
 from diffusers import DDPMPipeline, DDPMScheduler, EulerAncestralDiscreteScheduler
-from evaluation_helpers import evaluate, write_images
+from evaluation_helpers import TinyExtractor, evaluate, write_images
 from latent_helpers import LATENT_CHANNELS, make_vae
 from PIL import Image
 from sampling_helpers import tiny_model
@@ -18,22 +18,12 @@ from trainkit.diffusion.few_step import progressive_scheduler, step_timesteps, w
 from trainkit.errors import UserError
 from trainkit.evaluation import sweep
 from trainkit.evaluation.candidates import Candidates, Cell, facts_of
-from trainkit.evaluation.features import ROUNDED_RESIZE
 from trainkit.evaluation.frechet import RunningMoments
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance, frechet_distance_of_groups
 from trainkit.report.card_results import BEGIN, END, with_section
 from trainkit.sampling.load import is_stock_pipeline, weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline, unconditional_pipeline
 from trainkit.sampling.table import TABLE_NAME, choose_scheduler
-
-
-class TinyExtractor(torch.nn.Module):
-    """12 features: the mean colours of the quarters of an image."""
-
-    name, weights_sha256, input_size, num_features, resize = "tiny", "0" * 64, 8, 12, ROUNDED_RESIZE
-
-    def forward(self, images):
-        return images.float().reshape(-1, 2, 4, 2, 4, 3).mean(dim=(2, 4)).flatten(1) / 255
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,8 @@ from PIL import Image
 from sampling_helpers import sample_images
 
 from tools import make_conditions
-from trainkit.distillation.teacher import open_teacher
 from trainkit.errors import UserError
 from trainkit.evaluation.pairs import psnr, ssim
-from trainkit.options.distillation import DistillationOptions
 from trainkit.sampling.pictures import list_images
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
@@ -95,11 +93,6 @@ def test_the_size_of_the_small_images_decides_and_the_samples_are_scored(models,
     assert bicubic["psnr"] > found["psnr"] and "psnr_of_mean" not in bicubic
     with pytest.raises(UserError, match="--paired: a sample is 16x16 .*, its true image in --reference 24x24"):
         evaluate(monkeypatch, generated=tmp_path / "out", paired=True, **flags | {"reference": made / "images"})
-
-
-def test_such_a_model_cannot_be_distilled(models):
-    with pytest.raises(UserError, match="--teacher_model_name_or_path .* is conditioned on images"):
-        open_teacher(DistillationOptions(teacher_model_name_or_path=str(models / "mask")))
 
 
 def test_the_samples_of_another_model_are_conditions_without_their_grid(tmp_path):

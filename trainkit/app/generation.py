@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainkit.app.models import AppModel
+from trainkit.app.pictures import example_uploads
 from trainkit.app.requests import Job, Request, Setting, example_vector, make_job
 from trainkit.sampling.generate import evaluation_mode, limited_batch_size, noise_shape, to_uint8
 from trainkit.sampling.noise import Batch, draw
@@ -54,5 +55,6 @@ def warm_up(model: AppModel) -> None:
     """Make an image in one step, so that the time of the first visitor's images is that of the others too."""
     vector = "" if model.vector_length is None else example_vector(model)
     scheduler = model.schedulers[-1] if model.is_student else "dpmsolver"
-    for _ in frames(make_job(Setting(model, scheduler, 1), Request(0, 1, vectors=vector))):
+    picture, mask = (None, None) if model.image_input is None else example_uploads(model)
+    for _ in frames(make_job(Setting(model, scheduler, 1), Request(0, 1, (), vector, "", picture, mask))):
         pass

@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.image_input import ImageInput
 from trainkit.diffusion.few_step import is_few_step, student_steps
 from trainkit.diffusion.frozen import local_device
 from trainkit.errors import UserError
@@ -14,7 +15,14 @@ from trainkit.sampling.schedulers import available_schedulers, check_steps, load
 from trainkit.sampling.table import choose_scheduler, default_steps, read_table, score_text, time_text
 
 SOLVER_STEPS = 100  # end of the slider for solvers that are good at few steps
+DEFAULT_GUIDANCE = 2.0  # of classes, vectors and prompts
 LONG_CHAINS = ("ddim", "ddpm")  # schedulers that are made for many steps
+
+
+PICTURES = {
+    "downscale": "from small images", "mask": "fills masks", "grayscale": "from grey images", "edges": "from edges",
+    "picture": "from other images",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,30 @@ class AppModel:
 
     @property
     def condition(self) -> str | None:
-        """The name of the condition that the model needs: class_labels, vectors or prompt; None without one."""
-        names = getattr(self.pipeline, "conditions", ())
+        """The name of the condition besides an image: class_labels, vectors or prompt; None without one."""
+        names = [name for name in getattr(self.pipeline, "conditions", ()) if name not in ("image", "mask_image")]
         return names[0] if names else None
+
+    @property
+    def image_input(self) -> ImageInput | None:
+        """What the second image is, of a model that is conditioned on images."""
+        return getattr(self.pipeline, "image_input", None)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the second image in training."""
+        assert self.image_input is not None  # of a model that is conditioned on images
+        height, width, _ = image_shape(self.pipeline)
+        return height // self.image_input.factor, width // self.image_input.factor
+
+    @property
+    def is_conditional(self) -> bool:
+        return self.condition is not None or self.image_input is not None
+
+    @property
+    def default_guidance(self) -> float:
+        """Students have theirs folded in, and an image says so much that guidance would overdo it."""
+        return 1.0 if self.is_student or self.image_input is not None else DEFAULT_GUIDANCE
 
     @property
     def class_names(self) -> list[str]:
@@ -78,8 +107,9 @@ def open_model(name_or_path: str) -> AppModel:
     own = load_scheduler(folder)
     student, steps = is_few_step(own), default_steps(folder)
     pipeline = load_pipeline(folder, own).to(local_device())
-    if "image" in getattr(pipeline, "conditions", ()):
-        raise UserError(f"{FLAG} {name_or_path} is conditioned on images, which the page does not take: use sample.py")
+    image_input = getattr(pipeline, "image_input", None)
+    if image_input is not None and image_input.kind not in PICTURES:
+        raise UserError(f"{FLAG} {name_or_path}: the page takes no {image_input.kind} as condition: use sample.py")
     fitting = available_schedulers(folder)
     return AppModel(
         name=name_or_path.rstrip("/\\") if not Path(name_or_path).is_dir() else folder.resolve().name,
@@ -105,16 +135,17 @@ def first_setting(model: AppModel, number: int) -> tuple[str, int]:
 def describe(model: AppModel) -> str:
     """One line about a model: image size, condition, parameters."""
     height, width, channels = image_shape(model.pipeline)
-    kind = {
-        None: "unconditional",
+    kinds = {
         "class_labels": f"{len(model.class_names)} classes",
         "vectors": f"vectors of {model.vector_length} numbers",
         "prompt": "prompts",
-    }[model.condition]
+    }
+    known = [kinds[model.condition]] if model.condition else []
+    known += [PICTURES[model.image_input.kind]] if model.image_input else []
     colour = {1: "grey", 3: "colour", 4: "colour with transparency"}[channels]
     millions = sum(parameter.numel() for parameter in model.pipeline.unet.parameters()) / 1e6
     student = f", student of {_count(model.most_steps, 'step')}" if model.is_student else ""
-    return f"{width}×{height} {colour}, {kind}{student}, {millions:.3g} M parameters"
+    return f"{width}×{height} {colour}, {' and '.join(known) or 'unconditional'}{student}, {millions:.3g} M parameters"
 
 
 def hint(model: AppModel, scheduler: str, steps: int) -> str:

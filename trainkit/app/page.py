@@ -13,8 +13,8 @@ import gradio as gr
 from trainkit.app.gallery import CELL, HALF_PAGE_CELL, STYLE, gallery
 from trainkit.app.generation import frames
 from trainkit.app.models import AppModel, describe, first_setting, hint, table_rows
+from trainkit.app.pictures import picture_name
 from trainkit.app.requests import (
-    DEFAULT_GUIDANCE,
     MAX_GUIDANCE,
     MAX_IMAGES,
     Job,
@@ -29,6 +29,7 @@ from trainkit.errors import UserError
 SIDES = ("A", "B")
 DEFAULT_IMAGES = 8
 MAX_WAITING = 50  # visitors in the queue; the next one is told to come back later
+UPLOADS_S = 600, 3600  # how often uploaded pictures are looked through, and the age at which they are deleted
 EMPTY = '<div class="tk-empty">The images appear here.</div>'
 CSS = (
     STYLE
@@ -44,6 +45,15 @@ footer { display: none !important }
 )
 
 
+class Upload(gr.Image):
+    """A field for a picture. It gives the file as it is: what is wrong with one is found where it is read."""
+
+    is_template = True  # the browser shows the component that this is derived from
+
+    def preprocess(self, payload: Any) -> str | None:
+        return None if payload is None else payload.path
+
+
 class Shared(NamedTuple):
     """The fields that both sides share."""
 
@@ -53,6 +63,10 @@ class Shared(NamedTuple):
     classes: gr.Dropdown
     vectors: gr.Textbox
     prompts: gr.Textbox
+    picture: Upload
+    mask: Upload
+    fits: gr.Checkbox
+    image_noise: gr.Slider
 
 
 class Side(NamedTuple):
@@ -83,7 +97,7 @@ def launch(models: Sequence[AppModel], host: str | None, port: int | None, share
 def build_page(models: Sequence[AppModel]) -> gr.Blocks:
     """The page of one or two models."""
     title = " and ".join(model.name for model in models)
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=UPLOADS_S) as page:
         lines = [describe(models[0])] if len(models) == 1 else [f"**{one.name}**: {describe(one)}" for one in models]
         gr.Markdown(f"# {title}")
         gr.Markdown("  \n".join(lines), elem_classes="tk-about")
@@ -125,11 +139,37 @@ def _shared_fields(models: Sequence[AppModel]) -> Shared:
         vectors, label="Vector", info="One per line, numbers separated by commas. null: no vector.", lines=2,
         elem_id="vector", visible="vectors" in conditions,
     )  # fmt: skip
+    pictures = _picture_fields(models)
     count = gr.Slider(1, MAX_IMAGES, DEFAULT_IMAGES, step=1, label="Images", elem_id="images")
     with gr.Row():
         seed = gr.Number(0, label="Seed", info="Image i has seed + i.", precision=0, elem_id="seed", min_width=120)
         fresh = gr.Checkbox(False, label="Random seed", min_width=120, elem_id="random-seed")
-    return Shared(seed, fresh, count, classes, numbers, prompts)
+    return Shared(seed, fresh, count, classes, numbers, prompts, *pictures)
+
+
+def _picture_fields(models: Sequence[AppModel]) -> tuple[Upload, Upload, gr.Checkbox, gr.Slider]:
+    """The fields of models that are conditioned on images; hidden if there are none."""
+    inputs = [model.image_input for model in models if model.image_input is not None]
+    names = dict.fromkeys(picture_name(model) for model in models if model.image_input is not None)
+    is_masked, noise = any(one.kind == "mask" for one in inputs), max([one.noise for one in inputs], default=0.0)
+    with gr.Row(visible=bool(inputs)):
+        picture = Upload(
+            label=" or ".join(names) or "Image", sources=["upload", "clipboard"], elem_id="picture", height=220,
+            min_width=150,
+        )  # fmt: skip
+        mask = Upload(
+            label="Mask, white: generated", sources=["upload", "clipboard"],
+            elem_id="mask", height=220, min_width=150, visible=is_masked,
+        )  # fmt: skip
+    fits = gr.Checkbox(
+        True, label="Fit to the size of training", info="Scales and crops. Off: keeps the size of the picture.",
+        elem_id="fits", visible=bool(inputs),
+    )  # fmt: skip
+    level = gr.Slider(
+        0, noise or 1, 0, step=0.01, label="Noise in the small image", info="Hides faults of the image.",
+        elem_id="image-noise", visible=noise > 0,
+    )  # fmt: skip
+    return picture, mask, fits, level
 
 
 def _side_fields(models: Sequence[AppModel], number: int, compared: bool) -> Side:
@@ -148,8 +188,8 @@ def _side_fields(models: Sequence[AppModel], number: int, compared: bool) -> Sid
         slider = gr.Slider(1, value=steps, step=1, label="Steps", elem_id=f"steps-{side}", **_range(model, scheduler))
         note = gr.Markdown(hint(model, scheduler, steps), elem_classes="tk-note", padding=True)
         guidance = gr.Slider(
-            1, MAX_GUIDANCE, 1.0 if model.is_student else DEFAULT_GUIDANCE, step=0.1, label="Guidance",
-            info="1: none, half the time.", visible=model.condition is not None, elem_id=f"guidance-{side}",
+            1, MAX_GUIDANCE, model.default_guidance, step=0.1, label="Guidance", info="1: none, half the time.",
+            visible=model.is_conditional, elem_id=f"guidance-{side}",
         )  # fmt: skip
     return Side(box, heading, chosen, schedulers, slider, note, guidance)
 
@@ -190,7 +230,7 @@ def _react(models: Sequence[AppModel], compare: gr.Checkbox, shared: Shared, sid
         return [
             gr.update(choices=model.schedulers, value=scheduler, visible=len(model.schedulers) > 1),
             gr.update(value=steps, **_range(model, scheduler)),
-            gr.update(visible=model.condition is not None),
+            gr.update(visible=model.is_conditional),
             hint(model, scheduler, steps),
         ]
 
@@ -212,10 +252,12 @@ def _react(models: Sequence[AppModel], compare: gr.Checkbox, shared: Shared, sid
 def _make_function(models: Sequence[AppModel]):
     """The function of the button: it yields the seed and the two results, with previews in between."""
 
-    def make(compared: bool, seed, fresh: bool, num_images, classes, vectors: str, prompts: str, *fields) -> Iterator:
+    def make(compared: bool, *fields) -> Iterator:
+        count = len(Shared._fields)
+        seed, fresh, num_images, classes, vectors, prompts, *pictures = fields[:count]
         seed = random.randrange(2**31) if fresh else seed
-        request = Request(seed, num_images, tuple(classes or ()), vectors or "", prompts or "")
-        settings = [fields[:4], fields[4:]] if compared else [fields[:4]]
+        request = Request(seed, num_images, tuple(classes or ()), vectors or "", prompts or "", *pictures)
+        settings = [fields[count : count + 4], fields[count + 4 :]][: 1 + compared]
         try:
             jobs = [make_job(Setting(models[index], *others), request) for index, *others in settings]
         except UserError as error:

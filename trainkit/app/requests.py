@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pipelines.prompts import check_prompts
 from trainkit.app.models import AppModel
+from trainkit.app.pictures import Upload, picture_name, read_uploads
 from trainkit.errors import UserError
 from trainkit.sampling.conditions import ALL, NULL
 from trainkit.sampling.generate import Pipeline
@@ -14,7 +15,6 @@ from trainkit.sampling.generate import Pipeline
 MAX_IMAGES = 64
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 20.0
-DEFAULT_GUIDANCE = 2.0  # of conditional models; students have theirs folded in
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Request:
     classes: tuple[str, ...] = ()  # names or numbers; none: all classes
     vectors: str = ""  # a vector per line
     prompts: str = ""  # a prompt per line
+    picture: Upload | None = None  # for models that are conditioned on images
+    mask: Upload | None = None  # white where to generate
+    fits: bool = True  # whether picture and mask are scaled and cropped to the size of training
+    image_noise: float = 0.0  # in a small image
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,49 @@ def make_job(setting: Setting, request: Request) -> Job:
     seeds = [seed + index for index in range(count)]
     of_model = re.sub(r"[^\w.-]+", "-", setting.model.name)
     about = f"{of_model}-{setting.scheduler}-{steps}", f"{setting.scheduler}, {steps} step{'s' * (steps > 1)}"
-    condition = setting.model.condition
-    if condition is None:
+    if not setting.model.is_conditional:
         return Job(*about, pipeline, steps, seeds, None, [""] * count, {})
     scale = float(setting.guidance_scale)
     if not 1 <= scale <= MAX_GUIDANCE:
         raise UserError(f"Guidance {setting.guidance_scale:g} must be 1 (none) to {MAX_GUIDANCE:g}")
-    read: dict[str, Callable] = {"class_labels": _classes, "vectors": _vectors, "prompt": _prompts}
-    values, shown = read[condition](setting.model, request)
+    values, shown = _conditions(setting.model, request)
     chosen = [index % len(values) for index in range(count)]
     conditions, captions = [values[index] for index in chosen], [shown[index] for index in chosen]
+    guidance = {"guidance_scale": scale}
     name, title = about[0] + f"-guidance-{scale:g}", about[1] + f", guidance {scale:g}"
-    return Job(name, title, pipeline, steps, seeds, conditions, captions, {"guidance_scale": scale})
+    if setting.model.image_input is not None:
+        conditions = _add_picture(setting.model, request, conditions, pipeline)
+        guidance["image_noise"] = _image_noise(setting.model, request)
+    return Job(name, title, pipeline, steps, seeds, conditions, captions, guidance)
+
+
+def _conditions(model: AppModel, request: Request) -> tuple[list, list[str]]:
+    """The conditions besides an image, and what they show; one empty entry without such a condition."""
+    read: dict[str | None, Callable] = {"class_labels": _classes, "vectors": _vectors, "prompt": _prompts}
+    read[None] = lambda model, request: ([None], [""])
+    return read[model.condition](model, request)
+
+
+def _add_picture(model: AppModel, request: Request, conditions: list, pipeline: Pipeline) -> list[dict]:
+    """`conditions` as arguments of the pipeline, with those of the picture; `pipeline` gets the size of the result.
+
+    A model with another condition too accepts that one alone.
+    """
+    rows = [{} if model.condition is None else {model.condition: one} for one in conditions]
+    if request.picture is None:
+        if model.condition is None:
+            raise UserError(f"Image is empty: upload one ({picture_name(model)})")
+        return rows
+    given, size = read_uploads(model, request.picture, request.mask, request.fits)
+    pipeline.size = size
+    return [row | given for row in rows]
+
+
+def _image_noise(model: AppModel, request: Request) -> float:
+    most = 0.0 if model.image_input is None else model.image_input.noise
+    if most and not 0 <= request.image_noise <= most:
+        raise UserError(f"Noise {request.image_noise:g}: {model.name} was trained with noise of 0 to {most:g}")
+    return float(request.image_noise) if most else 0.0
 
 
 def _whole(value: float | None, field: str, low: int, high: float) -> int:

@@ -94,7 +94,7 @@ def _images_at(
     sigma = level * alpha
     alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
     noisy = alpha * batch.images + sigma * batch.noise
-    prediction = model(noisy, timesteps, **batch.inputs).sample.float()
+    prediction = model(batch.with_picture(noisy), timesteps, **batch.inputs).sample.float()
     return to_images(prediction_type, prediction, noisy, alpha, sigma)
 
 

@@ -8,7 +8,7 @@ teacher was trained on: a flow-matching teacher gets z / (alpha + sigma), which 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,14 +42,14 @@ def to_images(
 
 @dataclass
 class Teacher:
-    """A frozen UNet that predicts images from noisy ones. `unconditional` gives the inputs of the null condition."""
+    """A frozen UNet that predicts images from noisy ones. `unconditional` gives a batch its null conditions."""
 
     unet: torch.nn.Module
     prediction_type: str
     clip: bool  # its images to [-1, 1], as its own sampler does
     autocast: Callable[[], AbstractContextManager]
     guidance_scale: float = 1.0
-    unconditional: Callable[[Batch], dict[str, torch.Tensor]] = lambda batch: {}
+    unconditional: Callable[[Batch], Batch] = lambda batch: replace(batch, condition={})
 
     def images(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, batch: Batch
@@ -57,9 +57,10 @@ class Teacher:
         """The images (B, C, H, W) float32 in `noisy` at `timesteps` (B,), with factors (B, 1, 1, 1)."""
         given = noisy / (alpha + sigma) if self.prediction_type == "flow_prediction" else noisy
         with self.autocast():
-            prediction = self.unet(given, timesteps, **batch.inputs).sample.float()
+            prediction = self.unet(batch.with_picture(given), timesteps, **batch.inputs).sample.float()
             if self.guidance_scale > 1:  # Ho & Salimans 2022, Eq. 6
-                null = self.unet(given, timesteps, **self.unconditional(batch)).sample.float()
+                without = self.unconditional(batch)
+                null = self.unet(without.with_picture(given), timesteps, **without.inputs).sample.float()
                 prediction = null + self.guidance_scale * (prediction - null)
         images = to_images(self.prediction_type, prediction, noisy, alpha, sigma)
         return images.clamp(-1, 1) if self.clip else images
@@ -98,7 +99,7 @@ def progressive_losses(
     noisy = alpha * batch.images + sigma * batch.noise
     with torch.no_grad():
         target = progressive_target(teacher, grid, start, substeps, noisy, batch)
-    prediction = model(noisy, timesteps, **batch.inputs).sample.float()
+    prediction = model(batch.with_picture(noisy), timesteps, **batch.inputs).sample.float()
     errors = (to_images(prediction_type, prediction, noisy, alpha, sigma) - target).square().flatten(1).mean(1)
     return (alpha / sigma).square().clamp(min=1).flatten() * errors
 

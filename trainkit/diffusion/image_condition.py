@@ -69,6 +69,11 @@ def parse_kind(given: str) -> tuple[str, int]:
     return kind, 1
 
 
+def condition_from(image_input: ImageInput) -> str:
+    """The value of `--condition_from` that makes an `image_input`."""
+    return f"downscale:{image_input.factor}" if image_input.kind == "downscale" else image_input.kind
+
+
 def open_picture_condition(options: ConditionalTrainingOptions, images: PreparedImages) -> "PictureCondition":
     """The second image that `--condition_from` makes of `images`, else the one that is stored with each.
 

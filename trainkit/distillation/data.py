@@ -8,7 +8,9 @@ from trainkit.data.cache import open_or_prepare
 from trainkit.data.files import cache_root
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.trial import num_images
+from trainkit.diffusion.combined import CombinedCondition
 from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition
+from trainkit.diffusion.image_condition import PictureCondition
 from trainkit.diffusion.latents import LatentImages, check_latent_options, encode_images
 from trainkit.diffusion.text import TextCondition, load_text_encoder
 from trainkit.distillation.teacher import FLAG, SavedTeacher
@@ -88,15 +90,26 @@ def open_student_condition(
     options: TrainingOptions, teacher: SavedTeacher, images: PreparedImages, given: str
 ) -> ImageCondition | None:
     """The condition of `images` as the teacher takes it; None for an unconditional teacher. Raises `UserError`."""
-    if teacher.condition is None:
+    if not teacher.conditions:
         return None
     assert isinstance(options, ConditionalTrainingOptions)
+    first = None if teacher.conditions == ["image"] else _open_first(options, teacher, images, given)
+    if teacher.image_input is None:
+        return first
+    picture = PictureCondition(images, teacher.image_input, options.conditioning_dropout)
+    return picture if first is None else CombinedCondition(first, picture)
+
+
+def _open_first(
+    options: ConditionalTrainingOptions, teacher: SavedTeacher, images: PreparedImages, given: str
+) -> ClassCondition | VectorCondition | TextCondition:
+    """The condition besides an image."""
     assert isinstance(teacher.pipeline, ConditionalPipeline)
     dropout = options.conditioning_dropout
-    if teacher.condition == "text":
+    if "text" in teacher.conditions:
         encoder = load_text_encoder(options)
         return TextCondition(images, encoder, cache_root(options.cache_dir), given, dropout)
-    if teacher.condition == "vector":
+    if "vector" in teacher.conditions:
         length = teacher.pipeline.vector_embedding.config.vector_length
         if images.vector_length != length:
             raise UserError(

@@ -192,7 +192,7 @@ class Distillation:
             self.teacher.clips and first,
             self.accelerator.autocast,
             self.options.guidance_scale if guided else 1.0,
-            _null_inputs(condition, device) if guided and condition is not None else lambda batch: {},
+            _without_condition(condition, device) if guided and condition is not None else lambda batch: batch,
         )
 
     def pipeline_of(self, stage: Stage) -> Callable[[torch.nn.Module], Pipeline]:
@@ -240,19 +240,21 @@ def student_pipeline(teacher: Pipeline, unet, scheduler, timesteps: torch.Tensor
         by_pipeline = timesteps.tolist()
     if not isinstance(teacher, ConditionalPipeline):
         return unconditional_pipeline(unet, scheduler, teacher.components.get("vae"))
-    components = {name: teacher.components[name] for name in ("text_encoder", "tokenizer", "vae")}
+    components = {name: teacher.components[name] for name in ("text_encoder", "tokenizer", "vae", "image_input")}
     settings = {name: teacher.config.get(name) for name in ("id2label", "prompt_length")}
     return conditional_pipeline(unet, scheduler, unet_timesteps=by_pipeline, **components, **settings)
 
 
-def _null_inputs(condition: ImageCondition, device: torch.device) -> Callable[[Batch], dict[str, torch.Tensor]]:
-    """The model's inputs without a condition, for the images of a batch."""
-    assert not isinstance(condition, CombinedCondition)  # with an image, of which no teacher is
-    dropping = copy.copy(condition)
-    dropping.dropout = 1.0
+def _without_condition(condition: ImageCondition, device: torch.device) -> Callable[[Batch], Batch]:
+    """A function that gives a batch the null conditions."""
+    dropping = copy.copy(condition.first if isinstance(condition, CombinedCondition) else condition)
+    dropping.dropout, picture = 1.0, condition.picture
 
-    def inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    def without(batch: Batch) -> Batch:
         nothing = dropping.inputs(batch.indices, np.zeros(len(batch.indices)))
-        return {name: value.to(device, non_blocking=True) for name, value in nothing.items()}
+        null = {name: value.to(device, non_blocking=True) for name, value in nothing.items()}
+        if picture is None or batch.picture is None:
+            return replace(batch, condition=null)
+        return replace(batch, condition=null, picture=picture.image_input.null(batch.picture))
 
-    return inputs
+    return without

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from pipelines.conditional import ConditionalPipeline
+from pipelines.image_input import ImageInput
 from trainkit.diffusion import few_step
 from trainkit.diffusion.distillation import student_prediction
+from trainkit.diffusion.image_condition import condition_from
 from trainkit.diffusion.noise_schedule import NoiseScheduler, prediction_type_of, saved_noise_scheduler
-from trainkit.errors import UserError
+from trainkit.errors import UserError, renamed_flags
 from trainkit.options.distillation import DistillationOptions
 from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
 from trainkit.sampling.generate import Pipeline, image_shape
@@ -20,7 +21,9 @@ from trainkit.sampling.schedulers import load_scheduler
 
 FLAG = "--teacher_model_name_or_path"
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
-KINDS = {"class_labels": "class", "vectors": "vector", "prompt": "text"}  # argument of the pipeline -> --condition
+# argument of the pipeline -> --condition
+KINDS = {"class_labels": "class", "vectors": "vector", "prompt": "text", "image": "image"}
+PICTURES = ("downscale", "grayscale", "mask", "edges")  # second images that are made from the images themselves
 
 
 @dataclass
@@ -33,9 +36,14 @@ class SavedTeacher:
     noise_scheduler: NoiseScheduler
 
     @property
-    def condition(self) -> str | None:
-        """class, vector or text; None for an unconditional teacher."""
-        return KINDS[self.pipeline.conditions[0]] if isinstance(self.pipeline, ConditionalPipeline) else None
+    def conditions(self) -> list[str]:
+        """class, vector or text, and image; empty for an unconditional teacher."""
+        return [KINDS[name] for name in getattr(self.pipeline, "conditions", ()) if name in KINDS]
+
+    @property
+    def image_input(self) -> ImageInput | None:
+        """What its second image is, if it has one."""
+        return getattr(self.pipeline, "image_input", None)
 
     @property
     def has_latents(self) -> bool:
@@ -66,7 +74,7 @@ def open_teacher(options: DistillationOptions) -> SavedTeacher:
     name = options.teacher_model_name_or_path
     if name is None:
         raise UserError(f"{FLAG} is missing: give the folder of a saved pipeline, or a Hub id")
-    try:
+    with renamed_flags(model_name_or_path=FLAG[2:]):
         folder = find_pipeline(name)
         scheduler = load_scheduler(folder)
         if few_step.is_few_step(scheduler):
@@ -77,9 +85,6 @@ def open_teacher(options: DistillationOptions) -> SavedTeacher:
         if noise_scheduler is None:
             raise UserError(f"{FLAG} {name} has no scheduler that says what it was trained for: add scheduler/")
         pipeline = load_pipeline(folder, noise_scheduler)
-        _refuse_images(pipeline, f"{FLAG} {name}")
-    except UserError as error:
-        raise UserError(str(error).replace("--model_name_or_path", FLAG)) from None
     teacher = SavedTeacher(name, folder, pipeline, noise_scheduler)
     _check_teacher(options, teacher)
     return teacher
@@ -91,13 +96,18 @@ def _check_teacher(options: DistillationOptions, teacher: SavedTeacher) -> None:
         raise UserError(
             f"{given} predicts {teacher.prediction_type}; students can be made of {', '.join(PREDICTION_TYPES)}"
         )
+    if teacher.image_input is not None and teacher.image_input.kind not in PICTURES:
+        raise UserError(
+            f"{given} is conditioned on images of the kind {teacher.image_input.kind}; those that are made from the "
+            f"images themselves can be distilled: {', '.join(PICTURES)}"
+        )
     if teacher.unet.config.time_embedding_type != "positional":
         kind = teacher.unet.config.time_embedding_type
         raise UserError(f"{given}: its UNet has {kind} timesteps; only sinusoidal ones (positional) can be distilled")
     if options.guidance_scale == 1:
         return
     scale = f"--guidance_scale {options.guidance_scale:g}"
-    if teacher.condition is None:
+    if not teacher.conditions:
         raise UserError(f"{scale}: {given} is unconditional; remove the flag")
     if options.method == "consistency":
         raise UserError(f"{scale}: --method consistency learns from images, not from guided ones; use progressive")
@@ -105,15 +115,10 @@ def _check_teacher(options: DistillationOptions, teacher: SavedTeacher) -> None:
         raise UserError(f"{scale}: {given} is guided by a guidance_unet, which is not supported; use 1")
 
 
-def _refuse_images(pipeline: Pipeline, given: str) -> None:
-    if isinstance(pipeline, ConditionalPipeline) and pipeline.image_input is not None:
-        raise UserError(f"{given} is conditioned on images, and such a teacher cannot be distilled: give another one")
-
-
 def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> TrainingOptions:
     """The options of the training engine; the model, its objective and its conditions are those of the teacher."""
-    condition, config = teacher.condition, teacher.noise_scheduler.config
-    options_class = TrainingOptions if condition is None else ConditionalTrainingOptions
+    conditions, config = teacher.conditions, teacher.noise_scheduler.config
+    options_class = ConditionalTrainingOptions if conditions else TrainingOptions
     height, width, channels = image_shape(teacher.pipeline)
     shared = {field.name for field in fields(options)} & {field.name for field in fields(options_class)}
     values = {name: getattr(options, name) for name in shared} | {
@@ -125,9 +130,11 @@ def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> Train
     folder = str(teacher.folder)
     if teacher.has_latents:
         values |= {"vae_name_or_path": folder, "model_config_name_or_path": folder}  # whose sizes must fit
-    if condition is not None:
-        values |= {"condition": [condition], "preview_guidance_scale": 1.0}
-        values |= {"text_encoder_name_or_path": folder} if condition == "text" else {}
+    if conditions:
+        values |= {"condition": conditions, "preview_guidance_scale": 1.0}
+        values |= {"text_encoder_name_or_path": folder} if "text" in conditions else {}
+    if teacher.image_input is not None:
+        values["condition_from"] = condition_from(teacher.image_input)
     return options_class(**values)
 
 

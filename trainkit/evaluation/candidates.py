@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainkit.diffusion.few_step import is_few_step
-from trainkit.errors import UserError
+from trainkit.errors import UserError, renamed_flags
 from trainkit.sampling.catalogue import CATALOGUE, DEFAULT_STEPS, recommended_scheduler
 from trainkit.sampling.load import find_pipeline, weights_digest
 from trainkit.sampling.schedulers import available_schedulers, check_steps, load_scheduler
@@ -89,10 +89,8 @@ class Candidates:
     def _find_teacher(self) -> Path:
         if self._teacher_name is None:
             raise UserError(f"{TEACHER_FLAG} is missing: {self.folder} has no {RECORD} that names the teacher")
-        try:
+        with renamed_flags(model_name_or_path=TEACHER_FLAG[2:]):
             folder = find_pipeline(self._teacher_name)
-        except UserError as error:
-            raise UserError(str(error).replace("--model_name_or_path", TEACHER_FLAG)) from None
         if self.record.get("teacher_sha256", weights_digest(folder)) != weights_digest(folder):
             raise UserError(f"{TEACHER_FLAG} {self._teacher_name}: its weights are not those of {RECORD}")
         return folder

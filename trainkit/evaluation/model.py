@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
+from pipelines.conditional import ConditionalPipeline
 from trainkit.errors import UserError
 from trainkit.evaluation.candidates import Candidates, Cell
 from trainkit.evaluation.features import FeatureExtractor, open_extractor
@@ -18,6 +19,7 @@ from trainkit.evaluation.reference import (
 )
 from trainkit.evaluation.report import comparability
 from trainkit.processes import main_process_first
+from trainkit.sampling.cascade import open_cascade
 from trainkit.sampling.conditions import ALL, Conditions, read_conditions
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks, image_shape
 from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
@@ -108,6 +110,9 @@ def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArr
     say(why)
     check_steps(scheduler, steps)
     model.pipeline.scheduler = scheduler
+    cascade = open_cascade(options, model.pipeline)
+    for upsampler in cascade.upsamplers:
+        upsampler.pipeline.to(accelerator.device)
     seeds, conditions = range(options.seed, options.seed + model.num_images), model.conditions
     images = generate_on_all_ranks(
         accelerator,
@@ -116,10 +121,11 @@ def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArr
         steps,
         options.sample_batch_size,
         None if conditions is None else conditions.for_images(range(len(seeds))),
+        cascade.upsamplers,
         **({} if conditions is None else conditions.guidance),
     )
     record = {"scheduler_name": name, "scheduler": describe_scheduler(scheduler), "num_inference_steps": steps}
-    record["weights_sha256"] = model.weights_sha256
+    record |= {"weights_sha256": model.weights_sha256, **cascade.settings, **cascade.names}
     rows = [] if conditions is None else [conditions.row(index) for index in range(len(images))]
     conditioning = [row["conditioning_image"] for row in rows if "conditioning_image" in row] or None
     return record | ({} if conditions is None else conditions.guidance), ImageArray(images, conditioning)
@@ -130,6 +136,9 @@ def pipeline_of_row(model: Model, cell: Cell, accelerator: Accelerator) -> Pipel
     folder, name = model.candidates.open(cell)
     scheduler = load_scheduler(folder, name)
     if folder != model.folder:
-        return load_pipeline(folder, scheduler).to(accelerator.device)
+        other = load_pipeline(folder, scheduler).to(accelerator.device)
+        if isinstance(other, ConditionalPipeline):
+            other.size = model.pipeline.size  # that of the pictures, if there are any
+        return other
     model.pipeline.scheduler = scheduler
     return model.pipeline

@@ -92,7 +92,7 @@ class Conditions:
         _check_image_noise(options.image_noise, pipeline)
         # a condition that is not given is null
         self.lists: dict[str, Any] = {name: _read(name, value, options, pipeline) for name, value in given.items()}
-        self.guidance = {
+        self.guidance: dict[str, Any] = {
             "guidance_scale": options.guidance_scale,
             "guidance_interval": options.guidance_interval,
             "guidance_rescale": options.guidance_rescale,

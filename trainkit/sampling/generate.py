@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from diffusers import DDPMPipeline
 from pipelines.conditional import ConditionalPipeline
 from pipelines.guidance import checked_interval, noise_level
 from pipelines.unconditional import UnconditionalPipeline, solve
-from trainkit.sampling.noise import Batch, draw
+from trainkit.sampling.noise import Batch, Chain, Noise, chain_of, draw
 from trainkit.sampling.schedulers import check_steps
 
 # (number of the call, timestep, scaled sample (B, C, H, W)) -> prediction (B, C, H, W) float32
@@ -25,19 +25,33 @@ Pipeline: TypeAlias = DDPMPipeline | UnconditionalPipeline | ConditionalPipeline
 MAXIMUM_VALUES = 2**24 - 1  # per batch: some versions of torch.quantile, which thresholding calls, accept no more
 
 
+class Upsampler(NamedTuple):
+    """A super-resolution model that enlarges the images of the model before it."""
+
+    pipeline: ConditionalPipeline
+    num_inference_steps: int
+    guidance: dict[str, Any]  # guidance_scale, image_noise
+
+    @property
+    def chain(self) -> Chain:
+        """The noise of its images."""
+        return chain_of(noise_shape(self.pipeline), self.pipeline.scheduler, self.num_inference_steps)
+
+
 def generate(
     pipeline: Pipeline,
     seeds: Sequence[int],
     num_inference_steps: int,
     batch_size: int,
     conditions: Sequence | np.ndarray | None = None,
+    upsamplers: Sequence[Upsampler] = (),
     **guidance,
 ) -> Iterator[np.ndarray]:
     """Yield images (B, H, W, C) uint8, one per entry of `seeds` and in their order, `batch_size` at a time.
 
     A ConditionalPipeline also needs one entry of `conditions` per seed: a class, a vector or a prompt, or a dict of
     the arguments in `pipeline.conditions`; None is the null condition. `guidance` is passed on: guidance_scale,
-    guidance_interval, guidance_rescale, image_noise.
+    guidance_interval, guidance_rescale, image_noise. `upsamplers` enlarge the images, one after the other.
 
     Noise is drawn from one CPU generator per image, so it is the same on any device. Runs on the
     pipeline's device under the caller's autocast; the chain itself stays float32.
@@ -46,16 +60,45 @@ def generate(
         UserError: the scheduler does not accept `num_inference_steps`.
     """
     check_steps(pipeline.scheduler, num_inference_steps)
-    batch_size = limited_batch_size(pipeline, batch_size)
+    batch_size = limited_batch_size(pipeline, batch_size, upsamplers)
     starts = range(0, len(seeds), batch_size)
     parts = ((range(start, start + batch_size), seeds[start : start + batch_size]) for start in starts)
-    noise = draw(parts, noise_shape(pipeline), pipeline.scheduler, num_inference_steps)
+    chains = [one.chain for one in upsamplers]
+    noise = draw(parts, noise_shape(pipeline), pipeline.scheduler, num_inference_steps, upsamplers=chains)
     with evaluation_mode(pipeline):
         for batch in noise:
             assert isinstance(batch, Batch)  # `sample_batch` takes the noise of all steps
             own = None if conditions is None else conditions[batch.numbers[0] : batch.numbers[-1] + 1]
-            images = sample_batch(pipeline, batch, noise, num_inference_steps, own, **guidance)
-            yield to_uint8(images).cpu().numpy()
+            images = sample_cascade(pipeline, upsamplers, batch, noise, num_inference_steps, own, **guidance)
+            yield images.cpu().numpy()
+
+
+def sample_cascade(
+    pipeline: Pipeline,
+    upsamplers: Sequence[Upsampler],
+    batch: Batch,
+    noise: Iterator[Noise],
+    num_inference_steps: int,
+    conditions: Sequence | np.ndarray | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    **guidance,
+) -> torch.Tensor:
+    """Images (B, H, W, C) uint8 of a `Batch` of `noise.draw`, of which `noise` yields the rest, also for `upsamplers`.
+
+    An upsampler sees the images as they would be in files, and the same `conditions` as far as it takes them. Call it
+    in `evaluation_mode`. The other arguments are those of `generate`.
+    """
+    images = to_uint8(sample_batch(pipeline, batch, noise, num_inference_steps, conditions, memory_format, **guidance))
+    shared = {} if conditions is None else _by_argument(pipeline, list(conditions))
+    for upsampler in upsamplers:
+        larger = next(noise)
+        assert isinstance(larger, Batch)  # the noise of one model follows that of the other
+        own = {name: shared[name] for name in upsampler.pipeline.conditions if name in shared}
+        own["image"] = list(images.permute(0, 3, 1, 2).cpu())
+        rows = [dict(zip(own, row, strict=True)) for row in zip(*own.values(), strict=True)]
+        given = upsampler.num_inference_steps, rows, memory_format
+        images = to_uint8(sample_batch(upsampler.pipeline, larger, noise, *given, **upsampler.guidance))
+    return images
 
 
 def sample_batch(
@@ -153,6 +196,7 @@ def generate_on_all_ranks(
     num_inference_steps: int,
     batch_size: int,
     conditions: Sequence | np.ndarray | None = None,
+    upsamplers: Sequence[Upsampler] = (),
     **guidance,
 ) -> np.ndarray:
     """Images (N, H, W, C) uint8 of all `seeds`, on every rank; each rank generates its share. A collective.
@@ -161,11 +205,13 @@ def generate_on_all_ranks(
     device only while they are used.
     """
     rank, world, count = accelerator.process_index, accelerator.num_processes, len(seeds)
-    share = np.zeros((-(-count // world), *image_shape(pipeline)), dtype=np.uint8)
+    shape = image_shape(upsamplers[-1].pipeline if upsamplers else pipeline)
+    share = np.zeros((-(-count // world), *shape), dtype=np.uint8)
     filled = 0
     with _components_on(pipeline, accelerator.device), accelerator.autocast():
         own = None if conditions is None else conditions[rank::world]
-        for images in generate(pipeline, seeds[rank::world], num_inference_steps, batch_size, own, **guidance):
+        given = seeds[rank::world], num_inference_steps, batch_size, own, upsamplers
+        for images in generate(pipeline, *given, **guidance):
             share[filled : filled + len(images)] = images
             filled += len(images)
     gathered = accelerator.gather(torch.from_numpy(share).to(accelerator.device)).cpu().numpy()
@@ -199,9 +245,10 @@ def noise_shape(pipeline: Pipeline) -> tuple[int, int, int]:
     return (pipeline.unet.config.out_channels, *_sample_size(pipeline))
 
 
-def limited_batch_size(pipeline: Pipeline, batch_size: int) -> int:
+def limited_batch_size(pipeline: Pipeline, batch_size: int, upsamplers: Sequence[Upsampler] = ()) -> int:
     """`batch_size`, or as many images as thresholding can handle at once."""
-    return max(1, min(batch_size, MAXIMUM_VALUES // math.prod(noise_shape(pipeline))))
+    largest = max(math.prod(noise_shape(one)) for one in (pipeline, *(upsampler.pipeline for upsampler in upsamplers)))
+    return max(1, min(batch_size, MAXIMUM_VALUES // largest))
 
 
 def _modules(pipeline: Pipeline) -> list[torch.nn.Module]:

@@ -4,10 +4,14 @@
 
 import hashlib
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from pipelines.conditional import ConditionalPipeline
+from pipelines.image_input import ImageInput
 from trainkit.data.faults import RejectedImage
 from trainkit.data.images.conditions import decode_label_map
 from trainkit.data.images.decode import decode_image, image_size
@@ -49,16 +53,8 @@ class Pictures:
         file, mask = self.files[number], None if self.masks is None else self.masks[number]
         if self.input.kind == "labels":
             return {"image": self._read_labels(file)}
-        if self.input.kind != "mask":
-            return {"image": self._read(file, FLAG, MODES[self.input.picture_channels])}
-        if mask is not None:
-            image = self._read(file, FLAG, MODES[self.input.picture_channels])
-            return {"image": image, "mask_image": self._read(mask, MASK_FLAG, "L")}
-        image = self._read(file, FLAG, "RGBA")
-        hidden = (image[..., 3:] < OPAQUE).astype(np.uint8) * 255
-        if self.input.channels == 1:
-            return {"image": self._read(file, FLAG, "L"), "mask_image": hidden}
-        return {"image": image[..., :3], "mask_image": hidden}
+        read_mask = None if mask is None else partial(self._read, mask, MASK_FLAG)
+        return picture_arguments(self.input, partial(self._read, file, FLAG), read_mask)
 
     def name(self, number: int) -> str:
         """The path of a picture relative to its folder."""
@@ -89,14 +85,13 @@ class Pictures:
 
     def _check_with_pipeline(self, pipeline) -> None:
         """Refuse now what the pipeline would refuse during sampling."""
-        divisor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
         if self.input.kind == "mask" and self.masks is None and self.input.channels == 4:
             raise UserError(f"{MASK_FLAG} is missing: the transparency of the pictures is part of this model's images")
         numbers = range(len(self)) if self.input.kind in ("mask", "labels") else [0]
         for number in numbers:
             given = self[number]
             try:
-                self.input.encode(given["image"], given.get("mask_image"), divisor=divisor)
+                check_picture(pipeline, given)
             except ValueError as error:
                 source = self.files[number] if self.masks is None else self.masks[number]
                 hint = f" (the transparency of the picture, without {MASK_FLAG})" if self._masks_by_alpha else ""
@@ -117,6 +112,30 @@ class Pictures:
             return decode_label_map(file, PreparationSettings(*self.small_size, "stretch", "L"), self.input.classes)
         except RejectedImage as error:
             raise UserError(f"{FLAG}: {file} is not used: {error}") from None
+
+
+def picture_arguments(
+    image_input: ImageInput, read: Callable[[str], np.ndarray], read_mask: Callable[[str], np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """The arguments `image` and, for a model that fills masks, `mask_image`: arrays (H, W, C) uint8.
+
+    `read` decodes the picture, and `read_mask` its mask, in an image mode of Pillow. Without `read_mask` what is
+    transparent in the picture is generated.
+    """
+    mode = MODES[image_input.picture_channels]
+    if image_input.kind != "mask":
+        return {"image": read(mode)}
+    if read_mask is not None:
+        return {"image": read(mode), "mask_image": read_mask("L")}
+    image = read("RGBA")
+    hidden = (image[..., 3:] < OPAQUE).astype(np.uint8) * 255
+    return {"image": read("L") if image_input.channels == 1 else image[..., :3], "mask_image": hidden}
+
+
+def check_picture(pipeline: ConditionalPipeline, given: dict[str, np.ndarray]) -> None:
+    """Raise `ValueError`, naming the argument, for a picture that `pipeline` would refuse during sampling."""
+    divisor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    pipeline.image_input.encode(given["image"], given.get("mask_image"), divisor=divisor)
 
 
 def list_images(folder: Path, flag: str) -> list[Path]:

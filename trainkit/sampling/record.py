@@ -14,6 +14,7 @@ from trainkit.sampling.grid import image_grid, save_image
 from trainkit.sampling.npz import NpzSamples
 
 RECORD_NAME, METADATA_NAME, GRID_NAME = "sampling.json", "metadata.jsonl", "grid.png"
+UPSAMPLERS = "upsamplers"  # in the record of samples that were enlarged
 SPEED = ("images_per_second", "waited_for_noise", "waited_for_writing", "batch_size")  # of the run that was last
 
 
@@ -55,11 +56,14 @@ def read_record(folder: Path, settings: dict, output_format: str) -> dict:
             f"--output_dir {folder} holds samples of --output_format {held_format}, not {output_format}; use another "
             "--output_dir for each format"
         )
-    for name, value in settings.items():
+    for name in dict.fromkeys([UPSAMPLERS, *settings]):
+        value = settings.get(name)
         if earlier.get(name) != value:
             difference = f"made with another {name} ({brief(earlier.get(name))} there, {brief(value)} now)"
             if name == "weights_sha256":
                 difference = "of another model"
+            elif name == UPSAMPLERS:
+                difference = "of other upsamplers, or of other settings of these"
             raise UserError(
                 f"--output_dir {folder} holds images {difference}; use another --output_dir, or delete this one"
             )

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from trainkit.errors import UserError
 from trainkit.sampling.background import Ahead, Writer
 from trainkit.sampling.conditions import Conditions
 from trainkit.sampling.files import Samples
-from trainkit.sampling.generate import Pipeline, evaluation_mode, noise_shape, sample_batch, to_uint8
+from trainkit.sampling.generate import Pipeline, Upsampler, evaluation_mode, noise_shape, sample_cascade
 from trainkit.sampling.noise import Batch, Noise, draw
 from trainkit.sampling.progress import Progress
 from trainkit.sampling.team import Team
@@ -36,6 +36,7 @@ class Sampler:
     batch_size: int
     find_batch_size: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
+    upsamplers: Sequence[Upsampler] = ()
 
     @property
     def device(self) -> torch.device:
@@ -53,11 +54,11 @@ class Sampler:
     def _draw(self, parts: Iterator[Sequence[int]]) -> Iterator[Noise]:
         seeded = ((part, [self.seed + number for number in part]) for part in parts)
         pin_memory = self.device.type == "cuda"
-        shape = noise_shape(self.pipeline)
-        return draw(seeded, shape, self.pipeline.scheduler, self.num_inference_steps, pin_memory)
+        shape, chains = noise_shape(self.pipeline), [one.chain for one in self.upsamplers]
+        return draw(seeded, shape, self.pipeline.scheduler, self.num_inference_steps, pin_memory, chains)
 
     def sample(self, batch: Batch, step_noise: Iterator[Noise]) -> torch.Tensor:
-        """Images (B, H, W, C) uint8 on the device; `step_noise` yields the noise of each step.
+        """Images (B, H, W, C) uint8 on the device; `step_noise` yields the rest of the noise of `batch`.
 
         Raises:
             UserError: the batch does not fit into memory, or with `find_batch_size` not even one image.
@@ -66,7 +67,8 @@ class Sampler:
         if self.conditions is not None:
             settings |= {"conditions": self.conditions.for_images(batch.numbers)} | self.conditions.guidance
         try:
-            return to_uint8(sample_batch(self.pipeline, batch, step_noise, self.num_inference_steps, **settings))
+            given = self.pipeline, self.upsamplers, batch, step_noise, self.num_inference_steps
+            return sample_cascade(*given, **settings)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not should_reduce_batch_size(error):
                 raise
@@ -74,7 +76,7 @@ class Sampler:
         # outside of the handler, whose traceback keeps tensors
         clear_device_cache(garbage_collection=True)
         again = self._draw(self._parts(batch.numbers))
-        return torch.cat([self.sample(part, again) for part in again if isinstance(part, Batch)])
+        return torch.cat([self.sample(part, again) for part in again if starts_images(part)])
 
     def _shrink(self, size: int) -> None:
         if size == 1:
@@ -85,6 +87,11 @@ class Sampler:
                 "--find_batch_size"
             )
         self.batch_size = min(self.batch_size, size // 2)
+
+
+def starts_images(noise: Noise) -> TypeGuard[Batch]:
+    """Whether new images start with this noise, which is not the rest of a batch that did not fit into memory."""
+    return isinstance(noise, Batch) and noise.stage == 0
 
 
 class Figures(NamedTuple):
@@ -127,7 +134,7 @@ def _generate_share(sampler: Sampler, samples: Samples, team: Team, units: list[
     writer = Writer(writers, slots=2 * writers)
     with writer, noise:
         for batch in noise:
-            if not isinstance(batch, Batch):  # of a batch that did not fit into memory
+            if not starts_images(batch):
                 continue
             images = HostCopy(sampler.sample(batch, noise))
             wanted = [row for row, number in enumerate(batch.numbers) if number in missing]
