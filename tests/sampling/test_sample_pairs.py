@@ -90,8 +90,8 @@ def test_pictures_are_read_in_the_mode_of_the_model(models, tmp_path):
     assert seen.shape == (12, 20, 3) and not np.array_equal(seen, opaque)
 
 
-def test_the_page_takes_no_such_model(models):
-    with pytest.raises(UserError, match="is conditioned on images, which the page does not take: use sample.py"):
+def test_the_page_takes_no_label_maps(models):
+    with pytest.raises(UserError, match="the page takes no labels as condition: use sample.py"):
         open_model(str(models / "labels"))
 
 
