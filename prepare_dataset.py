@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from trainkit.errors import UserError, run_script
-from trainkit.options.data import ImageOptions, SourceOptions
+from trainkit.options.data import ImageOptions, PairOptions, SourceOptions
 from trainkit.options.fields import option
 from trainkit.options.hub import HubDatasetOptions
 from trainkit.options.parsing import parse_options
@@ -79,7 +79,9 @@ class FilterOptions:
 
 
 @dataclass
-class Options(SourceOptions, ImageOptions, FilterOptions, OutputOptions, HubDatasetOptions, TerminalOptions):
+class Options(
+    SourceOptions, PairOptions, ImageOptions, FilterOptions, OutputOptions, HubDatasetOptions, TerminalOptions
+):
     pass
 
 

@@ -14,6 +14,10 @@
     accelerate launch train_conditional.py --condition image --condition_from downscale:4 --train_data_dir photos \\
         --output_dir upsampler-64
 
+    # another image that belongs to it: label maps with the names of the photos, to photos
+    accelerate launch train_conditional.py --condition image --train_data_dir photos --conditioning_data_dir maps \\
+        --conditioning_classes 20 --output_dir maps-to-photos-64
+
     # start from an unconditional pipeline, or from one with other classes
         --pretrained_model_name_or_path ddpm-photos-64
 

@@ -12,10 +12,13 @@ images; then asks the finder. Prints both, and the pick over the best rate. What
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 from trainkit.errors import run_script
+
+ROOT = Path(__file__).resolve().parent.parent
 
 RATES = (3e-3, 1e-2, 1e-3, 3e-2)
 UNET = {
@@ -66,10 +69,8 @@ def found(options: argparse.Namespace, optimizer: str) -> float:
 
 
 def train(options: argparse.Namespace, folder: Path, *arguments) -> None:
-    import train_unconditional
-
-    sys.argv = list(map(str, [
-        "train_unconditional.py", *arguments, "--train_data_dir", options.images / "train",
+    command = [
+        sys.executable, ROOT / "train_unconditional.py", *arguments, "--train_data_dir", options.images / "train",
         "--validation_data_dir", options.images / "heldout", "--cache_dir", options.output_dir / "cache",
         "--output_dir", folder, "--overwrite_output_dir", "--resolution", 16, "--center_crop",
         "--image_mode", options.image_mode, "--model_config_name_or_path", options.output_dir,
@@ -77,8 +78,8 @@ def train(options: argparse.Namespace, folder: Path, *arguments) -> None:
         "--max_train_steps", options.steps, "--train_batch_size", 16, "--lr_warmup_steps", options.steps // 10,
         "--no_use_ema", "--checkpointing_steps", 0, "--eval_batch_size", 16, "--ddpm_num_inference_steps", 5,
         "--logger", "none", "--cpu_threads", options.cpu_threads, "--num_proc", 1,
-    ]))  # fmt: skip
-    train_unconditional.main()
+    ]  # fmt: skip
+    subprocess.run(list(map(str, command)), check=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from PIL import Image
 
 from prepare import write_photographs
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.loading.loader import to_model_range
+from trainkit.data.loading.model_range import to_model_range
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.folder import ImageFolder

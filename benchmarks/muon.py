@@ -28,7 +28,8 @@ def measure(rank: int, processes: int, store: str, rounds: int, unet_name: str) 
     dist.init_process_group("gloo", rank=rank, world_size=processes, store=dist.FileStore(store, processes))
     torch.set_num_threads(1)
     optimizers, divided = {}, divided_muon.DividedMuon
-    for name, optimizer_class in (("each does all", Muon), ("divided", divided)):
+    undivided = type("Undivided", (divided,), {"_step_foreach_group": Muon._step_foreach_group})
+    for name, optimizer_class in (("each does all", undivided), ("divided", divided)):
         torch.manual_seed(0)
         unet = UNet2DModel(sample_size=32, **UNETS[unet_name])
         divided_muon.DividedMuon = optimizer_class

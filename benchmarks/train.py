@@ -104,17 +104,17 @@ def defaults(options, files: Path, work: Path) -> Iterator[float]:
 
 
 def _run(options, files: Path, work: Path, **settings) -> Iterator[float]:
-    from train_unconditional import Options
     from trainkit.data.cache import open_or_prepare
     from trainkit.diffusion.noise_schedule import add_noise, build_noise_scheduler
     from trainkit.diffusion.objective import denoising_errors
     from trainkit.diffusion.timesteps import draw_timesteps
     from trainkit.diffusion.unet import build_unet
+    from trainkit.options.script import TrainingOptions
     from trainkit.training.start import resolve_options, start_accelerator, start_run
 
     (work / "unet").mkdir(parents=True)
     (work / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"} | options.unet_config))
-    settings = Options(
+    settings = TrainingOptions(
         train_data_dir=str(files), cache_dir=str(work / "cache"), resolution=str(options.resolution), center_crop=True,
         model_config_name_or_path=str(work / "unet"), output_dir=str(work / "model"),
         train_batch_size=options.batch_size, max_train_steps=10**6, checkpointing_steps=0, logger="none",

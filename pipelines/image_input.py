@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch.nn import functional
 
+ID_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")  # of label maps
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 NOISE_STREAM = 0x5EC0AD  # sets the noise of a small image apart from that of the image made from it
@@ -27,6 +28,8 @@ class ImageInput(ModelMixin, ConfigMixin):
       standard deviation of the noise in it, 0 to `noise` (Ho et al. 2022, section 4.2).
     - grayscale, edges: one channel.
     - mask: the known pixels, 0 elsewhere, and a channel that is 1 where an image is generated (Saharia et al. 2022).
+    - picture: another picture of `picture_channels`, as it is.
+    - labels: a map of ids from 0 to `classes` - 1, as a channel for each that is 1 where the map has this id.
 
     Without a condition all channels are 0 (Brooks et al. 2023), except that a mask is then 1 everywhere.
     """
@@ -34,23 +37,39 @@ class ImageInput(ModelMixin, ConfigMixin):
     _source = Path(__file__).read_text(encoding="utf-8")  # kept: diffusers overwrites its copy of a loaded file
 
     @register_to_config
-    def __init__(self, kind: str, channels: int, factor: int = 1, noise: float = 0.0):
+    def __init__(
+        self,
+        kind: str,
+        channels: int,
+        factor: int = 1,
+        noise: float = 0.0,
+        picture_channels: int | None = None,
+        classes: int | None = None,
+    ):
         super().__init__()
         self.kind, self.channels, self.factor, self.noise = kind, channels, factor, noise
+        self._picture_channels, self.classes = picture_channels or 1, classes or 0
         self.register_buffer("placeholder", torch.zeros(1))  # diffusers expects a tensor in each module
 
     @property
     def num_channels(self) -> int:
         """K"""
-        return self.channels + 1 if self.kind in ("downscale", "mask") else 1
+        if self.kind == "labels":
+            return self.classes
+        return self.channels + 1 if self.kind in ("downscale", "mask") else self.picture_channels
 
     @property
     def picture_channels(self) -> int:
-        """The channels of the picture that a user gives."""
+        """The channels of the picture that a user gives; of a label map 1."""
+        if self.kind == "picture":
+            return self._picture_channels
         return self.channels if self.kind in ("downscale", "mask") else 1
 
     def pictures(self, images: torch.Tensor) -> torch.Tensor:
-        """The pictures (B, _, h, w) of `images` (B, C, H, W), both float32 in [-1, 1]; for a mask the images."""
+        """The pictures (B, _, h, w) of `images` (B, C, H, W), both float32 in [-1, 1].
+
+        For a mask these are the images, and for pictures and label maps, which no image tells, what is given.
+        """
         if self.kind == "downscale":
             size = images.shape[-2] // self.factor, images.shape[-1] // self.factor
             return functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -67,9 +86,12 @@ class ImageInput(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """The channels (B, K, H, W) float32 of `pictures` (B, _, h, w) in [-1, 1].
 
-        `masks` (B, 1, H, W) are True where an image is generated. `noise` (B, C, h, w) is standard normal and is
-        scaled by `levels` (B,); None for no noise.
+        Of label maps (B, 1, H, W) `pictures` are the ids. `masks` (B, 1, H, W) are True where an image is generated.
+        `noise` (B, C, h, w) is standard normal and is scaled by `levels` (B,); None for no noise.
         """
+        if self.kind == "labels":
+            ids = torch.arange(self.classes, dtype=pictures.dtype, device=pictures.device)
+            return (pictures == ids[:, None, None]).to(pictures.dtype)
         if self.kind == "mask":
             assert masks is not None  # of this kind
             return torch.cat([torch.where(masks, 0.0, pictures), masks.to(pictures.dtype)], dim=1)
@@ -137,9 +159,12 @@ class ImageInput(ModelMixin, ConfigMixin):
         """The pictures in [-1, 1] and masks that a user gives, one of each or several; None in a list is null.
 
         Pictures are PIL images of any mode, arrays (h, w, _) of uint8 or of numbers in [0, 1], or tensors (_, h, w) of
-        these. Masks are the same with one channel, of which 0.5 and more is generated. Raises `ValueError` naming the
-        argument.
+        these. Masks are the same with one channel, of which 0.5 and more is generated. Label maps are PIL images of
+        grey levels or a palette, arrays (h, w) or tensors (h, w), of whole numbers; their ids are returned. Raises
+        `ValueError` naming the argument.
         """
+        if self.kind == "labels":
+            return [None if one is None else (self._ids(one), None) for one in _rows(image, are_maps=True)]
         pictures = [
             None if one is None else _tensor(one, self.picture_channels, "image") * 2 - 1 for one in _rows(image)
         ]
@@ -153,6 +178,28 @@ class ImageInput(ModelMixin, ConfigMixin):
             None if picture is None else (picture, _mask(mask, picture.shape[-2:]))
             for picture, mask in zip(pictures, masks, strict=True)
         ]
+
+    def _ids(self, map_) -> torch.Tensor:
+        """The ids (1, h, w) float32 of a label map. Raises `ValueError`."""
+        if isinstance(map_, Image.Image):
+            if map_.mode not in ID_MODES:
+                raise ValueError(
+                    f"image: a picture of mode {map_.mode} is no label map: give grey levels or a palette"
+                )
+            map_ = np.asarray(map_)
+        array = torch.from_numpy(np.array(map_)) if isinstance(map_, np.ndarray) else map_
+        if not isinstance(array, torch.Tensor) or array.is_floating_point():
+            kind = str(getattr(map_, "dtype", type(map_).__name__))
+            raise ValueError(f"image: {kind} is no label map: give a picture, an array or a tensor of whole numbers")
+        ids = array.to("cpu", torch.int64)
+        if ids.ndim == 3 and 1 in (ids.shape[0], ids.shape[2]):
+            ids = ids[0] if ids.shape[0] == 1 else ids[..., 0]
+        if ids.ndim != 2:
+            raise ValueError(f"image has shape {tuple(array.shape)}: a label map is (height, width)")
+        wrong = ids[(ids < 0) | (ids >= self.classes)]
+        if len(wrong):
+            raise ValueError(f"image: a label map holds the id {int(wrong[0])}, the model has 0 to {self.classes - 1}")
+        return ids[None].float()
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Write config.json and a copy of this file."""
@@ -210,12 +257,14 @@ def _noise(shape: torch.Size, generator) -> torch.Tensor:
     return randn_tensor(shape, generator=own if isinstance(generator, list) else own[0], device=torch.device("cpu"))
 
 
-def _rows(given) -> list:
-    """One or several pictures as a list."""
+def _rows(given, are_maps: bool = False) -> list:
+    """One or several pictures as a list. Several maps are also an array or tensor (B, h, w)."""
     if isinstance(given, list | tuple):
         return list(given)
-    if isinstance(given, np.ndarray | torch.Tensor) and given.ndim == 4:
-        return list(given)
+    if isinstance(given, np.ndarray | torch.Tensor):
+        several_maps = are_maps and given.ndim == 3 and given.shape[0] > 1 and given.shape[2] not in (1, 3, 4)
+        if given.ndim == 4 or several_maps:
+            return list(given)
     return [given]
 
 

@@ -43,8 +43,9 @@ def vector_pipeline():
     return pipeline
 
 
-def image_pipeline(kind, factor=1, noise=0.0, channels=3, **changes):
-    image_input = ImageInput(kind=kind, channels=channels, factor=factor, noise=noise)
+def image_pipeline(kind, factor=1, noise=0.0, channels=3, picture_channels=None, classes=None, **changes):
+    settings = {"factor": factor, "noise": noise, "picture_channels": picture_channels, "classes": classes}
+    image_input = ImageInput(kind=kind, channels=channels, **settings)
     sizes = {"num_class_embeds": None, "out_channels": channels, "in_channels": channels + image_input.num_channels}
     pipeline = ConditionalPipeline(class_unet(**sizes | changes), DDIMScheduler(), image_input=image_input)
     pipeline.set_progress_bar_config(disable=True)

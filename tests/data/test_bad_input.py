@@ -134,7 +134,7 @@ class DeadlyReader:
 
 class DeadlySource:
     name, fingerprint, label_names, has_text, vector_length = "crashing", "0", None, False, None
-    reader, account = DeadlyReader(), Account()
+    reader, account, pairs = DeadlyReader(), Account(), None
 
     def __init__(self, count: int):
         self.count = count

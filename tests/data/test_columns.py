@@ -123,13 +123,13 @@ def test_further_images_and_columns_are_named(tmp_path):
                "prompt_b": ["y"] * 3}  # fmt: skip
     for given in (write(tmp_path / "t.parquet", **columns), saved(tmp_path / "saved", **columns)):
         source = open_given(given)
-        assert source.columns == ("image", None, None, None)
+        assert source.columns == ("image", None, None, None, None)
         assert source.account.counts[Kind.COLUMN_NOT_USED] == 4
         examples = " ".join(source.account.examples[Kind.COLUMN_NOT_USED])
         assert "(images are read from image; or --image_column conditioning_image)" in examples
         assert "(for captions: --caption_column prompt_a)" in examples
         source = open_given(given, image_column="conditioning_image", caption_column="prompt_b")
-        assert source.columns == ("conditioning_image", None, "prompt_b", None)
+        assert source.columns == ("conditioning_image", None, "prompt_b", None, None)
     with pytest.raises(UserError, match="--image_column picture is not in .*t.parquet; it has conditioning_image, im"):
         open_given(tmp_path / "t.parquet", image_column="picture")
 

@@ -51,7 +51,7 @@ def test_columns_of_conditioning_images_are_named(tmp_path):
     rows = [{"file_name": "1.png", "conditioning_image": "edges/1.png", "text": "one"}]
     source = open_given(write(tmp_path, rows, "1.png"))
     assert source.account.examples[Kind.COLUMN_NOT_USED] == [
-        "conditioning_image of metadata.json (images as a condition are not supported; training does without them)"
+        "conditioning_image of metadata.json (for --condition image: --conditioning_image_column conditioning_image)"
     ]
 
 

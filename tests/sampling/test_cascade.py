@@ -235,7 +235,7 @@ def test_evaluate_samples_scores_the_enlarged_images(models, tmp_path):
         (["from8"], {"upsampler_scheduler": ["nope"]}, "--upsampler_scheduler nope must be one of"),
         (["from8"], {"upsampler_num_inference_steps": [2, 3]}, "steps 2 3: give one value, or one for each of the 1"),
         (["from8"], {"upsampler_num_inference_steps": [9999]}, "--upsampler_num_inference_steps 9999 must be 1 to"),
-        (["nowhere"], {}, "--upsampler_name_or_path .*nowhere does not exist: give the folder"),
+        (["nowhere"], {}, "--upsampler_name_or_path .*nowhere(: there is no such folder| does not exist)"),
         ([], {"upsampler_image_noise": [0.1]}, "--upsampler_image_noise needs --upsampler_name_or_path"),
     ],
 )

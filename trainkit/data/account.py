@@ -31,6 +31,8 @@ class Kind(str, Enum):
     REJECTED = "rejected"
     CAPTION_FILES = "caption file~ used"
     VECTOR_FILES = "vector file~ used"
+    CONDITION_FILES = "conditioning image~ used"
+    CONDITION_NOT_USED = "conditioning image~ without an image, not used"
     LABEL_FILES = "label file~ used (.cls, .json)"
     METADATA_FILES = "metadata file~ used"
     SIDECAR_NOT_USED = "caption, vector or label file~ of an image, not used"
@@ -75,8 +77,9 @@ FOUND = (Kind.FILES_FOUND, Kind.ROWS_FOUND, Kind.EXTRA_ITEMS, Kind.SHARED_SIDECA
 # What becomes of each file or row that was found. Further kinds, and `ignored`, complete the sum; others are notes.
 RESULTS = (Kind.IMAGES, Kind.HELD_OUT, Kind.REJECTED)
 USES = (
-    Kind.CAPTION_FILES, Kind.VECTOR_FILES, Kind.LABEL_FILES, Kind.METADATA_FILES, Kind.SIDECAR_NOT_USED,
-    Kind.IMAGE_WITHOUT_ROW, Kind.OTHER_SPLIT, Kind.NO_SPLIT, Kind.OTHER_FORMAT, Kind.HIDDEN,
+    Kind.CAPTION_FILES, Kind.VECTOR_FILES, Kind.CONDITION_FILES, Kind.CONDITION_NOT_USED, Kind.LABEL_FILES,
+    Kind.METADATA_FILES, Kind.SIDECAR_NOT_USED, Kind.IMAGE_WITHOUT_ROW, Kind.OTHER_SPLIT, Kind.NO_SPLIT,
+    Kind.OTHER_FORMAT, Kind.HIDDEN,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from filelock import FileLock
 from trainkit.data.files import RemotePath, cache_root, exists, fetch, for_each, location, sizes
 from trainkit.data.format import INFO_NAME, LOCK_NAME, PREPARATION_NAME, STATE_NAME, format_counts, read_preparation
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.pairing import check_prepared_pairs, describe_pairs
 from trainkit.data.preparation.pool import run_jobs_in_processes
 from trainkit.data.preparation.prepare import dataset_fingerprint, prepare
 from trainkit.data.settings import (
@@ -40,6 +41,8 @@ def open_or_prepare(options) -> PreparedImages:
             place = local_copy(place, cache_root(options.cache_dir) / "copies")
         images = PreparedImages(place, resolution)
         _check_agreement(images, options, f"{flag} {given}")
+        if check_prepared_pairs(images.pairs, options, f"{flag} {given}"):
+            say(f"{given} has {describe_pairs(images.pairs)}, which are not used (--condition image uses them)")
         return _few_to_encode(images, options)
     if place and exists(place / LOCK_NAME):
         raise UserError(f"{flag} {given} is an unfinished prepared dataset; run its prepare_dataset.py again")

@@ -22,6 +22,7 @@ PREPARATION_NAME, STATE_NAME, INFO_NAME = "preparation.json", "state.json", "dat
 REJECTED_NAME, LOCK_NAME = "rejected.jsonl", ".lock"
 WORK_FOLDER, VALIDATION_FOLDER, UNITS_FOLDER = "work", "validation", ".units"
 SUMMARY_KEY = b"preparation"  # of a shard's schema metadata: rows, classes, rejected files of its unit
+CONDITION_COLUMN = "conditioning_image"  # of pairs; stored like `image`
 NO_LABEL = -1  # the label of an image without a class
 
 

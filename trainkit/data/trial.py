@@ -12,6 +12,7 @@ from typing import Any
 from trainkit.data.account import Account
 from trainkit.data.files import RemotePath
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.pairing import PairSettings
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.records import Unit
@@ -67,6 +68,7 @@ class _Sample:
     label_names: list[str] | None
     has_text: bool
     vector_length: int | None
+    pairs: PairSettings | None
     account: Account
     reader: Reader
     cut: list[Unit]
@@ -89,6 +91,7 @@ def try_source(source: Source, settings: PreparationSettings, resolution: tuple[
         source.label_names,
         source.has_text,
         source.vector_length,
+        source.pairs,
         source.account,
         source.reader,
         _cut(source.units()),

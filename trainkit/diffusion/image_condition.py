@@ -13,15 +13,19 @@ import torch
 
 from pipelines.image_input import ImageInput
 from trainkit.data.loading.augment import to_training_size
+from trainkit.data.loading.conditioning_images import ConditioningImages
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import to_model_input
 from trainkit.data.loading.masks import draw_mask
+from trainkit.data.loading.model_range import to_host_tensor
 from trainkit.data.loading.order import Purpose, normal_draws, row_generator, sample_indices, uniform_draws
+from trainkit.data.pairing import PAIR_FLAGS
 from trainkit.errors import UserError
+from trainkit.options.model import DERIVED_KINDS
 from trainkit.options.script import ConditionalTrainingOptions
 
 FLAG = "--condition_from"
-KINDS = ("downscale:FACTOR", "grayscale", "mask", "edges")
+IMAGE_FLAGS = ("condition_from", "conditioning_noise", "image_dropout", "validation_conditioning_data_dir")
 DEFAULT_NOISE = 0.2  # of small images
 
 
@@ -29,13 +33,17 @@ def check_image_options(options: ConditionalTrainingOptions) -> None:
     """Raise `UserError` for image conditions that contradict each other or the model."""
     given = options.condition_from
     if "image" not in options.condition:
-        for name in ("condition_from", "conditioning_noise", "image_dropout"):
+        for name in (*IMAGE_FLAGS, *PAIR_FLAGS):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} {getattr(options, name)} needs --condition image")
         return
-    if given is None:
-        raise UserError(f"--condition image needs {FLAG}: {', '.join(KINDS)}")
-    kind, factor = parse_kind(given)
+    kind = "" if given is None else parse_kind(given)[0]
+    for name in (*PAIR_FLAGS, "validation_conditioning_data_dir"):
+        if given is not None and getattr(options, name) is not None:
+            raise UserError(
+                f"--{name} {getattr(options, name)} is for conditioning images of the data, and {FLAG} {given} makes "
+                "them from the images: leave one of them out"
+            )
     if kind != "downscale" and options.conditioning_noise is not None:
         raise UserError(
             f"--conditioning_noise {options.conditioning_noise:g} is noise in a small image: it needs {FLAG} "
@@ -56,8 +64,8 @@ def parse_kind(given: str) -> tuple[str, int]:
         if not number.isdecimal() or int(number) < 2:
             raise UserError(f"{FLAG} {given}: give the factor, a whole number of at least 2, such as downscale:4")
         return kind, int(number)
-    if colon or kind not in KINDS:
-        raise UserError(f"{FLAG} {given} is none of {', '.join(KINDS)}")
+    if colon or kind not in DERIVED_KINDS:
+        raise UserError(f"{FLAG} {given} is none of {', '.join(DERIVED_KINDS)}")
     return kind, 1
 
 
@@ -67,8 +75,14 @@ def condition_from(image_input: ImageInput) -> str:
 
 
 def open_picture_condition(options: ConditionalTrainingOptions, images: PreparedImages) -> "PictureCondition":
-    """The second image that `--condition_from` makes of `images`. Raises `UserError` if they do not fit."""
-    assert options.condition_from is not None  # by check_image_options
+    """The second image that `--condition_from` makes of `images`, else the one that is stored with each.
+
+    Raises `UserError` if the images do not fit.
+    """
+    if options.condition_from is None:
+        from trainkit.diffusion.paired_condition import PairedCondition  # late: it stands on this file
+
+        return PairedCondition(images, image_dropout(options))
     noise = DEFAULT_NOISE if options.conditioning_noise is None else options.conditioning_noise
     image_input = image_input_of(options.condition_from, images.height, images.width, images.channels, noise)
     return PictureCondition(images, image_input, image_dropout(options))
@@ -96,6 +110,7 @@ class PictureCondition:
     """A second image made from each of `images`, with the members of ClassCondition (conditioning.py)."""
 
     argument, names = "image", None  # argument of the pipeline; there are no classes
+    stored: ConditioningImages | None = None  # second images are made from the images
 
     def __init__(self, images: PreparedImages, image_input: ImageInput, dropout: float = 0.0):
         self.images, self.image_input, self.dropout = images, image_input, dropout
@@ -139,7 +154,7 @@ class PictureCondition:
         return drawn
 
     def channels(self, images: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The further input channels (B, K, H, W) for `images` (B, C, H, W) in [-1, 1]."""
+        """The further input channels (B, K, H, W) for `images` (B, C, H, W) in [-1, 1], or for what is `stored`."""
         given = (drawn.get(name) for name in ("masks", "noise", "levels"))
         channels = self.image_input(self.image_input.pictures(images), *given)
         return torch.where(drawn["dropped"][:, None, None, None], self.image_input.null(channels), channels)
@@ -150,8 +165,7 @@ class PictureCondition:
 
     def pipeline_conditions(self, indices: np.ndarray) -> list[dict[str, np.ndarray]]:
         """The pipeline arguments that request images like those of `indices`: arrays of numbers in [0, 1]."""
-        images = self._centres(indices)
-        pictures = self.image_input.pictures(images).permute(0, 2, 3, 1).numpy() / 2 + 0.5
+        pictures = self.pictures(indices).permute(0, 2, 3, 1).numpy() / 2 + 0.5
         conditions = [{"image": picture.clip(0, 1)} for picture in pictures]
         if self.image_input.kind == "mask":
             for condition, mask in zip(conditions, self._masks(indices), strict=True):
@@ -165,13 +179,20 @@ class PictureCondition:
     def beside(self, samples: np.ndarray, seed: int) -> np.ndarray:
         """Condition, sample and true image (3 N, H, W, C) uint8 of each of the `samples` (N, H, W, C) of a preview."""
         indices = self._preview_indices(len(samples), seed)
-        images, (height, width) = self._centres(indices), samples.shape[1:3]
-        pictures = self.image_input.pictures(images)
+        pictures = self.pictures(indices)
         if self.image_input.kind == "mask":
             pictures = torch.where(torch.from_numpy(self._masks(indices)[:, None]), 0.0, pictures)
-        pictures = torch.nn.functional.interpolate(pictures, (height, width), mode="nearest")
-        shown = [to_uint8(part, self.images.channels) for part in (pictures, images)]
-        return np.stack([shown[0], samples, shown[1]], axis=1).reshape(-1, *samples.shape[1:])
+        pictures = torch.nn.functional.interpolate(pictures, samples.shape[1:3], mode="nearest")
+        truth = to_uint8(self._centres(indices), self.images.channels)
+        return interleaved(to_uint8(pictures, self.images.channels), samples, truth)
+
+    def pictures(self, indices: np.ndarray) -> torch.Tensor:
+        """The pictures (B, _, h, w) of `indices` as a user would give them, without augmentation."""
+        return self.image_input.pictures(self._centres(indices))
+
+    def source(self, images: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+        """What `channels` makes the second images of, for `images` (B, C, H, W) that are not augmented."""
+        return images
 
     def _masks(self, indices: np.ndarray) -> np.ndarray:
         """Masks (B, H, W) bool of previews and scores, each a function of its index alone."""
@@ -183,10 +204,13 @@ class PictureCondition:
 
     def _centres(self, indices: np.ndarray) -> torch.Tensor:
         """The images `indices` (B, C, H, W) float32 in [-1, 1], without augmentation."""
-        pixels = self.images.gather(indices, None)
-        pixels = pixels.astype(np.int32) if pixels.dtype == np.uint16 else pixels  # torch computes with int32
-        images = to_model_input(torch.from_numpy(pixels), self.images)
+        images = to_model_input(to_host_tensor(self.images.gather(indices, None)), self.images)
         return to_training_size(images, (self.images.height, self.images.width))
+
+
+def interleaved(pictures: np.ndarray, samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Condition, sample and true image (3 N, H, W, C) of each of N."""
+    return np.stack([pictures, samples, truth], axis=1).reshape(-1, *samples.shape[1:])
 
 
 def to_uint8(images: torch.Tensor, channels: int | None = None) -> np.ndarray:

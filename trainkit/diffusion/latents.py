@@ -21,8 +21,8 @@ from trainkit.data.format import PREPARATION_NAME
 from trainkit.data.loading.augment import build_augmentation
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.encodings import Rows, make_units, read_complete, unit_name, write_complete, write_rows
-from trainkit.data.loading.loader import to_model_range
 from trainkit.data.loading.mapped_memory import will_need
+from trainkit.data.loading.model_range import to_model_range
 from trainkit.data.settings import parse_resolution, resize_mode_from_options
 from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.diffusion.pretrained import FLAG as PRETRAINED_FLAG

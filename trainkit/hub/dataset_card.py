@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from trainkit import __version__
 from trainkit.data.format import NO_LABEL, PREPARATION_NAME, REJECTED_NAME, VALIDATION_FOLDER, read_preparation
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.pairing import pairs_of
 from trainkit.sampling.grid import image_grid, save_image
 from trainkit.sampling.record import GRID_NAME, METADATA_NAME, RECORD_NAME
 from trainkit.terminal import counted
@@ -162,6 +163,8 @@ def _content(preparation: dict) -> str:
         about["mean, std"] = f"{pixels['mean']}, {pixels['std']} (samples in 0..1)"
     num_bytes = sum(shard["num_bytes"] for shard in preparation["shards"])
     about["files"] = f"{counted(len(preparation['shards']), 'Arrow file')}, {num_bytes / 1e6:,.1f} MB"
+    if (pairs := pairs_of(preparation)) is not None:
+        about["conditioning images"] = f"{pairs}, stored as the images are"
     rejected = preparation["rejected"]
     about["rejected"] = ", ".join(f"{count:,} {fault}" for fault, count in rejected.items()) or "none"
     return _list(about)

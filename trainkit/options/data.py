@@ -49,6 +49,30 @@ class SourceOptions:
 
 
 @dataclass
+class PairOptions:
+    """pairs: a conditioning image for each image, for train_conditional.py --condition image"""
+
+    conditioning_data_dir: str | None = option(
+        None,
+        "folder of conditioning images with the relative names of the images in --train_data_dir, any image suffix; "
+        "default: what tables, metadata files and WebDataset archives pair",
+    )
+    conditioning_image_column: str | None = option(
+        None, "column of conditioning images, or of the names of their files, in tables and metadata files; default: "
+        "conditioning_image in tables, conditioning_file_name in metadata files; none: prepare without them",
+    )  # fmt: skip
+    conditioning_image_mode: str | None = option(
+        None, "colour mode of the conditioning images; default: that of the prepared dataset, else RGB",
+        choices=("RGB", "L", "RGBA"),
+    )  # fmt: skip
+    conditioning_classes: int | None = option(
+        None,
+        "conditioning images are label maps of ids from 0 to this number less 1: one input channel for each",
+        within="[2, 256]",
+    )
+
+
+@dataclass
 class ImageOptions:
     """images: how they are decoded, resized and stored"""
 

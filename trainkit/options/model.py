@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from trainkit.options.fields import option
 
+DERIVED_KINDS = ("downscale:FACTOR", "grayscale", "mask", "edges")  # of --condition_from
+
 
 @dataclass
 class ModelOptions:
@@ -109,13 +111,16 @@ class ImageConditionOptions:
     condition_from: str | None = option(
         None,
         "make the second image from the image itself: downscale:4 (super-resolution by 4), grayscale (colouring), "
-        "mask (inpainting of random boxes and strokes) or edges",
+        "mask (inpainting of random boxes and strokes) or edges; default: the data has a conditioning image for each",
     )
     conditioning_noise: float | None = option(
         None,
         "with downscale: maximum standard deviation of the noise in the small image, whose pixels are -1 to 1; drawn "
         "for each visit, and an input of the model; default: 0.2",
         within="[0, 2]",
+    )
+    validation_conditioning_data_dir: str | None = option(
+        None, "folder of the conditioning images of --validation_data_dir, as --conditioning_data_dir"
     )
 
 

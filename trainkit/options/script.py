@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import TypeVar
 
-from trainkit.options.data import AugmentationOptions, ImageOptions, LoadingOptions, SourceOptions
+from trainkit.options.data import AugmentationOptions, ImageOptions, LoadingOptions, PairOptions, SourceOptions
 from trainkit.options.model import (
     ConditioningOptions,
     ImageConditionOptions,
@@ -50,7 +50,9 @@ class TrainingOptions(
 
 
 @dataclass
-class ConditionalTrainingOptions(TrainingOptions, ConditioningOptions, ImageConditionOptions, TextOptions):
+class ConditionalTrainingOptions(
+    TrainingOptions, ConditioningOptions, ImageConditionOptions, PairOptions, TextOptions
+):
     """The options of train_conditional.py."""
 
 

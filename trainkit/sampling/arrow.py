@@ -15,6 +15,7 @@ import numpy as np
 from trainkit.data.account import Account
 from trainkit.data.format import LOCK_NAME, NO_LABEL, read_preparation
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.pairing import PairSettings
 from trainkit.data.preparation.prepare import prepare
 from trainkit.data.sources.records import UNIT_ITEMS, Record, Unit
 from trainkit.errors import UserError
@@ -75,6 +76,7 @@ class StagedSource:
         vector = None if conditions is None else conditions.vector(0)
         self.vector_length = None if vector is None else len(vector)
         self.account = Account()
+        self.pairs: PairSettings | None = None
 
     def __len__(self) -> int:
         return self._num_images

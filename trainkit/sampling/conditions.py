@@ -42,7 +42,9 @@ class ConditionOptions:
         None, ".npy (images, numbers), or .csv with one vector per line; a row of nan is no vector"
     )
     conditioning_dir: str | None = option(
-        None, "folder of images, one per condition: small, grey or incomplete images, or edges"
+        None,
+        "folder of images, one per condition: small, grey or incomplete images, edges, label maps or others, as "
+        "the model was trained",
     )
     mask_dir: str | None = option(
         None,

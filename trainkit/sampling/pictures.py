@@ -13,6 +13,7 @@ import numpy as np
 from pipelines.conditional import ConditionalPipeline
 from pipelines.image_input import ImageInput
 from trainkit.data.faults import RejectedImage
+from trainkit.data.images.conditions import decode_label_map
 from trainkit.data.images.decode import decode_image, image_size
 from trainkit.data.settings import PreparationSettings
 from trainkit.data.sources.entries import IMAGE_EXTENSIONS
@@ -49,10 +50,11 @@ class Pictures:
         return len(self.files)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        read = partial(self._read, self.files[number], FLAG)
-        return picture_arguments(
-            self.input, read, None if self.masks is None else partial(self._read, self.masks[number], MASK_FLAG)
-        )
+        file, mask = self.files[number], None if self.masks is None else self.masks[number]
+        if self.input.kind == "labels":
+            return {"image": self._read_labels(file)}
+        read_mask = None if mask is None else partial(self._read, mask, MASK_FLAG)
+        return picture_arguments(self.input, partial(self._read, file, FLAG), read_mask)
 
     def name(self, number: int) -> str:
         """The path of a picture relative to its folder."""
@@ -85,7 +87,7 @@ class Pictures:
         """Refuse now what the pipeline would refuse during sampling."""
         if self.input.kind == "mask" and self.masks is None and self.input.channels == 4:
             raise UserError(f"{MASK_FLAG} is missing: the transparency of the pictures is part of this model's images")
-        numbers = range(len(self)) if self.input.kind == "mask" else [0]
+        numbers = range(len(self)) if self.input.kind in ("mask", "labels") else [0]
         for number in numbers:
             given = self[number]
             try:
@@ -104,6 +106,12 @@ class Pictures:
             return decode_image(file, PreparationSettings(*self.small_size, "stretch", mode))
         except RejectedImage as error:
             raise UserError(f"{flag}: {file} cannot be read: {error}") from None
+
+    def _read_labels(self, file: Path) -> np.ndarray:
+        try:
+            return decode_label_map(file, PreparationSettings(*self.small_size, "stretch", "L"), self.input.classes)
+        except RejectedImage as error:
+            raise UserError(f"{FLAG}: {file} is not used: {error}") from None
 
 
 def picture_arguments(

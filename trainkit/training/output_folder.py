@@ -137,8 +137,9 @@ def _start_again(output_dir: Path) -> None:
 
 def _refuse_output_among_images(options: TrainingOptions) -> None:
     """Files of a run do not belong among the images; grids among raw ones would be trained on by the next run."""
-    for flag in ("train_data_dir", "validation_data_dir"):
-        given = getattr(options, flag)
+    conditions = ("conditioning_data_dir", "validation_conditioning_data_dir")
+    for flag in ("train_data_dir", "validation_data_dir", *conditions):
+        given = getattr(options, flag, None)
         if given is None or (flag == "train_data_dir" and options.dataset_name is not None):
             continue
         if is_among_images(Path(options.output_dir), location(given, options.storage_options)):

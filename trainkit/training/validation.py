@@ -20,11 +20,13 @@ from trainkit.data.format import PREPARATION_NAME
 from trainkit.data.loading.augment import to_training_size
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch, Condition, to_model_input
+from trainkit.data.loading.model_range import to_host_tensor
 from trainkit.data.loading.order import Purpose, normal_draws, sample_indices, uniform_draws
+from trainkit.data.pairing import wants_pairs
 from trainkit.data.settings import check_training_size
 from trainkit.diffusion.noise_schedule import uniform_timesteps
 from trainkit.errors import UserError
-from trainkit.options.script import TrainingOptions
+from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
 from trainkit.terminal import say
 from trainkit.training.run import Run
 
@@ -38,6 +40,7 @@ def open_validation_images(options: TrainingOptions, images: PreparedImages) -> 
     `UserError` if they do not fit the training images, or are the same.
     """
     given, split = options.validation_data_dir, options.validation_split
+    _check_conditioning_folder(options)
     if given is None and split is None:
         if options.validation_steps is not None:
             raise UserError(
@@ -70,9 +73,14 @@ def _open_folder(given: str, options: TrainingOptions, images: PreparedImages) -
     place = location(given, options.storage_options)
     if not exists(place / PREPARATION_NAME):
         try:
-            return _prepare_like(images, options, train_data_dir=given, dataset_name=None)
+            source = {"train_data_dir": given, "dataset_name": None}
+            if isinstance(options, ConditionalTrainingOptions):
+                source["conditioning_data_dir"] = folder = options.validation_conditioning_data_dir
+                source["conditioning_image_column"] = None if folder else options.conditioning_image_column
+            return _prepare_like(images, options, **source)
         except UserError as error:
-            raise UserError(str(error).replace("--train_data_dir", "--validation_data_dir")) from None
+            message = str(error).replace("--train_data_dir", "--validation_data_dir")
+            raise UserError(message.replace("--conditioning_data_dir", "--validation_conditioning_data_dir")) from None
     if isinstance(place, RemotePath):
         place = local_copy(place, cache_root(options.cache_dir) / "copies")
     held_out = PreparedImages(place)
@@ -98,6 +106,12 @@ def _prepare_split(options: TrainingOptions, images: PreparedImages) -> Prepared
 
 def _prepare_like(images: PreparedImages, options: TrainingOptions, **source) -> PreparedImages:
     """Prepare another `source` with the settings of the training `images`, but with a centre crop."""
+    if images.pairs is not None and wants_pairs(options):
+        maps = images.pairs.classes is not None
+        source |= {
+            "conditioning_classes": images.pairs.classes,
+            "conditioning_image_mode": None if maps else images.pairs.mode,
+        }
     return open_or_prepare(
         replace(
             options,
@@ -185,12 +199,10 @@ class HeldOutLoss:
     def _batch(self, rows: range) -> Batch:
         device, images = self.run.accelerator.device, self.images
         indices = self.indices[list(rows)]
-        pixels = images.gather(indices, None)  # the centre
-        if pixels.dtype == np.uint16:  # torch computes with int32, not with uint16
-            pixels = pixels.astype(np.int32)
+        pixels = to_host_tensor(images.gather(indices, None))  # the centre
         shape = (images.channels, images.height, images.width)
         noise = normal_draws(self.run.options.seed, 0, rows, shape, Purpose.VALIDATION_NOISE)
-        inputs = to_training_size(to_model_input(torch.from_numpy(pixels).to(device), images), shape[1:])
+        inputs = to_training_size(to_model_input(pixels.to(device), images), shape[1:])
         condition = {} if self.condition is None else self.condition.inputs(indices)
         return Batch(
             images=inputs,
@@ -200,16 +212,31 @@ class HeldOutLoss:
             step=self.run.step,
             micro_step=0,
             condition={name: value.to(device) for name, value in condition.items()},
-            picture=self._picture(inputs, rows),
+            picture=self._picture(inputs, indices, rows),
         )
 
-    def _picture(self, images: torch.Tensor, rows: range) -> torch.Tensor | None:
+    def _picture(self, images: torch.Tensor, indices: np.ndarray, rows: range) -> torch.Tensor | None:
         picture = None if self.condition is None else self.condition.picture
         if picture is None:
             return None
         size = self.images.height, self.images.width
         drawn = picture.draw(self.run.options.seed, 0, rows, len(self.indices), size)
-        return picture.channels(images, {name: value.to(images.device) for name, value in drawn.items()})
+        drawn = {name: value.to(images.device) for name, value in drawn.items()}
+        return picture.channels(picture.source(images, indices), drawn)
+
+
+def _check_conditioning_folder(options: TrainingOptions) -> None:
+    """Raise `UserError` if there are no raw held-out images for `--validation_conditioning_data_dir`."""
+    folder, given = getattr(options, "validation_conditioning_data_dir", None), options.validation_data_dir
+    if folder is None:
+        return
+    if given is None:
+        raise UserError(f"--validation_conditioning_data_dir {folder} needs --validation_data_dir, its images")
+    if exists(location(given, options.storage_options) / PREPARATION_NAME):
+        raise UserError(
+            f"--validation_conditioning_data_dir {folder}, but --validation_data_dir {given} is prepared already: "
+            "leave the flag out, or prepare the raw images with --conditioning_data_dir"
+        )
 
 
 def _refuse_training_images(given: str, options: TrainingOptions) -> None:

@@ -29,7 +29,7 @@ from trainkit.data.faults import RejectedImage
 from trainkit.data.images.colour import is_srgb, standard_mode
 from trainkit.data.images.corrections import check_readable, load_corrected
 from trainkit.data.images.decode_16bit import decode_16bit, unit_array
-from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
+from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_like, shown_size
 from trainkit.data.images.limits import check_header, pillow_limits, rejection
 from trainkit.data.settings import PreparationSettings
 
@@ -66,15 +66,26 @@ def decode_image(image: bytes | str | Path | np.ndarray, settings: PreparationSe
     Returns (H, W, C) uint8, or uint16 at `bit_depth` 16 (8-bit samples times 257). With `resize_mode` random_crop the
     image keeps its aspect ratio and covers (H, W), up to `MAX_ASPECT` such windows. Raises `RejectedImage`.
     """
+    return decode_like(image, settings)[0]
+
+
+def decode_like(
+    image: bytes | str | Path | np.ndarray, settings: PreparationSettings, like: tuple[int, int] | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """As `decode_image`, with the size (width, height) in pixels of the image as it is shown.
+
+    `like` is that size of another image of the same shape: this one is then resized and cropped as that one is.
+    Raises `RejectedImage`.
+    """
     with pillow_limits(settings.max_image_pixels):
         try:
-            with _open(image) as opened:
+            with open_image(image) as opened:
                 check_header(opened, settings)
                 check_readable(opened)
                 if settings.bit_depth == 16:
                     samples = unit_array(image) if isinstance(image, np.ndarray) else None
-                    return decode_16bit(opened, lambda: _open(image), settings, samples)
-                return _decode(opened, lambda: _open(image), settings)
+                    return decode_16bit(opened, lambda: open_image(image), settings, samples, like)
+                return _decode(opened, lambda: open_image(image), settings, like)
         except RejectedImage:
             raise
         except Exception as error:  # Pillow's plugins raise almost anything on a broken file
@@ -84,14 +95,14 @@ def decode_image(image: bytes | str | Path | np.ndarray, settings: PreparationSe
 def image_size(image: bytes | str | Path) -> tuple[int, int]:
     """Return height and width in pixels of an image file as it is shown. Raises `RejectedImage`."""
     try:
-        with _open(image) as opened:
-            width, height = opened.size
-            return (width, height) if orientation_of(opened) in (5, 6, 7, 8) else (height, width)
+        with open_image(image) as opened:
+            return shown_size(opened.size, orientation_of(opened))[::-1]
     except Exception as error:  # Pillow's plugins raise almost anything on a broken file
         raise rejection(image, error) from None
 
 
-def _open(image: bytes | str | Path | np.ndarray) -> Image.Image:
+def open_image(image: bytes | str | Path | np.ndarray) -> Image.Image:
+    """Open an image file, the bytes of one, or pixels (H, W, C), without decoding it. Raises what Pillow raises."""
     if isinstance(image, np.ndarray):
         pixels = image if image.dtype == np.uint8 else np.rint(unit_array(image) * 255).astype(np.uint8)
         return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
@@ -114,22 +125,26 @@ def _is_targa(image: bytes | str | Path, file: IO[bytes]) -> bool:
     return footer == TGA_FOOTER
 
 
-def _decode(image: Image.Image, open_again: Callable[[], Image.Image], settings: PreparationSettings) -> np.ndarray:
+def _decode(
+    image: Image.Image,
+    open_again: Callable[[], Image.Image],
+    settings: PreparationSettings,
+    like: tuple[int, int] | None,
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode to 8 bits per channel, in Pillow throughout."""
     target = (settings.width, settings.height)
-    orientation = None
     if image.format in ("JPEG", "MPO"):
         # The decoder itself can shrink by 2, 4 or 8. It keeps twice the size, for the antialiased resize.
-        orientation, full_size = orientation_of(image), image.size
-        part, resized_size = plan_resize(full_size, settings, orientation)
+        orientation = orientation_of(image)
+        full_size, part, resized_size = plan_like(image.size, settings, orientation, like)
         wanted = [2 * side * full // kept for side, full, kept in zip(resized_size, full_size, part, strict=True)]
         image.draft("L" if settings.image_mode == "L" and is_srgb(image) else None, (wanted[0], wanted[1]))
         image.load()
     else:
         image, _ = load_corrected(image, open_again)
         # Only now: a PNG may store it after the pixels, and Pillow has applied that of a TIFF.
-        orientation, full_size = orientation_of(image), image.size
-        part, resized_size = plan_resize(full_size, settings, orientation)
+        orientation = orientation_of(image)
+        full_size, part, resized_size = plan_like(image.size, settings, orientation, like)
     image = middle_part(standard_mode(image, settings.image_mode), full_size, part)
     if image.size != resized_size:
         image = image.resize(resized_size, Image.Resampling.BILINEAR, reducing_gap=3.0)
@@ -146,4 +161,4 @@ def _decode(image: Image.Image, open_again: Callable[[], Image.Image], settings:
         canvas = Image.new(settings.image_mode, target, 0 if settings.image_mode == "RGBA" else around)
         canvas.paste(image, center_box(target, image.size)[:2])
         image = canvas
-    return np.asarray(image).reshape(image.height, image.width, settings.channels)
+    return np.asarray(image).reshape(image.height, image.width, settings.channels), shown_size(full_size, orientation)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from trainkit.data.images.colour import DEEP_MODES, seen_samples, standard_mode, unit_samples
 from trainkit.data.images.corrections import both_bytes, load_corrected, raw_mode_of
-from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_resize
+from trainkit.data.images.geometry import TRANSPOSES, center_box, middle_part, orientation_of, plan_like, shown_size
 from trainkit.data.settings import PreparationSettings
 
 DEEP_COLOUR = {f"{mode};16{order}" for mode in ("RGB", "RGBX", "RGBA") for order in "LBN"}  # Pillow's raw modes
@@ -20,10 +20,11 @@ def decode_16bit(
     open_again: Callable[[], Image.Image],
     settings: PreparationSettings,
     samples: np.ndarray | None = None,
-) -> np.ndarray:
-    """Return the target (H, W, C) uint16 of an opened image; `open_again` opens it a second time.
+    like: tuple[int, int] | None = None,
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the target (H, W, C) uint16 of an opened image, and its size; `open_again` opens it a second time.
 
-    `samples` are its pixels in [0, 1] if they are already known.
+    `samples` are its pixels in [0, 1] if they are already known. `like` and the size are as in `decode_like`.
     """
     raw_mode = raw_mode_of(image)
     image, colour = load_corrected(image, open_again)
@@ -36,9 +37,9 @@ def decode_16bit(
     has_alpha = samples.shape[2] == 4
     if has_alpha:
         samples[..., :3] *= samples[..., 3:]
-    part, resized_size = plan_resize(image.size, settings, orientation)
+    full_size, part, resized_size = plan_like(image.size, settings, orientation, like)
     planes = [Image.fromarray(np.ascontiguousarray(samples[..., channel])) for channel in range(samples.shape[2])]
-    planes = [middle_part(plane, image.size, part) for plane in planes]
+    planes = [middle_part(plane, full_size, part) for plane in planes]
     planes = [plane.resize(resized_size, Image.Resampling.BILINEAR, reducing_gap=3.0) for plane in planes]
     if orientation in TRANSPOSES:
         planes = [plane.transpose(TRANSPOSES[orientation]) for plane in planes]
@@ -61,7 +62,7 @@ def decode_16bit(
         left, top, right, bottom = center_box(target, samples.shape[1::-1])
         canvas[top:bottom, left:right] = samples
         samples = canvas
-    return np.rint(np.clip(samples, 0, 1) * 65535).astype(np.uint16)
+    return np.rint(np.clip(samples, 0, 1) * 65535).astype(np.uint16), shown_size(full_size, orientation)
 
 
 def unit_array(array: np.ndarray) -> np.ndarray:

@@ -4,6 +4,8 @@
 
 from PIL import Image
 
+from trainkit.data import faults
+from trainkit.data.faults import RejectedImage
 from trainkit.data.settings import PreparationSettings
 
 MAX_ASPECT = 8  # of images stored with random_crop, relative to the target: bounds the size of very long images
@@ -27,6 +29,11 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
+def shown_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return the size of an upright image whose file holds it in `size`, or the reverse."""
+    return size[::-1] if orientation in (5, 6, 7, 8) else size
+
+
 def plan_resize(
     size: tuple[int, int], settings: PreparationSettings, orientation: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -34,15 +41,42 @@ def plan_resize(
 
     Both are in the frame of the file, which is rotated by 90 degrees with EXIF orientations 5 to 8.
     """
-    target = (settings.width, settings.height)
-    if orientation in (5, 6, 7, 8):
-        target = target[::-1]
+    target = shown_size((settings.width, settings.height), orientation)
     if settings.resize_mode == "stretch":
         return size, target
     if settings.resize_mode == "pad":
         return size, fitting_size(size, target)
     part = bounded_part(size, target)
     return part, covering_size(part, target)
+
+
+def plan_like(
+    size: tuple[int, int], settings: PreparationSettings, orientation: int, like: tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Return the size that an image of `size` counts as, and `plan_resize` of it.
+
+    That is its own or, for a conditioning image, that of its image: `like`, as shown. Raises `RejectedImage`:
+    conditioning_image_size.
+    """
+    full = size
+    if like is not None:
+        full = shown_size(like, orientation)
+        if not is_same_shape(size, full):
+            raise RejectedImage(
+                faults.CONDITION_SIZE,
+                f"it is {size[0]}x{size[1]} pixels and its image {full[0]}x{full[1]}, not of the same shape",
+            )
+    return full, *plan_resize(full, settings, orientation)
+
+
+def is_same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes are equal, or one is the other scaled and rounded to whole pixels."""
+    if size[0] == other[0] or size[1] == other[1]:
+        return size == other
+    lowest, highest = (
+        [(ours + error) / theirs for ours, theirs in zip(size, other, strict=True)] for error in (-0.5, 0.5)
+    )  # factors that round to these sides
+    return max(lowest) < min(highest)
 
 
 def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:

@@ -82,19 +82,22 @@ def _check_range(name: str, values: list[float], what: str, largest: float, exam
         )
 
 
-def augment(images: torch.Tensor, parameters: Parameters | None, output_size: tuple[int, int]) -> torch.Tensor:
+def augment(
+    images: torch.Tensor, parameters: Parameters | None, output_size: tuple[int, int], nearest: bool = False
+) -> torch.Tensor:
     """Return images (B, C, *output_size) float32 in [-1, 1] from stored windows `images` (B, C, h, w) of that range.
 
     Areas outside the window are filled by reflection. If the geometry shrinks by more than 1.5, every pixel is the
     mean of several samples. Colours are clipped to the range. An alpha channel keeps its values; images of one channel
-    change in brightness and contrast only. Unchanged images equal those of `to_training_size` bit for bit.
+    change in brightness and contrast only. Unchanged images equal those of `to_training_size` bit for bit. With
+    `nearest` values are taken and never mixed, as label maps need it.
     """
     if parameters is None or parameters.geometry is None:
-        images = to_training_size(images, output_size)
+        images = to_training_size(images, output_size, nearest)
     else:
-        moved = _move(images, parameters.geometry, output_size, parameters.oversampling)
+        moved = _move(images, parameters.geometry, output_size, 1 if nearest else parameters.oversampling, nearest)
         if parameters.untouched is not None:
-            still = to_training_size(images, output_size)
+            still = to_training_size(images, output_size, nearest)
             moved = torch.where(parameters.untouched[:, None, None, None], still, moved)
         images = moved
     if parameters is not None and parameters.colour is not None:
@@ -102,14 +105,21 @@ def augment(images: torch.Tensor, parameters: Parameters | None, output_size: tu
     return images
 
 
-def to_training_size(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Shrink `images` (B, C, H, W) from the stored to the training `size` (height, width), antialiased bilinear."""
+def to_training_size(images: torch.Tensor, size: tuple[int, int], nearest: bool = False) -> torch.Tensor:
+    """Shrink `images` (B, C, H, W) from the stored to the training `size` (height, width), antialiased bilinear.
+
+    `nearest` takes the nearest pixel instead.
+    """
     if images.shape[-2:] == size:
         return images
+    if nearest:
+        return functional.interpolate(images, size, mode="nearest-exact")
     return functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-def _move(images: torch.Tensor, matrices: torch.Tensor, size: tuple[int, int], oversampling: int) -> torch.Tensor:
+def _move(
+    images: torch.Tensor, matrices: torch.Tensor, size: tuple[int, int], oversampling: int, nearest: bool
+) -> torch.Tensor:
     height, width = size[0] * oversampling, size[1] * oversampling
     x = _pixel_centres(width, images.device)
     y = _pixel_centres(height, images.device)[:, None]
@@ -117,7 +127,8 @@ def _move(images: torch.Tensor, matrices: torch.Tensor, size: tuple[int, int], o
     for axis in range(2):
         to_x, to_y, origin = (matrices[:, axis, column, None, None] for column in range(3))
         torch.add(to_x * x, to_y * y + origin, out=grid[..., axis])
-    moved = functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    mode = "nearest" if nearest else "bilinear"
+    moved = functional.grid_sample(images, grid, mode=mode, padding_mode="reflection", align_corners=False)
     return moved if oversampling == 1 else functional.avg_pool2d(moved, oversampling)
 
 

@@ -20,6 +20,7 @@ from trainkit.data.files import RemotePath, location, open_stream, read_text, si
 from trainkit.data.format import FORMAT, NO_LABEL, PREPARATION_NAME, read_preparation
 from trainkit.data.images.storage import decode
 from trainkit.data.loading.mapped_memory import copy_rows, will_need
+from trainkit.data.pairing import pairs_of
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
 
@@ -83,6 +84,7 @@ class PreparedImages:
         self.image_mode, self.fixed_size = self.settings.image_mode, self.settings.fixed_size
         self.label_names: list[str] | None = info["features"].get("label", {}).get("names")
         self.has_text = "text" in info["features"]
+        self.pairs = pairs_of(preparation)
         self.vector_length: int | None = info["features"].get("vector", {}).get("length")
         self._shards = [shard for shard in preparation["shards"] if shard["num_rows"]]
         present = sizes(self.folder)
@@ -114,21 +116,16 @@ class PreparedImages:
         if self._in_rows:
             return self._gather_fixed(indices)
         images = np.empty((len(indices), height, width, self.channels), dtype=self.settings.dtype)
-        for position, (batch, row) in enumerate(self._located(indices)):
-            image = self._whole_image(batch, row)
-            if crops is None:
-                top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
-            else:
-                top = int(crops[position, 0] * (image.shape[0] - height + 1))
-                left = int(crops[position, 1] * (image.shape[1] - width + 1))
-            images[position] = image[top : top + height, left : left + width]
+        for position, (batch, row) in enumerate(self.located(indices)):
+            crop = None if crops is None else crops[position]
+            images[position] = window_of(self._whole_image(batch, row), height, width, crop)
         return images
 
     def _gather_fixed(self, indices: np.ndarray) -> np.ndarray:
         """Copy images of one size with a single call for all shards."""
         addresses = self._fixed_addresses(indices)
         if addresses is None:
-            return np.stack([batch.pixels[row] for batch, row in self._located(indices)])
+            return np.stack([batch.pixels[row] for batch, row in self.located(indices)])
         shape = (len(addresses), self.stored_height, self.stored_width, self.channels)
         return copy_rows(addresses, self._image_bytes).view(self.settings.dtype).reshape(shape)
 
@@ -136,7 +133,7 @@ class PreparedImages:
         """Return where images of one size are in memory (B,); None for large images in several batches of a shard."""
         numbers, rows = self._shards_and_rows(indices)
         if not self._addresses[numbers].all():
-            self._located(indices)  # opens their shards
+            self.located(indices)  # opens their shards
         addresses = self._addresses[numbers]
         return addresses + rows * self._image_bytes if addresses.all() else None
 
@@ -171,7 +168,7 @@ class PreparedImages:
         """Return the vectors (B, D) float32 that are stored with the images; D is 0 if there are none."""
         length = self.vector_length or 0
         vectors = np.empty((len(indices), length), dtype=np.float32)
-        for position, (batch, row) in enumerate(self._located(indices) if length else ()):
+        for position, (batch, row) in enumerate(self.located(indices) if length else ()):
             numbers = batch.columns.column("vector").values.to_numpy()
             vectors[position] = numbers[row * length : (row + 1) * length]
         return vectors
@@ -182,7 +179,7 @@ class PreparedImages:
 
     def column(self, name: str) -> Iterator[np.ndarray]:
         """Yield `label` (n,) or `vector` (n, D) of all images in order, one record batch at a time."""
-        for batch, first, end in self._parts(0, len(self)):
+        for batch, first, end in self.parts(0, len(self)):
             values = batch.columns.column(name).slice(first, end - first)
             if name == "vector":
                 yield values.flatten().to_numpy().reshape(end - first, self.vector_length)
@@ -190,7 +187,7 @@ class PreparedImages:
                 yield values.to_numpy(zero_copy_only=False)
 
     def _values(self, column: str, indices: np.ndarray) -> list:
-        return [batch.columns.column(column)[row].as_py() for batch, row in self._located(indices)]
+        return [batch.columns.column(column)[row].as_py() for batch, row in self.located(indices)]
 
     def read_ahead(self, ranges: list[tuple[int, int]]) -> None:
         """Start to read the images of `ranges` (first, end), from front to back, without waiting.
@@ -201,7 +198,7 @@ class PreparedImages:
             self._fetch_ahead(ranges)
             return
         for first, end in ranges:
-            will_need(_memory(batch, start, stop) for batch, start, stop in self._parts(first, end))
+            will_need(_memory(batch, start, stop) for batch, start, stop in self.parts(first, end))
 
     def read_soon(self, indices: np.ndarray) -> None:
         """Start to read the images `indices` (B,) of a local dataset, in any order, without waiting."""
@@ -210,7 +207,7 @@ class PreparedImages:
         with contextlib.suppress(UserError):  # a damaged shard is reported by `gather`
             addresses = self._fixed_addresses(indices) if self._in_rows else None
             if addresses is None:
-                will_need(_memory(batch, row, row + 1) for batch, row in self._located(indices))
+                will_need(_memory(batch, row, row + 1) for batch, row in self.located(indices))
             else:
                 will_need((address, self._image_bytes) for address in addresses.tolist())
 
@@ -230,10 +227,10 @@ class PreparedImages:
         if number in self._wanted:  # it may be released already
             self._shard(number)  # an error is raised again by `gather`
 
-    def _parts(self, first: int, end: int) -> Iterator[tuple[_Batch, int, int]]:
+    def parts(self, first: int, end: int) -> Iterator[tuple[_Batch, int, int]]:
         """Yield the batches that hold rows `first` to `end` - 1, each with its rows."""
         while first < end:
-            [(batch, row)] = self._located(np.array([first]))
+            [(batch, row)] = self.located(np.array([first]))
             count = min(end - first, batch.columns.num_rows - row)
             yield batch, row, row + count
             first += count
@@ -246,7 +243,7 @@ class PreparedImages:
         numbers = np.searchsorted(self._shard_starts, indices, side="right") - 1
         return numbers, indices - self._shard_starts[numbers]
 
-    def _located(self, indices: np.ndarray) -> list[tuple[_Batch, int]]:
+    def located(self, indices: np.ndarray) -> list[tuple[_Batch, int]]:
         """Return for each index its batch and the row in it."""
         numbers, rows = self._shards_and_rows(indices)
         located = []
@@ -321,6 +318,15 @@ class PreparedImages:
         return UserError(
             f"{path} is damaged ({reason}); delete it and run the preparation again, which redoes only it"
         )
+
+
+def window_of(image: np.ndarray, height: int, width: int, crop: np.ndarray | None) -> np.ndarray:
+    """Return the window (height, width, C) of an image (h, w, C) at `crop` (2,) in [0, 1), or in its centre."""
+    if crop is None:
+        top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
+    else:
+        top, left = int(crop[0] * (image.shape[0] - height + 1)), int(crop[1] * (image.shape[1] - width + 1))
+    return image[top : top + height, left : left + width]
 
 
 def _memory(batch: _Batch, first: int, end: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -19,25 +19,18 @@ import numpy as np
 import torch
 
 from trainkit.data.loading.augment import augment
-from trainkit.data.loading.augment_draws import Augmentation, draw_parameters
+from trainkit.data.loading.augment_draws import Augmentation, Parameters, draw_parameters
 from trainkit.data.loading.class_order import ClassBalancedOrder
+from trainkit.data.loading.conditioning_images import ConditioningImages
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.loading.model_range import channels_first, conditions_to_model_range, to_host_tensor, to_model_range
 from trainkit.data.loading.order import Purpose, SampleOrder, normal_draws, uniform_draws
 from trainkit.data.loading.transfer import pins_memory, to_device
 
 
-def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
-    """Return float32 images (B, C, H, W) in [-1, 1] of stored `pixels` (B, H, W, C) with `bit_depth` bits."""
-    return _channels_first(pixels).div_((2**bit_depth - 1) / 2).sub_(1)
-
-
 def to_model_input(gathered: torch.Tensor, images: PreparedImages) -> torch.Tensor:
     """Return the model input (B, C, H, W) float32 for pixels or latents (B, H, W, C) gathered from `images`."""
-    return _channels_first(gathered) if images.holds_latents else to_model_range(gathered, images.bit_depth)
-
-
-def _channels_first(images: torch.Tensor) -> torch.Tensor:
-    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return channels_first(gathered) if images.holds_latents else to_model_range(gathered, images.bit_depth)
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,11 @@ class Condition(Protocol):
 
 
 class PictureInput(Protocol):
-    """A second image for the UNet, made from the first (trainkit/diffusion/image_condition.py)."""
+    """A second image for the UNet: made from the first (trainkit/diffusion/image_condition.py), or stored with it."""
+
+    @property
+    def stored(self) -> ConditioningImages | None:
+        """Return the conditioning images of the dataset; None if second images are made from the first."""
 
     def draw(self, seed: int, step: int, rows: Sequence[int], total: int, size: tuple[int, int]) -> dict:
         """Return what is random for `rows` of the `total` of a global batch, as tensors (B, ...) on the host.
@@ -82,8 +79,14 @@ class PictureInput(Protocol):
         `size` (H, W) is that of the images.
         """
 
+    def source(self, images: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+        """Return what `channels` is given for `images` (B, C, H, W) of `indices` that are not augmented."""
+
     def channels(self, images: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the further input channels (B, K, H, W) of the UNet for augmented `images` (B, C, H, W)."""
+        """Return the further input channels (B, K, H, W) of the UNet.
+
+        `images` (B, C, H, W) are augmented: the images, or what is stored as conditioning images.
+        """
 
 
 @dataclass
@@ -134,6 +137,7 @@ class BatchLoader:
         self.images, self.shape, self.seed, self.random_flip = images, shape, seed, random_flip
         self.order = order or SampleOrder(len(images), seed, shuffle_block_size)
         self.condition, self.picture = condition, picture
+        self._stored = None if picture is None else picture.stored
         self.device, self.num_threads, self.memory_format = device, num_threads, memory_format
         self.augmentation, self.wait_s = augmentation, 0.0
         self._reading_ahead = threading.Lock()
@@ -186,15 +190,14 @@ class BatchLoader:
             pixels, flip = latents.sample(indices, flip, noise), None
         else:
             pixels = self.images.gather(indices, crops)
-        if pixels.dtype == np.uint16:  # torch cannot compute with uint16
-            pixels = pixels.astype(np.int32)
         if self.augmentation is not None:
             augmentation = draw_parameters(
                 self.augmentation, self.seed, step, total, here, shape[1:], pixels.shape[1:3], flip
             )
             flip = None if augmentation.geometry is not None else flip  # the geometry contains it
         host_batch = {
-            "images": torch.from_numpy(pixels),
+            "images": to_host_tensor(pixels),
+            "conditions": None if self._stored is None else to_host_tensor(self._stored.gather(indices, crops)),
             "noise": torch.from_numpy(normal_draws(self.seed, step, rows, shape)),
             "uniforms": torch.from_numpy(uniforms(Purpose.TIMESTEPS)),
             "flip": None if flip is None else torch.from_numpy(flip),
@@ -221,27 +224,44 @@ class BatchLoader:
         if not isinstance(self.order, SampleOrder) or not self.order.block_size:
             steps, micro_step = divmod(micro_step + max(1, self.num_threads), self.shape.micro_steps)
             first = (step + steps) * self.shape.global_size + self.shape.rows(micro_step).start
-            self.images.read_soon(self.order.indices(first + np.arange(self.shape.per_device)))
+            indices = self.order.indices(first + np.arange(self.shape.per_device))
+            self.images.read_soon(indices)
+            if self._stored is not None:
+                self._stored.read_soon(indices)
             return
         with self._reading_ahead:  # several threads make batches
             if self._window is not None and last < self._window[1]:
                 return
             self._window = first, end = self.order.window(last)
-            self.images.read_ahead(self.order.ranges(first, end) + self.order.ranges(*self.order.window(end)))
+            ranges = self.order.ranges(first, end) + self.order.ranges(*self.order.window(end))
+            self.images.read_ahead(ranges)
+            if self._stored is not None:
+                self._stored.read_ahead(ranges)
 
     def _to_device(self, host_batch: dict) -> Batch:
         images, noise = (to_device(host_batch[name], self.device) for name in ("images", "noise"))
-        images = to_model_input(images, self.images)
         augmentation = host_batch["augmentation"]
         augmentation = None if augmentation is None else augmentation.to(self.device)
-        images = augment(images, augmentation, (self.images.height, self.images.width))
-        if host_batch["flip"] is not None:
-            flip = to_device(host_batch["flip"], self.device)
-            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        flip = None if host_batch["flip"] is None else to_device(host_batch["flip"], self.device)
+        images = self._augmented(to_model_input(images, self.images), augmentation, flip)
         images, noise = (x.contiguous(memory_format=self.memory_format) for x in (images, noise))
         labels = None if augmentation is None else augmentation.labels
         place = host_batch["indices"], host_batch["step"], host_batch["micro_step"]
         condition = {name: to_device(x, self.device) for name, x in host_batch["condition"].items()}
         drawn = {name: to_device(x, self.device) for name, x in host_batch["drawn"].items()}
-        picture = None if self.picture is None else self.picture.channels(images, drawn)
+        picture = None
+        if self.picture is not None:
+            second = images
+            if self._stored is not None:  # geometry moves both alike; colours are those of the image alone
+                second = conditions_to_model_range(to_device(host_batch["conditions"], self.device), self._stored)
+                moves = None if augmentation is None else replace(augmentation, colour=None)
+                second = self._augmented(second, moves, flip, self._stored.are_label_maps)
+            picture = self.picture.channels(second, drawn)
         return Batch(images, noise, host_batch["uniforms"], *place, labels, condition, picture)
+
+    def _augmented(
+        self, images: torch.Tensor, augmentation: Parameters | None, flip: torch.Tensor | None, nearest: bool = False
+    ) -> torch.Tensor:
+        """The images (B, C, H, W) in training: moved, recoloured, and mirrored where `flip` (B,) says so."""
+        images = augment(images, augmentation, (self.images.height, self.images.width), nearest)
+        return images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)

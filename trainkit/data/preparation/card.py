@@ -14,6 +14,7 @@ from trainkit.data.format import (
     read_preparation,
 )
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.pairing import pairs_of
 from trainkit.errors import UserError
 from trainkit.terminal import counted
 
@@ -73,6 +74,7 @@ def facts(folder: Path | RemotePath, preparation: dict) -> dict[str, str]:
     versions = ", ".join(f"{name} {number}" for name, number in preparation["versions"].items())
     lines = {
         "images": f"{num_images:,} of {size}, stored as {settings.get('storage', 'pixels')}",
+        "conditions": _conditions(preparation),
         "held out": _held_out(folder, filters),
         "classes": _classes(preparation["classes"]),
         "rejected": _rejected(preparation["rejected"]),
@@ -85,13 +87,18 @@ def facts(folder: Path | RemotePath, preparation: dict) -> dict[str, str]:
         "source": f"{preparation['source']['name']} ({preparation['source']['fingerprint']})",
         "fingerprint": f"{preparation['fingerprint']}, format {preparation['format']}",
         "made with": versions,
-        "train": _command(folder, settings, filters),
+        "train": _command(folder, preparation, filters),
     }
     return {name: value for name, value in lines.items() if value}
 
 
 def _account(preparation: dict) -> str:
     return "\n".join(Account.from_json(preparation.get("account", {}), preparation.get("ignored")).lines())
+
+
+def _conditions(preparation: dict) -> str | None:
+    pairs = pairs_of(preparation)
+    return None if pairs is None else f"each has a conditioning image: {pairs}"
 
 
 def _held_out(folder: Path | RemotePath, filters: dict) -> str | None:
@@ -134,8 +141,9 @@ def _setting(value) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _command(folder: Path | RemotePath, settings: dict, filters: dict) -> str:
-    command = f"accelerate launch train_unconditional.py --train_data_dir {folder}"
+def _command(folder: Path | RemotePath, preparation: dict, filters: dict) -> str:
+    script = "train_unconditional.py" if pairs_of(preparation) is None else "train_conditional.py --condition image"
+    command = f"accelerate launch {script} --train_data_dir {folder}"
     if filters.get("validation_fraction"):
         command += f" --validation_data_dir {folder / VALIDATION_FOLDER}"
     return command + " --output_dir model"

@@ -19,6 +19,7 @@ from trainkit.data.faults import RejectedImage
 from trainkit.data.files import RemotePath, exists, read_text, write_text
 from trainkit.data.format import PREPARATION_NAME, REJECTED_NAME, VALIDATION_FOLDER, filters_of, format_counts
 from trainkit.data.images.decode import FORMATS, decode_image
+from trainkit.data.loading.conditioning_images import ConditioningImages, side_by_side
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.preparation.card import facts
 from trainkit.data.preparation.contact_page import Fault, Figure, Grid, Part, contact_page
@@ -109,8 +110,13 @@ def _sample_parts(images: PreparedImages, held_out: PreparedImages | None) -> It
 def _grids(images: PreparedImages) -> list[Grid]:
     """A grid of images per title, with the name and the caption of each."""
     grids = []
+    conditions = None if images.pairs is None else ConditioningImages(images)
     for title, indices in _samples(images):
-        pictures = map(_encoded, images.gather(indices))
+        pixels = images.gather(indices)
+        if conditions is not None:  # beside its image
+            pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+            pixels = np.concatenate(side_by_side(conditions.shown(indices), pixels), axis=2)
+        pictures = map(_encoded, pixels)
         about = zip(pictures, images.sources(indices), images.texts(indices), strict=True)
         grids.append(Grid(title, [Figure(picture, source, text) for picture, source, text in about]))
     return grids

@@ -41,6 +41,8 @@ def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "no
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    if images.pairs is not None:
+        print(f"{path}: the {len(images):,} conditioning images are not exported", flush=True)
     print(f"{path}: {len(images):,} images, {path.stat().st_size / 1e6:,.1f} MB", flush=True)
 
 

@@ -156,6 +156,7 @@ def _write_dataset(
         "fingerprint": fingerprint,
         "settings": dataclasses.asdict(writer.settings),
         "filters": dataclasses.asdict(writer.filters),
+        **({} if writer.pairs is None else {"pairs": dataclasses.asdict(writer.pairs)}),
         "source": {"name": source.name, "fingerprint": source.fingerprint},
         "num_images": sum(shard["num_rows"] for shard in shard_files),
         **about,

@@ -37,6 +37,7 @@ from trainkit.data.format import (
     filters_of,
     read_preparation,
 )
+from trainkit.data.pairing import PairSettings, describe_pairs, pairs_of
 from trainkit.data.preparation.filtering import FilterSettings
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError, one_line
@@ -178,6 +179,16 @@ def refuse_other_settings(
     ]
     if changed:
         raise replacing_error(output_dir, output_flag, f"a dataset of other settings ({'; '.join(changed)})")
+
+
+def refuse_other_pairs(
+    held: dict | None, output_dir: Path | RemotePath, pairs: PairSettings | None, output_flag: str
+) -> None:
+    """Raise `UserError` if the folder holds a dataset (`held`) with other conditioning images, or without any."""
+    before = None if held is None else pairs_of(held)
+    if held is not None and before != pairs:
+        what = f"a dataset with {describe_pairs(before)}, now with {describe_pairs(pairs)}"
+        raise replacing_error(output_dir, output_flag, what)
 
 
 def replacing_error(folder: Path | RemotePath, output_flag: str, held: str) -> UserError:

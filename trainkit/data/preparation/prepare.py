@@ -6,6 +6,7 @@ continues where it stopped, and files that were added or changed cost only their
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from trainkit.data.preparation.output import (
     check_output,
     delete_own_files,
     output_errors,
+    refuse_other_pairs,
     refuse_other_settings,
     replacing_error,
 )
@@ -73,9 +75,10 @@ def dataset_fingerprint(source: Source, settings: PreparationSettings, filters: 
     return _digest(FORMAT, settings.identity, *filters.identity, source.fingerprint, *_columns(source))
 
 
-def _columns(source: Source) -> tuple[list[str] | None, bool, int | None]:
-    """Return the values that the columns next to the image depend on."""
-    return source.label_names, source.has_text, source.vector_length
+def _columns(source: Source) -> tuple:
+    """Return the values that the columns next to the image depend on; without pairs as before there were any."""
+    columns = source.label_names, source.has_text, source.vector_length
+    return columns if source.pairs is None else (*columns, dataclasses.astuple(source.pairs))
 
 
 def prepare(
@@ -122,7 +125,9 @@ def prepare(
             return _up_to_date(held, output_dir, show_progress)
         if not overwrite:
             refuse_other_settings(held, output_dir, settings, filters, output_flag)
-        writer = ShardWriter(source.reader, settings, *_columns(source), filters)
+            refuse_other_pairs(held, output_dir, source.pairs, output_flag)
+        columns = source.label_names, source.has_text, source.vector_length
+        writer = ShardWriter(source.reader, settings, *columns, filters, source.pairs)
         units = _units(source, writer, output_dir)
         if held and not overwrite and _is_of_other_images(held, source, units):
             what = f"a dataset of other images ({held['source']['name']}, now {source.name})"

@@ -21,9 +21,11 @@ from trainkit.data import faults
 from trainkit.data.account import Account, Kind
 from trainkit.data.faults import RejectedImage
 from trainkit.data.files import RemotePath, delete, exists, open_stream, written
-from trainkit.data.format import NO_LABEL, SUMMARY_KEY, UNITS_FOLDER, VALIDATION_FOLDER
+from trainkit.data.format import CONDITION_COLUMN, NO_LABEL, SUMMARY_KEY, UNITS_FOLDER, VALIDATION_FOLDER
+from trainkit.data.images.conditions import decode_pair
 from trainkit.data.images.decode import decode_image
 from trainkit.data.images.storage import image_columns, image_features, image_types
+from trainkit.data.pairing import PairSettings
 from trainkit.data.preparation.filtering import NO_FILTERS, TRAIN, VALIDATION, FilterSettings, is_held_out
 from trainkit.data.preparation.image_stats import (
     STATS_SCHEMA,
@@ -35,8 +37,10 @@ from trainkit.data.preparation.image_stats import (
 )
 from trainkit.data.preparation.rows import Rows, rebatch
 from trainkit.data.settings import PreparationSettings
+from trainkit.data.sources.records import Record
 from trainkit.data.sources.source import Reader
 from trainkit.data.sources.vectors import check_vector
+from trainkit.errors import UserError
 
 SLICE_ITEMS = 128  # images that one job decodes
 BATCH_BYTES = 64 * 2**20  # of pixels per record batch, far below the limit of int32 offsets
@@ -67,6 +71,7 @@ class ShardWriter:
     has_text: bool
     vector_length: int | None = None
     filters: FilterSettings = NO_FILTERS
+    pairs: PairSettings | None = None
 
     def run(self, job: SliceJob | JoinJob) -> None:
         """Write the file of a job."""
@@ -89,7 +94,7 @@ class ShardWriter:
         for row in self._decoded(job, rejected, account):
             stats.append(image_stats(row["image"], self.filters))
             rows.append(row)
-            size += row["image"].nbytes
+            size += row["image"].nbytes + (0 if self.pairs is None else row[CONDITION_COLUMN].nbytes)
             if size >= BATCH_BYTES:
                 batches.append(self._batch(rows))
                 rows, size = [], 0
@@ -159,8 +164,12 @@ class ShardWriter:
                 if record.image is None:
                     raise RejectedImage(faults.MISSING, "the row holds no image")
                 vector = None if self.vector_length is None else check_vector(record.vector, self.vector_length)
-                image = decode_image(record.image, self.settings)
+                image, condition = self._images(record)
             except RejectedImage as rejection:
+                if rejection.fault in faults.OF_THE_SETTINGS:
+                    assert self.pairs is not None  # whose fault it is
+                    flag = f"--conditioning_classes {self.pairs.classes}"
+                    raise UserError(f"{flag}: {_valid_text(name)}: {rejection}; correct it, or the flag") from None
                 rejected.append({"source": name, "fault": rejection.fault, "message": str(rejection)})
                 continue
             for kind in record.notes:
@@ -168,12 +177,21 @@ class ShardWriter:
             if self.label_names is not None and record.label == NO_LABEL:
                 account.add(Kind.NO_CLASS, _valid_text(name))
             known = {"label": record.label, "text": record.text, "vector": vector}
-            yield {"image": image, "source": _valid_text(name), **known}
+            yield {"image": image, CONDITION_COLUMN: condition, "source": _valid_text(name), **known}
+
+    def _images(self, record: Record) -> tuple[np.ndarray, np.ndarray | None]:
+        """The decoded image of a record, and its conditioning image. Raises `RejectedImage`."""
+        assert record.image is not None  # checked before
+        if self.pairs is None:
+            return decode_image(record.image, self.settings), None
+        return decode_pair(record.image, record.condition, self.settings, self.pairs)
 
     @property
     def features(self) -> dict[str, dict]:
         """The columns in the form in which `datasets` writes features; importing `datasets` takes a second."""
         features = image_features(self.settings)
+        if self.pairs is not None:
+            features[CONDITION_COLUMN] = image_features(self.pairs.image_settings(self.settings))["image"]
         if self.label_names is not None:
             features["label"] = {"names": self.label_names, "_type": "ClassLabel"}
         if self.has_text:
@@ -186,12 +204,17 @@ class ShardWriter:
     @property
     def schema(self) -> pa.Schema:
         types = {**image_types(self.settings), "label": pa.int64()}
+        if self.pairs is not None:
+            types[CONDITION_COLUMN] = image_types(self.pairs.image_settings(self.settings))["image"]
         types["vector"] = pa.list_(pa.float32(), self.vector_length or 0)
         metadata = {"huggingface": json.dumps({"info": {"features": self.features}})}
         return pa.schema([(name, types.get(name, pa.string())) for name in self.features], metadata)
 
     def _batch(self, rows: list[dict]) -> pa.RecordBatch:
         columns = image_columns([row["image"] for row in rows], self.settings)
+        if self.pairs is not None:
+            conditions = [row[CONDITION_COLUMN] for row in rows]
+            columns[CONDITION_COLUMN] = image_columns(conditions, self.pairs.image_settings(self.settings))["image"]
         columns["source"] = pa.array([row["source"] for row in rows], pa.string())
         if self.label_names is not None:
             columns["label"] = pa.array([row["label"] for row in rows], pa.int64())

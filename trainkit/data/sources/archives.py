@@ -17,11 +17,13 @@ from trainkit.data import faults
 from trainkit.data.account import Account, Kind
 from trainkit.data.faults import RejectedImage
 from trainkit.data.format import NO_LABEL
+from trainkit.data.pairing import PairSettings
 from trainkit.data.sources import records
 from trainkit.data.sources.classes import FolderClasses
 from trainkit.data.sources.containers import MAX_MEMBER_BYTES, list_archive, read_span
 from trainkit.data.sources.entries import ReadOptions, folder_class
 from trainkit.data.sources.locations import DataFile, read_whole
+from trainkit.data.sources.member_conditions import join_beside
 from trainkit.data.sources.members import (
     File,
     Member,
@@ -50,6 +52,7 @@ class Archives:
         metadata: Sequence[Path] = (),
     ):
         self.name, self.account = name, Account()
+        self.pairs: PairSettings | None = None
         given = root or (files[0].location.path if len(files) == 1 else name)
         self.files = files
         if root is not None:
@@ -66,6 +69,8 @@ class Archives:
             raise UserError(f"--train_data_dir {given} holds no image that can be read ({found})")
         if not any(member.label for member in self.members):
             self._label_by_folder(options.label_from)
+        if any(member.condition for member in self.members):
+            self.pairs = options.pairs
         names = {member.label for member in self.members if member.label is not None}
         self.label_names = sorted_labels(names, self.account) if names else None
         self.has_text = any(member.text is not None or member.caption for member in self.members)
@@ -120,18 +125,9 @@ class Archives:
         about = match_rows(rows, names, names, str(metadata[0]), self.account)
         for path in about.keys() - names.keys():
             self.account.add(Kind.ROW_WITHOUT_IMAGE, f"{about[path].where}: {path}")
-        members, kept = self.members, []
-        for member in members:
-            name = f"{stems[member.container]}{member.path}"
-            if (row := about.get(name)) is None and not member.fault:
-                self.account.add(Kind.IMAGE_WITHOUT_ROW, name)
-                continue
-            if row is not None:
-                member = member._replace(
-                    label=row.label or member.label, text=row.text or member.text, vector=row.vector or member.vector
-                )
-            kept.append(member)
-        self.members = kept
+        members = self.members
+        named = [(f"{stems[member.container]}{member.path}", member) for member in members]
+        self.members = join_beside(named, about, self.account)
         self._count_unused(members)
 
     def _count_unused(self, before: list[Member]) -> None:
@@ -177,8 +173,13 @@ class ArchiveReader(NamedTuple):
         if member.fault:
             raise RejectedImage(*member.fault)
         # In the order in which they are stored: a compressed stream cannot go back.
-        wanted = [span for span in (member.span, member.caption, member.vector_file) if span]
-        contents = {span: self._content(member.container, span) for span in sorted(wanted, key=lambda s: s.offset)}
+        wanted = [span for span in (member.span, member.caption, member.vector_file, member.condition) if span]
+        contents = {}
+        for span in sorted(wanted, key=lambda s: s.offset):
+            try:
+                contents[span] = self._content(member.container, span)
+            except RejectedImage as error:
+                raise (faults.of_condition(error, span.path) if span is member.condition else error) from None
         text, vector = member.text, None
         notes: tuple[Kind, ...] = ()
         if member.caption and text is None:
@@ -190,7 +191,8 @@ class ArchiveReader(NamedTuple):
         elif member.vector_file:
             vector = parse_npy(contents[member.vector_file])
         label = NO_LABEL if member.label is None else self.label_ids.get(member.label, NO_LABEL)
-        return Record(contents[member.span], label, text, vector, notes)
+        condition = contents[member.condition] if member.condition else None
+        return Record(contents[member.span], label, text, vector, notes, condition)
 
     def vector(self, member: Member):
         """A function that reads the member's vector; None where it has none."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from trainkit.data.account import Account, Kind
-from trainkit.data.format import NO_LABEL
+from trainkit.data.format import CONDITION_COLUMN, NO_LABEL
 from trainkit.data.sources.metadata import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
@@ -40,6 +40,12 @@ class Columns(NamedTuple):
     label: str | None = None
     text: str | None = None
     vector: str | None = None
+    condition: str | None = None  # conditioning images
+
+    @property
+    def identity(self) -> tuple:
+        """The columns that are read; without conditioning images as it was before there were any."""
+        return tuple(self) if self.condition else tuple(self)[:-1]
 
 
 class Labels(NamedTuple):
@@ -74,7 +80,11 @@ def find_table_columns(schema: pa.Schema, options: ColumnOptions, account: Accou
     flag names is not there.
     """
     features = table_features(schema)
+    condition = _condition_column(schema, options, what)
     images = _image_columns(schema, features, options, what)
+    if images == [condition]:  # there is no other image
+        condition = None
+    images = [name for name in images if name != condition]
     classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
     classes = sorted((name for name in classes if name in schema.names), key=lambda name: _rank(name, LABEL_NAMES))
     named = [name for name in schema.names if normal_name(name) in LABEL_NAMES]
@@ -85,7 +95,7 @@ def find_table_columns(schema: pa.Schema, options: ColumnOptions, account: Accou
     vector = options.vector if has_vectors else None
     if vector is None and options.vector != "vector":
         raise UserError(f"--vector_column {options.vector} is not a column of lists of numbers in {what}")
-    columns = Columns(images[0], label, text, vector)
+    columns = Columns(images[0], label, text, vector, condition)
     _count_columns(schema, columns, options, images, account, where)
     if label is not None and pa.types.is_nested(schema.field(label).type):
         account.add(Kind.LABEL_NOT_A_CLASS, f"{label} of {where} holds {schema.field(label).type}")
@@ -107,6 +117,24 @@ def _image_columns(schema: pa.Schema, features: dict, options: ColumnOptions, wh
         if found:
             return sorted(found, key=lambda name: _rank(name, order))
     raise UserError(f"{what} has no image column (bytes, or paths named file_name or image); it has {_shown(schema)}")
+
+
+def _condition_column(schema: pa.Schema, options: ColumnOptions, what: str) -> str | None:
+    """The column of conditioning images, if there is one and it is wanted. Raises `UserError`."""
+    if not options.has_pairs:
+        return None
+    by_name = {normal_name(name): name for name in reversed(schema.names)}
+    found = [options.condition] if options.condition in schema.names else []
+    if options.condition is None and by_name.get(CONDITION_COLUMN, options.image) != options.image:
+        found = [by_name[CONDITION_COLUMN]]
+    if options.condition is not None and not found:
+        raise UserError(f"--conditioning_image_column {options.condition} is not in {what}; it has {_shown(schema)}")
+    kinds = [schema.field(name).type for name in found]
+    if kinds and not _is_image(kinds[0]) and not is_string(kinds[0]):
+        if options.condition is None:
+            return None
+        raise UserError(f"--conditioning_image_column {options.condition} holds {kinds[0]}, not images or paths")
+    return found[0] if found else None
 
 
 def _count_columns(
@@ -168,20 +196,26 @@ def _counts(values: Iterable[pa.ChunkedArray | pa.Array]) -> Iterator[tuple[Any,
 
 
 def read_row(columns: Columns, labels: Labels, row: tuple[Any, ...]) -> Record:
-    """The record of a row, whose values are in the order of `columns`. `image`: bytes, or the path as it is stored.
+    """The record of a row, whose values are in the order of `columns`. Images are bytes, or the path as it is stored.
 
     A struct of bytes and path gives its bytes if it has them.
     """
-    image, label, text, vector = row
-    if isinstance(image, dict):
-        content = image.get("bytes")
-        image = image.get("path") if content is None else content
+    image, label, text, vector, condition = row
+    image, condition = _content(image), _content(condition)
     number, is_class = labels.number(label)
     caption = caption_text(text)
     notes = () if is_class or labels.is_counted else (Kind.LABEL_NOT_A_CLASS,)
     if columns.text is not None and not (caption or "").strip():
         notes, caption = (*notes, Kind.EMPTY_CAPTION), None
-    return Record(image, number, caption, as_vector(vector), notes)
+    return Record(image, number, caption, as_vector(vector), notes, condition)
+
+
+def _content(image: Any) -> Any:
+    """The bytes of an image, or its path."""
+    if not isinstance(image, dict):
+        return image
+    content = image.get("bytes")
+    return image.get("path") if content is None else content
 
 
 def table_features(schema: pa.Schema) -> dict[str, dict]:

@@ -10,9 +10,10 @@ from typing import NamedTuple, overload
 import pyarrow as pa
 
 from trainkit.data.account import Account, Kind
+from trainkit.data.pairing import PairSettings, pairs_from_options
 from trainkit.data.sources.metadata import TABLE_EXTENSIONS, ColumnOptions
 from trainkit.data.sources.rowfile import RowFile
-from trainkit.options.data import SourceOptions
+from trainkit.options.data import PairOptions, SourceOptions
 
 IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga "
@@ -31,12 +32,14 @@ SIDECARS = {
 UNREAD_SIDECARS = (".json", ".cls", ".cap", ".tags", ".xml", ".yaml")  # named if they are named after an image
 MASK_ENDINGS = ("-masklabel", "-condlabel")
 STANDARD_SIDECARS = (".txt", ".npy")
-NO_SIDECAR = (None, None, None)
+NO_SIDECAR = NO_CONDITION = (None, None, None)
 # Text is kept in bytes, since file names need not be UTF-8; bytes sort as the text does.
 ITEM_SCHEMA = pa.schema(
     [("name", pa.binary()), ("kind", pa.int8()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
 )  # a folder's name ends in a slash: so names sort as the whole paths do
-METADATA_SCHEMA = pa.schema([(name, pa.binary()) for name in ("path", "label", "text", "vector", "where")])
+METADATA_SCHEMA = pa.schema(
+    [(name, pa.binary()) for name in ("path", "label", "text", "vector", "where", "condition")]
+)
 ENTRY_SCHEMA = pa.schema(
     [
         ("path", pa.binary()),
@@ -51,6 +54,9 @@ ENTRY_SCHEMA = pa.schema(
         ("vector_mtime_ns", pa.int64()),
         ("vector_ending", pa.binary()),
         ("vector", pa.binary()),
+        ("condition", pa.binary()),
+        ("condition_size", pa.int64()),
+        ("condition_mtime_ns", pa.int64()),
     ]
 )
 
@@ -66,6 +72,12 @@ class Entry(NamedTuple):
     caption_file: tuple | None = None  # of NAME.txt: size, mtime_ns, and the ending if it is not .txt
     vector_file: tuple | None = None  # the same of NAME.npy
     vector: bytes | None = None  # float32
+    condition: tuple | None = None  # path of the conditioning image, size, mtime_ns
+
+    @property
+    def identity(self) -> tuple:
+        """What changes with the entry; without a conditioning image as it was before there were any."""
+        return tuple(self) if self.condition else tuple(self)[:-1]
 
 
 class Entries(Sequence):
@@ -78,12 +90,14 @@ class Entries(Sequence):
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Entry]:
-        for path, size, mtime_ns, label, text, *sidecars, vector in self._file.rows(self._rows.start, self._rows.stop):
+        for row in self._file.rows(self._rows.start, self._rows.stop):
+            path, size, mtime_ns, label, text, *sidecars, vector = row[:12]
             path, label, text = decoded(path), decoded(label), decoded(text)
             if self._folder_labels:
                 label = folder_class(path.rpartition("/")[0], self._folder_labels) or None
             caption, vector_file = (_sidecar(part) for part in (sidecars[:3], sidecars[3:]))
-            yield Entry(path, size, mtime_ns, label, text, caption, vector_file, vector)
+            condition = None if row[12] is None else (decoded(row[12]), *row[13:])
+            yield Entry(path, size, mtime_ns, label, text, caption, vector_file, vector, condition)
 
     def __getitem__(self, place):
         """An entry, or the list of those in a slice."""
@@ -107,11 +121,23 @@ class ReadOptions:
     split: str = "train"
     config: str | None = None
     label_from: str = "parent_folder"
+    pairs: PairSettings | None = None  # None: conditioning images are not read
+    conditioning_dir: str | None = None
 
     @classmethod
     def of(cls, options: SourceOptions) -> "ReadOptions":
-        columns = ColumnOptions(options.vector_column, options.caption_column, options.image_column)
-        return cls(columns, options.dataset_split, options.dataset_config_name, options.label_from)
+        pairs, folder, column = pairs_from_options(options), None, None
+        if pairs is not None and isinstance(options, PairOptions):
+            folder, column = options.conditioning_data_dir, options.conditioning_image_column
+            folder = folder and folder.removeprefix("file://")
+        columns = ColumnOptions(
+            options.vector_column,
+            options.caption_column,
+            options.image_column,
+            has_pairs=pairs is not None and folder is None,
+            condition=column,
+        )
+        return cls(columns, options.dataset_split, options.dataset_config_name, options.label_from, pairs, folder)
 
 
 @dataclass

@@ -23,10 +23,12 @@ class ImageFolder:
     """Image files under a folder, recursively; class folders, metadata files and NAME.txt captions are understood."""
 
     def __init__(self, folder: str | Path, flag: str = "--train_data_dir", options: ReadOptions | None = None):
-        self.folder = Path(folder)
+        self.folder, options = Path(folder), options or ReadOptions()
         self.name = self.folder.resolve().name or "images"
-        listing = list_folder(self.folder, flag, options or ReadOptions())
-        self.entries, labels, self.has_text, has_vector, vector_files, self.account = listing
+        listing = list_folder(self.folder, flag, options)
+        self.entries, labels, self.has_text, has_vector, vector_files, has_pairs, self.account = listing
+        self.pairs = options.pairs if has_pairs else None
+        self._condition_folder = Path(options.conditioning_dir or folder)
         self.label_names = sorted_labels(labels, self.account) if labels else None
         vectors = (_entry_vector(self.folder, entry) for entry in self.entries) if has_vector else ()
         self.vector_length = first_length(vectors)
@@ -42,7 +44,8 @@ class ImageFolder:
     @property
     def reader(self) -> "FolderReader":
         label_ids = {name: number for number, name in enumerate(self.label_names or ())}
-        return FolderReader(str(self.folder.resolve()), label_ids, self.vector_length is not None, self.has_text)
+        folder, has_vectors = str(self.folder.resolve()), self.vector_length is not None
+        return FolderReader(folder, label_ids, has_vectors, self.has_text, str(self._condition_folder.resolve()))
 
     def units(self) -> list[Unit]:
         parts = [self.entries.part(*bounds) for bounds in cuts(self.entries.paths(), records.UNIT_ITEMS)]
@@ -54,6 +57,7 @@ class FolderReader(NamedTuple):
     label_ids: dict[str, int]
     reads_vectors: bool = True
     has_text: bool = False
+    condition_folder: str = ""
 
     def name(self, entry: Entry) -> str:
         return entry.path
@@ -71,7 +75,15 @@ class FolderReader(NamedTuple):
         if self.reads_vectors and (read_vector := _entry_vector(self.folder, entry)) is not None:
             vector = read_vector()
         label = NO_LABEL if entry.label is None else self.label_ids.get(entry.label, NO_LABEL)
-        return Record(path, label, text, vector, notes)
+        return Record(path, label, text, vector, notes, self._condition(entry))
+
+    def _condition(self, entry: Entry) -> Path | None:
+        if entry.condition is None:
+            return None
+        path, size, _ = entry.condition
+        if size == NOT_A_FILE:
+            raise faults.of_condition(RejectedImage(faults.NOT_A_FILE, "a device, a pipe or a socket"), path)
+        return Path(self.condition_folder, path)
 
 
 def _entry_vector(folder: str | Path, entry: Entry) -> Callable[[], np.ndarray] | None:
@@ -104,6 +116,6 @@ def _read_caption(path: Path) -> tuple[str | None, tuple[Kind, ...]]:
 def _identity(entries: Iterable[Entry]) -> str:
     digest, separator = hashlib.blake2b(digest_size=8), ""
     for entry in entries:
-        digest.update(path_bytes(separator + repr(tuple(entry))))
+        digest.update(path_bytes(separator + repr(entry.identity)))
         separator = "\n"
     return digest.hexdigest()

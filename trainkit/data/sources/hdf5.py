@@ -14,6 +14,7 @@ import numpy as np
 from trainkit.data import faults
 from trainkit.data.account import Account, Kind
 from trainkit.data.faults import RejectedImage
+from trainkit.data.pairing import PairSettings
 from trainkit.data.sources import records
 from trainkit.data.sources.columns import Labels
 from trainkit.data.sources.entries import ReadOptions
@@ -46,6 +47,7 @@ class Hdf5File:
             self.label_names = self.labels.names
             self.vector_length = opened_file[self.arrays.vector].shape[1] if self.arrays.vector else None
         self.has_text = self.arrays.text is not None
+        self.pairs: PairSettings | None = None
         self.fingerprint = digest(repr((file.stamp, self.arrays)).encode())
 
     def __len__(self) -> int:

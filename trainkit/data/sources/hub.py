@@ -43,9 +43,11 @@ class HubDataset:
         self.account.add(Kind.ROWS_FOUND, count=len(dataset))
         self.labels = class_labels(schema, self.columns.label, _parts(dataset, self.columns), self.account, self.name)
         self.label_names, self.has_text = self.labels.names, self.columns.text is not None
+        self.pairs = options.pairs if self.columns.condition else None
         self._dataset = dataset.select_columns([column for column in self.columns if column])
-        if table_features(schema).get(self.columns.image, {}).get("_type") == "Image":
-            self._dataset = self._dataset.cast_column(self.columns.image, _undecoded_image())
+        for column in (self.columns.image, self.columns.condition):
+            if column is not None and table_features(schema).get(column, {}).get("_type") == "Image":
+                self._dataset = self._dataset.cast_column(column, _undecoded_image())
         self._folder = Path(name) if Path(name).is_dir() else None
         vectors = self._dataset.select_columns([self.columns.vector]) if self.columns.vector else ()
         self.vector_length = first_length(partial(as_vector, row[self.columns.vector]) for row in vectors)
@@ -60,7 +62,7 @@ class HubDataset:
     def units(self) -> list[Unit]:
         rows = range(len(self))
         ranges = [rows[start : start + records.UNIT_ITEMS] for start in range(0, len(self), records.UNIT_ITEMS)]
-        return [Unit(f"{self.fingerprint} {tuple(self.columns)} {part.start} {part.stop}", part) for part in ranges]
+        return [Unit(f"{self.fingerprint} {self.columns.identity} {part.start} {part.stop}", part) for part in ranges]
 
 
 class DatasetReader(NamedTuple):
@@ -77,10 +79,15 @@ class DatasetReader(NamedTuple):
         values = tuple(item[column] if column else None for column in self.columns)
         record = read_row(self.columns, self.labels, values)
         if isinstance(record.image, str):
-            path = Path(record.image)
-            is_below = self.folder is not None and not path.is_absolute() and (self.folder / path).exists()
-            record = record._replace(image=self.folder / path if is_below else path)
+            record = record._replace(image=self._path(record.image))
+        if isinstance(record.condition, str):
+            record = record._replace(condition=self._path(record.condition))
         return record
+
+    def _path(self, name: str) -> Path:
+        path = Path(name)
+        is_below = self.folder is not None and not path.is_absolute() and (self.folder / path).exists()
+        return self.folder / path if is_below and self.folder else path
 
 
 def _load(name: str, config: str | None, split: str, cache_dir: str | None, flag: str, account: Account) -> "Dataset":

@@ -1,14 +1,17 @@
 """Put together what a walk through a folder found and what its metadata files say, in the order of the paths."""
 
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+
+import pyarrow as pa
 
 from trainkit.data.account import Account, Kind
 from trainkit.data.sources.entries import (
     IMAGE_EXTENSIONS,
     METADATA_SCHEMA,
     MISSING,
+    NO_CONDITION,
     NO_SIDECAR,
     STANDARD_SIDECARS,
     Found,
@@ -19,8 +22,10 @@ from trainkit.data.sources.entries import (
 )
 from trainkit.data.sources.metadata import ColumnOptions, read_folder_metadata
 from trainkit.data.sources.names import match_names, relative_name
-from trainkit.data.sources.rowfile import RowFile, sorted_rows
+from trainkit.data.sources.rowfile import BATCH_ROWS, RowFile, sorted_rows
 from trainkit.errors import UserError
+
+PATH_SCHEMA = pa.schema([("path", pa.binary())])
 
 
 def with_metadata(
@@ -34,11 +39,43 @@ def with_metadata(
         return
     renamed = _renamed(root, file, found, options, flag)
     account = found.account
-    named = sorted_rows(_metadata_rows(root, found, options.columns, account, renamed), METADATA_SCHEMA)
+    conditions = RowFile(PATH_SCHEMA)
+    read = _noted(_metadata_rows(root, found, options.columns, account, renamed), conditions)
+    named = sorted_rows(read, METADATA_SCHEMA)
     merged = _merged(_of_split(named, keep, account), account)
-    first = next(merged, None)
+    first = next(merged, None)  # now all metadata is read
     kept = (row for row in rows if keep(row[0]))
-    yield from kept if first is None else _joined(root, kept, chain([first], merged), found)
+    if first is None:
+        yield from kept
+        return
+    _refuse_outside(root, conditions, flag)
+    used = (path for (path,) in sorted_rows(conditions.rows(0, len(conditions)), PATH_SCHEMA))
+    yield from _joined(root, kept, chain([first], merged), found, used)
+
+
+def _noted(rows: Iterator[tuple], conditions: RowFile) -> Iterator[tuple]:
+    """`rows` of `METADATA_SCHEMA`; the conditioning images that they name are added to `conditions`."""
+    while batch := list(islice(rows, BATCH_ROWS)):
+        conditions.extend((row[-1],) for row in batch if row[-1] is not None)
+        yield from batch
+
+
+def _refuse_outside(root: Path, conditions: RowFile, flag: str) -> None:
+    """Raise `UserError` for a conditioning image outside of `root`, or if none of them is there."""
+    first, is_one_there = None, False
+    for path in (decoded(path) for (path,) in conditions.rows(0, len(conditions))):
+        if _leads_out(path):
+            raise UserError(
+                f"{flag} {root}: metadata names the conditioning image {path}, which is outside of it; name files "
+                "inside it, or give --conditioning_data_dir"
+            )
+        first = first or path
+        is_one_there = is_one_there or size_and_time(root / path)[0] >= 0
+    if first is not None and not is_one_there:
+        raise UserError(
+            f"{flag} {root}: none of the conditioning images that metadata names is there (the first is {first}): "
+            "correct their names, or give --conditioning_data_dir"
+        )
 
 
 def _of_split(rows: Iterator[tuple], keep: Callable[[bytes], bool], account: Account) -> Iterator[tuple]:
@@ -58,7 +95,9 @@ def _metadata_rows(
         for row in read_folder_metadata(root, metadata_path, columns, account):
             path = relative_name(row.name, prefix)
             path = renamed.get(path, path)
-            yield encoded(path), encoded(row.label), encoded(row.text), row.vector, encoded(row.where)
+            condition = None if row.condition is None else relative_name(row.condition.replace("\\", "/"), prefix)
+            known = encoded(row.label), encoded(row.text), row.vector, encoded(row.where), encoded(condition)
+            yield (encoded(path), *known)
 
 
 def _renamed(root: Path, file: RowFile, found: Found, options: ReadOptions, flag: str) -> dict[str, str]:
@@ -114,40 +153,52 @@ def _merged(rows: Iterator[tuple], account: Account) -> Iterator[tuple]:
 
 
 def merged_row(group: list[tuple], account: Account) -> tuple:
-    """The rows (path, label, text, vector, where) about one image as one. Raises `UserError` if they contradict."""
+    """The rows of `METADATA_SCHEMA` about one image as one. Raises `UserError` if they contradict."""
     account.add(Kind.METADATA_ROWS, count=len(group))
-    path, label, text, vector, where = group[0]
+    path, label, text, vector, where, condition = group[0]
     captions = [] if text is None else text.split(b"\n")
     for row in group[1:]:
-        for number, before, what in ((1, label, "labels"), (3, vector, "vectors")):
+        for number, before, what in (
+            (1, label, "labels"), (3, vector, "vectors"), (5, condition, "conditioning images")
+        ):  # fmt: skip
             if row[number] is not None and before not in (None, row[number]):
                 values = f" ({decoded(label)} and {decoded(row[1])})" if number == 1 else ""
                 raise UserError(
                     f"{decoded(where)} and {decoded(row[4])} give {decoded(path)} different {what}{values}: keep one "
                     "row per image"
                 )
-        label, vector = label if row[1] is None else row[1], vector if row[3] is None else row[3]
+        label, vector, condition = (
+            before if row[number] is None else row[number]
+            for number, before in ((1, label), (3, vector), (5, condition))
+        )
         further = [line for line in (row[2] or b"").split(b"\n") if line and line not in captions]
         kind = Kind.MERGED_ROW if further else Kind.DUPLICATE_ROW
         account.add(kind, f"{decoded(row[4])}: {decoded(path)}")
         captions += further
-    return path, label, b"\n".join(captions) if captions else None, vector, where
+    return path, label, b"\n".join(captions) if captions else None, vector, where, condition
 
 
-def _joined(root: Path, rows: Iterator[tuple], named: Iterator[tuple], found: Found) -> Iterator[tuple]:
+def _joined(
+    root: Path, rows: Iterator[tuple], named: Iterator[tuple], found: Found, conditions: Iterator[bytes]
+) -> Iterator[tuple]:
     """The images that metadata lists, sorted, with what it says about them, as `datasets` reads them.
 
     A row without its image becomes an entry of size `MISSING`, which is rejected by name later. Images without a row
-    are added to the account.
+    are added to the account, as are those that are the conditioning image (`conditions`, sorted) of another.
     """
-    row, about = next(rows, None), next(named, None)
+    row, about, used = next(rows, None), next(named, None), next(conditions, None)
     while row is not None or about is not None:
         if about is None or (row is not None and row[0] < about[0]):
             assert row is not None  # one of the two is left
-            found.account.add(Kind.IMAGE_WITHOUT_ROW, decoded(row[0]))
+            while used is not None and used < row[0]:
+                used = next(conditions, None)
+            if used == row[0]:
+                found.account.add(Kind.CONDITION_FILES)
+            else:
+                found.account.add(Kind.IMAGE_WITHOUT_ROW, decoded(row[0]))
             row = next(rows, None)
             continue
-        path, label, text, vector, where = about
+        path, label, text, vector, where, condition = about
         if row is None or about[0] < row[0]:  # another extension, or a row without its file
             stat, caption, vector_file = _found_entry(root / decoded(path), found)
             if stat[0] == MISSING:
@@ -157,7 +208,8 @@ def _joined(root: Path, rows: Iterator[tuple], named: Iterator[tuple], found: Fo
             row = next(rows, None)
         caption = caption if text is None else NO_SIDECAR
         vector_file = vector_file if vector is None else NO_SIDECAR
-        yield (path, *stat, label, text, *caption, *vector_file, vector)
+        pair = NO_CONDITION if condition is None else (condition, *size_and_time(root / decoded(condition)))
+        yield (path, *stat, label, text, *caption, *vector_file, vector, *pair)
         about = next(named, None)
 
 

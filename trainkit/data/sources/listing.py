@@ -12,6 +12,13 @@ from typing import Any, NamedTuple
 
 from trainkit.data.account import Account, Kind
 from trainkit.data.sources.classes import FolderClasses
+from trainkit.data.sources.condition_folder import FLAG as CONDITION_FLAG
+from trainkit.data.sources.condition_folder import (
+    check_condition_folder,
+    count_others,
+    refuse_no_match,
+    with_conditions,
+)
 from trainkit.data.sources.entries import (
     CAPTION,
     ENTRY_SCHEMA,
@@ -20,6 +27,7 @@ from trainkit.data.sources.entries import (
     IMAGE_EXTENSIONS,
     ITEM_SCHEMA,
     LINKED_FOLDER,
+    NO_CONDITION,
     NO_SIDECAR,
     SIDECARS,
     UNREAD,
@@ -54,6 +62,7 @@ class Listing(NamedTuple):
     has_text: bool
     has_vector: bool
     vector_files: int
+    has_pairs: bool
     account: Account
 
 
@@ -66,6 +75,35 @@ def list_folder(folder: Path, flag: str, options: ReadOptions) -> Listing:
         raise UserError(f"{flag} {folder} does not exist; give a folder of images")
     if not folder.is_dir():
         raise UserError(f"{flag} {folder} is a file; give the folder that holds the images")
+    found, file = _walked(folder, flag)
+    if not found.metadata:
+        refuse_columns(options.columns, f"{flag} {folder}")
+    rule = _split_rule(folder, file, options, found.account, flag)
+    seen, listed = _Seen(options.label_from), file
+    if rule is None and not found.metadata and options.conditioning_dir is None:
+        deque(seen.noted(file.rows(0, len(file))), maxlen=0)
+    else:
+        listed = RowFile(ENTRY_SCHEMA)
+        rows = with_metadata(folder, file, found, options, rule, flag)
+        if options.conditioning_dir is not None:
+            rows = _paired(rows, options.conditioning_dir, folder, found.account, flag)
+        listed.extend(seen.noted(rows))
+    if not len(listed):
+        held = ", ".join(sorted(found.account.ignored)[:5]) or "nothing"
+        fix = "; convert the images to JPEG or PNG" if Kind.FOREIGN_IMAGE in found.account.counts else ""
+        raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...){fix}")
+    if options.conditioning_dir is not None and not seen.has_pairs:
+        refuse_no_match(options.conditioning_dir, decoded(next(listed.rows(0, 1))[0]), found.account)
+    seen.count(found)
+    folder_labels = not seen.named_labels and seen.folders.are_classes
+    labels = seen.folders.names if folder_labels else seen.named_labels
+    entries = Entries(listed, seen.folders.rule if folder_labels else None, range(len(listed)))
+    has_what = seen.has_text, seen.has_vector, seen.vector_files, seen.has_pairs
+    return Listing(entries, labels, *has_what, found.account)
+
+
+def _walked(folder: Path, flag: str) -> tuple[Found, RowFile]:
+    """The image files under `folder`, rows of `ENTRY_SCHEMA`, and what is found besides. Raises `UserError`."""
     found = Found([], Account())
     file = RowFile(ENTRY_SCHEMA)
     try:
@@ -74,24 +112,14 @@ def list_folder(folder: Path, flag: str, options: ReadOptions) -> Listing:
         if error.filename is None:
             raise  # of the temporary file
         raise UserError(f"{flag} {error.filename}: {error.strerror}; the folder must be readable") from None
-    if not found.metadata:
-        refuse_columns(options.columns, f"{flag} {folder}")
-    rule = _split_rule(folder, file, options, found.account, flag)
-    seen, listed = _Seen(options.label_from), file
-    if rule is None and not found.metadata:
-        deque(seen.noted(file.rows(0, len(file))), maxlen=0)
-    else:
-        listed = RowFile(ENTRY_SCHEMA)
-        listed.extend(seen.noted(with_metadata(folder, file, found, options, rule, flag)))
-    if not len(listed):
-        held = ", ".join(sorted(found.account.ignored)[:5]) or "nothing"
-        fix = "; convert the images to JPEG or PNG" if Kind.FOREIGN_IMAGE in found.account.counts else ""
-        raise UserError(f"{flag} {folder} holds no image file ({held} found; wanted: .jpg, .png, .webp, ...){fix}")
-    seen.count(found)
-    folder_labels = not seen.named_labels and seen.folders.are_classes
-    labels = seen.folders.names if folder_labels else seen.named_labels
-    entries = Entries(listed, seen.folders.rule if folder_labels else None, range(len(listed)))
-    return Listing(entries, labels, seen.has_text, seen.has_vector, seen.vector_files, found.account)
+    return found, file
+
+
+def _paired(rows: Iterator[tuple], given: str, images: Path, account: Account, flag: str) -> Iterator[tuple]:
+    """`rows` with the conditioning images of `--conditioning_data_dir`. Raises `UserError`."""
+    found, file = _walked(check_condition_folder(given, images, flag), CONDITION_FLAG)
+    count_others(found, account)
+    return with_conditions(rows, file.rows(0, len(file)), account)
 
 
 def _split_rule(
@@ -119,7 +147,7 @@ def _walk(root: Path, found: Found) -> Iterator[tuple]:
         name, kind, *stat = item
         path = prefix + decoded(name)
         if kind == IMAGE:
-            yield (encoded(path), *stat[:2], None, None, *stat[2:], None)
+            yield (encoded(path), *stat[:2], None, None, *stat[2:], None, *NO_CONDITION)
             continue
         folder = os.path.join(root, path[:-1])
         if kind == LINKED_FOLDER:  # followed once: a link may lead back up
@@ -255,6 +283,7 @@ class _Seen:
         self.named_labels: set[str] = set()
         self.folders = FolderClasses(label_from)
         self.has_text, self.has_vector, self.caption_files, self.vector_files = False, False, 0, 0
+        self.has_pairs = False
 
     def noted(self, rows: Iterator[tuple]) -> Iterator[tuple]:
         for row in rows:
@@ -265,6 +294,7 @@ class _Seen:
             self.vector_files += vector_size is not None
             self.has_text = self.has_text or text is not None or caption_size is not None
             self.has_vector = self.has_vector or vector is not None or vector_size is not None
+            self.has_pairs = self.has_pairs or row[12] is not None
             self.folders.note(decoded(path))
             yield row
 

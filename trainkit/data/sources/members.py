@@ -26,6 +26,7 @@ from trainkit.data.sources.entries import (
     is_mask,
 )
 from trainkit.data.sources.joining import merged_row
+from trainkit.data.sources.member_conditions import take_conditions, with_condition
 from trainkit.data.sources.metadata import (
     CAPTION_COLUMNS,
     METADATA_NAMES,
@@ -77,11 +78,13 @@ class Member(NamedTuple):
     caption: Span | None = None
     vector_file: Span | None = None
     fault: tuple[str, str] | None = None
+    condition: Span | None = None
 
     @property
     def identity(self) -> tuple:
         sidecars = [span and span.stamp for span in (self.caption, self.vector_file)]
-        return self.path, self.span.stamp, self.label, self.text, self.vector, *sidecars, self.fault
+        own = self.path, self.span.stamp, self.label, self.text, self.vector, *sidecars, self.fault
+        return own if self.condition is None else (*own, self.condition.path, self.condition.stamp)
 
 
 def clean_path(path: str) -> str:
@@ -132,7 +135,7 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
         assert file.content is not None  # as for every file in `metadata`
         content, path = io.BytesIO(file.content), file.span.path
         read = read_metadata(content, Path(where, path), options.columns, account)
-        rows += [row._replace(name=relative_name(row.name, path.rpartition("/")[0])) for row in read]
+        rows += [_relative(row, path.rpartition("/")[0]) for row in read]
     about = match_rows(rows, images, known, where, account)
     for path in about.keys() - images.keys():  # another extension, or a row without its file
         if path not in others:
@@ -140,6 +143,7 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
             account.add(Kind.EXTRA_ITEMS)
         missing = File(Span(path, "missing"), fault=(faults.MISSING, "a metadata file names it, but it is not there"))
         images[path] = others.get(path, missing)
+    conditions = take_conditions(images, about, options.pairs is not None, where, account)
     _drop_other_parts(images, others, account)
     if about:
         for path in sorted(images.keys() - about.keys()):
@@ -148,8 +152,15 @@ def collect(files: Iterable[File], container: int, where: str, options: ReadOpti
     sidecars = _ignore_others(images, others, account)
     samples = _Samples(options, account)
     found = [_member(container, path, file, about, others, samples) for path, file in images.items()]
+    found = [with_condition(member, conditions) for member in found]
     samples.count_files(sidecars)
     return sorted([*found, *rejected], key=lambda member: (member.span.offset, member.path))
+
+
+def _relative(row: MetadataRow, folder: str) -> MetadataRow:
+    """A row of metadata in `folder` with names that start from the root."""
+    condition = None if row.condition is None else relative_name(row.condition.replace("\\", "/"), folder)
+    return row._replace(name=relative_name(row.name, folder), condition=condition)
 
 
 def match_rows(
@@ -177,11 +188,12 @@ def match_rows(
     for row in rows:
         path = renamed.get(row.name, row.name)
         fields = encoded(path), encoded(row.label), encoded(row.text), row.vector, encoded(row.where)
-        groups.setdefault(path, []).append(fields)
+        groups.setdefault(path, []).append((*fields, encoded(row.condition)))
     merged = {}
     for path, group in groups.items():
-        _, label, text, vector, place = merged_row(group, account)
-        merged[path] = MetadataRow(path, decoded(label), decoded(text), vector, decoded(place))
+        _, label, text, vector, place, condition = merged_row(group, account)
+        words = decoded(label), decoded(text)
+        merged[path] = MetadataRow(path, *words, vector, decoded(place), decoded(condition))
     return merged
 
 
@@ -277,7 +289,7 @@ def _member(
     samples: _Samples,
 ) -> Member:
     stem = path.rpartition(".")[0]
-    _, label, text, vector, _ = about.get(path) or MetadataRow(path)
+    _, label, text, vector, *_ = about.get(path) or MetadataRow(path)
     sample, number = samples.read_json(others.get(stem + ".json")), others.get(stem + ".cls")
     if label is None:
         label = samples.label(sample, path)

@@ -23,6 +23,7 @@ FILE_COLUMNS = (
     "file_name", "filename", "file", "path", "file_path", "filepath", "image_path", "image_file", "image_name",
     "image_file_name", "image_filename", "image", "img",
 )  # fmt: skip
+CONDITION_FILE_COLUMNS = ("conditioning_file_name", "conditioning_image_file_name")
 ID_COLUMNS = ("image_id", "id", "key", "name")  # file names in metadata, but not in tables that hold images
 CAPTION_COLUMNS = ("text", "caption", "texts", "captions")
 OTHER_CAPTION_COLUMNS = re.compile(
@@ -41,6 +42,8 @@ class ColumnOptions:
     vector: str = "vector"
     caption: str | None = None
     image: str | None = None
+    has_pairs: bool = False  # whether conditioning images are looked for
+    condition: str | None = None  # the column that names them
 
 
 def refuse_columns(columns: ColumnOptions, what: str) -> None:
@@ -52,6 +55,7 @@ def refuse_columns(columns: ColumnOptions, what: str) -> None:
         ("caption_column", columns.caption, (None,)),
         ("image_column", columns.image, (None, "image")),
         ("vector_column", columns.vector, ("vector",)),
+        ("conditioning_image_column", columns.condition, (None, "conditioning_image")),
     ):
         if name not in defaults:
             missing = f"{what} has no metadata.csv or metadata.jsonl"
@@ -66,6 +70,7 @@ class MetadataRow(NamedTuple):
     text: str | None = None
     vector: bytes | None = None
     where: str = ""  # "metadata.csv line 3"
+    condition: str | None = None  # the name of the conditioning image, as it is written there
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class TableColumns:
     label: str | None = None
     captions: tuple[str, ...] = ()  # the first that is not empty counts
     vector: str | None = None
+    condition: str | None = None
     unused: tuple[str, ...] = field(default=())
 
 
@@ -87,7 +93,7 @@ def normal_name(column: str) -> str:
 def find_columns(names: Iterable[str], options: ColumnOptions, account: Account, where: str) -> TableColumns:
     """What the columns of a table hold. What is not used, or read under another name, is added to `account`.
 
-    Raises `UserError` for an `--image_column` or `--caption_column` that is not there.
+    Raises `UserError` for a column that a flag names and that is not there.
     """
     names = [name for name in names if isinstance(name, str)]
     by_name, shown = dict[str, str](), ", ".join(filter(str.strip, names))
@@ -95,32 +101,37 @@ def find_columns(names: Iterable[str], options: ColumnOptions, account: Account,
         by_name.setdefault(normal_name(name), name)
     if options.image is not None and options.image not in names:
         raise UserError(f"--image_column {options.image} is not in {where}; it has {shown}")
-    file_name = options.image or _file_column(by_name, where)
+    if options.has_pairs and options.condition is not None and options.condition not in names:
+        raise UserError(f"--conditioning_image_column {options.condition} is not in {where}; it has {shown}")
+    condition = options.condition or next((by_name[name] for name in CONDITION_FILE_COLUMNS if name in by_name), None)
+    condition = condition if options.has_pairs and condition != options.image else None
+    others = {key: name for key, name in by_name.items() if name != condition}
+    file_name = options.image or _file_column(others, where)
     label = next((by_name[name] for name in LABEL_COLUMNS if name in by_name), None)
     vector = next((name for name in (options.vector, by_name.get(normal_name(options.vector))) if name in names), None)
     captions = [by_name[name] for name in CAPTION_COLUMNS if name in by_name]
-    others = []
+    unclear = []
     if options.caption is not None:
         if options.caption not in names:
             raise UserError(f"--caption_column {options.caption} is not in {where}; it has {shown}")
         captions = [options.caption]
     elif not captions:
-        others = [name for key, name in by_name.items() if OTHER_CAPTION_COLUMNS.fullmatch(key)]
-        captions, others = (others, []) if len(others) == 1 else ([], others)
-    read = {file_name, label, vector, *captions}
+        unclear = [name for key, name in by_name.items() if OTHER_CAPTION_COLUMNS.fullmatch(key)]
+        captions, unclear = (unclear, []) if len(unclear) == 1 else ([], unclear)
+    read = {file_name, label, vector, condition, *captions}
     unused = tuple(name for name in names if name not in read)
     if any(not name.strip() for name in unused):
         account.add(Kind.COLUMN_NOT_USED, f"a column without a name of {where}")
     for name in filter(str.strip, unused):
-        hint = f" (for captions: --caption_column {name})" if name in others else ""
+        hint = f" (for captions: --caption_column {name})" if name in unclear else ""
         if CONDITIONING_COLUMNS.fullmatch(normal_name(name)):
-            hint = " (images as a condition are not supported; training does without them)"
+            hint = f" (for --condition image: --conditioning_image_column {name})"
         account.add(Kind.COLUMN_NOT_USED, f"{name} of {where}{hint}")
-    standard = {"file_name", "label", options.vector, options.caption, options.image, *CAPTION_COLUMNS}
+    standard = {"file_name", "label", options.vector, options.caption, options.image, condition, *CAPTION_COLUMNS}
     for name in sorted(name for name in read - standard if name is not None):
         meaning = {file_name: "file_name", label: "label"}.get(name, "captions")
         account.add(Kind.COLUMN_ALIAS, f"{name.strip()} as {meaning} in {where}")
-    return TableColumns(file_name, label, tuple(captions), vector, unused)
+    return TableColumns(file_name, label, tuple(captions), vector, condition, unused)
 
 
 def _file_column(by_name: dict[str, str], where: str) -> str | None:
@@ -130,7 +141,11 @@ def _file_column(by_name: dict[str, str], where: str) -> str | None:
     """
     if found := [by_name[name] for name in FILE_COLUMNS if name in by_name]:
         return found[0]
-    ending = [column for name, column in by_name.items() if name.endswith(FILE_NAME_ENDING)]
+    ending = [
+        column
+        for name, column in by_name.items()
+        if name.endswith(FILE_NAME_ENDING) and name not in CONDITION_FILE_COLUMNS
+    ]
     if len(ending) > 1:
         raise UserError(f"{where} names several images per row ({', '.join(ending)}): choose one with --image_column")
     return next(iter(ending or [by_name[name] for name in ID_COLUMNS if name in by_name]), None)
@@ -178,7 +193,8 @@ def read_metadata(file: BinaryIO, where: Path, options: ColumnOptions, account: 
         if columns.captions and not (text or "").strip():
             account.add(Kind.EMPTY_CAPTION, here)
             text = None
-        yield MetadataRow(file_name, label, text, vector_bytes(row.get(columns.vector)), here)
+        condition = _file_name(row.get(columns.condition)) or None
+        yield MetadataRow(file_name, label, text, vector_bytes(row.get(columns.vector)), here, condition)
     if number is None:
         account.add(Kind.NO_ROWS, name)
 

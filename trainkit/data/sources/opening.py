@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainkit.data.account import Account, Kind
+from trainkit.data.pairing import check_pairs_found
 from trainkit.data.sources.entries import ReadOptions
 from trainkit.data.sources.finding import find_files
 from trainkit.data.sources.folder import ImageFolder
@@ -20,6 +21,19 @@ ARCHIVES = {"zip", "tar", "tar.gz"}
 def open_source(options: SourceOptions) -> Source:
     """The source that a script's options name. Raises `UserError`."""
     read = ReadOptions.of(options)
+    source, given = _open_given(options, read), f"--train_data_dir {options.train_data_dir}"
+    if options.dataset_name is not None:
+        given = f"--dataset_name {options.dataset_name}"
+    if read.conditioning_dir is not None and not isinstance(source, ImageFolder):
+        raise UserError(
+            f"--conditioning_data_dir {read.conditioning_dir} is for a folder of images, and {given} is none: give "
+            "the conditioning images inside it (docs/data.md says how), or unpack it"
+        )
+    check_pairs_found(source.pairs, options, given)
+    return source
+
+
+def _open_given(options: SourceOptions, read: ReadOptions) -> Source:
     if options.dataset_name is not None:
         downloads = None if options.cache_dir is None else str(Path(options.cache_dir) / "downloads")
         return HubDataset(options.dataset_name, read.config, read.split, downloads, options=read)

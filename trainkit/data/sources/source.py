@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from trainkit.data.account import Account
+from trainkit.data.pairing import PairSettings
 from trainkit.data.sources.records import Record, Unit
 
 
@@ -24,6 +25,7 @@ class Source(Protocol):
     label_names: list[str] | None
     has_text: bool
     vector_length: int | None
+    pairs: PairSettings | None  # if its images have conditioning images, and these are wanted
     account: Account
 
     def __len__(self) -> int: ...

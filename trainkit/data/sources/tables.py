@@ -81,14 +81,15 @@ class ParquetFiles:
         self.labels = class_labels(schema, label, values, self.account, where)
         self.label_names = self.labels.names
         self.has_text = self.columns.text is not None
-        self.vector_length = None
+        self.vector_length, self.pairs = None, options.pairs if self.columns.condition else None
         if self.columns.vector:
             self.vector_length = first_length(partial(as_vector, value) for value in self._vectors())
         self.has_paths = holds_paths(schema.field(self.columns.image).type)
-        if self.has_paths:
-            self.files = [_with_stamps(file, self.columns.image) for file in self.files]
+        for column in (self.columns.image, self.columns.condition):
+            if column is not None and holds_paths(schema.field(column).type):
+                self.files = [_with_stamps(file, column) for file in self.files]
         about = [(file.name, file.stamp, rows) for file, rows in zip(self.files, self._group_rows, strict=True)]
-        self.fingerprint = digest(repr((about, tuple(self.columns))).encode())
+        self.fingerprint = digest(repr((about, self.columns.identity)).encode())
 
     def __len__(self) -> int:
         return sum(map(sum, self._group_rows))
@@ -106,7 +107,7 @@ class ParquetFiles:
             while ends and first < ends[-1]:
                 whole = bisect.bisect_right(ends, first + size)  # row groups that end by then
                 last = ends[whole - 1] if whole and ends[whole - 1] > first else min(first + size, ends[-1])
-                identity = (file.name, file.stamp, tuple(self.columns), first, last)
+                identity = (file.name, file.stamp, self.columns.identity, first, last)
                 units.append(Unit(digest(repr(identity).encode()), Rows(number, range(first, last))))
                 first = last
         return units
@@ -142,6 +143,11 @@ class ParquetReader(NamedTuple):
         record = read_row(self.columns, self.labels, row)
         if isinstance(record.image, str):
             record = record._replace(image=_image_file(file.location, record.image))
+        if isinstance(path := record.condition, str):
+            try:
+                record = record._replace(condition=_image_file(file.location, path))
+            except RejectedImage as error:
+                raise faults.of_condition(error, path) from None
         return record
 
 
