@@ -217,11 +217,11 @@ def test_evaluate_samples_scores_the_enlarged_images(models, tmp_path):
 @pytest.mark.parametrize(
     "upsamplers, changes, message",
     [
-        (["plain"], {}, r"--upsampler_name_or_path \S+plain is no super-resolution model \(it has no small images\)"),
+        (["plain"], {}, r"--upsampler_name_or_path \S+plain is not a super-resolution model \(it has no small images\)"),
         (
             ["fills_masks"],
             {},
-            r"no super-resolution model \(it makes images from another kind, mask\): train one with",
+            r"not a super-resolution model \(it makes images from another kind, mask\): train one with",
         ),
         (["from16"], {}, "enlarges images of 16x16 .* 3 channels, but those before it have 8x8 .*on images of 16x16"),
         (["from8", "from8"], {}, "enlarges images of 8x8 .* but those before it have 16x16"),

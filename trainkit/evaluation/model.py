@@ -65,7 +65,7 @@ def open_model(options: Any, accelerator: Accelerator) -> Model:
     check_count("num_images", count)
     table_dir = folder if options.table_dir is None else Path(options.table_dir)
     if conditions is not None and count % len(conditions) and accelerator.is_main_process:
-        say(f"--num_images {count} is no multiple of {len(conditions)} conditions: some have one image more")
+        say(f"--num_images {count} is not a multiple of {len(conditions)} conditions: some get one image more")
     candidates = Candidates(folder, options.teacher_model_name_or_path)
     return Model(pipeline, conditions, folder, candidates, table_dir, weights_digest(folder), count)
 

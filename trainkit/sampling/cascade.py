@@ -66,7 +66,7 @@ def open_cascade(options: CascadeOptions, pipeline: "Pipeline") -> Cascade:
     """The upsamplers of `options`, each for the images of the one before it; the first for those of `pipeline`.
 
     Raises:
-        UserError: one of them cannot be loaded, is no super-resolution model, or is for images of another size, other
+        UserError: one of them cannot be loaded, is not a super-resolution model, or is for images of another size, other
             channels or other classes.
     """
     names = options.upsampler_name_or_path
@@ -128,7 +128,7 @@ def check_upsampler(name: str, pipeline: "Pipeline", before: "Pipeline", noise: 
     image_input = getattr(pipeline, "image_input", None)
     if image_input is None or image_input.kind != "downscale":
         kind = "has no small images" if image_input is None else f"makes images from another kind, {image_input.kind}"
-        raise UserError(f"{FLAG} {name} is no super-resolution model (it {kind}): {FIX}")
+        raise UserError(f"{FLAG} {name} is not a super-resolution model (it {kind}): {FIX}")
     (height, width, _), made, factor = image_shape(pipeline), image_shape(before), image_input.factor
     small = height // factor, width // factor, image_input.channels
     if small != made:

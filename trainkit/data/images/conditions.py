@@ -48,7 +48,7 @@ def decode_label_map(
     """Decode a file with a class id per pixel, by nearest neighbour: (H, W, 1) uint8, at most 256 `classes`.
 
     Ids are grey levels or the entries of a palette; padding has the id 0. `like` is as in `decode_like`. Raises
-    `RejectedImage`: no_label_map if the file has colours, was stored with loss, or holds an id that is no class.
+    `RejectedImage`: no_label_map if the file has colours, was stored with loss, or holds an id outside the classes.
     """
     with pillow_limits(settings.max_image_pixels):
         try:
