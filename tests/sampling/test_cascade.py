@@ -217,7 +217,7 @@ def test_evaluate_samples_scores_the_enlarged_images(models, tmp_path):
 @pytest.mark.parametrize(
     "upsamplers, changes, message",
     [
-        (["plain"], {}, r"--upsampler_name_or_path \S+plain is not a super-resolution model \(it has no small images\)"),
+        (["plain"], {}, r"_name_or_path \S+plain is not a super-resolution model \(it has no small images\)"),
         (
             ["fills_masks"],
             {},

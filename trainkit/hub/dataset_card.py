@@ -176,7 +176,7 @@ def _classes(classes: dict[str, int]) -> list[str]:
     rows = [f"| {name.replace('|', '/')} | {count:,} |" for name, count in list(classes.items())[:LISTED_CLASSES]]
     more = f"\n\n{len(classes) - LISTED_CLASSES:,} more classes are in `dataset_info.json`."
     table = "\n".join(["| class | images |", "|---|---|", *rows])
-    return [f"## Classes\n\nLabel {NO_LABEL} means no class.\n\n{table}{more if len(classes) > LISTED_CLASSES else ''}"]
+    return [f"## Classes\n\nLabel {NO_LABEL}: no class.\n\n{table}{more if len(classes) > LISTED_CLASSES else ''}"]
 
 
 def _settings(preparation: dict) -> dict:

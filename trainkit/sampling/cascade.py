@@ -66,8 +66,8 @@ def open_cascade(options: CascadeOptions, pipeline: "Pipeline") -> Cascade:
     """The upsamplers of `options`, each for the images of the one before it; the first for those of `pipeline`.
 
     Raises:
-        UserError: one of them cannot be loaded, is not a super-resolution model, or is for images of another size, other
-            channels or other classes.
+        UserError: one of them cannot be loaded, is not a super-resolution model, or is for images of another size,
+            other channels or other classes.
     """
     names = options.upsampler_name_or_path
     if names is None:

@@ -58,7 +58,7 @@ def find_pipeline(name_or_path: str) -> Path:
 
 
 def _another_folder(folder: Path) -> str | None:
-    """What a folder is if it is not a saved pipeline, and which folder is probably meant; None for every other folder."""
+    """What a folder without a saved pipeline is, and which folder is probably meant; None for every other folder."""
     folder = folder.absolute()
     if (folder / "model_index.json").is_file():
         return None
