@@ -45,15 +45,6 @@ footer { display: none !important }
 )
 
 
-class Upload(gr.Image):
-    """A field for a picture. It gives the file as it is: what is wrong with one is found where it is read."""
-
-    is_template = True  # the browser shows the component that this is derived from
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
-
-
 class Shared(NamedTuple):
     """The fields that both sides share."""
 
@@ -63,8 +54,8 @@ class Shared(NamedTuple):
     classes: gr.Dropdown
     vectors: gr.Textbox
     prompts: gr.Textbox
-    picture: Upload
-    mask: Upload
+    picture: gr.Image
+    mask: gr.Image
     fits: gr.Checkbox
     image_noise: gr.Slider
 
@@ -106,11 +97,12 @@ def build_page(models: Sequence[AppModel]) -> gr.Blocks:
                 shared = _shared_fields(models)
                 compare = gr.Checkbox(len(models) > 1, label="Compare two settings", elem_id="compare")
                 sides = [_side_fields(models, number, len(models) > 1) for number in range(2)]
+            with gr.Column(scale=2, min_width=320):
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
                     stop = gr.Button("Stop", elem_id="stop", min_width=120)
-            with gr.Column(scale=2, min_width=320), gr.Row():
-                results = [_result(number, len(models) > 1) for number in range(2)]
+                with gr.Row():
+                    results = [_result(number, len(models) > 1) for number in range(2)]
         _tables(models)
         _react(models, compare, shared, sides, results)
         inputs = [compare, *shared, *sides[0].inputs, *sides[1].inputs]
@@ -147,20 +139,14 @@ def _shared_fields(models: Sequence[AppModel]) -> Shared:
     return Shared(seed, fresh, count, classes, numbers, prompts, *pictures)
 
 
-def _picture_fields(models: Sequence[AppModel]) -> tuple[Upload, Upload, gr.Checkbox, gr.Slider]:
+def _picture_fields(models: Sequence[AppModel]) -> tuple[gr.Image, gr.Image, gr.Checkbox, gr.Slider]:
     """The fields of models that are conditioned on images; hidden if there are none."""
     inputs = [model.image_input for model in models if model.image_input is not None]
     names = dict.fromkeys(picture_name(model) for model in models if model.image_input is not None)
     is_masked, noise = any(one.kind == "mask" for one in inputs), max([one.noise for one in inputs], default=0.0)
     with gr.Row(visible=bool(inputs)):
-        picture = Upload(
-            label=" or ".join(names) or "Image", sources=["upload", "clipboard"], elem_id="picture", height=220,
-            min_width=150,
-        )  # fmt: skip
-        mask = Upload(
-            label="Mask, white: generated", sources=["upload", "clipboard"],
-            elem_id="mask", height=220, min_width=150, visible=is_masked,
-        )  # fmt: skip
+        picture = _upload(" or ".join(names) or "Image", "picture")
+        mask = _upload("Mask, white: generated", "mask", is_masked)
     fits = gr.Checkbox(
         True, label="Fit to the size of training", info="Scales and crops. Off: keeps the size of the picture.",
         elem_id="fits", visible=bool(inputs),
@@ -170,6 +156,16 @@ def _picture_fields(models: Sequence[AppModel]) -> tuple[Upload, Upload, gr.Chec
         elem_id="image-noise", visible=noise > 0,
     )  # fmt: skip
     return picture, mask, fits, level
+
+
+def _upload(label: str, elem_id: str, visible: bool = True) -> gr.Image:
+    """A field for a picture. It gives the file as it is: what is wrong with one is found where it is read."""
+    field = gr.Image(
+        label=label, sources=["upload", "clipboard"], elem_id=elem_id, height=220, min_width=150, visible=visible
+    )
+    # on the object: for a class of its own Gradio would write a .pyi file beside this one
+    field.preprocess = lambda payload: None if payload is None else payload.path
+    return field
 
 
 def _side_fields(models: Sequence[AppModel], number: int, compared: bool) -> Side:
