@@ -58,7 +58,7 @@ def _connect() -> socket.socket:
                 env=script_environment(**LAUNCHED), cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL,
             )  # fmt: skip
             started.touch()
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300  # its imports are slow on a busy machine
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:

@@ -4,10 +4,12 @@ import itertools
 import os
 import random
 import re
+import sys
 import tracemalloc
 
 import pyarrow as pa
 import pytest
+from process_helpers import run_code
 from source_files import SETTINGS, open_given, png, write_zip
 
 from trainkit.data.preparation.card import card
@@ -42,6 +44,24 @@ def test_any_run_of_rows_is_read_back(run_rows):
         file.extend(part)
     for start, stop in itertools.combinations_with_replacement(range(18), 2):
         assert list(file.rows(start, stop)) == rows[start:stop]
+
+
+FULL = """
+import resource
+import pyarrow as pa
+from trainkit.data.sources.rowfile import RowFile
+from trainkit.errors import run_script
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+file = RowFile(pa.schema([("name", pa.binary())]))
+run_script(lambda: file.extend([(bytes(1000),) for _ in range(10)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+def test_a_disk_that_takes_only_a_part_of_the_list_is_one_line():
+    done = run_code(FULL)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: the list of files cannot be written to " in done.stderr and "set TMPDIR" in done.stderr
 
 
 def test_names_sort_as_whole_paths_and_captions_find_their_image(tmp_path, run_rows):

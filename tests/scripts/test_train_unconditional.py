@@ -158,7 +158,7 @@ def test_latest_falls_back_over_a_damaged_checkpoint(run_dir, image_folder, tiny
 
 LIMITED = """
 import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 import train_unconditional
 from trainkit.errors import run_script
 run_script(train_unconditional.main)
@@ -167,7 +167,7 @@ run_script(train_unconditional.main)
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_last_whole_checkpoint_and_the_training(image_folder, tiny_unet, cache_dir, tmp_path):
-    """No file may grow beyond 4 KiB, as with `ulimit -f`: weights cannot be written, and the run trains to its end."""
+    """No file may grow beyond 8 KiB, as with `ulimit -f`: weights cannot be written, and the run trains to its end."""
     arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path)
     run_forked("train_unconditional.py", *arguments, "--max_train_steps", "4")
     done = run_code(LIMITED, *arguments, "--resume_from_checkpoint", "latest")

@@ -75,7 +75,12 @@ def open_cascade(options: CascadeOptions, pipeline: "Pipeline") -> Cascade:
             if getattr(options, field.name) is not None:
                 raise UserError(f"--{field.name} needs {FLAG}, the model to enlarge the images with")
         return Cascade([], {}, {})
-    values = [_each(options, field.name, len(names)) for field in fields(CascadeOptions)[1:]]
+    values = [
+        _each(options.upsampler_scheduler, "scheduler", len(names)),
+        _each(options.upsampler_num_inference_steps, "num_inference_steps", len(names)),
+        _each(options.upsampler_image_noise, "image_noise", len(names)),
+        _each(options.upsampler_guidance_scale, "guidance_scale", len(names)),
+    ]
     opened, settings, chosen, before = [], [], [], pipeline
     for name, *given in zip(names, *values, strict=True):
         upsampler, facts, scheduler_name = _open(name, Given(*given), before)
@@ -87,14 +92,13 @@ def open_cascade(options: CascadeOptions, pipeline: "Pipeline") -> Cascade:
     return Cascade(opened, {"upsamplers": settings}, {"upsampler_models": names, "upsampler_scheduler_names": chosen})
 
 
-def _each(options: CascadeOptions, name: str, count: int) -> list:
-    """The value of a flag for each of `count` upsamplers, None where it is not given."""
-    given = getattr(options, name)
+def _each(given: list | None, name: str, count: int) -> list:
+    """The value of the flag `name` for each of `count` upsamplers, None where it is not given."""
     if given is None:
         return [None] * count
     if len(given) not in (1, count):
         words = " ".join(map(str, given))
-        raise UserError(f"--{name} {words}: give one value, or one for each of the {count} models of {FLAG}")
+        raise UserError(f"--{PREFIX}{name} {words}: give one value, or one for each of the {count} models of {FLAG}")
     return given * count if len(given) == 1 else given
 
 

@@ -10,6 +10,8 @@ from operator import itemgetter
 
 import pyarrow as pa
 
+from trainkit.errors import UserError
+
 RUN_ROWS = 2**16  # sorted in memory at one go
 BATCH_ROWS = 2**11  # read at one go
 MERGED_ROWS = 2**8  # read at one go of each run that is being merged: there may be thousands
@@ -24,7 +26,7 @@ class RowFile:
     def __init__(self, schema: pa.Schema, batch_rows: int | None = None):
         self._schema, self._batch_rows = schema, batch_rows or BATCH_ROWS
         default = "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else None
-        self._file = tempfile.TemporaryFile(dir=default, buffering=0)
+        self._folder, self._file = default, tempfile.TemporaryFile(dir=default, buffering=0)
         self._starts: list[int] = []  # the first row of each batch
         self._places: list[tuple[int, int]] = []  # its offset and length in bytes
         self._num_rows = self._end = 0
@@ -40,11 +42,24 @@ class RowFile:
                 for column, field in zip(zip(*batch, strict=True), self._schema, strict=True)
             ]
             content = pa.record_batch(columns, schema=self._schema).serialize()
-            self._file.write(content)
+            self._write(content)
             self._starts.append(self._num_rows)
             self._places.append((self._end, content.size))
             self._num_rows += len(batch)
             self._end += content.size
+
+    def _write(self, content: pa.Buffer) -> None:
+        """Write all of it: a nearly full disk takes a part. Raises `UserError` if there is no room."""
+        rest = memoryview(content)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            folder = self._folder or tempfile.gettempdir()
+            raise UserError(
+                f"the list of files cannot be written to {folder} ({error.strerror}): make room there, or set TMPDIR to "
+                "a folder on another disk"
+            ) from None
 
     def rows(self, start: int, stop: int) -> Iterator[tuple]:
         """Rows `start` to `stop` - 1."""
