@@ -57,8 +57,8 @@ class RowFile:
         except OSError as error:
             folder = self._folder or tempfile.gettempdir()
             raise UserError(
-                f"the list of files cannot be written to {folder} ({error.strerror}): make room there, or set TMPDIR to "
-                "a folder on another disk"
+                f"the list of files cannot be written to {folder} ({error.strerror}): make room there, or set TMPDIR "
+                "to a folder on another disk"
             ) from None
 
     def rows(self, start: int, stop: int) -> Iterator[tuple]:
