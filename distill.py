@@ -28,6 +28,8 @@ def distill(options: DistillationOptions) -> None:
     from trainkit.distillation.stages import Distillation, plan_stages
     from trainkit.distillation.teacher import engine_options, open_teacher
     from trainkit.processes import end_together
+    from trainkit.terminal import say, tell
+    from trainkit.training.next_step import sample_command
     from trainkit.training.start import start_accelerator
 
     teacher = open_teacher(options)
@@ -39,13 +41,15 @@ def distill(options: DistillationOptions) -> None:
     distillation = Distillation(options, data.engine, teacher, accelerator)
     if not options.dry_run:
         distillation.start()
-    for stage in distillation.stages:
+    for number, stage in enumerate(distillation.stages, start=1):
         if not distillation.is_complete(stage):
+            say(f"stage {number} of {len(distillation.stages)}: {stage}")
             stopped = train_student(distillation, stage, data)
             if stopped or options.find_learning_rate or options.dry_run:
                 return
             distillation.complete(stage)
         distillation.next_teacher(stage)
+    tell(f"saved the student in {options.output_dir}; next: {sample_command(engine)}")
     end_together(accelerator)
 
 

@@ -1,5 +1,7 @@
 """distill.py from teacher to saved students: stages, resume, processes, conditions, and mistakes."""
 
+import contextlib
+import io
 import json
 import shutil
 import sys
@@ -56,8 +58,21 @@ def distill(image_folder, cache_dir, tmp_path, monkeypatch):
 def whole_run(teacher, image_folder, cache_dir, tmp_path_factory):
     """An uninterrupted distillation to 4, 2 and 1 steps."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        return run_distill(patch, teacher, image_folder, cache_dir, folder)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        run_distill(patch, teacher, image_folder, cache_dir, folder)
+    (folder / "printed.txt").write_text(printed.getvalue())
+    return folder
+
+
+def test_it_says_which_student_is_trained_and_what_comes_next(whole_run):
+    lines = (whole_run / "printed.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("stage ")] == [
+        "stage 1 of 3: a student of 4 steps",
+        "stage 2 of 3: a student of 2 steps",
+        "stage 3 of 3: a student of 1 step",
+    ]
+    assert lines[-1].startswith(f"saved the student in {whole_run}; next: python sample.py --model_name_or_path ")
 
 
 def test_each_stage_saves_a_stock_pipeline_that_refuses_more_steps(whole_run):

@@ -173,7 +173,7 @@ def test_two_processes_compute_the_same_scores(real, made, tmp_path, monkeypatch
     flags = sides | {"output_file": tmp_path / "two.json", "cache_dir": tmp_path / "cache2"}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     done = run_forked("evaluate_samples.py", *words, processes=2)
-    assert done.stdout.count("KID ") == 1  # only the main process reports
+    assert done.stdout.count("\nKID ") == 1  # only the main process reports
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["scores"] == pytest.approx(one["scores"], rel=1e-4, abs=1e-5)
     assert two["num_generated"] == 42 and two["num_reference"] == 43

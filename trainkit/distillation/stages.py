@@ -33,6 +33,7 @@ from trainkit.sampling.load import load_pipeline, weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline, unconditional_pipeline
 from trainkit.sampling.schedulers import load_scheduler
 from trainkit.sampling.students import RECORD, read_distillation, stage_folder
+from trainkit.terminal import counted
 from trainkit.training.device import compile_unet, move_to_device
 from trainkit.training.output_folder import claim_output_dir
 from trainkit.training.run import Run
@@ -53,6 +54,11 @@ class Stage:
     num_steps: int
     substeps: int
     share: int = 1  # of the run's length, relative to the other stages
+
+    def __str__(self) -> str:
+        if self.name == ADAPTED:
+            return "a copy of the teacher that predicts what students predict"
+        return f"a student of {counted(self.num_steps, 'step')}" if self.substeps else "a consistency student"
 
 
 def plan_stages(options: DistillationOptions, teacher: SavedTeacher) -> list[Stage]:
