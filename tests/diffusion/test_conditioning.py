@@ -33,7 +33,7 @@ class Labelled:
 
     height = width = 4
     channels, bit_depth, fixed_size, holds_latents = 1, 8, True, False
-    label_names, vector_length = ["cat", "dog", "elk", "fox"], 3
+    label_names, vector_length, preparation = ["cat", "dog", "elk", "fox"], 3, {}
 
     def __len__(self):
         return len(LABELS)
@@ -83,10 +83,14 @@ def test_vectors_as_inputs():
     assert torch.equal(condition.inputs(np.array([3]))["class_labels"], vectors[:1])
 
 
+UNEVEN = {"account": {"reason why folders are not classes": {"count": 1, "examples": ["a/1.png is deeper"]}}}
+
+
 @pytest.mark.parametrize(
     ("what", "options", "message"),
     [
-        ({"label_names": None}, {}, "--condition class: photos has no classes"),
+        ({"label_names": None}, {}, "--condition class: photos has no classes; give it one folder per class"),
+        ({"label_names": None, "preparation": UNEVEN}, {}, r"photos has no classes \(a/1.png is deeper\); give"),
         ({"label_names": ["cat"]}, {}, r"has only one class \(cat\)"),
         ({"column": lambda name: iter([np.full(9, -1)])}, {}, "gives no image a class"),
         ({"vector_length": None}, {"condition": ["vector"]}, "--condition vector: photos has no vectors"),
