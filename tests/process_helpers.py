@@ -170,7 +170,7 @@ class ScriptRun:
     def running(self) -> bool:
         return any(rank.poll() is None for rank in self.ranks)
 
-    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
+    def wait(self, timeout: float = 900) -> subprocess.CompletedProcess:
         """Wait for all ranks. One that fails ends the others, and its exit status is that of the run."""
         deadline, failed = time.monotonic() + timeout, None
         while self.running():
