@@ -45,3 +45,18 @@ def contents(folder):
     ends = (".png", ".webp", ".jpg", ".npz", ".arrow")
     named = [path for path in folder.iterdir() if path.suffix in ends or path.name == "preparation.json"]
     return {path.name: path.read_bytes() for path in named if path.name != "grid.png"}
+
+
+def interrupt_the_second_batch(monkeypatch):
+    """Let sampling end with KeyboardInterrupt at its second batch."""
+    from trainkit.sampling.run import Sampler
+
+    draw, calls = Sampler.sample, []
+
+    def interrupted(self, batch, step_noise):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(self, batch, step_noise)
+
+    monkeypatch.setattr(Sampler, "sample", interrupted)

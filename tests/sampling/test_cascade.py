@@ -11,7 +11,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from latent_helpers import LATENT_CHANNELS, make_vae
 from PIL import Image
 from process_helpers import run_forked
-from sampling_helpers import contents, read, sample_flags, sample_images, tiny_model, words
+from sampling_helpers import contents, interrupt_the_second_batch, read, sample_flags, sample_images, tiny_model, words
 
 from evaluate_samples import Options as EvaluationOptions
 from evaluate_samples import check
@@ -20,7 +20,6 @@ from trainkit.errors import UserError
 from trainkit.evaluation.model import sample_model
 from trainkit.sampling.noise import STAGE_SEEDS
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline, unconditional_pipeline
-from trainkit.sampling.run import Sampler
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
 
@@ -149,15 +148,7 @@ SLOW_FORMATS = [pytest.param(name, marks=pytest.mark.slow) for name in ("webp", 
 @pytest.mark.parametrize("name", ["png", *SLOW_FORMATS])
 def test_an_interrupted_run_continues_to_the_same_bytes(models, tmp_path, monkeypatch, capsys, name):
     cascade(models, "plain", tmp_path / "whole", "from8", output_format=name)
-    draw, calls = Sampler.sample, []
-
-    def interrupted(self, batch, step_noise):
-        calls.append(batch)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return draw(self, batch, step_noise)
-
-    monkeypatch.setattr(Sampler, "sample", interrupted)
+    interrupt_the_second_batch(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         cascade(models, "plain", tmp_path / "killed", "from8", output_format=name)
     capsys.readouterr()

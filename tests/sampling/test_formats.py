@@ -9,7 +9,7 @@ from conditional_helpers import NAMES, class_unet, text_parts, vector_unet
 from datasets import load_from_disk
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
-from sampling_helpers import contents, read, sample, tiny_model
+from sampling_helpers import contents, interrupt_the_second_batch, read, sample, tiny_model
 
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.errors import UserError
@@ -17,7 +17,6 @@ from trainkit.evaluation.conditions import read_annotations
 from trainkit.evaluation.images import open_images, read_sampling_record
 from trainkit.sampling.npz import read_blocks, write_npz
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
-from trainkit.sampling.run import Sampler
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
 
@@ -80,15 +79,7 @@ def test_the_record_of_an_npz_file_is_found_beside_it(samples):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_interrupted_run_continues_to_the_same_bytes(models, samples, tmp_path, monkeypatch, capsys, name):
-    draw, calls = Sampler.sample, []
-
-    def interrupted(self, batch, step_noise):
-        calls.append(batch)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return draw(self, batch, step_noise)
-
-    monkeypatch.setattr(Sampler, "sample", interrupted)
+    interrupt_the_second_batch(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         sample(models / "plain", tmp_path, output_format=name)
     assert not json.loads((tmp_path / "sampling.json").read_text())["complete"]
