@@ -2,8 +2,10 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from conditional_helpers import NAMES, class_unet, image_pipeline, text_parts, vector_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from sampling_helpers import tiny_model
@@ -15,7 +17,7 @@ from trainkit.sampling.table import TABLE_NAME
 
 
 def save_models(folder: Path) -> Path:
-    """Write plain (with a table), student, class, vector, text, stock, enlarge, fill and edges; returns `folder`."""
+    """Write plain (with a table), student, class, vector, text, stock, enlarge, fill, edges and other to `folder`."""
     scheduler = DDPMScheduler()
     student = progressive_scheduler(scheduler.alphas_cumprod.double(), 4, "epsilon")
     save_pipeline(folder / "plain", DDPMPipeline(tiny_model(), scheduler), "")
@@ -24,7 +26,8 @@ def save_models(folder: Path) -> Path:
     save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), copy.deepcopy(scheduler)), "")
     unet, parts = text_parts(folder)
     save_pipeline(folder / "text", conditional_pipeline(unet, copy.deepcopy(scheduler), prompt_length=8, **parts), "")
-    for name, kind, *settings in (("enlarge", "downscale", 2, 0.2), ("fill", "mask"), ("edges", "edges")):
+    kinds = ("enlarge", "downscale", 2, 0.2), ("fill", "mask"), ("edges", "edges"), ("other", "picture", 1, 0.0, 3, 3)
+    for name, kind, *settings in kinds:
         of_classes = {"num_class_embeds": 4} if name == "edges" else {}
         made = image_pipeline(kind, *settings, **of_classes)
         parts = {"image_input": made.image_input, "id2label": NAMES if of_classes else None}
@@ -32,6 +35,15 @@ def save_models(folder: Path) -> Path:
     DDPMPipeline(tiny_model(1), scheduler).save_pretrained(folder / "stock")
     write_table(folder / "plain")
     return folder
+
+
+def open_models(folder: Path, kinds: Sequence[str]) -> dict:
+    """The models of `save_models` that `kinds` names, as the page opens them, on the CPU."""
+    from trainkit.app.models import open_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return {kind: open_model(str(folder / kind)) for kind in kinds}
 
 
 def write_table(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from PIL import Image
 from process_helpers import ScriptRun
 from safetensors.torch import load_file
 
@@ -100,3 +102,26 @@ def start_and_signal(arguments, output_dir, at_step, number, processes=1):
     if number == signal.SIGKILL:
         assert done.returncode != 0
     return done.returncode, done.stdout + done.stderr
+
+
+def assert_trained_on_images(out, in_channels, arguments):
+    """Assert that the run in `out` has further input channels, grids of three, its card, and one held-out loss."""
+    config = json.loads((out / "unet" / "config.json").read_text())
+    assert (config["in_channels"], config["out_channels"]) == (in_channels, 3)
+    grid = Image.open(out / "samples.png")
+    assert abs(grid.width / grid.height - 3) < 0.15  # two rows of two: condition, sample, true image
+    assert arguments in (out / "README.md").read_text()
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["validation_loss"] > 0 for row in rows if "validation_loss" in row] == [True]
+
+
+def assert_resumes_bit_equal(train, out, flags, before):
+    """Assert that `train(**flags)`, resumed from the checkpoint before its last, ends as the run in `out` did."""
+    shutil.copytree(out, before)
+    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])).name
+    shutil.rmtree(out / last)
+    train(**flags, resume_from_checkpoint="latest")
+    same_training_state(out / last, before / last)
+    weights = Path("unet", "diffusion_pytorch_model.safetensors")
+    same_weights(out / weights, before / weights)
+    assert losses(out) == losses(before)

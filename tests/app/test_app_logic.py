@@ -6,13 +6,13 @@ import io
 
 import numpy as np
 import pytest
-from app_helpers import save_models
+from app_helpers import open_models, save_models
 from PIL import Image
 from sampling_helpers import read, sample_images
 
 from trainkit.app.gallery import gallery
 from trainkit.app.generation import BATCH_SIZE, frames, warm_up
-from trainkit.app.models import describe, first_setting, hint, open_model, table_rows
+from trainkit.app.models import describe, first_setting, hint, table_rows
 from trainkit.app.requests import Request, Setting, class_choices, example_vector, make_job
 from trainkit.errors import UserError
 from trainkit.sampling.catalogue import SCHEDULER_NAMES
@@ -28,9 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        return {kind: open_model(str(folder / kind)) for kind in KINDS}
+    return open_models(folder, KINDS)
 
 
 def images_of(setting, request):

@@ -2,18 +2,18 @@
 
 import numpy as np
 import pytest
-from app_helpers import save_models
+from app_helpers import open_models, save_models
 from PIL import Image
 from sampling_helpers import read, sample_images
 
 from trainkit.app.generation import BATCH_SIZE, frames, warm_up
-from trainkit.app.models import describe, open_model
+from trainkit.app.models import describe
 from trainkit.app.pictures import picture_name
 from trainkit.app.requests import Request, Setting, make_job
 from trainkit.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
-KINDS = ("enlarge", "fill", "edges", "plain")
+KINDS = ("enlarge", "fill", "edges", "other", "plain")
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        return {kind: open_model(str(folder / kind)) for kind in KINDS}
+    return open_models(folder, KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +62,7 @@ def images_of(setting, request):
         ("fill", {"picture": "holes"}, {"conditioning_dir": "holes"}),
         ("edges", {"picture": "lines", "classes": ("dog",)}, {"conditioning_dir": "lines", "class_labels": ["dog"]}),
         ("edges", {"classes": ("dog",)}, {"class_labels": ["dog"]}),
+        ("other", {"picture": "photo"}, {"conditioning_dir": "photo"}),
     ],
 )
 def test_the_images_are_those_of_sample_py(models, folder, pictures, tmp_path, kind, given, flags):
@@ -88,7 +87,7 @@ def test_a_picture_of_any_size_is_fitted(models, pictures):
 def test_what_the_page_knows_of_them(models):
     about = {kind: describe(model) for kind, model in models.items()}
     assert "16×16 colour, from small images" in about["enlarge"] and "fills masks" in about["fill"]
-    assert "3 classes and from edges" in about["edges"]
+    assert "3 classes and from edges" in about["edges"] and "from other images" in about["other"]
     assert picture_name(models["enlarge"]) == "Small image, 8×8" and picture_name(models["edges"]) == "Edges, 16×16"
     assert models["enlarge"].default_guidance == 1 and models["plain"].default_guidance == 2
     for model in models.values():

@@ -11,6 +11,7 @@ from trainkit.evaluation.frechet import FeatureMoments, fid_at_infinity, fit_int
 from trainkit.evaluation.manifold import manifold_scores, nearest
 from trainkit.evaluation.memorization import memorization
 from trainkit.evaluation.metrics import _Identity, frechet_distance, kernel_distance, scores, squared_mmd
+from trainkit.evaluation.reference import warn_of_few_images
 
 
 def gaussian(count, dimensions, seed, scale=1.0, shift=0.0):
@@ -109,3 +110,11 @@ def test_copies_of_training_images_are_found():
     assert "share_too_near" not in memorization(training, fresh, None)
     distances, rows = nearest(training[5:7], training)
     assert rows.tolist() == [5, 6] and distances.max() < 1e-4
+
+
+def test_kid_of_few_images_is_warned_about(capsys):
+    warn_of_few_images(["kid"], 5000, 42)
+    assert "WARNING: KID of 42 images uses subsets of 21 (usual: 1,000)" in capsys.readouterr().out
+    warn_of_few_images(["fid"], 42)
+    warn_of_few_images(["kid"], 5000, 100)
+    assert not capsys.readouterr().out

@@ -11,6 +11,7 @@ from conditional_helpers import NAMES, class_unet
 from diffusers import DDPMPipeline, DDPMScheduler, EulerAncestralDiscreteScheduler
 from evaluation_helpers import TinyExtractor, evaluate, write_images
 from latent_helpers import LATENT_CHANNELS, make_vae
+from matplotlib.figure import Figure
 from PIL import Image
 from sampling_helpers import tiny_model
 
@@ -20,6 +21,7 @@ from trainkit.evaluation import sweep
 from trainkit.evaluation.candidates import Candidates, Cell, facts_of
 from trainkit.evaluation.frechet import RunningMoments
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance, frechet_distance_of_groups
+from trainkit.evaluation.sweep_report import _set_ticks
 from trainkit.report.card_results import BEGIN, END, with_section
 from trainkit.sampling.load import is_stock_pipeline, weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline, unconditional_pipeline
@@ -308,3 +310,12 @@ def test_ddpmpipeline_is_not_mentioned_for_a_model_that_it_cannot_hold(models, t
     assert "unipc" in (lines := capsys.readouterr().out) and "DDPMPipeline" not in lines
     assert not is_stock_pipeline(folder) and is_stock_pipeline(models / "plain")
     assert facts_of(Cell("unipc", 5), stock=False)["in_stock_pipeline"] is None
+
+
+def test_the_plot_has_ticks_where_it_was_measured():
+    one, many = Figure().add_subplot(), Figure().add_subplot()
+    _set_ticks(one, [5])
+    assert one.get_xscale() == "linear" and one.get_xticks().tolist() == [5] and one.get_xlim() == (4, 6)
+    _set_ticks(many, [1, 2, 20, 21, 1000])
+    assert many.get_xscale() == "log" and many.get_xticks().tolist() == [1, 2, 20, 1000]
+    assert [label.get_text() for label in many.get_xticklabels()] == ["1", "2", "20", "1,000"]

@@ -1,8 +1,5 @@
 """Training on pairs from raw folders to the saved pipeline: resumed, divided, with classes, and what is refused."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +8,14 @@ from pair_helpers import CLASSES, label_map, write_pairs
 from PIL import Image
 from process_helpers import run_forked
 from safetensors.torch import load_file
-from training_helpers import losses, run_in_process, same_training_state, same_weights, tiny_run
+from training_helpers import (
+    assert_resumes_bit_equal,
+    assert_trained_on_images,
+    losses,
+    run_in_process,
+    same_weights,
+    tiny_run,
+)
 
 from trainkit.errors import UserError
 
@@ -51,13 +55,7 @@ def test_label_maps_from_training_to_the_saved_pipeline(train, folders, tmp_path
         "validation_conditioning_data_dir": held_out / "maps", "random_rotation": 20, "random_hue": 20,
     }  # fmt: skip
     out = train(**flags)
-    config = UNet2DModel.load_config(out / "unet")
-    assert (config["in_channels"], config["out_channels"]) == (3 + CLASSES, 3)
-    grid = Image.open(out / "samples.png")
-    assert grid.width / grid.height == pytest.approx(3, rel=0.05)  # two rows of two: condition, sample, true image
-    assert "image=label_map" in (out / "README.md").read_text()
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["validation_loss"] > 0 for row in rows if "validation_loss" in row] == [True]
+    assert_trained_on_images(out, in_channels=3 + CLASSES, arguments="image=label_map")
 
     pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -66,14 +64,8 @@ def test_label_maps_from_training_to_the_saved_pipeline(train, folders, tmp_path
     with pytest.raises(ValueError, match="the id 4, the model has 0 to 3"):
         pipeline(image=np.full((16, 16), 4))
 
-    before = tmp_path / "before"
-    shutil.copytree(out, before)
-    shutil.rmtree(out / f"checkpoint-{STEPS}")
-    train(**flags, resume_from_checkpoint="latest")
+    assert_resumes_bit_equal(train, out, flags, tmp_path / "before")
     assert "2 of 4 steps done" in capsys.readouterr().out
-    same_training_state(out / f"checkpoint-{STEPS}", before / f"checkpoint-{STEPS}")
-    same_weights(out / UNET, before / UNET)
-    assert losses(out) == losses(before)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from training_helpers import run_in_process, same_weights, tiny_run
 from trainkit.options.parsing import parse_options
 from trainkit.options.training import SECRET_OPTIONS
 from trainkit.training.config_file import OF_ONE_START
+from trainkit.training.precision import has_fast_bfloat16
 from trainkit.training.signals import StopSignals
 from trainkit.training.summary import count
 
@@ -94,6 +95,13 @@ def test_the_summary_names_what_is_trained_and_the_last_line_what_comes_next(tra
     assert lines[-1].endswith(
         f"next: python sample.py --model_name_or_path {one} --output_dir {one}-samples --class_labels all"
     )
+
+
+def test_the_precision_that_auto_was_is_written_down(train):
+    one, printed = train(mixed_precision="auto", max_train_steps=1)
+    chosen = "bf16" if has_fast_bfloat16("cpu") else "no"
+    assert yaml.safe_load((one / "config.yaml").read_text())["mixed_precision"] == chosen
+    assert f"mixed precision {chosen}\n" in printed
 
 
 def test_quiet_prints_the_last_line_alone(train, monkeypatch):

@@ -45,6 +45,7 @@ def test_a_1_of_the_user_counts(threads_of, launcher):
     assert threads_of("1", ("bash",)) == 1
     assert threads_of("1", ("/home/me/accelerate/bin/python", "-m", "pytest")) == 1
     assert threads_of("1", ("python", "accelerate", "launch", "--num_cpu_threads_per_process", "1")) == 1
+    assert threads_of("1", ("python", "accelerate", "launch", "--num_cpu_threads_per_process=1")) == 1
 
 
 def test_other_values(threads_of):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from training_helpers import run_in_process, tiny_run
 
 from trainkit.report.card_results import update_card
 from trainkit.sampling.load import weights_digest
+from trainkit.training.run_report import RunReport
 
 FLAGS = {"max_train_steps": 2, "checkpointing_steps": 0, "eval_batch_size": 2, "lr_warmup_steps": 1}
 SCORES = {
@@ -194,3 +196,11 @@ def test_what_a_person_added_to_the_metadata_stays(scored):
     text, card = card_of(scored)
     assert card.data.language == "en" and card.data.license == "cc-by-4.0" and text.endswith("mine\n")
     assert len(card.data.eval_results) == 2 and "## Scores" not in text
+
+
+def test_a_killed_run_has_taken_at_least_as_long_as_it_trained(tmp_path):
+    rows = [{"step": step, "images": 8 * step, "loss": 0.1, "images_per_s": 2.0} for step in (5, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for reported, expected in ((7.5, 40.0), (50.0, 50.0)):  # the last report may be older than the last rows
+        (tmp_path / "report.json").write_text(json.dumps({"wall_time_s": reported}))
+        assert RunReport(SimpleNamespace(output_dir=tmp_path, step=10), None)._earlier_s == expected

@@ -213,7 +213,7 @@ def _set_threads_for_launcher() -> bool:
         or word.startswith(("accelerate.commands", "torch.distributed"))
         for word in words
     )
-    if not is_launcher or "--num_cpu_threads_per_process" in words:
+    if not is_launcher or any(word.startswith("--num_cpu_threads_per_process") for word in words):
         return True
     try:
         return "OMP_NUM_THREADS" in parent.environ()
