@@ -68,6 +68,10 @@ def test_other_scripts_do_not_take_them_for_the_images(pairs, tmp_path):
     source = open_given(path)
     assert source.pairs is None and source.arrays.image == "photos_by_me"
     assert source.account.examples[Kind.COLUMN_NOT_USED] == ["conditioning_images"]
+    with h5py.File(tmp_path / "alone.h5", "w") as file:
+        file["conditioning_images"] = IDS[..., None]
+    alone = open_pairs(tmp_path / "alone.h5")
+    assert alone.pairs is None and alone.arrays.image == "conditioning_images"
 
 
 def test_files_without_pairs_keep_their_identity(pairs, tmp_path):

@@ -59,6 +59,7 @@ def find_arrays(file: Any, options: ReadOptions, account: Account, what: str) ->
     condition = _condition_array(arrays, options.columns, what)
     others = {path: array for path, array in arrays.items() if path != condition}
     image = _image_array(others or arrays, options.columns.image, what)
+    condition = None if condition == image else condition  # there is no other image
     layout, count = _layout(image, arrays[image], what), len(arrays[image])
     condition, condition_layout = _checked_condition(arrays, condition, options.columns, count, what)
     label = _find(arrays, STANDARD["label"], OTHER_LABELS, (1, 2), count, what)
