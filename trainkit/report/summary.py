@@ -52,10 +52,17 @@ class RunSummary:
 
     @property
     def state(self) -> str:
-        """finished, stopped, or training: what the last writer knew; a killed run still says training."""
-        total = self.record.get("max_train_steps")
-        known = self.record.get("state")
-        return known or ("finished" if total and self.step >= total else "not finished")
+        """`finished`, `stopped` (by a signal), or `running or stopped`: nobody writes down that a run was killed."""
+        total, known = self.record.get("max_train_steps"), self.record.get("state")
+        if known in ("finished", "stopped"):
+            return known
+        return "finished" if known is None and total and self.step >= total else "running or stopped"
+
+    @property
+    def written(self) -> str:
+        """When training wrote about itself last, if it is known."""
+        updated = self.record.get("updated") or ""
+        return f"last written {updated}" if updated and self.state == "running or stopped" else updated
 
     @property
     def dataset(self) -> dict:
