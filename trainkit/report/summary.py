@@ -156,5 +156,13 @@ def format_duration(seconds: float) -> str:
     return f"{seconds} s"
 
 
+def format_energy(energy: dict) -> str:
+    """`12.3 Wh (the GPU alone)`, `1.23 kWh (the GPU alone, since step 400)`: the `energy` of a record."""
+    hours = energy["joules"] / 3600
+    amount = f"{hours / 1000:.3g} kWh" if hours >= 1000 else f"{hours:.3g} Wh"
+    since = f", since step {energy['since_step']:,}" if energy.get("since_step") else ""
+    return f"{amount} ({energy['covers']}{since})"
+
+
 def format_mib(mib: float) -> str:
     return f"{mib / 1024:.3g} GiB" if mib >= 1024 else f"{mib:.0f} MiB"

@@ -63,6 +63,7 @@ class Outputs:
     def write_due(self) -> None:
         """Write what is due after the current step. Call it after every `run.update`."""
         run, options = self.run, self.run.options
+        self.report.follow()
         if self.validation is not None and run.due(steps=options.validation_steps):
             self.validation.measure()
         if self.score is not None and run.due(steps=options.score_steps):
