@@ -97,6 +97,7 @@ def main() -> None:
         export(options, options.train_data_dir)
     else:
         check_options(options)
+        refuse_prepared(options)
         prepare_images(options)
         if options.export_hdf5 is not None:
             export(options, options.output_dir)
@@ -150,6 +151,24 @@ def check_options(options: Options) -> None:
         check_export(Path(options.export_hdf5))
         if not settings_from_options(options).fixed_size:
             raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
+
+
+def refuse_prepared(options: Options) -> None:
+    """Raise `UserError` if `--train_data_dir` is prepared already; it names the settings that were others."""
+    if options.dataset_name is not None or not is_prepared(options):
+        return
+    from trainkit.data.files import location
+    from trainkit.data.format import read_preparation
+    from trainkit.data.preparation.filtering import filters_from_options
+    from trainkit.data.preparation.output import other_settings
+    from trainkit.data.settings import settings_from_options
+
+    given = options.train_data_dir
+    held = read_preparation(location(given, options.storage_options))
+    fix, wanted = "train on it", (settings_from_options(options), filters_from_options(options))
+    if held is not None and (differing := other_settings(held, *wanted)):
+        fix = f"for other settings ({'; '.join(differing)}) give the raw images, else {fix}"
+    raise UserError(f"--train_data_dir {given} is a prepared dataset already: {fix}")
 
 
 def prepare_images(options: Options) -> None:
