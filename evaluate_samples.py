@@ -230,9 +230,10 @@ def sweep(options: Options) -> None:
     """Score each scheduler and number of steps of `--sweep`, and write the table after each."""
     from trainkit.evaluation.model import open_model, open_reference, pipeline_of_row, table_settings
     from trainkit.evaluation.sweep import describe_cell, measure, needs_features, sample_features
-    from trainkit.evaluation.sweep_report import missing_cells, open_table, store_cell, table_lines, write_pictures
+    from trainkit.evaluation.sweep_report import missing_cells, open_table, store_cell, write_pictures
     from trainkit.processes import end_together, wait_for_everyone
     from trainkit.report.refresh import refresh
+    from trainkit.sampling.table import table_lines
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
     refuse_dynamo_config("evaluate_samples.py")

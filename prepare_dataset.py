@@ -97,6 +97,7 @@ def main() -> None:
         export(options, options.train_data_dir)
     else:
         check_options(options)
+        refuse_prepared(options)
         prepare_images(options)
         if options.export_hdf5 is not None:
             export(options, options.output_dir)
@@ -152,11 +153,28 @@ def check_options(options: Options) -> None:
             raise UserError(f"--export_hdf5 {options.export_hdf5} needs images of one size: add --center_crop")
 
 
+def refuse_prepared(options: Options) -> None:
+    """Raise `UserError` if `--train_data_dir` is prepared already; it names the settings that were others."""
+    if options.dataset_name is not None or not is_prepared(options):
+        return
+    from trainkit.data.files import location
+    from trainkit.data.format import read_preparation
+    from trainkit.data.preparation.filtering import filters_from_options
+    from trainkit.data.preparation.output import other_settings
+    from trainkit.data.settings import settings_from_options
+
+    given = options.train_data_dir
+    held = read_preparation(location(given, options.storage_options))
+    fix, wanted = "train on it", (settings_from_options(options), filters_from_options(options))
+    if held is not None and (differing := other_settings(held, *wanted)):
+        fix = f"for other settings ({'; '.join(differing)}) give the raw images, else {fix}"
+    raise UserError(f"--train_data_dir {given} is a prepared dataset already: {fix}")
+
+
 def prepare_images(options: Options) -> None:
     from trainkit.data.files import cache_root, location
-    from trainkit.data.preparation.contact_sheet import write_contact_sheet
     from trainkit.data.preparation.filtering import filters_from_options
-    from trainkit.data.preparation.pool import run_jobs_in_processes
+    from trainkit.data.preparation.pool import run_jobs_in_processes, start_fork_server
     from trainkit.data.preparation.prepare import check_output, prepare
     from trainkit.data.settings import settings_from_options
     from trainkit.data.sources.opening import open_source
@@ -169,6 +187,8 @@ def prepare_images(options: Options) -> None:
         from trainkit.data.preparation.ray_engine import ray_engine
 
         engine, work_dir = ray_engine(options.ray_address), None  # its workers do not share a folder of this machine
+    else:
+        start_fork_server()
     source = open_source(options)
     prepare(
         source,
@@ -181,6 +201,8 @@ def prepare_images(options: Options) -> None:
         max_rejected_fraction=options.max_rejected_fraction,
         overwrite=overwrite,
     )
+    from trainkit.data.preparation.contact_sheet import write_contact_sheet
+
     if options.contact_sheet and (sheet := write_contact_sheet(output_dir, source)) is not None:
         say(f"look at {sheet} before training")
 

@@ -37,6 +37,7 @@ from trainkit.sampling.cascade import Cascade, CascadeOptions, open_cascade
 from trainkit.sampling.catalogue import CATALOGUE, outside_stock_pipeline
 from trainkit.sampling.conditions import ConditionOptions, read_conditions
 from trainkit.terminal import say, tell
+from trainkit.versions import versions
 
 GRID_IMAGES = 100
 
@@ -99,9 +100,9 @@ class Options(PipelineOptions, ConditionOptions, CascadeOptions, OutputOptions, 
 
 def sample(options: Options) -> None:
     from trainkit.processes import end_together, main_process_first
+    from trainkit.sampling.choice import default_steps, named_scheduler
     from trainkit.sampling.load import find_pipeline, load_pipeline
     from trainkit.sampling.schedulers import check_steps
-    from trainkit.sampling.table import default_steps, named_scheduler
     from trainkit.training.launch import compile_as_launched, start_accelerator
 
     options = compile_as_launched(options)
@@ -142,9 +143,9 @@ def plan(
 
     from trainkit.processes import wait_for_everyone
     from trainkit.sampling.generate import image_shape
-    from trainkit.sampling.load import weights_digest
-    from trainkit.sampling.record import SPEED, open_samples, read_record, start_record, versions
+    from trainkit.sampling.record import SPEED, open_samples, read_record, start_record
     from trainkit.sampling.schedulers import describe_scheduler
+    from trainkit.sampling.weights import weights_digest
 
     folder, last = Path(options.output_dir), cascade.upsamplers[-1].pipeline if cascade.upsamplers else pipeline
     shape = image_shape(last)
@@ -238,9 +239,10 @@ def report(options: Options, record: dict, samples, conditions, num_generated: i
 
 def list_schedulers(options: Options) -> None:
     """Print the schedulers that fit the model, with the rows of its table."""
-    from trainkit.sampling.load import find_pipeline, is_stock_pipeline, weights_digest
+    from trainkit.sampling.load import find_pipeline, is_stock_pipeline
     from trainkit.sampling.schedulers import available_schedulers
     from trainkit.sampling.table import list_lines, read_table
+    from trainkit.sampling.weights import weights_digest
 
     folder = find_pipeline(options.model_name_or_path)
     table = read_table(folder, weights_digest(folder))

@@ -11,9 +11,9 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from sampling_helpers import tiny_model
 
 from trainkit.diffusion.few_step import progressive_scheduler
-from trainkit.sampling.load import weights_digest
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 from trainkit.sampling.table import TABLE_NAME
+from trainkit.sampling.weights import weights_digest
 
 
 def save_models(folder: Path) -> Path:

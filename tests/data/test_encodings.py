@@ -170,6 +170,11 @@ def test_what_a_killed_process_left_is_swept_and_what_another_is_writing_is_not(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-0123456789ab-encodings.json", unit_name(0)]
 
 
+def test_progress_counts_captions(images, tmp_path, capsys):
+    found = text.encode_captions(images, Encoder(), tmp_path, "")
+    assert f"encoding captions: {len(found.index)} of {len(found.index)} captions (100.0%)" in capsys.readouterr().out
+
+
 def test_a_finished_cache_that_only_its_owner_can_write_is_read(images, tmp_path, monkeypatch):
     vectors = SimpleNamespace(fingerprint="f", column=lambda name: iter([np.ones((2, 3), dtype=np.float32)]))
     options = SimpleNamespace(cache_dir=tmp_path)

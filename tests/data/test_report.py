@@ -91,6 +91,7 @@ def test_the_card_says_what_is_in_it_and_how_to_train(photos, tmp_path):
     assert re.match(r"L 0\.4\d{3} 0\.0\d{3} \(", card["mean, std"])
     assert done["fingerprint"] in card["fingerprint"] and "pillow" in card["made with"]
     assert "resize_mode crop" in card["settings"] and "validation_fraction 0.2" in card["settings"]
+    assert "background #ffffff" in card["settings"]
     assert f"{sum(shard['num_bytes'] for shard in done['shards']) / 1e6:,.1f} MB" in card["files"]
 
     options = parse_options(Options, "", shlex.split(card["train"])[3:])

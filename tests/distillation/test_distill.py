@@ -21,8 +21,10 @@ from diffusers import (
 )
 from distillation_helpers import FLAGS, run_distill
 from process_helpers import run_forked
+from safetensors.torch import load_file
 from training_helpers import same_training_state, same_weights, tiny_run
 
+import reconstruct_ema
 from pipelines.conditional import ConditionalPipeline
 from trainkit.errors import UserError
 from trainkit.sampling.load import load_pipeline
@@ -95,6 +97,22 @@ def test_each_stage_saves_a_stock_pipeline_that_refuses_more_steps(whole_run):
 def test_the_lengths_of_the_stages_are_shares_of_the_run(whole_run):
     folders = [whole_run / "stages/steps-4", whole_run / "stages/steps-2", whole_run]
     assert [len((folder / "metrics.jsonl").read_text().splitlines()) for folder in folders] == [3, 7, 7]
+
+
+def test_a_student_is_scored_with_its_scheduler_and_an_average_of_it_keeps_its_time_table(
+    distill, teacher, image_folder, monkeypatch, capsys
+):
+    flags = {"ema_power_lengths": [0.05, 0.1], "ema_snapshot_steps": 2, "num_steps": 2, "first_steps": 2}
+    out = distill(teacher, score_steps=100, score_images=4, **flags)
+    assert "training images | the student's DDIMScheduler, 2 steps |" in capsys.readouterr().out
+    sampling = ["--reference", image_folder, "--num_images", 4, "--num_inference_steps", 2, "--lengths", 0.05, 0.1]
+    words = ["--model_dir", out, "--output_dir", out / "averaged", "--cpu_threads", 1, *sampling]
+    monkeypatch.setattr(sys, "argv", ["reconstruct_ema.py", *map(str, words)])
+    reconstruct_ema.main()
+    before, after = load_file(out / UNET_FILE), load_file(out / "averaged" / UNET_FILE)
+    assert before.keys() == after.keys() and torch.equal(before["time_proj.weight"], after["time_proj.weight"])
+    assert not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
+    DDPMPipeline.from_pretrained(out / "averaged")(num_inference_steps=2)
 
 
 @pytest.mark.slow

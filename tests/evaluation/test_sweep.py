@@ -23,9 +23,11 @@ from trainkit.evaluation.frechet import RunningMoments
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance, frechet_distance_of_groups
 from trainkit.evaluation.sweep_report import _set_ticks
 from trainkit.report.card_results import BEGIN, END, with_section
-from trainkit.sampling.load import is_stock_pipeline, weights_digest
+from trainkit.sampling.choice import choose_scheduler
+from trainkit.sampling.load import is_stock_pipeline
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline, unconditional_pipeline
-from trainkit.sampling.table import TABLE_NAME, choose_scheduler
+from trainkit.sampling.table import TABLE_NAME
+from trainkit.sampling.weights import weights_digest
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from report_helpers import CHROMIUM, TABLE, numbers_of, open_in_browser, write_run
 from training_helpers import run_in_process, tiny_run
@@ -153,6 +155,30 @@ def test_one_run_without_a_file_gets_its_report_again(run, monkeypatch):
     (run / "scores.json").write_text(json.dumps(scores))
     compare(monkeypatch, run)
     assert "0.0625 ± 0.001" in (run / "report.html").read_text() and "0.0625" not in page
+
+
+def test_the_state_of_a_run_is_true_whatever_happened_to_it_since(run):
+    def shown(**record):
+        written = json.loads((run / "report.json").read_text()) | {"updated": "2026-01-02 03:04 UTC"} | record
+        (run / "report.json").write_text(json.dumps(written))
+        return re.sub(r"<[^>]+>|\s+", " ", page_of(run).partition("<header>")[2].partition("</header>")[0])
+
+    assert re.search("running or stopped +last written 2026-01-02 03:04 UTC", shown(state="training"))
+    assert re.search("finished +2026-01-02 03:04 UTC", shown(state="finished"))
+    assert re.search("stopped +2026-01-02 03:04 UTC", shown(state="stopped"))
+
+
+def test_compare_runs_needs_no_torch(run, tmp_path):
+    """It answers at once: torch and diffusers take seconds to import."""
+    program = (
+        "import sys; sys.argv[1:] = sys.argv[2:]; sys.path.insert(0, '.'); import compare_runs; compare_runs.main(); "
+        "assert not {'torch', 'diffusers', 'datasets', 'matplotlib'} & sys.modules.keys()"
+    )
+    for words in ([run], [run, run, "--output_file", tmp_path / "both.html"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "compare_runs.py", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_mistakes_of_compare_runs(run, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from report_helpers import TABLE
 from training_helpers import run_in_process, tiny_run
 
 from trainkit.report.card_results import update_card
-from trainkit.sampling.load import weights_digest
+from trainkit.sampling.weights import weights_digest
 from trainkit.training.run_report import RunReport
 
 FLAGS = {"max_train_steps": 2, "checkpointing_steps": 0, "eval_batch_size": 2, "lr_warmup_steps": 1}

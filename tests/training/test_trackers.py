@@ -27,7 +27,23 @@ def test_a_missing_package_is_one_line_before_anything_is_prepared(logger, monke
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_what_is_installed_is_not_refused():
+def test_weights_and_biases_without_a_login_is_one_line_before_anything_is_written(
+    monkeypatch, tmp_path, tiny_unet, image_folder
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path.parent))
+    output_dir, cache = tmp_path / "out", tmp_path / "cache"
+    arguments = tiny_run(image_folder, tiny_unet, cache, output_dir, logger="wandb")
+    with pytest.raises(UserError, match="--logger wandb cannot start .*No API key.*WANDB_MODE=offline") as error:
+        run_in_process(monkeypatch, "train_unconditional", arguments)
+    assert "\n" not in str(error.value) and not output_dir.exists() and not cache.exists()
+
+
+def test_what_is_installed_is_not_refused(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     for logger in ("none", "tensorboard", "wandb"):
         check_tracker(logger)
 

@@ -234,6 +234,7 @@ def test_score_lines_tell_all_that_they_depend_on(watched):
     row = lines_with(output_dir, "kid")[20]
     assert (row["kid_n"], row["kid_reference_n"], row["kid_reference"]) == (8, NUM_HELD_OUT, "validation")
     assert 0 < row["kid"] < 5 and row["kid_std"] > 0 and row["kid_num_inference_steps"] == 3
+    assert row["kid_scheduler"] == "sde_dpmsolver"
     line_of_20 = next(line for line in output.splitlines() if line.startswith("step 20: KID"))
     for words in ("8 generated, 14 validation images", "sde_dpmsolver, 3 steps",
                   "efficientnet-lite0", "not comparable with published figures"):  # fmt: skip

@@ -9,10 +9,12 @@ from trainkit.diffusion.few_step import is_few_step, student_steps
 from trainkit.diffusion.frozen import local_device
 from trainkit.errors import UserError
 from trainkit.sampling.catalogue import CATALOGUE, OWN_SCHEDULER
+from trainkit.sampling.choice import choose_scheduler, default_steps
 from trainkit.sampling.generate import Pipeline, image_shape
-from trainkit.sampling.load import FLAG, find_pipeline, load_pipeline, weights_digest
+from trainkit.sampling.load import FLAG, find_pipeline, load_pipeline
 from trainkit.sampling.schedulers import available_schedulers, check_steps, load_scheduler
-from trainkit.sampling.table import choose_scheduler, default_steps, read_table, score_text, time_text
+from trainkit.sampling.table import read_table, score_text, time_text
+from trainkit.sampling.weights import weights_digest
 
 SOLVER_STEPS = 100  # end of the slider for solvers that are good at few steps
 DEFAULT_GUIDANCE = 2.0  # of classes, vectors and prompts

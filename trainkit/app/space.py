@@ -12,7 +12,8 @@ import yaml
 
 from trainkit.atomic import TEMPORARY_PREFIX, write_text
 from trainkit.errors import UserError
-from trainkit.sampling.load import CONDITIONAL_FILES, HUB_FILES, PICKLED, find_pipeline
+from trainkit.sampling.load import HUB_FILES, PICKLED, find_pipeline
+from trainkit.sampling.weights import CONDITIONAL_FILES
 
 SCRIPT, CONFIG, REQUIREMENTS = "app.py", "space.yaml", "requirements.txt"
 PACKAGES = ("trainkit", "pipelines")

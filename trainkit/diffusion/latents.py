@@ -170,8 +170,12 @@ def _encoded(images: PreparedImages, vae: AutoencoderKL, folder: Path, mirror: b
         except ValueError as error:
             raise UserError(f"{FLAG}: the VAE gave {error}; the cache holds float16: use another VAE") from None
 
-    with Progress("encoding latents", units, f"units of {IMAGES_PER_UNIT:,}") as progress:
-        make_units(folder, rows.unit_names, make, rank * units // max(1, world), progress.advance)
+    with Progress("encoding latents", len(images), "images") as progress:
+
+        def show(number: int) -> None:
+            progress.advance(len(rows.unit_rows(number)))
+
+        make_units(folder, rows.unit_names, make, rank * units // max(1, world), show)
     vae.to("cpu")
     write_complete(folder, {"images": len(images)})
     return rows

@@ -236,8 +236,12 @@ def _encode_all(index: CaptionIndex, encoder: TextEncoder, rows: Rows) -> dict:
             ) from None
 
     first = rank * units // max(1, int(os.environ.get("WORLD_SIZE", 1)))
-    with Progress("encoding captions", units, f"units of {CAPTIONS_PER_UNIT:,}") as progress:
-        make_units(rows.folder, rows.unit_names, make, first, progress.advance)
+    with Progress("encoding captions", len(index), "captions") as progress:  # the empty one is among them
+
+        def show(number: int) -> None:
+            progress.advance(len(rows.unit_rows(number)))
+
+        make_units(rows.folder, rows.unit_names, make, first, show)
     encoder.model.to("cpu")
     cut = sum(unit_summary(rows.folder / name)["cut"] for name in rows.unit_names)
     complete = {"captions": len(index), "longest": rows.longest(), "cut": cut}

@@ -47,7 +47,6 @@ class DistillationData:
 
 def check_options(options: DistillationOptions, engine: TrainingOptions) -> None:
     """Raise `UserError` for settings that cannot work, before any image is prepared."""
-    check_tracker(engine.logger)
     check_score(engine)
     check_optimization(engine)
     check_ema_power_lengths(engine)
@@ -61,6 +60,7 @@ def check_options(options: DistillationOptions, engine: TrainingOptions) -> None
             f"--output_dir {options.output_dir} holds {RECORD} of an earlier distillation: continue it with "
             "--resume_from_checkpoint latest, or start again with --overwrite_output_dir"
         )
+    check_tracker(engine.logger)  # the last: it may ask a server
 
 
 def open_data(options: DistillationOptions, engine: TrainingOptions, teacher: SavedTeacher) -> DistillationData:

@@ -29,10 +29,11 @@ from trainkit.options.distillation import DistillationOptions
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import on_main_process, wait_for_everyone
 from trainkit.sampling.generate import Pipeline
-from trainkit.sampling.load import load_pipeline, weights_digest
+from trainkit.sampling.load import load_pipeline
 from trainkit.sampling.pipeline import conditional_pipeline, unconditional_pipeline
 from trainkit.sampling.schedulers import load_scheduler
 from trainkit.sampling.students import RECORD, read_distillation, stage_folder
+from trainkit.sampling.weights import weights_digest
 from trainkit.terminal import counted
 from trainkit.training.device import compile_unet, move_to_device
 from trainkit.training.output_folder import claim_output_dir

@@ -6,10 +6,11 @@ from typing import NamedTuple
 from trainkit.diffusion.few_step import is_few_step
 from trainkit.errors import UserError, renamed_flags
 from trainkit.sampling.catalogue import CATALOGUE, DEFAULT_STEPS, recommended_scheduler
-from trainkit.sampling.load import find_pipeline, weights_digest
+from trainkit.sampling.load import find_pipeline
 from trainkit.sampling.schedulers import available_schedulers, check_steps, load_scheduler
 from trainkit.sampling.students import RECORD, read_distillation, student_folders
 from trainkit.sampling.table import STUDENT, TEACHER
+from trainkit.sampling.weights import weights_digest
 
 FLAG, TEACHER_FLAG = "--sweep", "--teacher_model_name_or_path"
 FEW = 8  # the most steps of a student that is compared by default

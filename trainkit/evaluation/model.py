@@ -20,11 +20,12 @@ from trainkit.evaluation.reference import (
 from trainkit.evaluation.report import comparability
 from trainkit.processes import main_process_first
 from trainkit.sampling.cascade import open_cascade
+from trainkit.sampling.choice import default_steps, named_scheduler
 from trainkit.sampling.conditions import ALL, Conditions, read_conditions
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks, image_shape
-from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
+from trainkit.sampling.load import find_pipeline, load_pipeline
 from trainkit.sampling.schedulers import check_steps, describe_scheduler, load_scheduler
-from trainkit.sampling.table import default_steps, named_scheduler
+from trainkit.sampling.weights import weights_digest
 from trainkit.terminal import say
 
 DEFAULT_IMAGES = 1000

@@ -16,11 +16,11 @@ from trainkit.evaluation.features import ROUNDED_RESIZE, FeatureExtractor, extra
 from trainkit.evaluation.frechet import RunningMoments
 from trainkit.evaluation.images import ImageArray
 from trainkit.evaluation.metrics import JACKKNIFE_GROUPS, frechet_distance_of_groups, scores
+from trainkit.sampling.choice import calls_of
 from trainkit.sampling.conditions import Conditions
 from trainkit.sampling.generate import Pipeline, generate
 from trainkit.sampling.load import is_stock_pipeline
 from trainkit.sampling.schedulers import describe_scheduler, load_scheduler
-from trainkit.sampling.table import calls_of
 
 PICTURE_IMAGES = 8  # per row of sampling_table.png
 FEATURE_BATCH_SIZE = 64

@@ -10,9 +10,9 @@ from trainkit.atomic import replacing, write_json
 from trainkit.errors import UserError, one_line
 from trainkit.evaluation.candidates import Cell
 from trainkit.sampling.grid import image_grid, save_image, to_pil
-from trainkit.sampling.table import STUDENT, TABLE_NAME, TEACHER, read_table, score_text
+from trainkit.sampling.table import PICTURE_NAME, STUDENT, TABLE_NAME, TEACHER, read_table
 
-PICTURE_NAME, PLOT_NAME, STRIPS = "sampling_table.png", "sampling_plot.png", ".sampling_table"
+PLOT_NAME, STRIPS = "sampling_plot.png", ".sampling_table"
 LABEL_WIDTH = 140  # pixels left of a row of sampling_table.png
 
 
@@ -53,22 +53,6 @@ def write_pictures(folder: Path, table: dict) -> None:
     """Write sampling_table.png and sampling_plot.png."""
     _write_picture(folder, table, table["settings"]["height_width"][1])
     _write_plot(folder, table)
-
-
-def table_lines(table: dict) -> list[str]:
-    """The table in Markdown, best first."""
-    metrics = table["settings"]["metrics"]
-    stock = any(row["in_stock_pipeline"] is not None for row in table["cells"])
-    columns = ["scheduler", "steps", "UNet calls", "order", "stochastic"] + ["in DDPMPipeline"] * stock
-    columns += [metric.upper() for metric in metrics] + ["s per 1,000 images"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    words = {True: "yes", False: "no", None: "?"}
-    for row in sorted(table["cells"], key=lambda cell: cell["scores"][metrics[0]]):
-        values = [row["scheduler"], row["steps"], row["calls"], row["order"] or "?"]
-        values += [words[row["stochastic"]]] + [words[row["in_stock_pipeline"]]] * stock
-        values += [score_text(row, metric).partition(" ")[2] for metric in metrics]
-        lines.append("| " + " | ".join(map(str, [*values, f"{row['seconds_per_1000_images']:.3g}"])) + " |")
-    return lines
 
 
 def _strip(folder: Path, row: dict) -> Path:

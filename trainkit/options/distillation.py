@@ -4,16 +4,7 @@ from dataclasses import dataclass
 
 from trainkit.options.data import ImageOptions, LoadingOptions, PairOptions, SourceOptions
 from trainkit.options.fields import option
-from trainkit.options.terminal import TerminalOptions
-from trainkit.options.training import (
-    CheckpointOptions,
-    EmaOptions,
-    HardwareOptions,
-    HubOptions,
-    LoggingOptions,
-    OptimizationOptions,
-    ValidationOptions,
-)
+from trainkit.options.training import RunOptions
 
 
 @dataclass
@@ -56,19 +47,5 @@ class TeacherOptions:
 
 
 @dataclass
-class DistillationOptions(
-    TeacherOptions,
-    SourceOptions,
-    PairOptions,
-    ImageOptions,
-    LoadingOptions,
-    OptimizationOptions,
-    EmaOptions,
-    HardwareOptions,
-    CheckpointOptions,
-    LoggingOptions,
-    ValidationOptions,
-    HubOptions,
-    TerminalOptions,
-):
+class DistillationOptions(TeacherOptions, SourceOptions, PairOptions, ImageOptions, LoadingOptions, RunOptions):
     """The options of distill.py. The length of the run is that of all stages together."""

@@ -14,16 +14,7 @@ from trainkit.options.model import (
     TextOptions,
 )
 from trainkit.options.parsing import parse_options
-from trainkit.options.terminal import TerminalOptions
-from trainkit.options.training import (
-    CheckpointOptions,
-    EmaOptions,
-    HardwareOptions,
-    HubOptions,
-    LoggingOptions,
-    OptimizationOptions,
-    ValidationOptions,
-)
+from trainkit.options.training import RunOptions
 
 T = TypeVar("T", bound="TrainingOptions")
 
@@ -37,14 +28,7 @@ class TrainingOptions(
     ModelOptions,
     LatentOptions,
     ObjectiveOptions,
-    OptimizationOptions,
-    EmaOptions,
-    HardwareOptions,
-    CheckpointOptions,
-    LoggingOptions,
-    ValidationOptions,
-    HubOptions,
-    TerminalOptions,
+    RunOptions,
 ):
     """The options of every training script."""
 

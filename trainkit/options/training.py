@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from trainkit.options.fields import option
+from trainkit.options.terminal import TerminalOptions
 
 SECRET_OPTIONS = ("hub_token", "storage_options")  # never written down: not in checkpoints, not by trackers
 TOKEN_HELP = (
@@ -270,3 +271,17 @@ class HubOptions:
         None,
         "licence of the trained model for its card, such as mit or cc-by-4.0; default: none is given",
     )
+
+
+@dataclass
+class RunOptions(
+    OptimizationOptions,
+    EmaOptions,
+    HardwareOptions,
+    CheckpointOptions,
+    LoggingOptions,
+    ValidationOptions,
+    HubOptions,
+    TerminalOptions,
+):
+    """The options of everything that trains, whatever the model and the images are."""

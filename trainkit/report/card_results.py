@@ -9,7 +9,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from trainkit.atomic import write_text
-from trainkit.evaluation.sweep_report import PICTURE_NAME, table_lines
 from trainkit.report.metrics import read_rows
 from trainkit.report.record import read_record
 from trainkit.report.scores import (
@@ -20,7 +19,8 @@ from trainkit.report.scores import (
     scores_of_file,
     scores_of_training,
 )
-from trainkit.sampling.load import weights_digest
+from trainkit.sampling.table import PICTURE_NAME, table_lines
+from trainkit.sampling.weights import weights_digest
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- sampling table: written by evaluate_samples.py -->", "<!-- end of the sampling table -->"

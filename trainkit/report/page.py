@@ -17,6 +17,7 @@ from trainkit.report.summary import (
     RunSummary,
     best_scores,
     format_duration,
+    format_energy,
     format_value,
     headline,
     read_run,
@@ -293,6 +294,7 @@ def about(run: RunSummary) -> list[tuple[str, str]]:
         ("global batch", f"{run.global_batch_size:,} images" if run.global_batch_size else None),
         ("hardware", hardware.get("description")),
         ("wall-clock time", format_duration(wall) if wall else None),
+        ("energy", format_energy(record["energy"]) if record.get("energy") else None),
         *((name, version) for name, version in (record.get("versions") or {}).items()),
         ("git commit", commit),
     ]

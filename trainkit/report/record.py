@@ -21,7 +21,7 @@ def read_record(folder: Path) -> dict:
     """report.json, or what the newest checkpoint says of the run; {} if there is neither.
 
     Keys, all optional: name, title, origin, state, step, max_train_steps, global_batch_size, parameters, wall_time_s,
-    updated, repo_id, git_commit; hardware, dataset, held_out, options, versions, preview (dictionaries).
+    updated, repo_id, git_commit; hardware, energy, dataset, held_out, options, versions, preview (dictionaries).
     """
     found = read_json(folder / RECORD_NAME)
     return found or _record_of_checkpoint(folder)

@@ -121,7 +121,7 @@ def scores_of_training(rows: list[dict], extractor: str | None) -> list[Score]:
             num_generated=row.get("kid_n", 0),
             num_reference=row.get("kid_reference_n"),
             steps=row.get("kid_num_inference_steps"),
-            scheduler=None,  # that of training
+            scheduler=row.get("kid_scheduler"),
             extractor=extractor or "unknown features",
             source=METRICS_FILE,
         )

@@ -52,10 +52,17 @@ class RunSummary:
 
     @property
     def state(self) -> str:
-        """finished, stopped, or training: what the last writer knew; a killed run still says training."""
-        total = self.record.get("max_train_steps")
-        known = self.record.get("state")
-        return known or ("finished" if total and self.step >= total else "not finished")
+        """`finished`, `stopped` (by a signal), or `running or stopped`: nobody writes down that a run was killed."""
+        total, known = self.record.get("max_train_steps"), self.record.get("state")
+        if known in ("finished", "stopped"):
+            return known
+        return "finished" if known is None and total and self.step >= total else "running or stopped"
+
+    @property
+    def written(self) -> str:
+        """When training wrote about itself last, if it is known."""
+        updated = self.record.get("updated") or ""
+        return f"last written {updated}" if updated and self.state == "running or stopped" else updated
 
     @property
     def dataset(self) -> dict:
@@ -147,6 +154,14 @@ def format_duration(seconds: float) -> str:
             rest = seconds % length // part
             return f"{seconds // length} {unit}" + (f" {rest} {smaller}" if rest else "")
     return f"{seconds} s"
+
+
+def format_energy(energy: dict) -> str:
+    """`12.3 Wh (the GPU alone)`, `1.23 kWh (the GPU alone, since step 400)`: the `energy` of a record."""
+    hours = energy["joules"] / 3600
+    amount = f"{hours / 1000:.3g} kWh" if hours >= 1000 else f"{hours:.3g} Wh"
+    since = f", since step {energy['since_step']:,}" if energy.get("since_step") else ""
+    return f"{amount} ({energy['covers']}{since})"
 
 
 def format_mib(mib: float) -> str:

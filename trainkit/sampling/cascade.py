@@ -105,10 +105,11 @@ def _each(given: list | None, name: str, count: int) -> list:
 def _open(name: str, given: Given, before: "Pipeline") -> "tuple[Upsampler, dict, str]":
     """An upsampler, what its images depend on, and the name of its scheduler."""
     from trainkit.processes import main_process_first
+    from trainkit.sampling.choice import default_steps, named_scheduler
     from trainkit.sampling.generate import Upsampler
-    from trainkit.sampling.load import find_pipeline, load_pipeline, weights_digest
+    from trainkit.sampling.load import find_pipeline, load_pipeline
     from trainkit.sampling.schedulers import check_steps, describe_scheduler
-    from trainkit.sampling.table import default_steps, named_scheduler
+    from trainkit.sampling.weights import weights_digest
 
     own = {flag: PREFIX + flag for flag in ("scheduler", "num_inference_steps")}
     with renamed_flags(model_name_or_path=FLAG[2:], **own):

@@ -1,6 +1,5 @@
 """The parts of a saved pipeline, from a local folder or the Hub, without executing anything in it."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -16,9 +15,9 @@ from pipelines.vector_embedding import VectorEmbedding
 from trainkit.diffusion.unet import load_any_variant
 from trainkit.errors import UserError, one_line
 from trainkit.sampling.generate import Pipeline
+from trainkit.sampling.weights import CONDITIONAL_FILES, CONFIG_NAME, WEIGHTS_STEM, unet_folder
 
 FLAG = "--model_name_or_path"
-CONFIG_NAME, WEIGHTS_STEM = "config.json", "diffusion_pytorch_model"
 VAE_CLASSES = {"AutoencoderKL": AutoencoderKL}
 # What is fetched from the Hub. Older pipelines keep UNet and scheduler at the top of the repository.
 HUB_FILES = [
@@ -32,11 +31,6 @@ HUB_FILES = [
     "scheduler_config.json",
     "sampling_table.json",
 ]
-COMPANIONS = (
-    "vector_embedding", "text_encoder", "tokenizer", "vae", "guidance_unet", "guidance_vector_embedding",
-    "image_input",
-)  # fmt: skip
-CONDITIONAL_FILES = [f"{part}/*.{end}" for part in COMPANIONS for end in ("json", "safetensors", "txt", "model")]
 STOCK_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # all of the same two parts: unet and scheduler
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLED = [f"unet/{WEIGHTS_STEM}.bin", f"{WEIGHTS_STEM}.bin"]
@@ -52,7 +46,7 @@ def find_pipeline(name_or_path: str) -> Path:
     _check_pipeline_class(folder)
     if hint := _another_folder(folder):
         raise UserError(f"{FLAG} {name_or_path} {hint}")
-    if not (_unet_folder(folder) / CONFIG_NAME).is_file():
+    if not (unet_folder(folder) / CONFIG_NAME).is_file():
         raise UserError(f"{FLAG} {name_or_path}: no unet/{CONFIG_NAME} there; use the folder of a saved pipeline")
     return folder
 
@@ -104,7 +98,7 @@ def _load_unet(folder: Path, vae: AutoencoderKL | None) -> UNet2DModel:
         UserError: it is not a UNet2DModel for L, RGB or RGBA images or the latents of `vae`, or its weights cannot be
             read.
     """
-    source = _unet_folder(folder)
+    source = unet_folder(folder)
     class_name = _read_json(source / CONFIG_NAME).get("_class_name")
     if class_name != "UNet2DModel":
         raise UserError(f"{FLAG} {folder}: its UNet is a {class_name}; only a UNet2DModel samples without a condition")
@@ -163,21 +157,6 @@ def _load_component(folder: Path, index: dict, name: str, known: Any) -> Any:
         raise UserError(f"{FLAG} {folder}: {name} cannot be loaded: {one_line(error)}") from None
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of the configuration and weight files of the UNet and its companions: it identifies a model."""
-    digest, source = hashlib.sha256(), _unet_folder(folder)
-    companions = [path for pattern in CONDITIONAL_FILES for path in sorted(folder.glob(pattern))]
-    for path in [source / CONFIG_NAME, *sorted(source.glob(f"{WEIGHTS_STEM}*")), *companions]:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _unet_folder(folder: Path) -> Path:
-    return folder / "unet" if (folder / "unet").is_dir() else folder
-
-
 def is_stock_pipeline(folder: Path) -> bool:
     """Whether diffusers' DDPMPipeline can hold the model in `folder`: no conditions and no autoencoder."""
     index = folder / "model_index.json"
@@ -214,7 +193,7 @@ def _download(name: str) -> Path:
         raise UserError(f"{FLAG} {name} does not exist: give the folder of a saved pipeline, or a Hub id")
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + CONDITIONAL_FILES))
-        if not any(_unet_folder(folder).glob(f"{WEIGHTS_STEM}*")):
+        if not any(unet_folder(folder).glob(f"{WEIGHTS_STEM}*")):
             folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + PICKLED))
     except (HFValidationError, OSError) as error:  # also what huggingface_hub raises without a connection
         response = getattr(error, "response", None)

@@ -64,6 +64,12 @@ def use_default_scheduler(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
+def scheduler_name(pipeline: Pipeline) -> str:
+    """The name of the scheduler that `use_default_scheduler` leaves: in the catalogue, or the class of a student's."""
+    own = pipeline.scheduler
+    return f"the student's {type(own).__name__}" if is_few_step(own) else DEFAULT_SCHEDULER
+
+
 def save_pipeline(folder: Path, pipeline: Pipeline, card: str) -> None:
     """Save `pipeline` with its schedulers, its code if it is our own, and README.md (`card`).
 

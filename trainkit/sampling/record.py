@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 from trainkit.atomic import write_json, write_text
@@ -101,7 +100,3 @@ def write_grid(folder: Path, samples: Samples, rows: list[dict]) -> None:
     """Write the picture of the first images, with the class or caption of each (`rows` of `Conditions`) below it."""
     captions = [str(row.get("label", row.get("text", ""))) for row in rows]
     save_image(image_grid(samples.first(len(rows)), captions=captions if any(captions) else None), folder / GRID_NAME)
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "diffusers", "accelerate")}

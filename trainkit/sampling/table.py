@@ -1,24 +1,13 @@
-"""sampling_table.json of a model's folder: quality and time of its schedulers, and which of them to sample with."""
+"""sampling_table.json of a model's folder: quality and time of its schedulers, and the lines that show it."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffusers import SchedulerMixin
-
-from trainkit.diffusion.few_step import is_few_step, student_steps
 from trainkit.errors import UserError
-from trainkit.sampling.catalogue import (
-    CATALOGUE,
-    DEFAULT_SCHEDULER,
-    DEFAULT_STEPS,
-    OWN_SCHEDULER,
-    recommended_scheduler,
-)
-from trainkit.sampling.load import weights_digest
-from trainkit.sampling.schedulers import describe_scheduler, load_scheduler, shipped_schedulers
+from trainkit.sampling.catalogue import CATALOGUE
 
-TABLE_NAME = "sampling_table.json"
+TABLE_NAME, PICTURE_NAME = "sampling_table.json", "sampling_table.png"
 STUDENT, TEACHER = "student", "teacher/"  # names of rows of a few-step student: itself, and its teacher's schedulers
 
 
@@ -39,44 +28,6 @@ def read_table(folder: Path, weights_sha256: str | None = None) -> dict:
     if weights_sha256 is not None and table.get("weights_sha256") != weights_sha256:
         return {}
     return table if known else {}
-
-
-def choose_scheduler(folder: Path, steps: int) -> tuple[str, str]:
-    """The name of the scheduler for `steps`, and why: a line for the user.
-
-    The best of the table among those that call the UNet `steps` times. Without one, the pipeline's own scheduler if it
-    is not the one that training saves, else the recommended one for so many steps.
-    """
-    own, shipped = load_scheduler(folder), shipped_schedulers(folder)
-    if is_few_step(own):
-        return OWN_SCHEDULER, f"scheduler: that of a few-step student, {type(own).__name__}"
-    table = read_table(folder, weights_digest(folder)) if (folder / TABLE_NAME).is_file() else {}
-    rows = [cell for cell in table.get("cells", []) if cell["steps"] == cell["calls"] == steps]
-    if rows:
-        metric = table["settings"]["metrics"][0]
-        best = min(rows, key=lambda cell: cell["scores"][metric])
-        why = f"the lowest {metric.upper()} of {len(rows)} schedulers at {steps} steps in {folder / TABLE_NAME}"
-        return best["scheduler"], f"--scheduler {best['scheduler']}: {why}"
-    saved = load_scheduler(folder, DEFAULT_SCHEDULER) if DEFAULT_SCHEDULER in shipped else None
-    if saved is not None and describe_scheduler(own) != describe_scheduler(saved):
-        return OWN_SCHEDULER, f"scheduler: the pipeline's own {type(own).__name__}"
-    name = recommended_scheduler(steps)
-    missing = f" (no row of {TABLE_NAME} has as many)" if table else ""
-    return name, f"--scheduler {name}: recommended for {steps} steps{missing}"
-
-
-def named_scheduler(folder: Path, name: str | None, steps: int) -> tuple[str, SchedulerMixin, str]:
-    """The name and the scheduler of `--scheduler`, or of `choose_scheduler` without it, and a line that says which."""
-    why = f"--scheduler {name}"
-    if name is None:
-        name, why = choose_scheduler(folder, steps)
-    return name, load_scheduler(folder, name), why
-
-
-def default_steps(folder: Path) -> int:
-    """The steps of `--num_inference_steps` if it is not given: all steps of a few-step student."""
-    own = load_scheduler(folder)
-    return student_steps(own) if is_few_step(own) else DEFAULT_STEPS
 
 
 def list_lines(bundle: Iterable[str], table: dict, stock: bool) -> list[str]:
@@ -111,6 +62,22 @@ def _describe_row(name: str) -> str:
     return "a scheduler of its teacher" if name.startswith(TEACHER) else "the scheduler of this folder"
 
 
+def table_lines(table: dict) -> list[str]:
+    """The table in Markdown, best first."""
+    metrics = table["settings"]["metrics"]
+    stock = any(row["in_stock_pipeline"] is not None for row in table["cells"])
+    columns = ["scheduler", "steps", "UNet calls", "order", "stochastic"] + ["in DDPMPipeline"] * stock
+    columns += [metric.upper() for metric in metrics] + ["s per 1,000 images"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    words = {True: "yes", False: "no", None: "?"}
+    for row in sorted(table["cells"], key=lambda cell: cell["scores"][metrics[0]]):
+        values = [row["scheduler"], row["steps"], row["calls"], row["order"] or "?"]
+        values += [words[row["stochastic"]]] + [words[row["in_stock_pipeline"]]] * stock
+        values += [score_text(row, metric).partition(" ")[2] for metric in metrics]
+        lines.append("| " + " | ".join(map(str, [*values, f"{row['seconds_per_1000_images']:.3g}"])) + " |")
+    return lines
+
+
 def score_text(cell: dict, metric: str) -> str:
     """`KID 0.0123 +- 0.0012`."""
     error = cell["scores"].get(f"{metric}_se")
@@ -119,9 +86,3 @@ def score_text(cell: dict, metric: str) -> str:
 
 def time_text(cell: dict) -> str:
     return f"{cell['seconds_per_1000_images']:.3g} s per 1,000 images"
-
-
-def calls_of(scheduler: SchedulerMixin, steps: int) -> int:
-    """How often the UNet is called for one image."""
-    scheduler.set_timesteps(steps)
-    return len(scheduler.timesteps)

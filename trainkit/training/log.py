@@ -17,10 +17,10 @@ from trainkit.options.training import LoggingOptions
 from trainkit.processes import on_main_process
 from trainkit.report.metrics import METRICS_FILE
 from trainkit.terminal import Progress, warn
-from trainkit.training.throughput import Throughput
+from trainkit.training.throughput import CoreWait, Throughput
 from trainkit.training.trackers import start_trackers, tracked_values
 
-SLOW_DATA = 0.1  # the share of waiting time from which the progress names it
+SLOW = 0.1  # the share of waiting time, for data or for a core, from which the progress names it
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -97,6 +97,8 @@ class StepLog:
     def start(self, step: int, max_train_steps: int) -> None:
         """Start the clock and the progress at optimizer step `step`."""
         self._window_start, self._window_step, self._window_wait_s = time.perf_counter(), step, 0.0
+        on_cpu = self.accelerator.device.type == "cpu"
+        self._core_wait = CoreWait() if on_cpu and torch.get_num_threads() > 1 else None
         self._max_train_steps = max_train_steps
         self._details, self._left_s = "", None  # of the last flush
         self.progress = Progress("training", max_train_steps, "steps", step, hidden=not self.show_progress)
@@ -132,8 +134,10 @@ class StepLog:
         self._details = (
             f"loss {sum(means) / len(means):.4f}, lr {rates[-1]:.2e}, {rows[-1]['images_per_s']:.3g} images/s"
         )
-        if rows[-1]["data_wait_share"] > SLOW_DATA:
+        if rows[-1]["data_wait_share"] > SLOW:
             self._details += f", {rows[-1]['data_wait_share']:.0%} of the time waiting for data"
+        if rows[-1].get("core_wait_share", 0) > SLOW:
+            self._details += f", {rows[-1]['core_wait_share']:.0%} of the time waiting for cores (--cpu_threads)"
         self._left_s = rows[-1]["eta_s"]
         self.progress.update(steps[-1], self._details, self._left_s)
         return list(zip(steps, grad_norms, strict=True))
@@ -146,6 +150,9 @@ class StepLog:
         self._window_start, self._window_step, self._window_wait_s = time.perf_counter(), step, wait_s
         values = self.throughput.values(steps_per_s * self.global_batch_size)
         values["data_wait_share"] = round(wait_share, 4)
+        core_wait_share = self._core_wait.share() if self._core_wait else None
+        if core_wait_share is not None:
+            values["core_wait_share"] = round(core_wait_share, 4)
         if self.accelerator.scaler is not None:
             values["loss_scale"] = self.accelerator.scaler.get_scale()
         values["eta_s"] = round((self._max_train_steps - step) / steps_per_s, 1)

@@ -31,6 +31,7 @@ STOCK_NOTE = (
     '"{name}", custom_pipeline="unconditional", trust_remote_code=True)` for them. For example'
 )
 NAMED_CLASSES = 100
+EQUIPMENT = ("model", "global batch", "hardware", "wall-clock time", "energy")  # of what the report says of a run
 LISTED_OPTIONS = (
     "condition", "condition_from", "conditioning_dropout", "prediction_type", "ddpm_beta_schedule", "noise_shift",
     "rescale_betas_zero_snr", "ddpm_num_steps", "loss_weighting", "snr_gamma", "timestep_sampling", "optimizer",
@@ -127,7 +128,11 @@ def _listed_classes(names: list[str]) -> str:
 
 
 def _equipment(facts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(what, value) for what, value in facts if what in ("model", "global batch", "hardware", "wall-clock time")]
+    return [
+        (what, value)
+        for what, value in facts
+        if what in ("model", "global batch", "hardware", "wall-clock time", "energy")
+    ]
 
 
 def _versions(record: dict[str, Any]) -> str:

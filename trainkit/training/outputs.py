@@ -15,7 +15,7 @@ from trainkit.processes import wait_for_everyone
 from trainkit.report.card_results import update_card
 from trainkit.sampling.generate import Pipeline, generate_on_all_ranks
 from trainkit.sampling.grid import image_grid, save_image
-from trainkit.sampling.pipeline import save_pipeline, use_default_scheduler
+from trainkit.sampling.pipeline import save_pipeline, scheduler_name, use_default_scheduler
 from trainkit.terminal import only_warn
 from trainkit.training.log import plot_loss
 from trainkit.training.model_card import model_card
@@ -51,6 +51,7 @@ class Outputs:
             self.preview_condition = held_out_condition  # pictures of other images show more
         self.validation: HeldOutLoss | None = None
         self.score: SampleScore | None = None
+        self._scheduler = ""  # of the latest samples
         self.report = RunReport(run, held_out, origin)
         if options.push_to_hub and run.accelerator.is_main_process:
             run.pushes = start_pushes(options)
@@ -62,6 +63,7 @@ class Outputs:
     def write_due(self) -> None:
         """Write what is due after the current step. Call it after every `run.update`."""
         run, options = self.run, self.run.options
+        self.report.follow()
         if self.validation is not None and run.due(steps=options.validation_steps):
             self.validation.measure()
         if self.score is not None and run.due(steps=options.score_steps):
@@ -129,21 +131,24 @@ class Outputs:
         self.report.write(finished)
         wait_for_everyone()
 
-    def _generate_unguided(self, count: int) -> np.ndarray:
-        """`count` samples for a score: guidance would reduce the diversity that the score measures."""
+    def _generate_unguided(self, count: int) -> tuple[np.ndarray, str]:
+        """`count` samples for a score, and their scheduler: guidance would reduce the diversity that it measures."""
         run = self.run
         if run.condition is None:
-            return self._generate(count)
+            return self._generate(count), self._scheduler
         indices = sample_indices(np.arange(count) % len(run.images), len(run.images), run.options.seed)
-        return self._generate(count, run.condition.pipeline_conditions(indices), guidance_scale=1.0)
+        samples = self._generate(count, run.condition.pipeline_conditions(indices), guidance_scale=1.0)
+        return samples, self._scheduler
 
     def _generate(self, count: int, conditions: list | np.ndarray | None = None, **guidance) -> np.ndarray:
         """Images (count, H, W, C) uint8 of the averaged weights on every rank, from --seed, --seed + 1, ..."""
         options = self.run.options
         with self.run.averaged_weights() as unet:
+            pipeline = use_default_scheduler(self.pipeline_of(unet))
+            self._scheduler = scheduler_name(pipeline)
             return generate_on_all_ranks(
                 self.run.accelerator,
-                use_default_scheduler(self.pipeline_of(unet)),
+                pipeline,
                 range(options.seed, options.seed + count),
                 options.ddpm_num_inference_steps,
                 options.eval_batch_size,

@@ -15,6 +15,7 @@ from trainkit.report.metrics import read_rows, training_seconds
 from trainkit.report.record import RECORD_NAME, describe_preparation, read_json
 from trainkit.report.write import REPORT_NAME, write_report
 from trainkit.terminal import only_warn
+from trainkit.training.energy import INTERVAL_S, EnergyMeter, local_devices
 from trainkit.training.run import Run
 from trainkit.versions import git_commit, versions
 
@@ -35,6 +36,11 @@ class RunReport:
         # A killed run has trained for longer than it last reported.
         trained_s = training_seconds(read_rows(run.output_dir)) if run.step else None
         self._earlier_s = max(float(earlier.get("wall_time_s") or 0.0), trained_s or 0.0)
+        self._energy = EnergyMeter(run.accelerator.device, local_devices(), run.step, earlier.get("energy"))
+
+    def follow(self) -> None:
+        """Read the counters of energy from time to time, before they begin again at 0. Call it after each step."""
+        self._energy.update(INTERVAL_S)
 
     def write(self, finished: bool = False) -> None:
         """Write both files; a failure only warns. The time does not count as training."""
@@ -60,6 +66,7 @@ class RunReport:
             "parameters": sum(parameter.numel() for parameter in run.unet.parameters()),
             "wall_time_s": round(self._earlier_s + time.perf_counter() - self._started, 1),
             "hardware": {"description": describe_hardware(run)},
+            "energy": self._energy.record(),
             "dataset": describe_images(run.images),
             "held_out": None if self.held_out is None else {"num_images": len(self.held_out)},
             "options": {name: value for name, value in asdict(options).items() if name not in SECRET_OPTIONS},

@@ -16,7 +16,6 @@ from trainkit.evaluation.features import ROUNDED_RESIZE, FeatureExtractor, extra
 from trainkit.evaluation.images import ImageArray, PreparedFolder
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import wait_for_everyone
-from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 from trainkit.terminal import say
 from trainkit.training.run import Run
 
@@ -46,10 +45,11 @@ class SampleScore:
 
     The reference is `held_out`, or the training images if that is None: at most `REFERENCE_IMAGES` of them (or
     `--score_images`, if that is more), the first in a fixed order, whose features are computed once.
-    `generate(count)` returns samples (count, H, W, C) uint8 on every rank. Create and call it on every rank.
+    `generate(count)` returns samples (count, H, W, C) uint8 on every rank and the name of their scheduler. Create and
+    call it on every rank.
     """
 
-    def __init__(self, run: Run, held_out: PreparedImages | None, generate: Callable[[int], np.ndarray]):
+    def __init__(self, run: Run, held_out: PreparedImages | None, generate: Callable[[int], tuple[np.ndarray, str]]):
         self.run, self.generate, options = run, generate, run.options
         images, self.reference_name = (run.images, "training") if held_out is None else (held_out, "validation")
         if len(images) < MINIMUM_IMAGES:
@@ -71,10 +71,10 @@ class SampleScore:
         if self._measured_step == run.step:
             return
         self._measured_step = run.step
-        samples = self.generate(run.options.score_images)
+        samples, scheduler = self.generate(run.options.score_images)
         if run.accelerator.is_main_process:
             started = time.perf_counter()
-            self._report(self._features(ImageArray(samples), np.arange(len(samples))))
+            self._report(self._features(ImageArray(samples), np.arange(len(samples))), scheduler)
             run.log.pause(time.perf_counter() - started)
         wait_for_everyone()
 
@@ -83,7 +83,7 @@ class SampleScore:
         batches = images.batches(indices, FEATURE_BATCH_SIZE, self.extractor.input_size, rounded)
         return extract_features(self.extractor, batches, self.run.accelerator.device)
 
-    def _report(self, features: torch.Tensor) -> None:
+    def _report(self, features: torch.Tensor, scheduler: str) -> None:
         from trainkit.evaluation.metrics import kernel_distance  # takes a second to import
         from trainkit.evaluation.report import comparability
 
@@ -96,12 +96,13 @@ class SampleScore:
                 "kid_n": options.score_images,
                 "kid_reference_n": self.num_reference,
                 "kid_reference": self.reference_name,
+                "kid_scheduler": scheduler,
                 "kid_num_inference_steps": options.ddpm_num_inference_steps,
             },
         )
         say(
             f"step {run.step}: KID {distance['kid']:.4g} +- {distance['kid_std']:.2g} | {options.score_images} "
-            f"generated, {self.num_reference} {self.reference_name} images | {DEFAULT_SCHEDULER}, "
+            f"generated, {self.num_reference} {self.reference_name} images | {scheduler}, "
             f"{options.ddpm_num_inference_steps} steps | {self.extractor.name} | "
             f"{comparability(self.extractor.weights_sha256, options.score_images, self.num_reference)}"
         )

@@ -70,7 +70,6 @@ def resolve_options(options: TrainingOptions) -> TrainingOptions:
 
 def check_options(options: TrainingOptions) -> None:
     """Raise `UserError` for settings that cannot work, before any image is prepared."""
-    check_tracker(options.logger)
     check_score(options)
     check_unet_options(options)
     check_latent_options(options)
@@ -82,6 +81,7 @@ def check_options(options: TrainingOptions) -> None:
     check_sampling(options)
     check_hub_options(options)
     check_output_dir(options)
+    check_tracker(options.logger)  # the last: it may ask a server
 
 
 def check_sampling(options: TrainingOptions) -> None:

@@ -1,6 +1,7 @@
 """How well the hardware is used: FLOPs of the model, peak FLOP/s of the device, memory."""
 
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -66,6 +67,34 @@ def memory_peak_mib(device: torch.device) -> float:
         return getattr(found, "peak_wset", found.rss) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def core_seconds() -> tuple[float, float] | None:
+    """Seconds that all threads of this process have run, and have waited for a core; None where Linux does not say."""
+    ran_ns = waited_ns = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            ran, waited, _ = file.read_text().split()
+        except (OSError, ValueError):  # the thread has just ended; or the kernel does not count
+            continue
+        ran_ns, waited_ns = ran_ns + int(ran), waited_ns + int(waited)
+    return (ran_ns / 1e9, waited_ns / 1e9) if ran_ns else None
+
+
+class CoreWait:
+    """The share of its time that a process waits for a core, because other programs use them."""
+
+    def __init__(self):
+        self._last = core_seconds()
+
+    def share(self) -> float | None:
+        """The share in [0, 1] since the last call, over the threads that were not idle; None if it is not known."""
+        now, last = core_seconds(), self._last
+        self._last = now
+        if now is None or last is None:
+            return None
+        ran, waited = max(now[0] - last[0], 0.0), max(now[1] - last[1], 0.0)  # threads that ended are not counted
+        return waited / max(ran + waited, 1e-9)
 
 
 def device_name(device: torch.device) -> str:

@@ -17,16 +17,33 @@ from accelerate import Accelerator, tracking
 
 from trainkit.errors import UserError, one_line
 from trainkit.options.training import SECRET_OPTIONS, LoggingOptions
+from trainkit.packages import load_package
 
 VALIDATION, SCORE = "validation_loss", "kid"
 TRAIN = ("loss", "lr", "grad_norm", "images", "loss_scale")
+WITHOUT_LOGIN = ("offline", "disabled", "dryrun")  # values of WANDB_MODE
 CONSTANT = ("kid_n", "kid_reference_n", "kid_num_inference_steps")  # of a run: settings, not curves
 
 
 def check_tracker(logger: str) -> None:
-    """Raise `UserError` if the package of `--logger` is not installed; Accelerate would log nothing, silently."""
+    """Raise `UserError` if `--logger` cannot work, before anything is written.
+
+    Its package must be installed: without it Accelerate would log nothing, silently. Weights & Biases needs a login,
+    which is checked on the first process of all; on a terminal, its package asks for the key.
+    """
     if logger != "none" and logger not in map(str, tracking.get_available_trackers()):
         raise UserError(f"--logger {logger}: its package is not installed: pip install {logger}, or --logger none")
+    if logger == "wandb" and os.environ.get("RANK", "0") == "0" and os.environ.get("WANDB_MODE") not in WITHOUT_LOGIN:
+        wandb = load_package("wandb", "--logger wandb")
+        try:
+            wandb.login(verify=True)
+        except wandb.Error as error:
+            raise _cannot_start(logger, error) from None
+
+
+def _cannot_start(logger: str, error: Exception) -> UserError:
+    hint = "log in with `wandb login` or set WANDB_MODE=offline" if logger == "wandb" else "fix this"
+    return UserError(f"--logger {logger} cannot start ({one_line(error)}): {hint}, or use --logger none")
 
 
 def tracked_values(row: dict, num_processes: int = 1) -> dict[str, float]:
@@ -77,10 +94,7 @@ def start_trackers(accelerator: Accelerator, options: LoggingOptions, output_dir
     try:
         accelerator.init_trackers(project, config=settings, init_kwargs=arguments)
     except Exception as error:  # each package raises its own
-        hint = "log in with `wandb login` or set WANDB_MODE=offline" if options.logger == "wandb" else "fix this"
-        raise UserError(
-            f"--logger {options.logger} cannot start ({one_line(error)}): {hint}, or use --logger none"
-        ) from None
+        raise _cannot_start(options.logger, error) from None
 
 
 def where_to_look(options: LoggingOptions, output_dir: Path) -> str:

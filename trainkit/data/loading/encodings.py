@@ -35,12 +35,13 @@ def make_units(
     """Call `make(number)` for each of `names` that is not in `folder`, and share the work with other processes.
 
     `make` writes `folder / names[number]` by `written`. This process starts at number `first`, so processes seldom
-    compete for a unit. `on_done(n)` is called when n more units exist. Returns when all exist, whichever process made
-    them. Raises `UserError` if the folder cannot be written.
+    compete for a unit. `on_done(number)` is called for each that exists. Returns when all exist, whichever process
+    made them. Raises `UserError` if the folder cannot be written.
     """
     present = sizes(folder)
     if all(name in present for name in names):  # perhaps a cache that only another user can write
-        on_done(len(names))
+        for number in range(len(names)):
+            on_done(number)
         return
     locks = folder / LOCKS_FOLDER
     missing = [*range(first, len(names)), *range(first)]
@@ -51,7 +52,7 @@ def make_units(
             for number in missing:
                 name = names[number]
                 if name in present or _make_alone(folder / name, locks / f"{name}.lock", make, number):
-                    on_done(1)
+                    on_done(number)
                 else:
                     left.append(number)
             if len(left) == len(missing):

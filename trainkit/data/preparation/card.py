@@ -138,7 +138,8 @@ def _statistics(preparation: dict, image_mode: str) -> str | None:
 
 
 def _setting(value) -> str:
-    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    """Text of a setting; the only one that is a list is a colour."""
+    return f"#{bytes(value).hex()}" if isinstance(value, list) else str(value)
 
 
 def _command(folder: Path | RemotePath, preparation: dict, filters: dict) -> str:

@@ -168,17 +168,19 @@ def refuse_other_settings(
     output_flag: str,
 ) -> None:
     """Raise `UserError` if the folder holds a dataset (`held`) of other settings; it names those that differ."""
-    if held is None:
-        return
+    if held is not None and (changed := other_settings(held, settings, filters)):
+        raise replacing_error(output_dir, output_flag, f"a dataset of other settings ({'; '.join(changed)})")
+
+
+def other_settings(held: dict, settings: PreparationSettings, filters: FilterSettings) -> list[str]:
+    """The settings of the dataset `held` that are others now: name, value and new value of each."""
     before = held["settings"] | filters_of(held)
     now = json.loads(json.dumps(dataclasses.asdict(settings) | dataclasses.asdict(filters)))
-    changed = [
+    return [
         f"{name} {before[name]}, now {value}"
         for name, value in now.items()
         if before.get(name, value) != value and not name.startswith("train_")  # no stored byte depends on those
     ]
-    if changed:
-        raise replacing_error(output_dir, output_flag, f"a dataset of other settings ({'; '.join(changed)})")
 
 
 def refuse_other_pairs(

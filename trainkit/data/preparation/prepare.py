@@ -33,6 +33,7 @@ from trainkit.data.preparation.finalize import EARLY_FILES, Rejections, delete_a
 from trainkit.data.preparation.output import (
     check_output,
     delete_own_files,
+    other_settings,
     output_errors,
     refuse_other_pairs,
     refuse_other_settings,
@@ -47,6 +48,7 @@ from trainkit.errors import UserError
 from trainkit.locking import locked
 from trainkit.terminal import Progress, say
 
+SHOWN_CLASSES = 3
 Unit = tuple[Path | RemotePath, Sequence]  # a shard and its items
 
 
@@ -132,6 +134,8 @@ def prepare(
         if held and not overwrite and _is_of_other_images(held, source, units):
             what = f"a dataset of other images ({held['source']['name']}, now {source.name})"
             raise replacing_error(output_dir, output_flag, what)
+        if held and show_progress:
+            say(f"{output_dir} is prepared again: {_why_again(held, output_dir, source, writer)}")
         make_folder(work / WORK_FOLDER)
         few = partial(run_jobs if engine is run_jobs else run_jobs_in_processes, num_proc=1)
         engines = partial(engine, num_proc=num_proc), few
@@ -175,6 +179,26 @@ def _is_of_other_images(preparation: dict, source: Source, units: list[Unit]) ->
     names = {shard.stem for shard, _ in units}
     held = {"-".join(shard["filename"].removesuffix(".arrow").split("-")[:2]) for shard in preparation["shards"]}
     return preparation["source"]["name"] != source.name and not names & held
+
+
+def _why_again(held: dict, folder: Path | RemotePath, source: Source, writer: ShardWriter) -> str:
+    """Why a finished dataset does not do, and what is done about it."""
+    if changed := other_settings(held, writer.settings, writer.filters):
+        return f"its settings were others ({'; '.join(changed)})"
+    before, now = list(held["classes"] or {}), source.label_names or []
+    if sorted(before) != sorted(now):
+        return f"its classes were others ({format_classes(before)}, now {format_classes(now)}), so every image is read"
+    if faults.TRANSIENT & held["rejected"].keys():
+        return "files that could not be read are tried again"
+    if not _shards_are_there(held, folder):
+        return "files of it are missing or cut short, and are made again"
+    return "images, or what belongs to them, were added, changed or removed; the rest is kept"
+
+
+def format_classes(names: list[str]) -> str:
+    """'none', or '10: cat, dog, horse, ...'."""
+    shown = ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "")
+    return f"{len(names)}: {shown}" if names else "none"
 
 
 def _run(task: Task, engines: tuple[Callable, Callable], rejections: Rejections) -> dict:

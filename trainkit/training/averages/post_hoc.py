@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from trainkit.atomic import write_json
 from trainkit.diffusion.power_profiles import LONGEST, combination, gamma_of
@@ -19,6 +19,7 @@ from trainkit.training.averages.power_ema import FOLDER, snapshot_files
 
 FLAG = "--model_dir"
 PARTS = {"unet": "", "vector_embedding": "class_embedding."}  # folder of the pipeline -> prefix in training
+TIME_TABLE = "time_proj.weight"  # of a few-step student (`with_time_table`)
 OF_OTHER_WEIGHTS = ("samples.png",)
 MISSING_LIMIT = 0.1  # of the profile
 ROUNDING_LIMIT = 3.0  # times that of a single snapshot
@@ -105,10 +106,21 @@ class Snapshots:
             total.add_(opened.get_tensor(name).double(), alpha=coefficient)
         return total.float()
 
+    def averages(
+        self, prefix: str, saved: dict[str, torch.Tensor], coefficients: np.ndarray
+    ) -> dict[str, torch.Tensor]:
+        """The averages of the tensors that a part of the pipeline has `saved`; `prefix` is before their names.
+
+        The time table of a few-step student stays as it is: it is not trained, and no snapshot has it.
+        """
+        return {
+            name: tensor if name == TIME_TABLE else self.average(prefix + name, coefficients)
+            for name, tensor in saved.items()
+        }
+
     def load_into(self, module: torch.nn.Module, part: str, coefficients: np.ndarray) -> None:
         """Load the average into `module`, which is the `part` of a pipeline (a key of `PARTS`)."""
-        names = module.state_dict()
-        module.load_state_dict({name: self.average(PARTS[part] + name, coefficients) for name in names})
+        module.load_state_dict(self.averages(PARTS[part], module.state_dict(), coefficients))
 
 
 def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path, record: dict) -> dict:
@@ -138,8 +150,7 @@ def save_reconstruction(snapshots: Snapshots, sigma_rel: float, output_dir: Path
             raise UserError(f"{FLAG} {snapshots.folder}: unet/ has no safetensors weights to replace")
         for part, prefix in PARTS.items():
             for file in sorted((staging / part).glob("*.safetensors")):
-                with safe_open(file, "pt") as saved:
-                    averages = {name: snapshots.average(prefix + name, coefficients) for name in saved.keys()}  # noqa: SIM118
+                averages = snapshots.averages(prefix, load_file(file), coefficients)
                 save_file(averages, file, metadata={"format": "pt"})
         with (staging / "README.md").open("a", encoding="utf-8") as card:
             card.write(
