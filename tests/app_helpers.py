@@ -17,7 +17,7 @@ from trainkit.sampling.weights import weights_digest
 
 
 def save_models(folder: Path) -> Path:
-    """Write plain (with a table), student, class, vector, text, stock, enlarge, fill, edges and other to `folder`."""
+    """Write plain (with a table), student, class, vector, text, stock, enlarge, fill, edges, other and maps."""
     scheduler = DDPMScheduler()
     student = progressive_scheduler(scheduler.alphas_cumprod.double(), 4, "epsilon")
     save_pipeline(folder / "plain", DDPMPipeline(tiny_model(), scheduler), "")
@@ -26,7 +26,10 @@ def save_models(folder: Path) -> Path:
     save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), copy.deepcopy(scheduler)), "")
     unet, parts = text_parts(folder)
     save_pipeline(folder / "text", conditional_pipeline(unet, copy.deepcopy(scheduler), prompt_length=8, **parts), "")
-    kinds = ("enlarge", "downscale", 2, 0.2), ("fill", "mask"), ("edges", "edges"), ("other", "picture", 1, 0.0, 3, 3)
+    kinds = (
+        ("enlarge", "downscale", 2, 0.2), ("fill", "mask"), ("edges", "edges"), ("other", "picture", 1, 0.0, 3, 3),
+        ("maps", "labels", 1, 0.0, 3, None, 4),
+    )  # fmt: skip
     for name, kind, *settings in kinds:
         of_classes = {"num_class_embeds": 4} if name == "edges" else {}
         made = image_pipeline(kind, *settings, **of_classes)

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import datasets
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,6 +89,16 @@ def webdataset(images, maps, path):
     return write_tar(path, sorted(files.items()))
 
 
+def hdf5(images, maps, path, name="conditioning_images", **changes):
+    """Both as arrays of one file; `changes` replace arrays."""
+    arrays = {key: [np.asarray(Image.open(file)) for file in sorted(folder.rglob("*.png"))]
+              for key, folder in (("data", images), (name, maps))}  # fmt: skip
+    with h5py.File(path, "w") as file:
+        for key, array in (arrays | changes).items():
+            file[key] = np.stack(array)
+    return path
+
+
 def given_as(how, images, maps, folder):
     """The source and the flags for the same pairs in another form."""
     folder.mkdir()
@@ -118,6 +129,8 @@ def given_as(how, images, maps, folder):
         columns = {new: [row[old] for row in rows] for old, new in names.items()}
         pq.write_table(pa.table(columns), folder / "p.parquet")
         return folder / "p.parquet", {}
+    if how == "hdf5":
+        return hdf5(images, maps, folder / "p.h5"), {}
     features = datasets.Features({"image": datasets.Image(), "edges": datasets.Image()})
     datasets.Dataset(table_of(images, maps, "edges"), info=datasets.DatasetInfo(features=features)).save_to_disk(
         folder / "saved"

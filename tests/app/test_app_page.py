@@ -180,6 +180,28 @@ def test_an_uploaded_picture_is_enlarged_and_filled(tmp_path):
     assert all((one[8:] == (0, 128, 128)).all() and (one[:8] != (0, 128, 128)).any() for one in filled)
 
 
+def test_an_uploaded_label_map_is_shown_in_colours_and_a_wrong_one_is_told(tmp_path):
+    folder, ids = save_models(tmp_path / "models"), np.zeros((16, 16), np.uint8)
+    ids[:, 8:] = 3
+    Image.fromarray(ids).save(tmp_path / "map.png")
+    Image.fromarray(ids + 1).save(tmp_path / "beyond.png")
+    with serving(str(folder / "maps")) as url, visitor(url, tmp_path / "a") as browser:
+        upload(browser, "#picture", tmp_path / "beyond.png")
+        told = wait_for(lambda: [one.text for one in find(browser, "#label-map .tk-map") if one.text])
+        assert "it holds the id 4, and the ids of 4 classes are 0 to 3" in told[0]
+        find(browser, "#generate")[0].click()
+        shown = wait_for(lambda: [one.text for one in find(browser, ".toast-body") if one.text])
+        assert "it holds the id 4" in shown[0] and pictures(browser) == []
+        find(browser, "#picture button[aria-label='Remove Image']")[0].click()
+        wait_for(lambda: not find(browser, "#label-map .tk-map"))
+        upload(browser, "#picture", tmp_path / "map.png")
+        legend = wait_for(lambda: [one.text for one in find(browser, "#label-map li") if one.text])
+        assert legend == ["0: 50%", "3: 50%"]
+        find(browser, "#generate")[0].click()
+        made = wait_for(lambda: pictures(browser))
+    assert len(made) == 8 and made[0].shape == (16, 16, 3)
+
+
 def test_an_exported_space_runs_by_itself(tmp_path, monkeypatch):
     """In its own folder, without the project on the path and without network; a student of one step."""
     model = tmp_path / "model"

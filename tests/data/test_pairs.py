@@ -35,7 +35,7 @@ def pairs(tmp_path):
 
 WAYS = [
     "folder", "metadata.jsonl", "metadata.csv", "named column", "zip", "beside zip", "webdataset", "parquet",
-    "paths in parquet", "saved",
+    "paths in parquet", "saved", "hdf5",
 ]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_pairs_are_the_same_in_every_form(pairs, tmp_path, how):
 
 
 def test_pairs_may_be_left_out(pairs, tmp_path):
-    for how in ("metadata.jsonl", "parquet", "webdataset"):
+    for how in ("metadata.jsonl", "parquet", "webdataset", "hdf5"):
         given, _ = given_as(how, *pairs, tmp_path / how)
         left_out = open_pairs(given, conditioning_image_column="none")
         assert left_out.pairs is None and len(left_out) == 8

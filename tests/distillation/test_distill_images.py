@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conditional_helpers import image_pipeline, text_parts
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from distillation_helpers import run_distill
+from conditional_helpers import text_parts
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from distillation_helpers import images_of, load_student, run_distill, save_image_teacher
 from evaluation_helpers import TinyExtractor, evaluate, write_images
 from PIL import Image
 from sampling_helpers import read, sample_images
@@ -22,8 +22,6 @@ from trainkit.errors import UserError
 from trainkit.options.distillation import DistillationOptions
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
-NAMES = {0: "square", 1: "round"}
-
 
 @pytest.fixture
 def distill(image_folder, cache_dir, tmp_path, monkeypatch):
@@ -34,33 +32,14 @@ def distill(image_folder, cache_dir, tmp_path, monkeypatch):
     return call
 
 
-def save_teacher(folder, kind, *settings, **changes):
-    made = image_pipeline(kind, *settings, **changes)
-    parts = {"image_input": made.image_input, "id2label": NAMES if "num_class_embeds" in changes else None}
-    scheduler = DDPMScheduler(prediction_type="v_prediction")
-    save_pipeline(folder, conditional_pipeline(made.unet, scheduler, **parts), "")
-    return folder
-
-
-def load(folder):
-    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def images_of(pipeline, count, **conditions):
-    generators = [torch.Generator().manual_seed(0) for _ in range(count)]
-    return pipeline(**conditions, generator=generators, output_type="np").images
-
-
 @pytest.mark.slow
 def test_a_student_of_classes_and_masks_keeps_the_known_pixels(distill, tmp_path):
-    teacher = save_teacher(tmp_path / "teacher", "mask", num_class_embeds=3)
+    teacher = save_image_teacher(tmp_path / "teacher", "mask", num_class_embeds=3)
     out = distill(teacher, guidance_scale=2, random_flip=True)
     assert json.loads((out / "distillation.json").read_text())["complete"] == ["steps-4", "steps-2"]
     assert "image=picture, mask_image=mask, class_labels='square'" in (out / "README.md").read_text()
     assert Image.open(out / "samples.png").size[0] > 16
-    pipeline = load(out)
+    pipeline = load_student(out)
     picture, mask = Image.new("RGB", (16, 16), "#123456"), Image.new("L", (16, 16))
     mask.paste(255, (4, 4, 12, 16))
     given = {"image": picture, "mask_image": mask}
@@ -80,7 +59,7 @@ def test_a_student_of_an_upsampler_is_sampled_and_swept_beside_its_teacher(
     distill, tmp_path, monkeypatch, on_the_cpu_alone, method
 ):
     """Its small images have another size than those of training."""
-    teacher = save_teacher(tmp_path / "teacher", "downscale", 2, 0.2)
+    teacher = save_image_teacher(tmp_path / "teacher", "downscale", 2, 0.2)
     flags = {"method": method, "first_steps": None} if method == "consistency" else {}
     held_out = write_images(tmp_path / "held_out", 4)
     out = distill(teacher, validation_data_dir=held_out, validation_steps=4, **flags)
@@ -116,7 +95,7 @@ def test_a_student_of_prompts_and_edges(distill, image_folder, tmp_path):
     save_pipeline(tmp_path / "teacher", conditional_pipeline(unet, scheduler, prompt_length=8, **parts), "")
     out = distill(tmp_path / "teacher", images=folder, train_batch_size=4)
     pictures = [np.zeros((16, 16, 1), np.uint8), np.full((16, 16, 1), 255, np.uint8)]
-    [flat, steep] = images_of(load(out), 2, prompt=["a red square"] * 2, image=pictures)
+    [flat, steep] = images_of(load_student(out), 2, prompt=["a red square"] * 2, image=pictures)
     assert np.abs(flat - steep).max() > 1e-4
 
 
@@ -138,7 +117,7 @@ def test_guidance_leads_away_from_both_null_conditions():
 
 
 def test_images_of_a_kind_that_the_data_does_not_have_are_refused(tmp_path):
-    teacher = save_teacher(tmp_path / "teacher", "grayscale")
+    teacher = save_image_teacher(tmp_path / "teacher", "grayscale")
     assert open_teacher(DistillationOptions(teacher_model_name_or_path=str(teacher))).conditions == ["image"]
     config = json.loads((teacher / "image_input" / "config.json").read_text())
     (teacher / "image_input" / "config.json").write_text(json.dumps(config | {"kind": "depth"}))

@@ -1,4 +1,4 @@
-"""sample.py, evaluate_samples.py, app.py and make_conditions.py with models that were trained on pairs."""
+"""sample.py, evaluate_samples.py and make_conditions.py with models that were trained on pairs."""
 
 import json
 from functools import partial
@@ -12,7 +12,6 @@ from PIL import Image
 from sampling_helpers import sample_images
 
 from tools import make_conditions
-from trainkit.app.models import open_model
 from trainkit.errors import UserError
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
@@ -88,11 +87,6 @@ def test_pictures_are_read_in_the_mode_of_the_model(models, tmp_path):
         sample(models / "picture", tmp_path / f"{name}-out", conditioning_dir=str(tmp_path / name))
     seen, opaque = (read(tmp_path / f"{name}-out" / "000000.png") for name in ("seen", "opaque"))
     assert seen.shape == (12, 20, 3) and not np.array_equal(seen, opaque)
-
-
-def test_the_page_takes_no_label_maps(models):
-    with pytest.raises(UserError, match="the page takes no labels as condition: use sample.py"):
-        open_model(str(models / "labels"))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from trainkit.data.loading.conditioning_images import label_colours
 from trainkit.sampling.grid import image_grid, to_pil
 
 CELL, HALF_PAGE_CELL = 112, 90  # pixels that small images are enlarged to, as near as a whole factor comes
@@ -33,6 +34,12 @@ STYLE = """
 .tk-grid a:hover, .tk-foot a:hover { text-decoration: underline }
 .tk-foot { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 16px; margin-top: 12px; font-size: 13px;
   color: var(--body-text-color) }
+.tk-map { display: flex; gap: 12px; align-items: flex-start; padding: 10px; font-size: 12px;
+  color: var(--body-text-color) }
+.tk-map img { width: 112px; height: auto; image-rendering: pixelated; border-radius: 4px }
+.tk-map ul { display: flex; flex-wrap: wrap; gap: 4px 12px; margin: 0; padding: 0; list-style: none }
+.tk-map i { display: inline-block; width: 10px; height: 10px; margin-right: 5px; border-radius: 2px;
+  border: 1px solid var(--border-color-primary) }
 .tk-bar { height: 4px; margin: 0 0 12px; border-radius: 2px; background: var(--border-color-primary) }
 .tk-bar div { height: 100%; border-radius: 2px; background: var(--color-accent) }
 """
@@ -68,6 +75,18 @@ def gallery(
     links = f"<span>{html.escape(foot)}</span>" + (_grid_link(images, name) if is_final else "")
     grid = f'<div class="tk-grid" style="--tk-width: {width * scale}px">{"".join(figures)}</div>'
     return f'{bar}{grid}<div class="tk-foot">{links}</div>'
+
+
+def label_map(ids: np.ndarray, classes: int) -> str:
+    """The HTML of a label map `ids` (H, W) in colours, and which id of the `classes` has which colour and share."""
+    colours, counts = label_colours(classes), np.bincount(ids.reshape(-1), minlength=classes)
+    entries = [
+        f'<li><i style="background: rgb({red}, {green}, {blue})"></i>{number}: {counts[number] / ids.size:.0%}</li>'
+        for number, (red, green, blue) in enumerate(colours.tolist())
+        if counts[number]
+    ]
+    image = f'<img src="{data_url(to_pil(colours[ids]))}" alt="label map">'
+    return f'<div class="tk-map">{image}<ul>{"".join(entries)}</ul></div>'
 
 
 def _preview(image: Image.Image) -> Image.Image:

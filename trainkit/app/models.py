@@ -23,7 +23,7 @@ LONG_CHAINS = ("ddim", "ddpm")  # schedulers that are made for many steps
 
 PICTURES = {
     "downscale": "from small images", "mask": "fills masks", "grayscale": "from grey images", "edges": "from edges",
-    "picture": "from other images",
+    "picture": "from other images", "labels": "from label maps",
 }  # fmt: skip
 
 

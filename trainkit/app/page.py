@@ -10,10 +10,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import:
 
 import gradio as gr
 
-from trainkit.app.gallery import CELL, HALF_PAGE_CELL, STYLE, gallery
+from trainkit.app.gallery import CELL, HALF_PAGE_CELL, STYLE, gallery, label_map
 from trainkit.app.generation import frames
 from trainkit.app.models import AppModel, describe, first_setting, hint, table_rows
-from trainkit.app.pictures import picture_name
+from trainkit.app.pictures import picture_name, read_label_map
 from trainkit.app.requests import (
     MAX_GUIDANCE,
     MAX_IMAGES,
@@ -30,6 +30,7 @@ SIDES = ("A", "B")
 DEFAULT_IMAGES = 8
 MAX_WAITING = 50  # visitors in the queue; the next one is told to come back later
 UPLOADS_S = 600, 3600  # how often uploaded pictures are looked through, and the age at which they are deleted
+HIDDEN: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # of small events
 EMPTY = '<div class="tk-empty">The images appear here.</div>'
 CSS = (
     STYLE
@@ -147,6 +148,7 @@ def _picture_fields(models: Sequence[AppModel]) -> tuple[gr.Image, gr.Image, gr.
     with gr.Row(visible=bool(inputs)):
         picture = _upload(" or ".join(names) or "Image", "picture")
         mask = _upload("Mask, white: generated", "mask", is_masked)
+    seen = gr.HTML(visible=False, elem_id="label-map")
     fits = gr.Checkbox(
         True, label="Fit to the size of training", info="Scales and crops. Off: keeps the size of the picture.",
         elem_id="fits", visible=bool(inputs),
@@ -155,7 +157,27 @@ def _picture_fields(models: Sequence[AppModel]) -> tuple[gr.Image, gr.Image, gr.
         0, noise or 1, 0, step=0.01, label="Noise in the small image", info="Hides faults of the image.",
         elem_id="image-noise", visible=noise > 0,
     )  # fmt: skip
+    of_maps = [model for model in models if model.image_input is not None and model.image_input.kind == "labels"]
+    if of_maps:
+        for event in (picture.change, fits.change):
+            event(_label_map_function(of_maps[0]), [picture, fits], seen, **HIDDEN)
     return picture, mask, fits, level
+
+
+def _label_map_function(model: AppModel):
+    """The function that shows an uploaded label map in colours, as `model` gets it, or what is wrong with it."""
+
+    def show(upload: str | None, fits: bool) -> dict:
+        if upload is None:
+            return gr.update(value="", visible=False)
+        try:
+            ids = read_label_map(model, upload, fits)
+        except UserError as error:
+            return gr.update(value=f'<div class="tk-map">{html.escape(str(error))}</div>', visible=True)
+        assert model.image_input is not None  # of a model of label maps
+        return gr.update(value=label_map(ids, model.image_input.classes), visible=True)
+
+    return show
 
 
 def _upload(label: str, elem_id: str, visible: bool = True) -> gr.Image:
@@ -214,10 +236,9 @@ def _tables(models: Sequence[AppModel]) -> None:
 
 def _react(models: Sequence[AppModel], compare: gr.Checkbox, shared: Shared, sides: list[Side], results: list) -> None:
     """What changes on the page when a field changes."""
-    hidden: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     compare.change(
         lambda compared: [gr.update(visible=compared)] * 3, compare, [sides[0].heading, sides[1].box, results[1][0]],
-        **hidden,
+        **HIDDEN,
     )  # fmt: skip
 
     def changed_model(index: int) -> list:
@@ -240,9 +261,9 @@ def _react(models: Sequence[AppModel], compare: gr.Checkbox, shared: Shared, sid
 
     for side in sides:
         fields = [side.model, side.scheduler, side.steps]
-        side.model.input(changed_model, side.model, [side.scheduler, side.steps, side.guidance, side.note], **hidden)
-        side.scheduler.input(changed_scheduler, fields, [side.steps, side.note], **hidden)
-        side.steps.change(changed_steps, fields, side.note, **hidden)
+        side.model.input(changed_model, side.model, [side.scheduler, side.steps, side.guidance, side.note], **HIDDEN)
+        side.scheduler.input(changed_scheduler, fields, [side.steps, side.note], **HIDDEN)
+        side.steps.change(changed_steps, fields, side.note, **HIDDEN)
 
 
 def _make_function(models: Sequence[AppModel]):

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from trainkit.app.models import AppModel
-from trainkit.data.faults import RejectedImage
+from trainkit.data.faults import NO_LABEL_MAP, RejectedImage
+from trainkit.data.images.conditions import decode_label_map
 from trainkit.data.images.decode import decode_image, image_size
 from trainkit.data.settings import PreparationSettings
 from trainkit.errors import UserError
@@ -22,6 +23,7 @@ Upload = str | Path | bytes  # a file, or the content of one
 MAX_ENLARGEMENT = 4  # of the area of the images that a model was trained on
 NAMES = {
     "downscale": "Small image", "mask": "Image to fill", "grayscale": "Grey image", "edges": "Edges",
+    "labels": "Label map",
 }  # fmt: skip
 
 
@@ -29,7 +31,8 @@ def picture_name(model: AppModel) -> str:
     """What to upload for `model`, in a few words."""
     assert model.image_input is not None  # of a model that is conditioned on images
     height, width = model.picture_size
-    return f"{NAMES.get(model.image_input.kind, 'Image')}, {width}×{height}"
+    ids = f", ids 0 to {model.image_input.classes - 1}" if model.image_input.kind == "labels" else ""
+    return f"{NAMES.get(model.image_input.kind, 'Image')}, {width}×{height}{ids}"
 
 
 def read_uploads(
@@ -55,6 +58,8 @@ def read_uploads(
 
     def read(field: str, upload: Upload, mode: str) -> np.ndarray:
         settings = PreparationSettings(*size, "crop" if fits else "stretch", mode)
+        if image_input.kind == "labels":
+            return _checked(field, partial(decode_label_map, _file(upload), settings, image_input.classes))
         return _checked(field, partial(decode_image, upload, settings))
 
     read_mask = None if mask is None or image_input.kind != "mask" else partial(read, "Mask", mask)
@@ -68,13 +73,24 @@ def read_uploads(
     return given, (size[0] * image_input.factor, size[1] * image_input.factor)
 
 
+def read_label_map(model: AppModel, upload: Upload, fits: bool) -> np.ndarray:
+    """The ids (H, W) uint8 of a label map as `model` gets them. Raises `UserError` as `read_uploads` does."""
+    given, _ = read_uploads(model, upload, None, fits)
+    return given["image"][..., 0]
+
+
 def example_uploads(model: AppModel) -> tuple[bytes, bytes | None]:
-    """A grey picture and, if the model needs one, a mask of its upper half, as PNG."""
+    """A grey picture, or a map of id 1, and, if the model needs one, a mask of its upper half, as PNG."""
     assert model.image_input is not None  # of a model that is conditioned on images
     (height, width), is_masked = model.picture_size, model.image_input.kind == "mask"
+    grey = 1 if model.image_input.kind == "labels" else 128
     mask = np.zeros((height, width), np.uint8)
     mask[: height // 2] = 255
-    return _png(np.full((height, width), 128, np.uint8)), _png(mask) if is_masked else None
+    return _png(np.full((height, width), grey, np.uint8)), _png(mask) if is_masked else None
+
+
+def _file(upload: Upload) -> Path | bytes:
+    return Path(upload) if isinstance(upload, str) else upload
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -97,4 +113,5 @@ def _checked(field: str, function: Callable):
     try:
         return function()
     except RejectedImage as error:
-        raise UserError(f"{field}: it cannot be read: {error}") from None
+        problem = "no label map that this model can use" if error.fault == NO_LABEL_MAP else "it cannot be read"
+        raise UserError(f"{field}: {problem}: {error}") from None

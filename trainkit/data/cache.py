@@ -68,6 +68,12 @@ def open_or_prepare(options) -> PreparedImages:
     return _few_to_encode(images, options)
 
 
+def is_prepared(options) -> bool:
+    """Whether `--train_data_dir` or `--dataset_name` is a prepared dataset."""
+    given = options.dataset_name or options.train_data_dir
+    return given is not None and exists(location(given, options.storage_options) / PREPARATION_NAME)
+
+
 def _few_to_encode(images: PreparedImages, options) -> PreparedImages:
     """All `images`; the first few in a dry run that would encode their captions or the images themselves."""
     encodes = getattr(options, "vae_name_or_path", None) or getattr(options, "condition", None) == "text"

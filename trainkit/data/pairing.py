@@ -11,6 +11,7 @@ from trainkit.options.model import DERIVED_KINDS
 from trainkit.options.script import ConditionalTrainingOptions
 
 LEFT_OUT = "none"  # instead of a column
+NEEDS_PAIRS = f"--condition image needs --condition_from: {', '.join(DERIVED_KINDS)}; or conditioning images"
 PAIR_FLAGS = tuple(field.name for field in dataclasses.fields(PairOptions))
 GIVE_PAIRS = (
     "--conditioning_data_dir FOLDER, a conditioning_image column of a table, conditioning_file_name in metadata, or "
@@ -120,15 +121,20 @@ def check_prepared_pairs(held: PairSettings | None, options: Any, what: str) -> 
         return False
     if held is None:
         raise _no_pairs(what)
-    given, mode = options.conditioning_classes, options.conditioning_image_mode
-    if given not in (None, held.classes) or mode is not None and (held.classes is not None or mode != held.mode):
-        flag = f"--conditioning_classes {given}" if given is not None else f"--conditioning_image_mode {mode}"
+    if (flag := flag_against(held, options)) is not None:
         raise UserError(f"{flag}, but {what} holds {held}: leave the flag out, or prepare the images again")
     return False
 
 
+def flag_against(pairs: PairSettings, options: PairOptions) -> str | None:
+    """The flag of `options` that asks for another kind of conditioning images than `pairs`, with its value."""
+    classes, mode = options.conditioning_classes, options.conditioning_image_mode
+    if classes not in (None, pairs.classes):
+        return f"--conditioning_classes {classes}"
+    if mode is not None and (pairs.classes is not None or mode != pairs.mode):
+        return f"--conditioning_image_mode {mode}"
+    return None
+
+
 def _no_pairs(what: str) -> UserError:
-    return UserError(
-        f"--condition image needs --condition_from: {', '.join(DERIVED_KINDS)}; or conditioning images, of which "
-        f"{what} has none: {GIVE_PAIRS}"
-    )
+    return UserError(f"{NEEDS_PAIRS}, of which {what} has none: {GIVE_PAIRS}")

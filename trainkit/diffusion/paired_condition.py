@@ -6,7 +6,7 @@ B batch, C channels, K channels of the second image, H/W pixels, N classes.
 import numpy as np
 import torch
 
-from pipelines.image_input import ImageInput
+from pipelines.image_input import MODES, ImageInput
 from trainkit.data.loading.augment import to_training_size
 from trainkit.data.loading.conditioning_images import ConditioningImages, label_colours, side_by_side
 from trainkit.data.loading.dataset import PreparedImages
@@ -14,6 +14,8 @@ from trainkit.data.loading.model_range import conditions_to_model_range, to_host
 from trainkit.data.pairing import PairSettings, describe_pairs
 from trainkit.diffusion.image_condition import PictureCondition, interleaved, to_uint8
 from trainkit.errors import UserError
+
+PAIRED_KINDS = ("picture", "labels")  # of ImageInput
 
 
 class PairedCondition(PictureCondition):
@@ -67,3 +69,12 @@ def paired_input(pairs: PairSettings, channels: int) -> ImageInput:
     if pairs.classes is not None:
         return ImageInput(kind="labels", channels=channels, classes=pairs.classes)
     return ImageInput(kind="picture", channels=channels, picture_channels=pairs.channels)
+
+
+def pairs_of_input(image_input: ImageInput | None) -> PairSettings | None:
+    """The pairs that a model with this input was trained on; None if it was trained on none."""
+    if image_input is None or image_input.kind not in PAIRED_KINDS:
+        return None
+    if image_input.kind == "labels":
+        return PairSettings("L", image_input.classes)
+    return PairSettings(MODES[image_input.picture_channels])

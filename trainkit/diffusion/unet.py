@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
-from trainkit.data.files import exists, location
-from trainkit.data.format import PREPARATION_NAME
+from trainkit.data.cache import is_prepared
 from trainkit.data.settings import parse_resolution
 from trainkit.diffusion.text_unet import (
     TEXT_UNET,
@@ -85,16 +84,11 @@ def check_unet_options(options: TrainingOptions) -> None:
     if options.model_config_name_or_path is None or takes_text(options):
         return
     config = _config(options)
-    mode = options.image_mode or (None if _is_prepared(options) else "RGB")  # as raw images will be prepared
+    mode = options.image_mode or (None if is_prepared(options) else "RGB")  # as raw images will be prepared
     if mode is not None and not _takes_latents(options):
         check_channels(options, len(mode))
     with torch.device("meta"):
         _from_config(UNet2DModel, config, options)
-
-
-def _is_prepared(options: TrainingOptions) -> bool:
-    given = options.dataset_name or options.train_data_dir
-    return given is not None and exists(location(given, options.storage_options) / PREPARATION_NAME)
 
 
 def check_channels(options: TrainingOptions, channels: int) -> None:

@@ -1,17 +1,21 @@
 """The images and conditions that a distillation learns from, checked against its teacher."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.conditional import ConditionalPipeline
-from trainkit.data.cache import open_or_prepare
+from trainkit.data.cache import is_prepared, open_or_prepare
 from trainkit.data.files import cache_root
 from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.pairing import NEEDS_PAIRS, describe_pairs
 from trainkit.data.trial import num_images
 from trainkit.diffusion.combined import CombinedCondition
 from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition
 from trainkit.diffusion.image_condition import PictureCondition
 from trainkit.diffusion.latents import LatentImages, check_latent_options, encode_images
+from trainkit.diffusion.paired_condition import PairedCondition
 from trainkit.diffusion.text import TextCondition, load_text_encoder
 from trainkit.distillation.teacher import FLAG, SavedTeacher
 from trainkit.errors import UserError
@@ -64,25 +68,53 @@ def open_data(options: DistillationOptions, engine: TrainingOptions, teacher: Sa
     given = f"--train_data_dir {options.train_data_dir}"
     if options.dataset_name is not None:
         given = f"--dataset_name {options.dataset_name}"
-    images = open_or_prepare(engine)
-    check_images(teacher, images, given)
-    prepare_process(engine)
-    condition = open_student_condition(engine, teacher, images, given)
-    held_out = open_validation_images(engine, images)
+    with _pairs_as_of(teacher):
+        images = open_or_prepare(_data_options(engine, teacher))
+        check_images(teacher, images, given)
+        prepare_process(engine)
+        condition = open_student_condition(engine, teacher, images, given)
+        held_out = open_validation_images(engine, images)
     held_out_condition = None if held_out is None or condition is None else condition.for_images(held_out)
     if not engine.max_train_steps and not engine.max_train_images:
         engine = replace(engine, max_train_images=engine.num_epochs * num_images(images))
     return DistillationData(engine, *encode_images(engine, images, held_out), condition, held_out_condition)
 
 
+def _data_options(engine: TrainingOptions, teacher: SavedTeacher) -> TrainingOptions:
+    """`engine` as the images are opened: what prepared images are is compared with the teacher, not with flags."""
+    if teacher.image_input is None:
+        return engine
+    assert isinstance(engine, ConditionalTrainingOptions)
+    if teacher.pairs is None:  # conditioning images that the data has too are not used
+        return replace(engine, condition=[kind for kind in engine.condition if kind != "image"])
+    if is_prepared(engine):
+        return replace(engine, conditioning_image_mode=None, conditioning_classes=None)
+    return engine
+
+
+@contextlib.contextmanager
+def _pairs_as_of(teacher: SavedTeacher) -> Iterator[None]:
+    """Inside the block a `UserError` says that it is the teacher that needs pairs, not a flag of train_conditional."""
+    try:
+        yield
+    except UserError as error:
+        needs = f"{FLAG} {teacher.name} was trained on pairs, and needs conditioning images"
+        raise UserError(str(error).replace(NEEDS_PAIRS, needs)) from None
+
+
 def check_images(teacher: SavedTeacher, images: PreparedImages, given: str) -> None:
-    """Raise `UserError` unless `images` (of the flag and value `given`) have the size and mode of the teacher's."""
+    """Raise `UserError` unless `images` (of the flag and value `given`) are such as the teacher was trained on."""
     wanted, found = image_shape(teacher.pipeline), (images.height, images.width, images.channels)
     if wanted != found:
         sizes = ["{}x{} pixels and {} channels".format(*shape) for shape in (found, wanted)]
         raise UserError(
             f"{given} holds images of {sizes[0]}, but {FLAG} {teacher.name} makes {sizes[1]}: prepare the images at "
             "that size, or give another teacher"
+        )
+    if teacher.pairs not in (None, images.pairs):
+        raise UserError(
+            f"{given} has {describe_pairs(images.pairs)}, but {FLAG} {teacher.name} takes {teacher.pairs}: prepare "
+            "the images again, or give another teacher"
         )
 
 
@@ -96,7 +128,10 @@ def open_student_condition(
     first = None if teacher.conditions == ["image"] else _open_first(options, teacher, images, given)
     if teacher.image_input is None:
         return first
-    picture = PictureCondition(images, teacher.image_input, options.conditioning_dropout)
+    dropout = options.conditioning_dropout
+    picture = PictureCondition(images, teacher.image_input, dropout)
+    if teacher.pairs is not None:
+        picture = PairedCondition(images, dropout)
     return picture if first is None else CombinedCondition(first, picture)
 
 

@@ -8,10 +8,12 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from pipelines.image_input import ImageInput
+from trainkit.data.pairing import PAIR_FLAGS, PairSettings, flag_against
 from trainkit.diffusion import few_step
 from trainkit.diffusion.distillation import student_prediction
 from trainkit.diffusion.image_condition import condition_from
 from trainkit.diffusion.noise_schedule import NoiseScheduler, prediction_type_of, saved_noise_scheduler
+from trainkit.diffusion.paired_condition import PAIRED_KINDS, pairs_of_input
 from trainkit.errors import UserError, renamed_flags
 from trainkit.options.distillation import DistillationOptions
 from trainkit.options.script import ConditionalTrainingOptions, TrainingOptions
@@ -23,7 +25,7 @@ FLAG = "--teacher_model_name_or_path"
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 # argument of the pipeline -> --condition
 KINDS = {"class_labels": "class", "vectors": "vector", "prompt": "text", "image": "image"}
-PICTURES = ("downscale", "grayscale", "mask", "edges")  # second images that are made from the images themselves
+DERIVED = ("downscale", "grayscale", "mask", "edges")  # second images that are made from the images themselves
 
 
 @dataclass
@@ -44,6 +46,11 @@ class SavedTeacher:
     def image_input(self) -> ImageInput | None:
         """What its second image is, if it has one."""
         return getattr(self.pipeline, "image_input", None)
+
+    @property
+    def pairs(self) -> PairSettings | None:
+        """What its second images are if the data has them; None if they are made from the images."""
+        return pairs_of_input(self.image_input)
 
     @property
     def has_latents(self) -> bool:
@@ -96,11 +103,12 @@ def _check_teacher(options: DistillationOptions, teacher: SavedTeacher) -> None:
         raise UserError(
             f"{given} predicts {teacher.prediction_type}; students can be made of {', '.join(PREDICTION_TYPES)}"
         )
-    if teacher.image_input is not None and teacher.image_input.kind not in PICTURES:
+    if teacher.image_input is not None and teacher.image_input.kind not in (*DERIVED, *PAIRED_KINDS):
         raise UserError(
-            f"{given} is conditioned on images of the kind {teacher.image_input.kind}; those that are made from the "
-            f"images themselves can be distilled: {', '.join(PICTURES)}"
+            f"{given} is conditioned on images of the kind {teacher.image_input.kind}; those of the kinds "
+            f"{', '.join((*DERIVED, *PAIRED_KINDS))} can be distilled"
         )
+    _check_pair_flags(options, teacher, given)
     if teacher.unet.config.time_embedding_type != "positional":
         kind = teacher.unet.config.time_embedding_type
         raise UserError(f"{given}: its UNet has {kind} timesteps; only sinusoidal ones (positional) can be distilled")
@@ -113,6 +121,17 @@ def _check_teacher(options: DistillationOptions, teacher: SavedTeacher) -> None:
         raise UserError(f"{scale}: --method consistency learns from images, not from guided ones; use progressive")
     if getattr(teacher.pipeline, "guidance_unet", None) is not None:
         raise UserError(f"{scale}: {given} is guided by a guidance_unet, which is not supported; use 1")
+
+
+def _check_pair_flags(options: DistillationOptions, teacher: SavedTeacher, given: str) -> None:
+    """Raise `UserError` for flags of conditioning images that the teacher does not take."""
+    pairs = teacher.pairs
+    for name in (*PAIR_FLAGS, "validation_conditioning_data_dir"):
+        value = getattr(options, name)
+        if value is not None and pairs is None:
+            raise UserError(f"--{name} {value}: {given} was not trained on pairs; remove the flag")
+    if pairs is not None and (flag := flag_against(pairs, options)) is not None:
+        raise UserError(f"{flag}: {given} takes {pairs}; remove the flag")
 
 
 def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> TrainingOptions:
@@ -133,7 +152,11 @@ def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> Train
     if conditions:
         values |= {"condition": conditions, "preview_guidance_scale": 1.0}
         values |= {"text_encoder_name_or_path": folder} if "text" in conditions else {}
-    if teacher.image_input is not None:
+    if teacher.pairs is not None:
+        maps = teacher.pairs.classes is not None
+        values["conditioning_classes"] = teacher.pairs.classes
+        values["conditioning_image_mode"] = None if maps else teacher.pairs.mode
+    elif teacher.image_input is not None:
         values["condition_from"] = condition_from(teacher.image_input)
     return options_class(**values)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainkit.options.data import ImageOptions, LoadingOptions, SourceOptions
+from trainkit.options.data import ImageOptions, LoadingOptions, PairOptions, SourceOptions
 from trainkit.options.fields import option
 from trainkit.options.training import RunOptions
 
@@ -41,8 +41,11 @@ class TeacherOptions:
         within="[0, 1]",
     )  # fmt: skip
     random_flip: bool = option(False, "mirror each image left to right with probability 1/2")
+    validation_conditioning_data_dir: str | None = option(
+        None, "folder of the conditioning images of --validation_data_dir, as --conditioning_data_dir"
+    )
 
 
 @dataclass
-class DistillationOptions(TeacherOptions, SourceOptions, ImageOptions, LoadingOptions, RunOptions):
+class DistillationOptions(TeacherOptions, SourceOptions, PairOptions, ImageOptions, LoadingOptions, RunOptions):
     """The options of distill.py. The length of the run is that of all stages together."""

@@ -22,7 +22,7 @@ LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "AVIF")
 
 def decode_pair(
     image: bytes | Path | np.ndarray,
-    condition: bytes | Path | None,
+    condition: bytes | Path | np.ndarray | None,
     settings: PreparationSettings,
     pairs: PairSettings,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -43,22 +43,31 @@ def decode_pair(
 
 
 def decode_label_map(
-    image: bytes | Path, settings: PreparationSettings, classes: int, like: tuple[int, int] | None = None
+    image: bytes | Path | np.ndarray, settings: PreparationSettings, classes: int, like: tuple[int, int] | None = None
 ) -> np.ndarray:
     """Decode a file with a class id per pixel, by nearest neighbour: (H, W, 1) uint8, at most 256 `classes`.
 
-    Ids are grey levels or the entries of a palette; padding has the id 0. `like` is as in `decode_like`. Raises
-    `RejectedImage`: no_label_map if the file has colours, was stored with loss, or holds an id outside the classes.
+    Ids are grey levels, the entries of a palette, or the whole numbers of an array (h, w, 1); padding has the id 0.
+    `like` is as in `decode_like`. Raises `RejectedImage`: no_label_map if the file has colours, was stored with loss,
+    or holds an id outside the classes.
     """
     with pillow_limits(settings.max_image_pixels):
         try:
-            with open_image(image) as opened:
+            with _open_map(image) as opened:
                 check_header(opened, settings)
                 return _resized(opened, settings, classes, like)
         except RejectedImage:
             raise
         except Exception as error:  # Pillow's plugins raise almost anything on a broken file
             raise rejection(image, error) from None
+
+
+def _open_map(image: bytes | Path | np.ndarray) -> Image.Image:
+    """Open a label map without decoding it; ids of an array that no image can hold stay outside all classes."""
+    if isinstance(image, np.ndarray) and image.shape[2] == 1 and image.dtype != np.uint8:
+        limits = np.iinfo(np.int32)
+        return Image.fromarray(image[..., 0].astype(np.int64).clip(limits.min, limits.max).astype(np.int32))
+    return open_image(image)
 
 
 def _resized(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trainkit.data.loading.conditioning_images import ConditioningImages
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.errors import UserError
 from trainkit.packages import load_package
@@ -18,8 +19,9 @@ BATCH_BYTES = 16 * 2**20  # of pixels, copied at a time
 
 
 def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "none") -> None:
-    """Write `data` (N, H, W, C), and `labels`, `texts` and `vectors` if there are any, in the dataset's order.
+    """Write `data` (N, H, W, C), and `conditioning_images`, `labels`, `texts` and `vectors` if there are any.
 
+    All are in the order of the dataset.
     Does nothing if the file holds exactly that. Raises `UserError` naming the flag.
     """
     path = Path(path)
@@ -27,7 +29,7 @@ def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "no
     if not images.fixed_size:
         raise UserError(f"--export_hdf5 {path} needs images of one size: prepare them again with --center_crop")
     h5py = load_package("h5py", "--export_hdf5")
-    mark = f"{images.fingerprint} {compression}"
+    mark = f"{images.fingerprint} {compression}" + (" pairs" if images.pairs is not None else "")
     if _held(h5py, path) == mark:
         print(f"{path} is up to date")
         return
@@ -41,9 +43,8 @@ def export_hdf5(images: PreparedImages, path: str | Path, compression: str = "no
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    if images.pairs is not None:
-        print(f"{path}: the {len(images):,} conditioning images are not exported", flush=True)
-    print(f"{path}: {len(images):,} images, {path.stat().st_size / 1e6:,.1f} MB", flush=True)
+    what = "images" if images.pairs is None else "pairs"
+    print(f"{path}: {len(images):,} {what}, {path.stat().st_size / 1e6:,.1f} MB", flush=True)
 
 
 def check_export(path: Path) -> None:
@@ -71,11 +72,19 @@ def _held(h5py: Any, path: Path) -> str | None:
 
 
 def _write(h5py: Any, file: Any, images: PreparedImages, compression: str) -> None:
-    count, shape = len(images), (images.stored_height, images.stored_width, images.channels)
-    packed = {} if compression == "none" else {"compression": compression}
-    data = file.create_dataset("data", (count, *shape), images.settings.dtype, chunks=(1, *shape), **packed)
-    data.attrs["layout"] = "NHWC"
-    labels = texts = vectors = None
+    count, conditions = len(images), None if images.pairs is None else ConditioningImages(images)
+
+    def create(name: str, channels: int, dtype: Any) -> Any:
+        shape = images.stored_height, images.stored_width, channels
+        packed = {} if compression == "none" else {"compression": compression}
+        array = file.create_dataset(name, (count, *shape), dtype, chunks=(1, *shape), **packed)
+        array.attrs["layout"] = "NHWC"
+        return array
+
+    data = create("data", images.channels, images.settings.dtype)
+    labels = texts = vectors = pairs = None
+    if conditions is not None:
+        pairs = create("conditioning_images", conditions.pairs.channels, conditions.settings.dtype)
     if images.label_names is not None:
         labels = file.create_dataset("labels", (count,), "int64")
         words = h5py.string_dtype()
@@ -84,11 +93,13 @@ def _write(h5py: Any, file: Any, images: PreparedImages, compression: str) -> No
         texts = file.create_dataset("texts", (count,), h5py.string_dtype())
     if images.vector_length:
         vectors = file.create_dataset("vectors", (count, images.vector_length), "float32")
-    step = max(1, BATCH_BYTES // data.dtype.itemsize // int(np.prod(shape)))
+    step = max(1, BATCH_BYTES // data.dtype.itemsize // int(np.prod(data.shape[1:])))
     for start in range(0, count, step):
         indices = np.arange(start, min(start + step, count))
         rows = slice(start, start + len(indices))
         data[rows] = images.gather(indices)
+        if conditions is not None and pairs is not None:
+            pairs[rows] = conditions.gather(indices)
         if labels is not None:
             labels[rows] = images.labels(indices)
         if texts is not None:

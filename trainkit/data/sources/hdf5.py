@@ -1,4 +1,4 @@
-"""Images as arrays in an HDF5 file, with labels, captions and vectors: read in slices, never whole.
+"""Images as arrays in an HDF5 file, with labels, captions, vectors and pairs: read in slices, never whole.
 
 Every process opens the file for itself, so any number of workers may read.
 """
@@ -14,7 +14,6 @@ import numpy as np
 from trainkit.data import faults
 from trainkit.data.account import Account, Kind
 from trainkit.data.faults import RejectedImage
-from trainkit.data.pairing import PairSettings
 from trainkit.data.sources import records
 from trainkit.data.sources.columns import Labels
 from trainkit.data.sources.entries import ReadOptions
@@ -42,13 +41,19 @@ class Hdf5File:
             self.arrays = find_arrays(opened_file, options, self.account, self._where)
             self._count = len(opened_file[self.arrays.image])
             self.account.add(Kind.ROWS_FOUND, count=self._count)
-            self._check_values(opened_file[self.arrays.image])
+            self.pairs = options.pairs if self.arrays.condition else None
+            if not self._count:
+                shape = opened_file[self.arrays.image].shape
+                raise UserError(f"{self._where} holds no image: `{self.arrays.image}` is {shape}")
+            self._check_values(self.arrays.image, self.arrays.layout, opened_file)
+            if self.arrays.condition and self.arrays.condition_layout:
+                is_map = self.pairs is not None and self.pairs.classes is not None
+                self._check_values(self.arrays.condition, self.arrays.condition_layout, opened_file, is_map)
             self.labels = read_labels(opened_file, self.arrays, self.account)
             self.label_names = self.labels.names
             self.vector_length = opened_file[self.arrays.vector].shape[1] if self.arrays.vector else None
         self.has_text = self.arrays.text is not None
-        self.pairs: PairSettings | None = None
-        self.fingerprint = digest(repr((file.stamp, self.arrays)).encode())
+        self.fingerprint = digest(f"({file.stamp!r}, {self.arrays.identity})".encode())
 
     def __len__(self) -> int:
         return self._count
@@ -62,22 +67,21 @@ class Hdf5File:
         parts = [rows[start : start + size] for start in range(0, len(self), size)]
         return [Unit(digest(repr((self.fingerprint, part.start, part.stop)).encode()), part) for part in parts]
 
-    def _check_values(self, array: Any) -> None:
+    def _check_values(self, path: str, layout: str, file: Any, is_map: bool = False) -> None:
         """Refuse what could mean several things, before the long part starts."""
-        if not self._count:
-            raise UserError(f"{self._where} holds no image: `{self.arrays.image}` is {array.shape}")
-        if self.arrays.layout == ENCODED or array.dtype in (np.uint8, np.uint16):
+        array = file[path]
+        if layout == ENCODED or array.dtype in (np.uint8, np.uint16) or (is_map and array.dtype.kind in "iub"):
             return
+        if is_map:
+            raise UserError(f"{self._where}: `{path}` is {array.dtype}; store the ids of label maps as whole numbers")
         if array.dtype.kind != "f":
-            raise UserError(f"{self._where}: `{self.arrays.image}` is {array.dtype}; store uint8, or floats in [0, 1]")
+            raise UserError(f"{self._where}: `{path}` is {array.dtype}; store uint8, or floats in [0, 1]")
         step = max(1, self._count // SAMPLED_IMAGES)
         samples = np.stack([array[row] for row in range(0, self._count, step)][: SAMPLED_IMAGES + 1])
         low, high = float(np.nanmin(samples)), float(np.nanmax(samples))
         if low < -SLACK or high > 1 + SLACK:
             fix = "store (x + 1) / 2" if low < 0 and high <= 1 + SLACK else "store uint8, or divide by the range"
-            raise UserError(
-                f"{self._where}: `{self.arrays.image}` holds floats from {low:.3g} to {high:.3g}, wanted [0, 1]: {fix}"
-            )
+            raise UserError(f"{self._where}: `{path}` holds floats from {low:.3g} to {high:.3g}, wanted [0, 1]: {fix}")
 
 
 class Hdf5Reader(NamedTuple):
@@ -91,10 +95,12 @@ class Hdf5Reader(NamedTuple):
     def read(self, row: int) -> Record:
         try:
             blocks = opened(_Blocks, self.location)
-            image, label, text, vector = (
+            image, label, text, vector, condition = (
                 blocks.row(name, row) if name else None
-                for name in (self.arrays.image, self.arrays.label, self.arrays.text, self.arrays.vector)
-            )
+                for name in (
+                    self.arrays.image, self.arrays.label, self.arrays.text, self.arrays.vector, self.arrays.condition
+                )
+            )  # fmt: skip
         except FileNotFoundError:
             raise RejectedImage(faults.MISSING, "the file was removed meanwhile") from None
         except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that HDF5 raises for a damaged chunk
@@ -106,18 +112,16 @@ class Hdf5Reader(NamedTuple):
         if self.arrays.text is not None and caption is None:
             notes = (*notes, Kind.EMPTY_CAPTION)
         assert image is not None  # `arrays.image` is always set
-        return Record(self._image(image), number, caption, vector, notes)
+        return Record(_image(image, self.arrays.layout), number, caption, vector, notes, self._condition(condition))
 
-    def _image(self, image: np.ndarray) -> np.ndarray | bytes:
-        """As a `Record` has it. Raises `RejectedImage`."""
-        if self.arrays.layout == ENCODED:
-            return image.tobytes()
-        image = image.transpose(LAYOUTS[self.arrays.layout]) if self.arrays.layout in LAYOUTS else image[..., None]
-        if image.dtype.kind == "f":
-            if not (image.min() >= -SLACK and image.max() <= 1 + SLACK):  # false for NaN
-                raise RejectedImage(faults.OUT_OF_RANGE, "it holds numbers outside of [0, 1]")
-            image = image.clip(0, 1)
-        return np.ascontiguousarray(image)
+    def _condition(self, condition: np.ndarray | None) -> np.ndarray | bytes | None:
+        """The conditioning image as a `Record` has it. Raises `RejectedImage`."""
+        if condition is None or self.arrays.condition_layout is None:
+            return None
+        try:
+            return _image(condition, self.arrays.condition_layout)
+        except RejectedImage as error:
+            raise faults.of_condition(error) from None
 
     def _label(self, label: Any) -> tuple[int, tuple[Kind, ...]]:
         if label is None:
@@ -153,6 +157,18 @@ class _Blocks:
                 return array[row]
             self._blocks[name] = start, block
         return block[row - start]
+
+
+def _image(image: np.ndarray, layout: str) -> np.ndarray | bytes:
+    """An image of an array with this layout, as a `Record` has it. Raises `RejectedImage`."""
+    if layout == ENCODED:
+        return image.tobytes()
+    image = image.transpose(LAYOUTS[layout]) if layout in LAYOUTS else image[..., None]
+    if image.dtype.kind == "f":
+        if not (image.min() >= -SLACK and image.max() <= 1 + SLACK):  # false for NaN
+            raise RejectedImage(faults.OUT_OF_RANGE, "it holds numbers outside of [0, 1]")
+        image = image.clip(0, 1)
+    return np.ascontiguousarray(image)
 
 
 def _open(location: Location) -> Any:

@@ -1,4 +1,4 @@
-"""Which arrays of an HDF5 file hold images, labels, captions and vectors, and what their values mean."""
+"""Which arrays of an HDF5 file hold images, their pairs, labels, captions, vectors, and what the values mean."""
 
 # N images, H/W height and width, C channels, K classes
 
@@ -12,13 +12,15 @@ import numpy as np
 from trainkit.data.account import Account, Kind
 from trainkit.data.sources.columns import Labels
 from trainkit.data.sources.entries import ReadOptions
+from trainkit.data.sources.metadata import ColumnOptions
 from trainkit.data.sources.records import sorted_labels
 from trainkit.data.sources.splits import ALL, DEFAULT, SPLIT_OF
 from trainkit.data.sources.texts import NotAClass, class_name, decode_text
 from trainkit.errors import UserError
 
 STANDARD = {"images": ("data", "images"), "label": ("labels", "label"), "captions": ("texts", "captions", "text",
-            "caption"), "vector": ("vectors", "vector")}  # fmt: skip
+            "caption"), "vector": ("vectors", "vector"),
+            "conditioning images": ("conditioning_images", "conditioning_image")}  # fmt: skip
 OTHER_IMAGES = ("image", "imgs", "img", "x", "pixels")
 OTHER_LABELS = ("y", "target", "targets", "class", "classes", "category", "cls")
 OTHER_CAPTIONS = ("prompts", "prompt", "descriptions", "description")
@@ -30,7 +32,7 @@ SCANNED_ROWS = 2**20  # of labels, read at once
 
 
 class Arrays(NamedTuple):
-    """The paths of the arrays in the file. `layout`: of `LAYOUTS`, NHW, or `ENCODED`."""
+    """The paths of the arrays in the file. `layout`: of `LAYOUTS`, NHW, or `ENCODED`; `condition` is one of pairs."""
 
     image: str
     layout: str
@@ -38,6 +40,14 @@ class Arrays(NamedTuple):
     text: str | None
     vector: str | None
     is_one_hot: bool = False
+    condition: str | None = None
+    condition_layout: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What is read, as text; without conditioning images as it was before there were any."""
+        values = [f"{name}={value!r}" for name, value in self._asdict().items()]
+        return f"Arrays({', '.join(values if self.condition else values[:-2])})"
 
 
 def find_arrays(file: Any, options: ReadOptions, account: Account, what: str) -> Arrays:
@@ -46,8 +56,12 @@ def find_arrays(file: Any, options: ReadOptions, account: Account, what: str) ->
     `what` names the file in errors.
     """
     arrays = _arrays_of_split(file, options.split, account, what)
-    image = _image_array(arrays, options.columns.image, what)
+    condition = _condition_array(arrays, options.columns, what)
+    others = {path: array for path, array in arrays.items() if path != condition}
+    image = _image_array(others or arrays, options.columns.image, what)
+    condition = None if condition == image else condition  # there is no other image
     layout, count = _layout(image, arrays[image], what), len(arrays[image])
+    condition, condition_layout = _checked_condition(arrays, condition, options.columns, count, what)
     label = _find(arrays, STANDARD["label"], OTHER_LABELS, (1, 2), count, what)
     wanted = options.columns.caption
     text = _find(arrays, (wanted,) if wanted else STANDARD["captions"], OTHER_CAPTIONS, (1, 2), count, what)
@@ -57,9 +71,10 @@ def find_arrays(file: Any, options: ReadOptions, account: Account, what: str) ->
     vector = _find(arrays, tuple(dict.fromkeys([wanted, *STANDARD["vector"]])), (), (2,), count, what)
     if wanted != "vector" and vector != wanted:
         raise UserError(f"--vector_column {wanted}: {what} has no such array of (N, D)")
-    found = {"images": image, "label": label, "captions": text, "vector": vector}
+    found = {"images": image, "label": label, "captions": text, "vector": vector, "conditioning images": condition}
+    told = options.columns.caption, options.columns.vector, options.columns.condition
     for meaning, path in found.items():
-        if path is not None and path not in (*STANDARD[meaning], options.columns.caption, options.columns.vector):
+        if path is not None and path not in (*STANDARD[meaning], *told):
             account.add(Kind.COLUMN_ALIAS, f"{path} as {meaning}")
     is_one_hot = label is not None and arrays[label].ndim == 2 and arrays[label].shape[1] > 1
     if label is not None and is_one_hot and not _is_one_hot(arrays[label]):
@@ -68,7 +83,8 @@ def find_arrays(file: Any, options: ReadOptions, account: Account, what: str) ->
     for path in arrays:
         if path not in found.values() and not _holds_class_names(path, arrays, count):
             account.add(Kind.COLUMN_NOT_USED, path)
-    return Arrays(image, layout, label, text, vector, is_one_hot and label is not None)
+    is_one_hot = is_one_hot and label is not None
+    return Arrays(image, layout, label, text, vector, is_one_hot, condition, condition_layout)
 
 
 def read_labels(file: Any, arrays: Arrays, account: Account) -> Labels:
@@ -142,7 +158,7 @@ def _image_array(arrays: dict[str, Any], wanted: str | None, what: str) -> str:
         if wanted not in arrays:
             raise UserError(f"--image_column {wanted} is not in {what}; it has {_shown(arrays)}")
         return wanted
-    usable = {path: array for path, array in arrays.items() if array.ndim in (3, 4) or _is_encoded(array)}
+    usable = {path: array for path, array in arrays.items() if _holds_images(array)}
     for names in (STANDARD["images"], OTHER_IMAGES):
         found = [path for name in names for path in arrays if _key(path) == name]
         found = [path for path in found if names == STANDARD["images"] or path in usable]
@@ -156,6 +172,28 @@ def _image_array(arrays: dict[str, Any], wanted: str | None, what: str) -> str:
     return found[0]
 
 
+def _condition_array(arrays: dict[str, Any], columns: ColumnOptions, what: str) -> str | None:
+    """The array that is told or named to hold conditioning images, wanted or not: it holds no images."""
+    wanted = columns.condition if columns.has_pairs else None
+    if wanted is None:
+        named = (path for name in STANDARD["conditioning images"] for path in arrays if _key(path) == name)
+        return next((path for path in named if path != columns.image and _holds_images(arrays[path])), None)
+    if wanted not in arrays:
+        raise UserError(f"--conditioning_image_column {wanted} is not in {what}; it has {_shown(arrays)}")
+    return wanted
+
+
+def _checked_condition(
+    arrays: dict[str, Any], path: str | None, columns: ColumnOptions, count: int, what: str
+) -> tuple[str | None, str | None]:
+    """The array of conditioning images and its layout, if they are wanted. Raises `UserError` if there are too few."""
+    if path is None or not columns.has_pairs:
+        return None, None
+    if len(arrays[path]) != count:
+        raise UserError(f"{what}: `{path}` has {len(arrays[path])} rows for {count} images")
+    return path, _layout(path, arrays[path], what)
+
+
 def _shown(arrays: dict[str, Any]) -> str:
     return ", ".join(f"{path} {array.shape}" for path, array in list(arrays.items())[:10])
 
@@ -164,6 +202,10 @@ def _is_encoded(array: Any) -> bool:
     """Whether the rows are sequences of bytes, each of its own length."""
     metadata = array.dtype.metadata or {}
     return array.ndim == 1 and metadata.get("vlen") in (np.dtype("uint8"), np.uint8)
+
+
+def _holds_images(array: Any) -> bool:
+    return array.ndim in (3, 4) or _is_encoded(array)
 
 
 def _layout(path: str, array: Any, what: str) -> str:

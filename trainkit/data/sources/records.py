@@ -32,7 +32,7 @@ class Record(NamedTuple):
     """One image on its way to the decoder. `image`: path, bytes, or None where the source holds no image.
 
     As an array it is (height, width, channels), uint8 or uint16, or floats in [0, 1]. `condition` is the conditioning
-    image, if there is one.
+    image, if there is one; as a label map it is an array (height, width, 1) of any whole numbers.
     """
 
     image: Path | bytes | np.ndarray | None
@@ -40,7 +40,7 @@ class Record(NamedTuple):
     text: str | None
     vector: np.ndarray | None = None  # float32
     notes: tuple[Kind, ...] = ()  # what reading it showed, for the account
-    condition: Path | bytes | None = None
+    condition: Path | bytes | np.ndarray | None = None
 
 
 class Unit(NamedTuple):
