@@ -6,10 +6,8 @@ images = pipeline(class_labels=["cat", 3], guidance_scale=2.0).images
 
 # B images, C channels, H/W pixels or latents, D numbers of a vector, L tokens, K classes
 
-import difflib
 import inspect
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,9 +17,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNe
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance import callback_tensors, check_output, checked_interval, noise_level, rescaled
+from .labels_and_vectors import check_counts, label_ids, vector_rows
 from .prompts import encode_prompts
 
-FILES = ("conditional.py", "guidance.py", "prompts.py")
+FILES = ("conditional.py", "guidance.py", "labels_and_vectors.py", "prompts.py")
 
 
 def _call(unet, sample: torch.Tensor, timestep, image: torch.Tensor | None = None, **condition) -> torch.Tensor:
@@ -35,9 +34,9 @@ class ConditionalPipeline(DiffusionPipeline):
 
     Args:
         unet: a UNet2DModel for labels (`num_class_embeds` is K + 1, the last one null) and vectors (`class_embed_type`
-            "identity"), a UNet2DConditionModel for prompts.
+            "identity"), both together, or a UNet2DConditionModel for prompts.
         scheduler: any scheduler of diffusers that matches the training.
-        vector_embedding: vectors to the UNet's embedding; a row of NaN is null.
+        vector_embedding: vectors, or classes and vectors, to the UNet's embedding; NaN is null.
         text_encoder, tokenizer: from transformers. The null prompt is the empty string. vae: decodes latents.
         guidance_unet: a weaker UNet to guide away from (Karras et al. 2024), instead of from the null condition.
         guidance_vector_embedding: the guide's embedding of vectors; None if it shares `vector_embedding`.
@@ -126,44 +125,12 @@ class ConditionalPipeline(DiffusionPipeline):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def encode_labels(self, labels) -> torch.Tensor:
-        """Labels (B,) from ids, names and None (null), one or several; a number that is not a name is an id."""
-        labels = labels.reshape(-1).tolist() if isinstance(labels, torch.Tensor | np.ndarray) else labels
-        labels = list(labels) if isinstance(labels, list | tuple | range) else [labels]
-        ids = {name: label for label, name in (self.config.id2label or {}).items()}
-        return torch.tensor([self._label_id(label, ids) for label in labels], device=self._execution_device)
-
-    def _label_id(self, label, ids: dict[str, int]) -> int:
-        if label is None:
-            return self.num_classes
-        if isinstance(label, str) and label in ids:
-            return int(ids[label])
-        if isinstance(label, str) and not label.isdecimal():
-            nearest = difflib.get_close_matches(label, ids, n=1, cutoff=0)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else "the model has no names, give ids"
-            raise ValueError(f"class_labels: no class is called {label!r}: {hint}")
-        if not isinstance(label, str) and (np.ndim(label) or not math.isfinite(label) or label != int(label)):
-            raise ValueError(f"class_labels: {label} is not a whole number")
-        if not 0 <= int(label) < self.num_classes:
-            raise ValueError(f"class_labels: {label} must be 0 to {self.num_classes - 1} (None is the null class)")
-        return int(label)
+        """Labels (B,) from ids, names and None (null): see `label_ids`."""
+        return torch.tensor(label_ids(labels, self.num_classes, self.config.id2label), device=self._execution_device)
 
     def check_vectors(self, vectors) -> torch.Tensor:
-        """Vectors (B, D) float32 from one or several, in a tensor, an array or lists; None or all NaN is null."""
-        length = self.vector_embedding.config.vector_length
-        if isinstance(vectors, list | tuple):
-            given = vectors if any(row is None or np.ndim(row) > 0 for row in vectors) else [vectors]
-            rows = [np.full(length, np.nan) if row is None else np.asarray(row, dtype=np.float64) for row in given]
-            wrong = next((row for row in rows if row.shape != (length,)), None)
-            if wrong is not None:
-                raise ValueError(f"vectors: {wrong.size} numbers in a vector, the model accepts {length}")
-            vectors = np.stack(rows)
-        vectors = torch.as_tensor(vectors, dtype=torch.float32, device=self._execution_device)
-        vectors = vectors[None] if vectors.ndim == 1 else vectors
-        if vectors.ndim != 2 or vectors.shape[1] != length:
-            raise ValueError(f"vectors: shape {tuple(vectors.shape)}, the model accepts (images, {length})")
-        if not (vectors.isfinite().all(dim=1) | vectors.isnan().all(dim=1)).all():
-            raise ValueError("vectors: every number must be finite; None, or a row of NaN, is the null condition")
-        return vectors
+        """Vectors (B, D) float32 from one or several; None or all NaN is null: see `vector_rows`."""
+        return vector_rows(vectors, self.vector_embedding.config.vector_length).to(self._execution_device)
 
     def encode(
         self, copies: int = 1, image_noise: float = 0.0, generator=None, **conditions
@@ -173,10 +140,14 @@ class ConditionalPipeline(DiffusionPipeline):
         `conditions` has one entry or B for each of `self.conditions`; one that is missing is null. "image" in the
         result is concatenated to the UNet's input.
         """
-        kinds = {
-            "class_labels": self._encode_labels, "vectors": self._encode_vectors, "prompt": self._encode_prompts,
-        }  # fmt: skip
-        parts = [encode(conditions.get(name, [None])) for name, encode in kinds.items() if name in self.conditions]
+        labels, vectors, prompt = (conditions.get(name, [None]) for name in ("class_labels", "vectors", "prompt"))
+        parts = []
+        if self.vector_embedding is not None:
+            parts.append(self._encode_vectors(vectors, labels))
+        elif "class_labels" in self.conditions:
+            parts.append(self._encode_labels(labels))
+        if self.text_encoder is not None:
+            parts.append(self._encode_prompts(prompt))
         if self.image_input is not None:
             image, mask_image = conditions.get("image", [None]), conditions.get("mask_image")
             divisor = 2 ** (len(self.unet.config.block_out_channels) - 1)
@@ -185,10 +156,7 @@ class ConditionalPipeline(DiffusionPipeline):
             channels, null = (one.to(self._execution_device) for one in channels)
             parts.append([{"image": one} for one in (channels, null, channels)])
         counts = [len(next(iter(part[0].values()))) for part in parts]
-        if {*counts} - {1, max(counts)}:
-            raise ValueError(
-                f"conditions: {', '.join(map(str, counts))} rows were given: give one of each, or as many"
-            )
+        check_counts(*counts)
         encoded = [{name: value for part in parts for name, value in part[role].items()} for role in range(3)]
         guide = self.guidance_unet
         if guide is not None and guide.class_embedding is None:
@@ -204,12 +172,18 @@ class ConditionalPipeline(DiffusionPipeline):
         null = torch.full_like(labels, self.num_classes)
         return [{"class_labels": rows} for rows in (labels, null, labels)]
 
-    def _encode_vectors(self, vectors) -> list[dict]:
-        vectors = self.check_vectors(vectors)
-        null = torch.full_like(vectors, torch.nan)
+    def _encode_vectors(self, vectors, labels) -> list[dict]:
+        """Of vectors and, if the model takes both, classes, which the UNet gets as one embedding."""
+        rows = self.check_vectors(vectors)
+        if "class_labels" in self.conditions:
+            ids = self.encode_labels(labels)[:, None].float()
+            check_counts(len(ids), len(rows))
+            count = max(len(ids), len(rows))
+            rows = torch.cat([ids.expand(count, -1), rows.expand(count, -1)], dim=1)
+        null = torch.full_like(rows, torch.nan)
         weak = self.guidance_vector_embedding or self.vector_embedding
-        pairs = ((self.vector_embedding, vectors), (self.vector_embedding, null), (weak, vectors))
-        return [{"class_labels": embed(rows)} for embed, rows in pairs]
+        pairs = ((self.vector_embedding, rows), (self.vector_embedding, null), (weak, rows))
+        return [{"class_labels": embed(given)} for embed, given in pairs]
 
     def _encode_prompts(self, prompts) -> list[dict]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)

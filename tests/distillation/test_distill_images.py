@@ -14,6 +14,7 @@ from sampling_helpers import read, sample_images
 
 from pipelines.image_input import ImageInput
 from trainkit.data.loading.loader import Batch
+from trainkit.data.loading.order import Purpose
 from trainkit.diffusion.combined import CombinedCondition
 from trainkit.diffusion.image_condition import PictureCondition
 from trainkit.distillation.stages import _without_condition
@@ -124,14 +125,15 @@ def test_guidance_leads_away_from_both_null_conditions():
     class Classes:
         argument, names, picture, dropout = "class_labels", None, None, 0.1
 
-        def inputs(self, indices, uniforms):
-            return {"class_labels": torch.where(torch.from_numpy(uniforms) < self.dropout, 9, 1)}
+        def inputs(self, indices, draws):
+            drawn = torch.from_numpy(draws(Purpose.CONDITION_DROPOUT))
+            return {"class_labels": torch.where(drawn < self.dropout, 9, 1)}
 
     masks = PictureCondition(None, ImageInput(kind="mask", channels=3), 0.1)
     size = torch.ones(2, 3, 4, 4)
     batch = Batch(size, size, None, np.arange(2), 0, 0, condition={"class_labels": torch.ones(2)})
     batch.picture = torch.full((2, 4, 4, 4), 0.5)
-    null = _without_condition(CombinedCondition(Classes(), masks), torch.device("cpu"))(batch)
+    null = _without_condition(CombinedCondition([Classes(), masks]), torch.device("cpu"))(batch)
     assert null.inputs["class_labels"].tolist() == [9, 9] and batch.inputs["class_labels"].tolist() == [1, 1]
     assert (null.picture[:, :3] == 0).all() and (null.picture[:, 3] == 1).all() and (batch.picture == 0.5).all()
     assert (_without_condition(masks, torch.device("cpu"))(batch).picture == null.picture).all()

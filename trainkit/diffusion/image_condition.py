@@ -18,7 +18,14 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import to_model_input
 from trainkit.data.loading.masks import draw_mask
 from trainkit.data.loading.model_range import to_host_tensor
-from trainkit.data.loading.order import Purpose, normal_draws, row_generator, sample_indices, uniform_draws
+from trainkit.data.loading.order import (
+    DropoutDraws,
+    Purpose,
+    normal_draws,
+    row_generator,
+    sample_indices,
+    uniform_draws,
+)
 from trainkit.data.pairing import PAIR_FLAGS
 from trainkit.errors import UserError
 from trainkit.options.model import DERIVED_KINDS
@@ -134,7 +141,7 @@ class PictureCondition:
         """The same condition for other (held-out) `images`."""
         return PictureCondition(images, self.image_input)
 
-    def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+    def inputs(self, indices: np.ndarray, draws: DropoutDraws | None = None) -> dict[str, torch.Tensor]:
         """No keyword arguments of the model: the second image is concatenated to its input."""
         return {}
 

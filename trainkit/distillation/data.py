@@ -9,7 +9,7 @@ from trainkit.data.files import cache_root
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.trial import num_images
 from trainkit.diffusion.combined import CombinedCondition
-from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition
+from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition, vector_purpose
 from trainkit.diffusion.image_condition import PictureCondition
 from trainkit.diffusion.latents import LatentImages, check_latent_options, encode_images
 from trainkit.diffusion.text import TextCondition, load_text_encoder
@@ -93,29 +93,27 @@ def open_student_condition(
     if not teacher.conditions:
         return None
     assert isinstance(options, ConditionalTrainingOptions)
-    first = None if teacher.conditions == ["image"] else _open_first(options, teacher, images, given)
-    if teacher.image_input is None:
-        return first
-    picture = PictureCondition(images, teacher.image_input, options.conditioning_dropout)
-    return picture if first is None else CombinedCondition(first, picture)
+    parts = [_open_one(options, teacher, images, given, kind) for kind in teacher.conditions]
+    return parts[0] if len(parts) == 1 else CombinedCondition(parts)
 
 
-def _open_first(
-    options: ConditionalTrainingOptions, teacher: SavedTeacher, images: PreparedImages, given: str
-) -> ClassCondition | VectorCondition | TextCondition:
-    """The condition besides an image."""
+def _open_one(
+    options: ConditionalTrainingOptions, teacher: SavedTeacher, images: PreparedImages, given: str, kind: str
+) -> ClassCondition | VectorCondition | TextCondition | PictureCondition:
     assert isinstance(teacher.pipeline, ConditionalPipeline)
     dropout = options.conditioning_dropout
-    if "text" in teacher.conditions:
+    if teacher.image_input is not None and kind == "image":
+        return PictureCondition(images, teacher.image_input, dropout)
+    if kind == "text":
         encoder = load_text_encoder(options)
         return TextCondition(images, encoder, cache_root(options.cache_dir), given, dropout)
-    if "vector" in teacher.conditions:
+    if kind == "vector":
         length = teacher.pipeline.vector_embedding.config.vector_length
         if images.vector_length != length:
             raise UserError(
                 f"{given} has vectors of {images.vector_length or 0} numbers, but {FLAG} {teacher.name} takes {length}"
             )
-        return VectorCondition(images, dropout)
+        return VectorCondition(images, dropout, vector_purpose(teacher.conditions))
     names = _class_names(teacher.pipeline, images)
     unknown = sorted(set(images.label_names or ()) - set(names))
     if images.label_names is None or unknown:

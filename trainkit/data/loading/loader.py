@@ -24,7 +24,7 @@ from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.conditioning_images import ConditioningImages
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.model_range import channels_first, conditions_to_model_range, to_host_tensor, to_model_range
-from trainkit.data.loading.order import Purpose, SampleOrder, normal_draws, uniform_draws
+from trainkit.data.loading.order import DropoutDraws, Purpose, SampleOrder, normal_draws, uniform_draws
 from trainkit.data.loading.transfer import pins_memory, to_device
 
 
@@ -59,10 +59,10 @@ class Condition(Protocol):
     def picture(self) -> "PictureInput | None":
         """Return what makes a second image for the model, if there is one."""
 
-    def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+    def inputs(self, indices: np.ndarray, draws: DropoutDraws | None = None) -> dict[str, torch.Tensor]:
         """Return the model's keyword arguments for the images `indices` (B,), on the host.
 
-        `uniforms` (B,) in [0, 1) decide which conditions are dropped; without them none is.
+        `draws` decide which conditions are dropped; without them none is.
         """
 
 
@@ -205,7 +205,7 @@ class BatchLoader:
         }
         condition = {}
         if self.condition is not None:
-            condition = self.condition.inputs(indices, uniforms(Purpose.CONDITION_DROPOUT))
+            condition = self.condition.inputs(indices, uniforms)
         drawn = {} if self.picture is None else self.picture.draw(self.seed, step, rows, total, shape[1:])
         if pins_memory(self.device):  # in this thread; the training thread only starts the copies
             host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
