@@ -97,9 +97,25 @@ class ConditionalPipeline(DiffusionPipeline):
         size = self._size or self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
-    @size.setter
-    def size(self, size: tuple[int, int]) -> None:
-        self._size = size
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels of what is generated unless an image decides."""
+        height, width = self.size
+        return height * self.latent_factor, width * self.latent_factor
+
+    @image_size.setter
+    def image_size(self, size: tuple[int, int]) -> None:
+        self._size = size[0] // self.latent_factor, size[1] // self.latent_factor
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels of a latent along a side; 1 without `vae`."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_divisor(self) -> int:
+        """What height and width of an image must be multiples of."""
+        return self.latent_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
     def num_classes(self) -> int:
@@ -134,11 +150,11 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def encode(
         self, copies: int = 1, image_noise: float = 0.0, generator=None, **conditions
-    ) -> tuple[list[dict], int]:
-        """The UNet's inputs for the conditions, for null conditions and for `guidance_unet`, and B.
+    ) -> tuple[list[dict], int, torch.Tensor | None]:
+        """The UNet's inputs for the conditions, for null conditions and for `guidance_unet`, B, and known pixels.
 
         `conditions` has one entry or B for each of `self.conditions`; one that is missing is null. "image" in the
-        result is concatenated to the UNet's input.
+        result is concatenated to the UNet's input. The pixels are for `_finish`.
         """
         labels, vectors, prompt = (conditions.get(name, [None]) for name in ("class_labels", "vectors", "prompt"))
         parts = []
@@ -148,12 +164,12 @@ class ConditionalPipeline(DiffusionPipeline):
             parts.append(self._encode_labels(labels))
         if self.text_encoder is not None:
             parts.append(self._encode_prompts(prompt))
+        pixels = None
         if self.image_input is not None:
             image, mask_image = conditions.get("image", [None]), conditions.get("mask_image")
-            divisor = 2 ** (len(self.unet.config.block_out_channels) - 1)
             own = generator[::copies] if isinstance(generator, list) else generator
-            channels = self.image_input.encode(image, mask_image, self.size, divisor, image_noise, own)
-            channels, null = (one.to(self._execution_device) for one in channels)
+            given = image, mask_image, self.image_size, self.image_divisor, image_noise, own
+            channels, null, pixels = self.image_input.encode(*given, vae=self.vae, device=self._execution_device)
             parts.append([{"image": one} for one in (channels, null, channels)])
         counts = [len(next(iter(part[0].values()))) for part in parts]
         check_counts(*counts)
@@ -165,7 +181,7 @@ class ConditionalPipeline(DiffusionPipeline):
             encoded[2].pop("image", None)
         rows = torch.arange(max(counts)).repeat_interleave(copies).to(self._execution_device)
         encoded = [{name: value[rows % len(value)] for name, value in one.items()} for one in encoded]
-        return encoded, len(rows)
+        return encoded, len(rows), None if pixels is None else pixels[rows % len(pixels)]
 
     def _encode_labels(self, labels) -> list[dict]:
         labels = self.encode_labels(labels)
@@ -247,14 +263,16 @@ class ConditionalPipeline(DiffusionPipeline):
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in arguments.items() if name in accepted}
 
-    def _finish(self, latents: torch.Tensor, output_type: str, image: torch.Tensor | None = None):
-        if image is not None:
-            latents = self.image_input.keep_known(latents, image)
-        if output_type == "latent":
+    def _finish(self, latents: torch.Tensor, output_type: str, pixels: torch.Tensor | None = None):
+        if self.vae is not None and output_type == "latent":
             return latents
         if self.vae is not None:
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
             latents = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        if pixels is not None:
+            latents = self.image_input.keep_known(latents, pixels)
+        if output_type == "latent":
+            return latents
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -302,7 +320,7 @@ class ConditionalPipeline(DiffusionPipeline):
         tensor_names = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_output(num_images_per_prompt, num_inference_steps, output_type)
         self._guidance_scale, self._interrupt = guidance_scale, False
-        encoded, batch_size = self.encode(num_images_per_prompt, image_noise, generator, **conditions)
+        encoded, batch_size, pixels = self.encode(num_images_per_prompt, image_noise, generator, **conditions)
         timesteps = self._set_timesteps(num_inference_steps)
         latents = self._start(batch_size, generator, latents, encoded[0].get("image"))
         extra = self._step_arguments(generator=generator, eta=eta)
@@ -318,6 +336,6 @@ class ConditionalPipeline(DiffusionPipeline):
                     tensors = {"latents": latents} if tensor_names else {}
                     latents = (callback_on_step_end(self, index, timestep, tensors) or {}).get("latents", latents)
                 bar.update()
-        images = self._finish(latents, output_type, encoded[0].get("image"))
+        images = self._finish(latents, output_type, pixels)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

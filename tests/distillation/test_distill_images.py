@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conditional_helpers import image_pipeline, text_parts
+from conditional_helpers import class_unet, image_pipeline, text_parts
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from distillation_helpers import run_distill
 from evaluation_helpers import TinyExtractor, evaluate, write_images
+from latent_helpers import LATENT_CHANNELS, make_vae
 from PIL import Image
 from sampling_helpers import read, sample_images
 
@@ -17,6 +18,7 @@ from trainkit.data.loading.loader import Batch
 from trainkit.data.loading.order import Purpose
 from trainkit.diffusion.combined import CombinedCondition
 from trainkit.diffusion.image_condition import PictureCondition
+from trainkit.diffusion.latents import latent_grid
 from trainkit.distillation.stages import _without_condition
 from trainkit.distillation.teacher import open_teacher
 from trainkit.errors import UserError
@@ -146,3 +148,22 @@ def test_images_of_a_kind_that_the_data_does_not_have_are_refused(tmp_path):
     (teacher / "image_input" / "config.json").write_text(json.dumps(config | {"kind": "depth"}))
     with pytest.raises(UserError, match="--teacher_model_name_or_path .* is conditioned on images of the kind depth"):
         open_teacher(DistillationOptions(teacher_model_name_or_path=str(teacher)))
+
+
+@pytest.mark.slow
+def test_a_student_of_latents_keeps_the_known_pixels(distill, image_folder, tmp_path):
+    """The second image is encoded by the teacher's autoencoder."""
+    vae = make_vae()
+    image_input = ImageInput(kind="mask", channels=3, **latent_grid(vae))
+    channels = {"in_channels": LATENT_CHANNELS + image_input.num_channels, "out_channels": LATENT_CHANNELS}
+    unet = class_unet(num_class_embeds=None, sample_size=8, **channels)
+    parts = {"image_input": image_input, "vae": vae}
+    scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    save_pipeline(tmp_path / "teacher", conditional_pipeline(unet, scheduler, **parts), "")
+    pipeline = load(distill(tmp_path / "teacher", guidance_scale=2, random_flip=True, center_crop=True))
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 12, 16))
+    [made] = images_of(pipeline, 1, image=Image.new("RGB", (16, 16), "#123456"), mask_image=mask)
+    hidden = np.asarray(mask) > 0
+    assert np.allclose(made[~hidden] * 255, (0x12, 0x34, 0x56), atol=1e-3)
+    assert np.abs(made[hidden] * 255 - (0x12, 0x34, 0x56)).max() > 1

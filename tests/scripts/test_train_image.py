@@ -131,7 +131,6 @@ def test_classes_and_images_together(train):
         ({"condition": ["class", "text"]}, "--condition class text: give class, vector, class vector or text, alone"),
         ({"condition": ["class"], "vector_dropout": 0.2}, "--vector_dropout 0.2 needs --condition vector, or class"),
         ({"condition_from": "mask", "conditioning_noise": 0.1}, "--conditioning_noise 0.1 is noise in a small image"),
-        ({"condition_from": "mask", "vae_name_or_path": "x"}, "--vae_name_or_path x: --condition image is trained on"),
         ({"condition_from": "grayscale", "image_mode": "L"}, "--condition_from grayscale: with --image_mode L"),
         (
             {"condition_from": "mask", "conditioning_dropout": 0, "preview_guidance_scale": 2},

@@ -104,7 +104,7 @@ def _add_picture(model: AppModel, request: Request, rows: list[dict], pipeline: 
             raise UserError(f"Image is empty: upload one ({picture_name(model)})")
         return rows
     given, size = read_uploads(model, request.picture, request.mask, request.fits)
-    pipeline.size = size
+    pipeline.image_size = size
     return [row | given for row in rows]
 
 

@@ -103,7 +103,7 @@ def _open_one(
     assert isinstance(teacher.pipeline, ConditionalPipeline)
     dropout = options.conditioning_dropout
     if teacher.image_input is not None and kind == "image":
-        return PictureCondition(images, teacher.image_input, dropout)
+        return PictureCondition(images, teacher.image_input, dropout, teacher.pipeline.vae)
     if kind == "text":
         encoder = load_text_encoder(options)
         return TextCondition(images, encoder, cache_root(options.cache_dir), given, dropout)
