@@ -6,10 +6,8 @@ images = pipeline(class_labels=["cat", 3], guidance_scale=2.0).images
 
 # B images, C channels, H/W pixels or latents, D numbers of a vector, L tokens, K classes
 
-import difflib
 import inspect
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,9 +17,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNe
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance import callback_tensors, check_output, checked_interval, noise_level, rescaled
+from .labels_and_vectors import check_counts, label_ids, vector_rows
 from .prompts import encode_prompts
 
-FILES = ("conditional.py", "guidance.py", "prompts.py")
+FILES = ("conditional.py", "guidance.py", "labels_and_vectors.py", "prompts.py")
 
 
 def _call(unet, sample: torch.Tensor, timestep, image: torch.Tensor | None = None, **condition) -> torch.Tensor:
@@ -35,9 +34,9 @@ class ConditionalPipeline(DiffusionPipeline):
 
     Args:
         unet: a UNet2DModel for labels (`num_class_embeds` is K + 1, the last one null) and vectors (`class_embed_type`
-            "identity"), a UNet2DConditionModel for prompts.
+            "identity"), both together, or a UNet2DConditionModel for prompts.
         scheduler: any scheduler of diffusers that matches the training.
-        vector_embedding: vectors to the UNet's embedding; a row of NaN is null.
+        vector_embedding: vectors, or classes and vectors, to the UNet's embedding; NaN is null.
         text_encoder, tokenizer: from transformers. The null prompt is the empty string. vae: decodes latents.
         guidance_unet: a weaker UNet to guide away from (Karras et al. 2024), instead of from the null condition.
         guidance_vector_embedding: the guide's embedding of vectors; None if it shares `vector_embedding`.
@@ -98,9 +97,25 @@ class ConditionalPipeline(DiffusionPipeline):
         size = self._size or self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
-    @size.setter
-    def size(self, size: tuple[int, int]) -> None:
-        self._size = size
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels of what is generated unless an image decides."""
+        height, width = self.size
+        return height * self.latent_factor, width * self.latent_factor
+
+    @image_size.setter
+    def image_size(self, size: tuple[int, int]) -> None:
+        self._size = size[0] // self.latent_factor, size[1] // self.latent_factor
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels of a latent along a side; 1 without `vae`."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_divisor(self) -> int:
+        """What height and width of an image must be multiples of."""
+        return self.latent_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
     def num_classes(self) -> int:
@@ -126,69 +141,38 @@ class ConditionalPipeline(DiffusionPipeline):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def encode_labels(self, labels) -> torch.Tensor:
-        """Labels (B,) from ids, names and None (null), one or several; a number that is not a name is an id."""
-        labels = labels.reshape(-1).tolist() if isinstance(labels, torch.Tensor | np.ndarray) else labels
-        labels = list(labels) if isinstance(labels, list | tuple | range) else [labels]
-        ids = {name: label for label, name in (self.config.id2label or {}).items()}
-        return torch.tensor([self._label_id(label, ids) for label in labels], device=self._execution_device)
-
-    def _label_id(self, label, ids: dict[str, int]) -> int:
-        if label is None:
-            return self.num_classes
-        if isinstance(label, str) and label in ids:
-            return int(ids[label])
-        if isinstance(label, str) and not label.isdecimal():
-            nearest = difflib.get_close_matches(label, ids, n=1, cutoff=0)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else "the model has no names, give ids"
-            raise ValueError(f"class_labels: no class is called {label!r}: {hint}")
-        if not isinstance(label, str) and (np.ndim(label) or not math.isfinite(label) or label != int(label)):
-            raise ValueError(f"class_labels: {label} is not a whole number")
-        if not 0 <= int(label) < self.num_classes:
-            raise ValueError(f"class_labels: {label} must be 0 to {self.num_classes - 1} (None is the null class)")
-        return int(label)
+        """Labels (B,) from ids, names and None (null): see `label_ids`."""
+        return torch.tensor(label_ids(labels, self.num_classes, self.config.id2label), device=self._execution_device)
 
     def check_vectors(self, vectors) -> torch.Tensor:
-        """Vectors (B, D) float32 from one or several, in a tensor, an array or lists; None or all NaN is null."""
-        length = self.vector_embedding.config.vector_length
-        if isinstance(vectors, list | tuple):
-            given = vectors if any(row is None or np.ndim(row) > 0 for row in vectors) else [vectors]
-            rows = [np.full(length, np.nan) if row is None else np.asarray(row, dtype=np.float64) for row in given]
-            wrong = next((row for row in rows if row.shape != (length,)), None)
-            if wrong is not None:
-                raise ValueError(f"vectors: {wrong.size} numbers in a vector, the model accepts {length}")
-            vectors = np.stack(rows)
-        vectors = torch.as_tensor(vectors, dtype=torch.float32, device=self._execution_device)
-        vectors = vectors[None] if vectors.ndim == 1 else vectors
-        if vectors.ndim != 2 or vectors.shape[1] != length:
-            raise ValueError(f"vectors: shape {tuple(vectors.shape)}, the model accepts (images, {length})")
-        if not (vectors.isfinite().all(dim=1) | vectors.isnan().all(dim=1)).all():
-            raise ValueError("vectors: every number must be finite; None, or a row of NaN, is the null condition")
-        return vectors
+        """Vectors (B, D) float32 from one or several; None or all NaN is null: see `vector_rows`."""
+        return vector_rows(vectors, self.vector_embedding.config.vector_length).to(self._execution_device)
 
     def encode(
         self, copies: int = 1, image_noise: float = 0.0, generator=None, **conditions
-    ) -> tuple[list[dict], int]:
-        """The UNet's inputs for the conditions, for null conditions and for `guidance_unet`, and B.
+    ) -> tuple[list[dict], int, torch.Tensor | None]:
+        """The UNet's inputs for the conditions, for null conditions and for `guidance_unet`, B, and known pixels.
 
         `conditions` has one entry or B for each of `self.conditions`; one that is missing is null. "image" in the
-        result is concatenated to the UNet's input.
+        result is concatenated to the UNet's input. The pixels are for `_finish`.
         """
-        kinds = {
-            "class_labels": self._encode_labels, "vectors": self._encode_vectors, "prompt": self._encode_prompts,
-        }  # fmt: skip
-        parts = [encode(conditions.get(name, [None])) for name, encode in kinds.items() if name in self.conditions]
+        labels, vectors, prompt = (conditions.get(name, [None]) for name in ("class_labels", "vectors", "prompt"))
+        parts = []
+        if self.vector_embedding is not None:
+            parts.append(self._encode_vectors(vectors, labels))
+        elif "class_labels" in self.conditions:
+            parts.append(self._encode_labels(labels))
+        if self.text_encoder is not None:
+            parts.append(self._encode_prompts(prompt))
+        pixels = None
         if self.image_input is not None:
             image, mask_image = conditions.get("image", [None]), conditions.get("mask_image")
-            divisor = 2 ** (len(self.unet.config.block_out_channels) - 1)
             own = generator[::copies] if isinstance(generator, list) else generator
-            channels = self.image_input.encode(image, mask_image, self.size, divisor, image_noise, own)
-            channels, null = (one.to(self._execution_device) for one in channels)
+            given = image, mask_image, self.image_size, self.image_divisor, image_noise, own
+            channels, null, pixels = self.image_input.encode(*given, vae=self.vae, device=self._execution_device)
             parts.append([{"image": one} for one in (channels, null, channels)])
         counts = [len(next(iter(part[0].values()))) for part in parts]
-        if {*counts} - {1, max(counts)}:
-            raise ValueError(
-                f"conditions: {', '.join(map(str, counts))} rows were given: give one of each, or as many"
-            )
+        check_counts(*counts)
         encoded = [{name: value for part in parts for name, value in part[role].items()} for role in range(3)]
         guide = self.guidance_unet
         if guide is not None and guide.class_embedding is None:
@@ -197,19 +181,25 @@ class ConditionalPipeline(DiffusionPipeline):
             encoded[2].pop("image", None)
         rows = torch.arange(max(counts)).repeat_interleave(copies).to(self._execution_device)
         encoded = [{name: value[rows % len(value)] for name, value in one.items()} for one in encoded]
-        return encoded, len(rows)
+        return encoded, len(rows), None if pixels is None else pixels[rows % len(pixels)]
 
     def _encode_labels(self, labels) -> list[dict]:
         labels = self.encode_labels(labels)
         null = torch.full_like(labels, self.num_classes)
         return [{"class_labels": rows} for rows in (labels, null, labels)]
 
-    def _encode_vectors(self, vectors) -> list[dict]:
-        vectors = self.check_vectors(vectors)
-        null = torch.full_like(vectors, torch.nan)
+    def _encode_vectors(self, vectors, labels) -> list[dict]:
+        """Of vectors and, if the model takes both, classes, which the UNet gets as one embedding."""
+        rows = self.check_vectors(vectors)
+        if "class_labels" in self.conditions:
+            ids = self.encode_labels(labels)[:, None].float()
+            check_counts(len(ids), len(rows))
+            count = max(len(ids), len(rows))
+            rows = torch.cat([ids.expand(count, -1), rows.expand(count, -1)], dim=1)
+        null = torch.full_like(rows, torch.nan)
         weak = self.guidance_vector_embedding or self.vector_embedding
-        pairs = ((self.vector_embedding, vectors), (self.vector_embedding, null), (weak, vectors))
-        return [{"class_labels": embed(rows)} for embed, rows in pairs]
+        pairs = ((self.vector_embedding, rows), (self.vector_embedding, null), (weak, rows))
+        return [{"class_labels": embed(given)} for embed, given in pairs]
 
     def _encode_prompts(self, prompts) -> list[dict]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -273,14 +263,16 @@ class ConditionalPipeline(DiffusionPipeline):
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in arguments.items() if name in accepted}
 
-    def _finish(self, latents: torch.Tensor, output_type: str, image: torch.Tensor | None = None):
-        if image is not None:
-            latents = self.image_input.keep_known(latents, image)
-        if output_type == "latent":
+    def _finish(self, latents: torch.Tensor, output_type: str, pixels: torch.Tensor | None = None):
+        if self.vae is not None and output_type == "latent":
             return latents
         if self.vae is not None:
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
             latents = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        if pixels is not None:
+            latents = self.image_input.keep_known(latents, pixels)
+        if output_type == "latent":
+            return latents
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -328,7 +320,7 @@ class ConditionalPipeline(DiffusionPipeline):
         tensor_names = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_output(num_images_per_prompt, num_inference_steps, output_type)
         self._guidance_scale, self._interrupt = guidance_scale, False
-        encoded, batch_size = self.encode(num_images_per_prompt, image_noise, generator, **conditions)
+        encoded, batch_size, pixels = self.encode(num_images_per_prompt, image_noise, generator, **conditions)
         timesteps = self._set_timesteps(num_inference_steps)
         latents = self._start(batch_size, generator, latents, encoded[0].get("image"))
         extra = self._step_arguments(generator=generator, eta=eta)
@@ -344,6 +336,6 @@ class ConditionalPipeline(DiffusionPipeline):
                     tensors = {"latents": latents} if tensor_names else {}
                     latents = (callback_on_step_end(self, index, timestep, tensors) or {}).get("latents", latents)
                 bar.update()
-        images = self._finish(latents, output_type, encoded[0].get("image"))
+        images = self._finish(latents, output_type, pixels)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

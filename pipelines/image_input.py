@@ -1,6 +1,7 @@
 """The second image that a UNet sees beside the noisy one. This file is saved inside the models it belongs to."""
 
 # B images, C channels of the result, K channels of the second image, H/W pixels, h/w those of a small image
+# or latents
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ class ImageInput(ModelMixin, ConfigMixin):
     - labels: a map of ids from 0 to `classes` - 1, as a channel for each that is 1 where the map has this id.
 
     Without a condition all channels are 0 (Brooks et al. 2023), except that a mask is then 1 everywhere.
+
+    A model of latents (`latent_channels`, each of `latent_factor` pixels along a side) sees the channels on their
+    grid: see `on_latents`.
     """
 
     _source = Path(__file__).read_text(encoding="utf-8")  # kept: diffusers overwrites its copy of a loaded file
@@ -45,10 +49,13 @@ class ImageInput(ModelMixin, ConfigMixin):
         noise: float = 0.0,
         picture_channels: int | None = None,
         classes: int | None = None,
+        latent_channels: int | None = None,
+        latent_factor: int = 1,
     ):
         super().__init__()
         self.kind, self.channels, self.factor, self.noise = kind, channels, factor, noise
         self._picture_channels, self.classes = picture_channels or 1, classes or 0
+        self.latent_channels, self.latent_factor = latent_channels, latent_factor
         self.register_buffer("placeholder", torch.zeros(1))  # diffusers expects a tensor in each module
 
     @property
@@ -56,7 +63,7 @@ class ImageInput(ModelMixin, ConfigMixin):
         """K"""
         if self.kind == "labels":
             return self.classes
-        return self.channels + 1 if self.kind in ("downscale", "mask") else self.picture_channels
+        return (self.latent_channels or self.picture_channels) + (self.kind in ("downscale", "mask"))
 
     @property
     def picture_channels(self) -> int:
@@ -105,6 +112,22 @@ class ImageInput(ModelMixin, ConfigMixin):
         level = levels[:, None, None, None].expand(-1, 1, *size)
         return torch.cat([functional.interpolate(pictures, size, mode="bicubic"), level], dim=1)
 
+    def on_latents(self, channels: torch.Tensor, vae) -> torch.Tensor:
+        """The channels (B, K, h, w) that a model of the latents of `vae` sees, for those of pixels (B, _, H, W).
+
+        A picture is encoded like the images, to the mode and not a sample (Rombach et al. 2022). Masks, levels of
+        noise and classes are averaged over the pixels of a latent: 1 is a mask that covers all of them.
+        """
+        if self.kind == "labels":
+            return functional.avg_pool2d(channels, self.latent_factor)
+        pictures, others = channels[:, : self.picture_channels], channels[:, self.picture_channels :]
+        pictures = pictures.expand(-1, self.channels, -1, -1)  # grey ones
+        latents = vae.encode(pictures.to(vae.dtype)).latent_dist.mode().float()
+        latents = (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        if others.shape[1] == 0:
+            return latents
+        return torch.cat([latents, functional.avg_pool2d(others, self.latent_factor)], dim=1)
+
     def null(self, like: torch.Tensor) -> torch.Tensor:
         """The channels without a condition, of the shape (B, K, H, W) of `like`."""
         null = torch.zeros_like(like)
@@ -120,12 +143,15 @@ class ImageInput(ModelMixin, ConfigMixin):
         divisor: int = 1,
         level: float = 0.0,
         generator=None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The channels (B, K, H, W) float32 of the pictures that a user gives, and those without a condition.
+        vae=None,
+        device=None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The channels (B, K, H, W) float32 of the pictures that a user gives, those without a condition, and pixels.
 
-        `size` (H, W) is that of rows without a picture, if no row has one. H and W must be multiples of `divisor`.
-        `level` is the noise to add to small images, drawn apart from what `generator` (one or a list) draws. Raises
-        `ValueError` naming the argument.
+        The pixels are what `keep_known` needs: the channels themselves, but of a model of latents (with `vae`) those
+        before `on_latents`. `size` (H, W) in pixels is that of rows without a picture, if no row has one. H and W must
+        be multiples of `divisor`. `level` is the noise to add to small images, drawn apart from what `generator` (one
+        or a list) draws. Raises `ValueError` naming the argument.
         """
         rows = self.read(image, mask_image)
         sizes = {tuple(picture.shape[-2:]) for picture, _ in filter(None, rows)}
@@ -144,16 +170,19 @@ class ImageInput(ModelMixin, ConfigMixin):
         pictures = torch.stack([blank[0] if row is None else row[0] for row in rows])
         masks = torch.stack([blank[1] if row is None or row[1] is None else row[1] for row in rows])
         noise = _noise(pictures.shape, generator) if level else None
-        channels = self(pictures, masks, noise, torch.full((len(rows),), float(level)))
+        # offloading moves them to another device
+        pixels = self(pictures, masks, noise, torch.full((len(rows),), float(level)))
+        pixels = pixels if device is None else pixels.to(device)
+        channels = pixels if vae is None else self.on_latents(pixels, vae)
         null = self.null(channels)
-        given = torch.tensor([row is not None for row in rows], device=channels.device)  # offloading moves them
-        return torch.where(given[:, None, None, None], channels, null), null
+        given = torch.tensor([row is not None for row in rows], device=channels.device)
+        return torch.where(given[:, None, None, None], channels, null), null, pixels
 
-    def keep_known(self, images: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-        """`images` (B, C, H, W) with the known pixels of `channels` (B, K, H, W); unchanged for other kinds."""
+    def keep_known(self, images: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """`images` (B, C, H, W) with the known `pixels` (B, _, H, W) of `encode`; unchanged for other kinds."""
         if self.kind != "mask":
             return images
-        return torch.where(channels[:, -1:] > 0.5, images, channels[:, :-1].to(images.dtype))
+        return torch.where(pixels[:, -1:] > 0.5, images, pixels[:, :-1].to(images.dtype))
 
     def read(self, image, mask_image=None) -> list[tuple[torch.Tensor, torch.Tensor | None] | None]:
         """The pictures in [-1, 1] and masks that a user gives, one of each or several; None in a list is null.

@@ -1,6 +1,6 @@
 """Embeds vectors for a UNet2DModel with class_embed_type "identity". This file is saved inside models."""
 
-# B rows, D numbers of a vector, E width of the UNet's time embedding
+# B rows, D numbers of a vector, K classes, E width of the UNet's time embedding
 
 from pathlib import Path
 
@@ -16,6 +16,10 @@ class VectorEmbedding(ModelMixin, ConfigMixin):
 
     A row of NaN is the null condition, which has a learned embedding. A new module returns zeros for all inputs, so
     that a UNet starts as if it had no condition.
+
+    With `num_class_embeds` (K + 1, as in the UNet's config) a row (1 + D,) is a class and then a vector, and the sum
+    of both embeddings is returned. Either may be null: K or NaN is the null class. The table of classes starts as that
+    of a UNet.
     """
 
     # The statistics stay float32 when loaded in another dtype; without accelerate diffusers keeps them by itself.
@@ -25,7 +29,13 @@ class VectorEmbedding(ModelMixin, ConfigMixin):
     std: torch.Tensor
 
     @register_to_config
-    def __init__(self, vector_length: int, embedding_dim: int, hidden_dim: int | None = None):
+    def __init__(
+        self,
+        vector_length: int,
+        embedding_dim: int,
+        hidden_dim: int | None = None,
+        num_class_embeds: int | None = None,
+    ):
         super().__init__()
         hidden_dim = hidden_dim or embedding_dim
         self.register_buffer("mean", torch.zeros(vector_length, dtype=torch.float32))
@@ -36,6 +46,8 @@ class VectorEmbedding(ModelMixin, ConfigMixin):
         self.output = nn.Linear(hidden_dim, embedding_dim)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+        if num_class_embeds is not None:  # the name of the table in a UNet of classes, whose weights fit here
+            self.weight = nn.Parameter(torch.randn(num_class_embeds, embedding_dim))
 
     def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Store mean and standard deviation (D,) of the training vectors; constant components are not scaled."""
@@ -51,7 +63,13 @@ class VectorEmbedding(ModelMixin, ConfigMixin):
             self.mean, self.std = (numbers.to(self.mean.device) for numbers in kept)
         return self
 
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.config.num_class_embeds is None:
+            return self._embed_vectors(rows)
+        labels = torch.nan_to_num(rows[:, 0], nan=self.config.num_class_embeds - 1).long()
+        return nn.functional.embedding(labels, self.weight) + self._embed_vectors(rows[:, 1:])
+
+    def _embed_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         null = vectors.isnan().any(dim=1, keepdim=True)
         normal = (torch.nan_to_num(vectors.float()) - self.mean.float()) / self.std.float()
         hidden = nn.functional.silu(self.linear_1(normal.to(self.linear_1.weight.dtype)))

@@ -17,13 +17,15 @@ from trainkit.sampling.weights import weights_digest
 
 
 def save_models(folder: Path) -> Path:
-    """Write plain (with a table), student, class, vector, text, stock, enlarge, fill, edges, other and maps."""
+    """Write plain (with a table), student, class, vector, both, text, stock, enlarge, fill, edges, other and maps."""
     scheduler = DDPMScheduler()
     student = progressive_scheduler(scheduler.alphas_cumprod.double(), 4, "epsilon")
     save_pipeline(folder / "plain", DDPMPipeline(tiny_model(), scheduler), "")
     save_pipeline(folder / "student", DDPMPipeline(tiny_model(), student), "")
     save_pipeline(folder / "class", conditional_pipeline(class_unet(), copy.deepcopy(scheduler), id2label=NAMES), "")
     save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), copy.deepcopy(scheduler)), "")
+    both = conditional_pipeline(vector_unet(4), copy.deepcopy(scheduler), id2label=NAMES)
+    save_pipeline(folder / "both", both, "")
     unet, parts = text_parts(folder)
     save_pipeline(folder / "text", conditional_pipeline(unet, copy.deepcopy(scheduler), prompt_length=8, **parts), "")
     kinds = (

@@ -25,20 +25,22 @@ def class_pipeline(**parts):
     return pipeline
 
 
-def vector_unet():
-    """As training has it: the embedding sits in the UNet."""
-    unet = class_unet(num_class_embeds=None, class_embed_type="identity")
-    unet.class_embedding = VectorEmbedding(3, unet.time_embedding.linear_2.out_features)
+def vector_unet(num_class_embeds=None):
+    """As training has it: the embedding, perhaps also of classes, sits in the UNet."""
+    unet = class_unet(num_class_embeds=num_class_embeds, class_embed_type="identity")
+    width = unet.time_embedding.linear_2.out_features
+    unet.class_embedding = VectorEmbedding(3, width, num_class_embeds=num_class_embeds)
     torch.nn.init.normal_(unet.class_embedding.output.weight)
     torch.nn.init.normal_(unet.class_embedding.null_embedding)
     unet.class_embedding.set_statistics(torch.ones(3), torch.tensor([2.0, 1.0, 0.0]))
     return unet
 
 
-def vector_pipeline():
-    unet = vector_unet()
+def vector_pipeline(num_class_embeds=None):
+    unet = vector_unet(num_class_embeds)
     embedding, unet.class_embedding = unet.class_embedding, torch.nn.Identity()
-    pipeline = ConditionalPipeline(unet, DDIMScheduler(), vector_embedding=embedding)
+    names = None if num_class_embeds is None else NAMES
+    pipeline = ConditionalPipeline(unet, DDIMScheduler(), vector_embedding=embedding, id2label=names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

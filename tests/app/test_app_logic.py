@@ -18,7 +18,7 @@ from trainkit.errors import UserError
 from trainkit.sampling.catalogue import SCHEDULER_NAMES
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_alone")
-KINDS = ("plain", "student", "class", "vector", "text", "stock", "enlarge", "fill", "edges")
+KINDS = ("plain", "student", "class", "vector", "both", "text", "stock", "enlarge", "fill", "edges")
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,18 @@ def test_what_a_field_may_be_left_to(models):
     job = make_job(Setting(models["class"], "dpmsolver", 5), Request(0, 4))
     assert job.captions == ["cat", "dog", "7", "cat"], "no class: all of them"
     job = make_job(Setting(models["class"], "dpmsolver", 5), Request(0, 3, ("null", "cat")))
-    assert job.captions == ["no class", "cat", "no class"] and job.conditions == [None, 0, None]
+    assert job.captions == ["no class", "cat", "no class"]
+    assert job.conditions == [{"class_labels": label} for label in (None, 0, None)]
     assert make_job(Setting(models["text"], "dpmsolver", 5), Request(0, 1)).captions == ["no prompt"]
     job = make_job(Setting(models["vector"], "dpmsolver", 5), Request(0, 2, vectors="null\n[1 2; 3]"))
-    assert np.isnan(job.conditions[0]).all() and job.conditions[1].tolist() == [1, 2, 3]
+    rows = [row["vectors"] for row in job.conditions]
+    assert np.isnan(rows[0]).all() and rows[1].tolist() == [1, 2, 3]
+    job = make_job(Setting(models["both"], "dpmsolver", 5), Request(0, 3, ("dog", "null"), "1 2 3"))
+    assert job.captions == ["dog, 1 2 3", "no class, 1 2 3", "dog, 1 2 3"]
+    assert [(row["class_labels"], row["vectors"].tolist()) for row in job.conditions[:2]] == [
+        (1, [1, 2, 3]),
+        (None, [1, 2, 3]),
+    ]
     make_job(Setting(models["vector"], "dpmsolver", 5), Request(0, 1, vectors=example_vector(models["vector"])))
     for model in models.values():
         warm_up(model)
@@ -132,6 +140,7 @@ def test_what_the_page_knows_of_a_model(models):
     about = {kind: describe(model) for kind, model in models.items()}
     assert about["plain"].startswith("16×16 colour, unconditional, ") and "student of 4 steps" in about["student"]
     assert "3 classes" in about["class"] and "vectors of 3 numbers" in about["vector"] and "prompts" in about["text"]
+    assert "3 classes and vectors of 3 numbers, " in about["both"]
     assert about["stock"].startswith("16×16 grey")
     assert models["plain"].schedulers == [*SCHEDULER_NAMES, "default"] and models["student"].schedulers == ["default"]
     assert models["student"].slider_end("default") == 4 and models["plain"].slider_end("ddpm") == 1000

@@ -89,8 +89,9 @@ def test_captions_are_drawn_evenly_and_dropped_as_often_as_asked(images, tmp_pat
 def test_a_condition_depends_on_its_image_and_draw_alone(images, tmp_path):
     condition = text.TextCondition(images, Encoder(), tmp_path, "", dropout=0.3)
     rows, uniforms = np.arange(12), np.random.default_rng(0).random(12)
-    whole = condition.inputs(rows, uniforms)
-    halves = [condition.inputs(rows[part], uniforms[part]) for part in (slice(5), slice(5, 12))]
+    whole = condition.inputs(rows, lambda purpose: uniforms)
+    parts = [(rows[part], uniforms[part]) for part in (slice(5), slice(5, 12))]
+    halves = [condition.inputs(some, lambda purpose, drawn=drawn: drawn) for some, drawn in parts]
     for name, value in whole.items():
         assert torch.equal(value, torch.cat([half[name] for half in halves]))
     assert (whole["encoder_attention_mask"].sum(1) == 1).any() and whole["encoder_attention_mask"].dtype == torch.bool

@@ -70,7 +70,7 @@ def test_the_second_image_is_that_of_the_mirrored_image(kind):
     stored = torch.from_numpy(made.images.pixels[batch.indices]).permute(0, 3, 1, 2) / 127.5 - 1
     flipped = [not torch.allclose(one, two, atol=1e-6) for one, two in zip(batch.images, stored, strict=True)]
     assert any(flipped) and not all(flipped)
-    drawn = made.draw(3, 5, range(8), 8, (8, 12)) | {"dropped": torch.zeros(8, dtype=torch.bool)}
+    drawn = made.draw(3, 5, range(8), 8) | {"dropped": torch.zeros(8, dtype=torch.bool)}
     moved = torch.stack([one.flip(-1) if flip else one for one, flip in zip(stored, flipped, strict=True)])
     torch.testing.assert_close(batch.picture, made.channels(moved, drawn))
     assert torch.equal(batch.with_picture(batch.noise), torch.cat([batch.noise, plain.picture], dim=1))

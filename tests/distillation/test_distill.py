@@ -183,9 +183,10 @@ def conditional_teacher(kind, folder):
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     if kind == "class_labels":
         pipeline = ConditionalPipeline(class_unet(num_class_embeds=3), scheduler, id2label={0: "square", 1: "round"})
-    elif kind == "vectors":
-        pipeline = vector_pipeline()
+    elif kind in ("vectors", "both"):
+        pipeline = vector_pipeline(3 if kind == "both" else None)
         pipeline.scheduler = scheduler
+        pipeline.register_to_config(id2label={0: "square", 1: "round"} if kind == "both" else None)
     else:
         folder.mkdir()
         unet, parts = text_parts(folder)
@@ -197,24 +198,29 @@ def conditional_teacher(kind, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["progressive", "consistency"])
 @pytest.mark.parametrize(
-    ("kind", "conditions"),
-    [("class_labels", ["round", None]), ("vectors", [[1, 2, 3], None]), ("prompt", ["a red square", ""])],
+    ("kind", "asked"),
+    [
+        ("class_labels", {"class_labels": ["round", None]}),
+        ("vectors", {"vectors": [[1, 2, 3], None]}),
+        ("both", {"class_labels": ["round", "round"], "vectors": [[1, 2, 3], None]}),
+        ("prompt", {"prompt": ["a red square", ""]}),
+    ],
 )
 def test_conditional_students_load_with_diffusers_and_keep_their_condition(
-    distill, described, tmp_path, kind, conditions, method
+    distill, described, tmp_path, kind, asked, method
 ):
     teacher = conditional_teacher(kind, tmp_path / kind)
     flags = {"guidance_scale": 2} if method == "progressive" else {"method": method, "first_steps": None}
     out = distill(teacher, images=described, num_steps=2, max_train_steps=8, **flags)
     pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(0) for _ in conditions]
-    images = pipeline(**{kind: conditions}, generator=generators, output_type="np").images  # by default all its steps
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    images = pipeline(**asked, generator=generators, output_type="np").images  # by default all its steps
     assert len(pipeline.scheduler.timesteps) == 2
     assert np.isfinite(images).all() and np.abs(images[0] - images[1]).max() > 1e-4  # the condition is heard
     with pytest.raises(ValueError, match="num_inference_steps"):
-        pipeline(**{kind: conditions}, num_inference_steps=20)
-    if kind == "class_labels":
+        pipeline(**asked, num_inference_steps=20)
+    if "class_labels" in asked:
         assert pipeline.config.id2label == {0: "square", 1: "round"}
     if kind == "prompt" and method == "progressive":
         ours = load_pipeline(out, load_scheduler(out))  # as sample.py opens it

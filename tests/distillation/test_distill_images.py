@@ -5,17 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from conditional_helpers import text_parts
+from conditional_helpers import class_unet, text_parts
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from distillation_helpers import images_of, load_student, run_distill, save_image_teacher
 from evaluation_helpers import TinyExtractor, evaluate, write_images
+from latent_helpers import LATENT_CHANNELS, make_vae
 from PIL import Image
 from sampling_helpers import read, sample_images
 
 from pipelines.image_input import ImageInput
 from trainkit.data.loading.loader import Batch
+from trainkit.data.loading.order import Purpose
 from trainkit.diffusion.combined import CombinedCondition
 from trainkit.diffusion.image_condition import PictureCondition
+from trainkit.diffusion.latents import latent_grid
 from trainkit.distillation.stages import _without_condition
 from trainkit.distillation.teacher import open_teacher
 from trainkit.errors import UserError
@@ -103,14 +106,15 @@ def test_guidance_leads_away_from_both_null_conditions():
     class Classes:
         argument, names, picture, dropout = "class_labels", None, None, 0.1
 
-        def inputs(self, indices, uniforms):
-            return {"class_labels": torch.where(torch.from_numpy(uniforms) < self.dropout, 9, 1)}
+        def inputs(self, indices, draws):
+            drawn = torch.from_numpy(draws(Purpose.CONDITION_DROPOUT))
+            return {"class_labels": torch.where(drawn < self.dropout, 9, 1)}
 
     masks = PictureCondition(None, ImageInput(kind="mask", channels=3), 0.1)
     size = torch.ones(2, 3, 4, 4)
     batch = Batch(size, size, None, np.arange(2), 0, 0, condition={"class_labels": torch.ones(2)})
     batch.picture = torch.full((2, 4, 4, 4), 0.5)
-    null = _without_condition(CombinedCondition(Classes(), masks), torch.device("cpu"))(batch)
+    null = _without_condition(CombinedCondition([Classes(), masks]), torch.device("cpu"))(batch)
     assert null.inputs["class_labels"].tolist() == [9, 9] and batch.inputs["class_labels"].tolist() == [1, 1]
     assert (null.picture[:, :3] == 0).all() and (null.picture[:, 3] == 1).all() and (batch.picture == 0.5).all()
     assert (_without_condition(masks, torch.device("cpu"))(batch).picture == null.picture).all()
@@ -123,3 +127,22 @@ def test_images_of_a_kind_that_the_data_does_not_have_are_refused(tmp_path):
     (teacher / "image_input" / "config.json").write_text(json.dumps(config | {"kind": "depth"}))
     with pytest.raises(UserError, match="--teacher_model_name_or_path .* is conditioned on images of the kind depth"):
         open_teacher(DistillationOptions(teacher_model_name_or_path=str(teacher)))
+
+
+@pytest.mark.slow
+def test_a_student_of_latents_keeps_the_known_pixels(distill, image_folder, tmp_path):
+    """The second image is encoded by the teacher's autoencoder."""
+    vae = make_vae()
+    image_input = ImageInput(kind="mask", channels=3, **latent_grid(vae))
+    channels = {"in_channels": LATENT_CHANNELS + image_input.num_channels, "out_channels": LATENT_CHANNELS}
+    unet = class_unet(num_class_embeds=None, sample_size=8, **channels)
+    parts = {"image_input": image_input, "vae": vae}
+    scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    save_pipeline(tmp_path / "teacher", conditional_pipeline(unet, scheduler, **parts), "")
+    pipeline = load_student(distill(tmp_path / "teacher", guidance_scale=2, random_flip=True, center_crop=True))
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 12, 16))
+    [made] = images_of(pipeline, 1, image=Image.new("RGB", (16, 16), "#123456"), mask_image=mask)
+    hidden = np.asarray(mask) > 0
+    assert np.allclose(made[~hidden] * 255, (0x12, 0x34, 0x56), atol=1e-3)
+    assert np.abs(made[hidden] * 255 - (0x12, 0x34, 0x56)).max() > 1

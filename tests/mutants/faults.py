@@ -124,7 +124,12 @@ FAULTS = [
     ),
     Fault(
         "dropout_ignored", "conditions are dropped as often as asked", "trainkit/diffusion/conditioning.py",
-        "np.where(uniforms < self.dropout, self.null", "np.where(uniforms < 0, self.null",
+        "np.where(draws(Purpose.CONDITION_DROPOUT) < self.dropout,", "np.where(draws(Purpose.CONDITION_DROPOUT) < 0,",
+        ("tests/diffusion/test_conditioning.py",),
+    ),
+    Fault(
+        "one_draw_for_both", "class and vector are dropped by their own draws", "trainkit/diffusion/conditioning.py",
+        "draws(self.purpose) < self.dropout", "draws(Purpose.CONDITION_DROPOUT) < self.dropout",
         ("tests/diffusion/test_conditioning.py",),
     ),
     Fault(

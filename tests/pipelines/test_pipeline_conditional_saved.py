@@ -29,6 +29,8 @@ def saved(tmp_path_factory):
         folder / "earlier-model", conditional_pipeline(class_unet(1), DDPMScheduler(), id2label=NAMES), "A card."
     )
     save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), DDPMScheduler()), "A card.")
+    both = conditional_pipeline(vector_unet(4), DDPMScheduler(), id2label=NAMES)
+    save_pipeline(folder / "class-and-vector", both, "A card.")
     unet, parts = text_parts(folder)
     save_pipeline(folder / "text", conditional_pipeline(unet, DDPMScheduler(), prompt_length=8, **parts), "A card.")
     image = image_pipeline("mask")
@@ -50,6 +52,7 @@ def image(pipeline, asked):
 for kind, asked in {
     "conditional-model": dict(class_labels=["cat", 1, None, "7"]),
     "vector": dict(vectors=[[1.0, 2.0, 3.0], None]),
+    "class-and-vector": dict(class_labels=["dog", None, 2], vectors=[[1.0, 2.0, 3.0], [0.0, 0.0, 9.0], None]),
     "text": dict(prompt=["a red square", None]),
     "image": dict(image=[torch.full((3, 16, 16), 0.5), None], mask_image=torch.eye(16)),
 }.items():
@@ -79,11 +82,11 @@ def elsewhere(program, folder):
 @pytest.mark.slow
 def test_a_saved_folder_loads_and_is_saved_again_without_this_repository(saved):
     elsewhere(ELSEWHERE, saved)
-    for kind in ("conditional-model", "vector", "text", "image"):
+    for kind in ("conditional-model", "vector", "class-and-vector", "text", "image"):
         for folder in (saved / kind, saved / f"again-{kind}"):
             index = json.loads((folder / "model_index.json").read_text())
             assert index["_class_name"] == ["conditional", "ConditionalPipeline"] and "_name_or_path" not in index
-            for name in ("conditional.py", "guidance.py", "prompts.py"):
+            for name in ("conditional.py", "guidance.py", "labels_and_vectors.py", "prompts.py"):
                 assert (folder / name).read_bytes() == (ROOT / "pipelines" / name).read_bytes()
     index = json.loads((saved / "again-vector" / "model_index.json").read_text())
     assert index["vector_embedding"] == ["vector_embedding", "VectorEmbedding"]
@@ -91,6 +94,8 @@ def test_a_saved_folder_loads_and_is_saved_again_without_this_repository(saved):
     index = json.loads((saved / "again-image" / "model_index.json").read_text())
     assert index["image_input"] == ["image_input", "ImageInput"]
     assert (torch.load(saved / "image.pt", weights_only=True)[0, :, 0, 1] == 0.5).all(), "a known pixel"
+    index = json.loads((saved / "again-class-and-vector" / "model_index.json").read_text())
+    assert index["id2label"] == {str(label): name for label, name in NAMES.items()}
     made = torch.load(saved / "vector.pt", weights_only=True)
     unet = vector_unet()
     scheduler = DPMSolverMultistepScheduler.from_pretrained(saved / "vector" / "scheduler")
@@ -125,4 +130,5 @@ def test_a_push_takes_the_code_along(monkeypatch):
     monkeypatch.setattr("huggingface_hub.ModelCard.load", lambda *names, **rest: ModelCard("x"))
     class_pipeline().push_to_hub("me/model")
     assert json.loads(pushed["model_index.json"])["_class_name"] == ["conditional", "ConditionalPipeline"]
-    assert "class ConditionalPipeline" in pushed["conditional.py"] and {"guidance.py", "prompts.py"} <= pushed.keys()
+    assert "class ConditionalPipeline" in pushed["conditional.py"]
+    assert {"guidance.py", "labels_and_vectors.py", "prompts.py"} <= pushed.keys()

@@ -47,7 +47,7 @@ def test_a_label_map_may_be_an_image_an_array_or_a_tensor(labelled):
 
 
 def test_the_channels_are_one_per_class_and_zero_without_a_map(labelled):
-    channels, null = labelled.image_input.encode([ids(), None])
+    channels, null, _ = labelled.image_input.encode([ids(), None])
     assert channels.shape == (2, 5, 16, 16) and not null.any() and not channels[1].any()
     assert torch.equal(channels[0].argmax(dim=0), torch.from_numpy(ids()).long())
     assert torch.equal(channels[0].sum(dim=0), torch.ones(16, 16))

@@ -24,6 +24,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_pipeline(folder / "class", conditional_pipeline(class_unet(), DDPMScheduler(), id2label=NAMES), "")
     save_pipeline(folder / "vector", conditional_pipeline(vector_unet(), DDPMScheduler()), "")
+    both = conditional_pipeline(vector_unet(4), DDPMScheduler(), id2label=NAMES)
+    save_pipeline(folder / "both", both, "")
     unet, parts = text_parts(folder)
     save_pipeline(folder / "text", conditional_pipeline(unet, DDPMScheduler(), prompt_length=8, **parts), "")
     save_pipeline(folder / "plain", DDPMPipeline(class_unet(num_class_embeds=None), DDPMScheduler()), "")
@@ -93,6 +95,24 @@ def test_a_second_start_makes_what_is_missing_and_more(models, samples, capsys):
 def test_other_conditions_do_not_mix_into_a_folder(models, samples, change, message):
     with pytest.raises(UserError, match=message):
         sample(models / "class", samples, **{"class_labels": ["all"], "guidance_scale": 3.0} | change)
+
+
+def test_classes_and_vectors_together_and_either_alone(models, tmp_path):
+    """Each list repeats by itself; what is not given is null."""
+    file = tmp_path / "vectors.csv"
+    file.write_text("1,2,3\nnan,nan,nan\n0,0,0\n")
+    lists = {"class_labels": ["dog", "null"], "vectors_file": str(file)}
+    sample(models / "both", tmp_path / "both", guidance_scale=2.0, **lists)
+    assert [row["label"] for row in rows(tmp_path / "both")] == ["dog", "null"] * 3
+    assert [row["vector"] for row in rows(tmp_path / "both")] == [[1, 2, 3], None, [0, 0, 0]] * 2
+    made = [read(tmp_path / "both")]
+    for name, value in lists.items():
+        sample(models / "both", tmp_path / name, guidance_scale=2.0, **{name: value})
+        made.append(read(tmp_path / name))
+    assert all((one != made[0]).any() for one in made[1:])
+    assert np.abs(made[1] - made[0])[[1, 4]].max() <= 1, "their vector is null"
+    with pytest.raises(UserError, match="--class_labels and --vectors_file are missing: they set what"):
+        sample(models / "both", tmp_path / "none")
 
 
 def test_prompts_and_vectors_come_from_files(models, tmp_path):

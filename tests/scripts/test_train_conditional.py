@@ -12,7 +12,14 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 from process_helpers import run_forked
 from safetensors.torch import load_file
-from training_helpers import losses, run_in_process, same_training_state, same_weights, tiny_run
+from training_helpers import (
+    assert_resumes_bit_equal,
+    losses,
+    run_in_process,
+    same_training_state,
+    same_weights,
+    tiny_run,
+)
 
 from trainkit.errors import UserError
 from trainkit.training import learning_rate_finder as learning_rate
@@ -172,6 +179,53 @@ def test_vectors_with_divided_weights_are_the_same_run(train, photos, tiny_unet,
     assert embedding["null_embedding"].any() and embedding["output.weight"].any()
     grid = Image.open(whole / "samples.png")
     assert grid.width == pytest.approx(grid.height, rel=0.05)
+
+
+CLASS_AND_VECTOR = {"condition": ["class", "vector"], "vector_dropout": 0.4, "max_train_steps": 4}
+
+
+@pytest.mark.slow
+def test_classes_and_vectors_from_training_to_the_saved_pipeline(train, tmp_path):
+    """One embedding of both, each condition may be null; and a resumed run is the same, bit for bit."""
+    flags = CLASS_AND_VECTOR | {"checkpointing_steps": 2, "eval_batch_size": 5}
+    out = train(**flags)
+    assert "class_labels='round', vectors=[" in (out / "README.md").read_text()
+    unet, embedding = load_file(out / UNET), load_file(out / EMBEDDING)
+    assert not [name for name in unet if name.startswith("class_embedding")]
+    assert embedding["weight"].shape == (4, 32) and embedding["output.weight"].any()
+    pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    vector, made = [1.0, 100, -3, 0.1], []
+    for asked in ({"class_labels": "third", "vectors": vector}, {"class_labels": ["third"]}, {"vectors": [vector]}):
+        generator = torch.Generator().manual_seed(0)
+        values = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np", "generator": generator}
+        made.append(pipeline(**asked, **values).images)
+    assert made[0].shape == (1, 16, 16, 3) and not np.allclose(made[0], made[1]) and not np.allclose(made[0], made[2])
+    with pytest.raises(ValueError, match="conditions: 2, 3 rows were given"):
+        pipeline(class_labels=[0, 1], vectors=[vector] * 3)
+    assert_resumes_bit_equal(train, out, flags, tmp_path / "before")
+
+
+@pytest.mark.slow
+def test_classes_vectors_and_images_are_the_same_run_on_two_processes(train, photos, tiny_unet, cache_dir, tmp_path):
+    """Each of the three counts: without one of them it is another run."""
+    three = CLASS_AND_VECTOR | {"condition": ["class", "vector", "image"], "condition_from": "edges"}
+    three |= {"checkpointing_steps": 0, "save_images_epochs": 1000}
+    whole = train("whole", **three)
+    halves = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    run_forked(
+        "train_conditional.py", *arguments_of(photos, tiny_unet, cache_dir, tmp_path / "two", **three | halves),
+        processes=2,
+    )  # fmt: skip
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole), abs=1e-4)
+    for file in (UNET, EMBEDDING):
+        same_weights(tmp_path / "two" / file, whole / file, tolerance=1e-3)
+    assert (whole / "README.md").read_text().count("image=picture, class_labels='round', vectors=[") == 1
+    dropped = [
+        losses(train(name, **three | {name: 1}))
+        for name in ("conditioning_dropout", "vector_dropout", "image_dropout")
+    ]
+    assert len({tuple(run) for run in [*dropped, losses(whole)]}) == 4
 
 
 @pytest.mark.slow

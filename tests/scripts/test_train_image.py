@@ -123,13 +123,14 @@ def test_classes_and_images_together(train):
         ({"condition_from": "downscale:3"}, "--condition_from downscale:3: images of 16x16 .* cannot be made 3 times"),
         ({"condition_from": "mask", "condition": "class"}, "--condition_from mask needs --condition image"),
         ({"condition": "class", "image_dropout": 0.5}, "--image_dropout 0.5 needs --condition image"),
-        ({"condition": ["image", "class"]}, "--condition image class: give one of class, vector, text and image, or"),
         (
-            {"condition": ["class", "vector"]},
-            "--condition class vector: the UNet embeds one of class and vector: for both, append the class",
+            {"condition": ["image", "class"]},
+            "--condition image class: give class, vector, class vector or text, alone",
         ),
+        ({"condition": ["vector", "class"]}, "--condition vector class: give class, vector, class vector or text"),
+        ({"condition": ["class", "text"]}, "--condition class text: give class, vector, class vector or text, alone"),
+        ({"condition": ["class"], "vector_dropout": 0.2}, "--vector_dropout 0.2 needs --condition vector, or class"),
         ({"condition_from": "mask", "conditioning_noise": 0.1}, "--conditioning_noise 0.1 is noise in a small image"),
-        ({"condition_from": "mask", "vae_name_or_path": "x"}, "--vae_name_or_path x: --condition image is trained on"),
         ({"condition_from": "grayscale", "image_mode": "L"}, "--condition_from grayscale: with --image_mode L"),
         (
             {"condition_from": "mask", "conditioning_dropout": 0, "preview_guidance_scale": 2},

@@ -42,10 +42,9 @@ class AppModel:
     is_student: bool
 
     @property
-    def condition(self) -> str | None:
-        """The name of the condition besides an image: class_labels, vectors or prompt; None without one."""
-        names = [name for name in getattr(self.pipeline, "conditions", ()) if name not in ("image", "mask_image")]
-        return names[0] if names else None
+    def conditions(self) -> list[str]:
+        """The names of the conditions besides an image: class_labels, vectors, both or prompt; empty without one."""
+        return [name for name in getattr(self.pipeline, "conditions", ()) if name not in ("image", "mask_image")]
 
     @property
     def image_input(self) -> ImageInput | None:
@@ -61,7 +60,7 @@ class AppModel:
 
     @property
     def is_conditional(self) -> bool:
-        return self.condition is not None or self.image_input is not None
+        return bool(self.conditions) or self.image_input is not None
 
     @property
     def default_guidance(self) -> float:
@@ -71,15 +70,15 @@ class AppModel:
     @property
     def class_names(self) -> list[str]:
         """The name of each class, or its number; empty without classes."""
-        if self.condition != "class_labels":
+        if "class_labels" not in self.conditions:
             return []
         names = self.pipeline.config.id2label or {}
         return [names.get(label, str(label)) for label in range(self.pipeline.num_classes)]
 
     @property
     def vector_length(self) -> int | None:
-        """Numbers in a vector; None for other conditions."""
-        return self.pipeline.vector_embedding.config.vector_length if self.condition == "vectors" else None
+        """Numbers in a vector; None without vectors."""
+        return self.pipeline.vector_embedding.config.vector_length if "vectors" in self.conditions else None
 
     def pipeline_with(self, scheduler: str, steps: int) -> Pipeline:
         """A pipeline that shares the weights and has its own scheduler, so that requests do not disturb each other.
@@ -142,7 +141,7 @@ def describe(model: AppModel) -> str:
         "vectors": f"vectors of {model.vector_length} numbers",
         "prompt": "prompts",
     }
-    known = [kinds[model.condition]] if model.condition else []
+    known = [kinds[name] for name in model.conditions]
     known += [PICTURES[model.image_input.kind]] if model.image_input else []
     colour = {1: "grey", 3: "colour", 4: "colour with transparency"}[channels]
     millions = sum(parameter.numel() for parameter in model.pipeline.unet.parameters()) / 1e6

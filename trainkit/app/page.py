@@ -117,8 +117,8 @@ def build_page(models: Sequence[AppModel]) -> gr.Blocks:
 
 
 def _shared_fields(models: Sequence[AppModel]) -> Shared:
-    conditions = {model.condition for model in models}
-    vectors = next((example_vector(model) for model in models if model.condition == "vectors"), "")
+    conditions = {name for model in models for name in model.conditions}
+    vectors = next((example_vector(model) for model in models if "vectors" in model.conditions), "")
     choices = class_choices(models)
     classes = gr.Dropdown(
         choices, value=[], multiselect=True, allow_custom_value=True, label="Classes", elem_id="classes",

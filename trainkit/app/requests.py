@@ -51,7 +51,7 @@ class Job:
     pipeline: Pipeline
     steps: int
     seeds: list[int]
-    conditions: list | None  # one per seed; None for an unconditional model
+    conditions: list[dict] | None  # arguments of the pipeline, per seed; None for an unconditional model
     captions: list[str]  # what each image shows; empty strings without a condition
     guidance: dict
 
@@ -73,9 +73,7 @@ def make_job(setting: Setting, request: Request) -> Job:
     scale = float(setting.guidance_scale)
     if not 1 <= scale <= MAX_GUIDANCE:
         raise UserError(f"Guidance {setting.guidance_scale:g} must be 1 (none) to {MAX_GUIDANCE:g}")
-    values, shown = _conditions(setting.model, request)
-    chosen = [index % len(values) for index in range(count)]
-    conditions, captions = [values[index] for index in chosen], [shown[index] for index in chosen]
+    conditions, captions = _conditions(setting.model, request, count)
     guidance = {"guidance_scale": scale}
     name, title = about[0] + f"-guidance-{scale:g}", about[1] + f", guidance {scale:g}"
     if setting.model.image_input is not None:
@@ -84,25 +82,29 @@ def make_job(setting: Setting, request: Request) -> Job:
     return Job(name, title, pipeline, steps, seeds, conditions, captions, guidance)
 
 
-def _conditions(model: AppModel, request: Request) -> tuple[list, list[str]]:
-    """The conditions besides an image, and what they show; one empty entry without such a condition."""
-    read: dict[str | None, Callable] = {"class_labels": _classes, "vectors": _vectors, "prompt": _prompts}
-    read[None] = lambda model, request: ([None], [""])
-    return read[model.condition](model, request)
+def _conditions(model: AppModel, request: Request, count: int) -> tuple[list[dict], list[str]]:
+    """The conditions besides an image, as arguments of the pipeline, and what they show, of `count` images.
+
+    Each kind of condition repeats by itself.
+    """
+    readers: dict[str, Callable] = {"class_labels": _classes, "vectors": _vectors, "prompt": _prompts}
+    read = {name: readers[name](model, request) for name in model.conditions}
+    rows = [{name: values[index % len(values)] for name, (values, _) in read.items()} for index in range(count)]
+    captions = [", ".join(shown[index % len(shown)] for _, shown in read.values()) for index in range(count)]
+    return rows, captions
 
 
-def _add_picture(model: AppModel, request: Request, conditions: list, pipeline: Pipeline) -> list[dict]:
-    """`conditions` as arguments of the pipeline, with those of the picture; `pipeline` gets the size of the result.
+def _add_picture(model: AppModel, request: Request, rows: list[dict], pipeline: Pipeline) -> list[dict]:
+    """`rows` of arguments of the pipeline, with those of the picture; `pipeline` gets the size of the result.
 
     A model with another condition too accepts that one alone.
     """
-    rows = [{} if model.condition is None else {model.condition: one} for one in conditions]
     if request.picture is None:
-        if model.condition is None:
+        if not model.conditions:
             raise UserError(f"Image is empty: upload one ({picture_name(model)})")
         return rows
     given, size = read_uploads(model, request.picture, request.mask, request.fits)
-    pipeline.size = size
+    pipeline.image_size = size
     return [row | given for row in rows]
 
 

@@ -2,7 +2,7 @@
 
     condition = open_condition(options, images)            # training images
     unet = build_unet(options, ..., **condition.unet_config)
-    condition.inputs(batch.indices, uniforms)               # {"class_labels": ...}, some of them dropped
+    condition.inputs(batch.indices, draws)                  # {"class_labels": ...}, some of them dropped
 
 A dropped condition becomes the null condition: the model also learns to generate without a condition, which
 classifier-free guidance needs (Ho & Salimans 2022). All kinds have the members of `ClassCondition`.
@@ -19,7 +19,7 @@ from trainkit.data.account import Account, Kind
 from trainkit.data.files import cache_root
 from trainkit.data.format import NO_LABEL
 from trainkit.data.loading.dataset import PreparedImages
-from trainkit.data.loading.order import sample_indices
+from trainkit.data.loading.order import DropoutDraws, Purpose, sample_indices
 from trainkit.diffusion.combined import CombinedCondition
 from trainkit.diffusion.image_condition import (
     PictureCondition,
@@ -35,9 +35,14 @@ PREVIEW_CLASSES, DEFAULT_PREVIEW_SCALE = 10, 2.0
 WRITTEN_NUMBERS = 16  # of an example vector, at most
 
 
-def condition_dropout(options: ConditionalTrainingOptions) -> float:
-    """The probability of training an image without its condition: `--caption_dropout` overrides for captions."""
+def caption_dropout(options: ConditionalTrainingOptions) -> float:
+    """The probability of training an image without its caption."""
     return options.conditioning_dropout if options.caption_dropout is None else options.caption_dropout
+
+
+def vector_dropout(options: ConditionalTrainingOptions) -> float:
+    """The probability of training an image without its vector."""
+    return options.conditioning_dropout if options.vector_dropout is None else options.vector_dropout
 
 
 def preview_scale(options: ConditionalTrainingOptions) -> float:
@@ -50,21 +55,21 @@ def preview_scale(options: ConditionalTrainingOptions) -> float:
 def check_condition(options: ConditionalTrainingOptions) -> None:
     """Raise `UserError` for conditioning and caption options that contradict each other."""
     kinds = options.condition
-    if {"class", "vector"} <= set(kinds):
+    first = kinds[:-1] if kinds[-1] == "image" else kinds
+    if len(kinds) > 1 and first not in (["class"], ["vector"], ["class", "vector"], ["text"]):
         raise UserError(
-            f"--condition {' '.join(kinds)}: the UNet embeds one of class and vector: for both, append the class to "
-            "the vectors, a number per class that is 1 for its own and 0 for the others, and give vector"
+            f"--condition {' '.join(kinds)}: give class, vector, class vector or text, alone or with image after it, "
+            "or image alone"
         )
-    if len(kinds) > 2 or (len(kinds) == 2 and (kinds[0] == "image" or kinds[1] != "image")):
-        raise UserError(
-            f"--condition {' '.join(kinds)}: give one of class, vector, text and image, or one of the first three and "
-            "then image"
-        )
+    if options.vector_dropout is not None and "vector" not in kinds:
+        raise UserError(f"--vector_dropout {options.vector_dropout:g} needs --condition vector, or class vector")
     check_text_options(options)
     check_image_options(options)
-    dropout, scale = condition_dropout(options), preview_scale(options)
-    if "image" in kinds:
-        dropout = image_dropout(options) if kinds == ["image"] else min(dropout, image_dropout(options))
+    probabilities = {
+        "class": options.conditioning_dropout, "vector": vector_dropout(options), "text": caption_dropout(options),
+        "image": image_dropout(options),
+    }  # fmt: skip
+    dropout, scale = min(probabilities[kind] for kind in kinds), preview_scale(options)
     if not 0 <= dropout <= 1:
         raise UserError(f"--conditioning_dropout {dropout} must be 0 to 1: the fraction of images without condition")
     if scale < 1:
@@ -79,36 +84,33 @@ def check_condition(options: ConditionalTrainingOptions) -> None:
 def open_condition(
     options: ConditionalTrainingOptions, images: PreparedImages
 ) -> "ClassCondition | VectorCondition | TextCondition | PictureCondition | CombinedCondition":
-    """The condition of the training `images`, or both of them, that `--condition` names.
+    """The condition of the training `images`, or all of them, that `--condition` names.
 
     Captions are encoded here, by all processes of the run together.
 
     Raises:
         UserError: the images do not have this condition.
     """
-    kind = options.condition[0]
+    parts = [_open_one(options, images, kind) for kind in options.condition]
+    return parts[0] if len(parts) == 1 else CombinedCondition(parts)
+
+
+def _open_one(
+    options: ConditionalTrainingOptions, images: PreparedImages, kind: str
+) -> "ClassCondition | VectorCondition | TextCondition | PictureCondition":
+    given = f"--condition {kind}: {options.train_data_dir or options.dataset_name}"
     if kind == "image":
         return open_picture_condition(options, images)
-    first = _open_first(options, images, kind)
-    if len(options.condition) == 1:
-        return first
-    return CombinedCondition(first, open_picture_condition(options, images))
-
-
-def _open_first(
-    options: ConditionalTrainingOptions, images: PreparedImages, kind: str
-) -> "ClassCondition | VectorCondition | TextCondition":
-    dropout = condition_dropout(options)
-    given = f"--condition {kind}: {options.train_data_dir or options.dataset_name}"
     if kind == "text":
-        return TextCondition(images, load_text_encoder(options), cache_root(options.cache_dir), given, dropout)
+        encoder = load_text_encoder(options)
+        return TextCondition(images, encoder, cache_root(options.cache_dir), given, caption_dropout(options))
     if kind == "vector":
         if not images.vector_length:
             raise UserError(
                 f"{given} has no vectors; give each image one: NAME.npy beside it, or a --vector_column of numbers in "
                 "its metadata, and prepare it again"
             )
-        return VectorCondition(images, dropout)
+        return VectorCondition(images, vector_dropout(options), vector_purpose(options.condition))
     if images.label_names is None:
         account = Account.from_json(images.preparation.get("account", {}))
         reason = "".join(f" ({why})" for why in account.examples.get(Kind.NO_CLASSES, [])[:1])
@@ -119,7 +121,12 @@ def _open_first(
         raise UserError(f"{given} has only one class ({images.label_names[0]}): use train_unconditional.py")
     if not any((labels != NO_LABEL).any() for labels in images.column("label")):
         raise UserError(f"{given} gives no image a class: use train_unconditional.py")
-    return ClassCondition(images, images.label_names, dropout)
+    return ClassCondition(images, images.label_names, options.conditioning_dropout)
+
+
+def vector_purpose(kinds: list[str]) -> Purpose:
+    """The purpose of the draws that drop vectors: beside a class they have their own."""
+    return Purpose.VECTOR_DROPOUT if "class" in kinds else Purpose.CONDITION_DROPOUT
 
 
 class ClassCondition:
@@ -153,11 +160,11 @@ class ClassCondition:
         """The same condition for other (held-out) `images`."""
         return ClassCondition(images, self.names)
 
-    def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """`class_labels` (B,) int64 of the images `indices` (B,); null where `uniforms` (B,) are below the dropout."""
+    def inputs(self, indices: np.ndarray, draws: DropoutDraws | None = None) -> dict[str, torch.Tensor]:
+        """`class_labels` (B,) int64 of the images `indices` (B,); null where `draws` are below the dropout."""
         labels = self._numbers[self.images.labels(indices)]  # no class is -1: the last
-        if uniforms is not None:
-            labels = np.where(uniforms < self.dropout, self.null, labels)
+        if draws is not None:
+            labels = np.where(draws(Purpose.CONDITION_DROPOUT) < self.dropout, self.null, labels)
         return {"class_labels": torch.from_numpy(labels)}
 
     def example(self) -> str:
@@ -176,13 +183,16 @@ class ClassCondition:
 
 
 class VectorCondition:
-    """The stored vectors of `images`. A row of NaN is the null condition, which the UNet's embedding handles."""
+    """The stored vectors of `images`. A row of NaN is the null condition, which the UNet's embedding handles.
+
+    `purpose` is that of the draws of its dropout: a vector beside a class needs its own.
+    """
 
     argument, names, picture = "vectors", None, None  # argument of the pipeline; no classes, no second image
     components: dict = {}
 
-    def __init__(self, images: PreparedImages, dropout: float = 0.0):
-        self.images, self.dropout, self.length = images, dropout, images.vector_length
+    def __init__(self, images: PreparedImages, dropout: float = 0.0, purpose: Purpose = Purpose.CONDITION_DROPOUT):
+        self.images, self.dropout, self.length, self.purpose = images, dropout, images.vector_length, purpose
 
     @property
     def unet_config(self) -> dict:
@@ -198,11 +208,11 @@ class VectorCondition:
             )
         return VectorCondition(images)
 
-    def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """`class_labels` (B, D) float32 of the images `indices` (B,); NaN where `uniforms` are below the dropout."""
+    def inputs(self, indices: np.ndarray, draws: DropoutDraws | None = None) -> dict[str, torch.Tensor]:
+        """`class_labels` (B, D) float32 of the images `indices` (B,); NaN where `draws` are below the dropout."""
         vectors = self.images.vectors(indices)
-        if uniforms is not None:
-            vectors[uniforms < self.dropout] = np.nan
+        if draws is not None:
+            vectors[draws(self.purpose) < self.dropout] = np.nan
         return {"class_labels": torch.from_numpy(vectors)}
 
     def example(self) -> str:
@@ -225,11 +235,13 @@ class VectorCondition:
 def add_vector_embedding(unet: UNet2DModel, mean: np.ndarray, std: np.ndarray) -> None:
     """Replace the class embedding of `unet` by an embedding of vectors with these statistics (D,), in place.
 
-    The UNet must have class_embed_type "identity". The embedding is trained, averaged and checkpointed like every
-    other weight.
+    The UNet must have class_embed_type "identity". If it has num_class_embeds too, the embedding is that of classes
+    and vectors. It is trained, averaged and checkpointed like every other weight.
     """
     embedding = VectorEmbedding(
-        vector_length=len(mean), embedding_dim=unet.time_embedding.linear_2.out_features
+        vector_length=len(mean),
+        embedding_dim=unet.time_embedding.linear_2.out_features,
+        num_class_embeds=unet.config.num_class_embeds,
     )  # as keywords: diffusers drops positional arguments from the saved config
     embedding.set_statistics(torch.from_numpy(mean), torch.from_numpy(std))
     unet.class_embedding = embedding

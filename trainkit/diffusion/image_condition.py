@@ -10,16 +10,25 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from pipelines.image_input import ImageInput
 from trainkit.data.loading.augment import to_training_size
-from trainkit.data.loading.conditioning_images import ConditioningImages
+from trainkit.data.loading.conditioning_images import PixelsOfLatents, SecondImages
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import to_model_input
 from trainkit.data.loading.masks import draw_mask
 from trainkit.data.loading.model_range import to_host_tensor
-from trainkit.data.loading.order import Purpose, normal_draws, row_generator, sample_indices, uniform_draws
+from trainkit.data.loading.order import (
+    DropoutDraws,
+    Purpose,
+    normal_draws,
+    row_generator,
+    sample_indices,
+    uniform_draws,
+)
 from trainkit.data.pairing import PAIR_FLAGS
+from trainkit.diffusion.latents import IMAGES_PER_FORWARD, latent_grid, load_vae
 from trainkit.errors import UserError
 from trainkit.options.model import DERIVED_KINDS
 from trainkit.options.script import ConditionalTrainingOptions
@@ -49,10 +58,6 @@ def check_image_options(options: ConditionalTrainingOptions) -> None:
             f"--conditioning_noise {options.conditioning_noise:g} is noise in a small image: it needs {FLAG} "
             "downscale:FACTOR"
         )
-    if options.vae_name_or_path is not None:
-        raise UserError(
-            f"--vae_name_or_path {options.vae_name_or_path}: --condition image is trained on pixels; leave one out"
-        )
     if kind == "grayscale" and options.image_mode == "L":
         raise UserError(f"{FLAG} {given}: with --image_mode L the images are grey already; use RGB")
 
@@ -79,13 +84,15 @@ def open_picture_condition(options: ConditionalTrainingOptions, images: Prepared
 
     Raises `UserError` if the images do not fit.
     """
+    vae = load_vae(options)  # beside that of the latents: it stays on the device
     if options.condition_from is None:
         from trainkit.diffusion.paired_condition import PairedCondition  # late: it stands on this file
 
-        return PairedCondition(images, image_dropout(options))
+        return PairedCondition(images, image_dropout(options), vae)
     noise = DEFAULT_NOISE if options.conditioning_noise is None else options.conditioning_noise
-    image_input = image_input_of(options.condition_from, images.height, images.width, images.channels, noise)
-    return PictureCondition(images, image_input, image_dropout(options))
+    size = images.height, images.width, images.channels
+    image_input = image_input_of(options.condition_from, *size, noise, **latent_grid(vae))
+    return PictureCondition(images, image_input, image_dropout(options), vae)
 
 
 def image_dropout(options: ConditionalTrainingOptions) -> float:
@@ -93,7 +100,9 @@ def image_dropout(options: ConditionalTrainingOptions) -> float:
     return options.conditioning_dropout if options.image_dropout is None else options.image_dropout
 
 
-def image_input_of(given: str, height: int, width: int, channels: int, noise: float = 0.0) -> ImageInput:
+def image_input_of(
+    given: str, height: int, width: int, channels: int, noise: float = 0.0, **latent_grid: int
+) -> ImageInput:
     """The input that `--condition_from` makes of images (channels, height, width). Raises `UserError`."""
     kind, factor = parse_kind(given)
     if height % factor or width % factor:
@@ -103,17 +112,27 @@ def image_input_of(given: str, height: int, width: int, channels: int, noise: fl
         )
     if kind == "grayscale" and channels == 1:
         raise UserError(f"{FLAG} grayscale: the images are grey already; prepare them with --image_mode RGB")
-    return ImageInput(kind=kind, channels=channels, factor=factor, noise=noise if kind == "downscale" else 0.0)
+    noise = noise if kind == "downscale" else 0.0
+    return ImageInput(kind=kind, channels=channels, factor=factor, noise=noise, **latent_grid)
 
 
 class PictureCondition:
-    """A second image made from each of `images`, with the members of ClassCondition (conditioning.py)."""
+    """A second image made from each of `images`, with the members of ClassCondition (conditioning.py).
+
+    With `vae` the model works on its latents, and second images, made from the pixels, are encoded at each visit.
+    """
 
     argument, names = "image", None  # argument of the pipeline; there are no classes
-    stored: ConditioningImages | None = None  # second images are made from the images
 
-    def __init__(self, images: PreparedImages, image_input: ImageInput, dropout: float = 0.0):
-        self.images, self.image_input, self.dropout = images, image_input, dropout
+    def __init__(
+        self,
+        images: PreparedImages,
+        image_input: ImageInput,
+        dropout: float = 0.0,
+        vae: AutoencoderKL | None = None,
+    ):
+        self.images, self.image_input, self.dropout, self.vae = images, image_input, dropout, vae
+        self.stored: SecondImages | None = None if vae is None else PixelsOfLatents(images)
 
     @property
     def picture(self) -> "PictureCondition":
@@ -128,19 +147,20 @@ class PictureCondition:
     @property
     def unet_config(self) -> dict:
         """Entries of the UNet's config for this condition."""
-        return {"in_channels": self.images.channels + self.image_input.num_channels}
+        channels = self.images.channels if self.vae is None else self.vae.config.latent_channels
+        return {"in_channels": channels + self.image_input.num_channels}
 
     def for_images(self, images: PreparedImages) -> "PictureCondition":
         """The same condition for other (held-out) `images`."""
-        return PictureCondition(images, self.image_input)
+        return PictureCondition(images, self.image_input, vae=self.vae)
 
-    def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+    def inputs(self, indices: np.ndarray, draws: DropoutDraws | None = None) -> dict[str, torch.Tensor]:
         """No keyword arguments of the model: the second image is concatenated to its input."""
         return {}
 
-    def draw(self, seed: int, step: int, rows: Sequence[int], total: int, size: tuple[int, int]) -> dict:
+    def draw(self, seed: int, step: int, rows: Sequence[int], total: int) -> dict:
         """What is random in the second images of `rows`: see `PictureInput` of the loader."""
-        here, kind = list(rows), self.image_input.kind
+        here, kind, size = list(rows), self.image_input.kind, (self.images.height, self.images.width)
         dropped = uniform_draws(seed, step, Purpose.PICTURE_DROPOUT, total)[here] < self.dropout
         drawn = {"dropped": torch.from_numpy(dropped)}
         if kind == "mask":
@@ -157,7 +177,14 @@ class PictureCondition:
         """The further input channels (B, K, H, W) for `images` (B, C, H, W) in [-1, 1], or for what is `stored`."""
         given = (drawn.get(name) for name in ("masks", "noise", "levels"))
         channels = self.image_input(self.image_input.pictures(images), *given)
+        if self.vae is not None:
+            channels = self._on_latents(channels, self.vae.to(channels.device))
         return torch.where(drawn["dropped"][:, None, None, None], self.image_input.null(channels), channels)
+
+    def _on_latents(self, channels: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+        with torch.no_grad():
+            parts = [self.image_input.on_latents(part, vae) for part in channels.split(IMAGES_PER_FORWARD)]
+        return torch.cat(parts)
 
     def example(self) -> str:
         """A condition written as an argument of the pipeline, for the model card."""
@@ -192,7 +219,7 @@ class PictureCondition:
 
     def source(self, images: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
         """What `channels` makes the second images of, for `images` (B, C, H, W) that are not augmented."""
-        return images
+        return images if self.vae is None else self._centres(indices).to(images.device)
 
     def _masks(self, indices: np.ndarray) -> np.ndarray:
         """Masks (B, H, W) bool of previews and scores, each a function of its index alone."""

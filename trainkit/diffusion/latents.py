@@ -98,6 +98,23 @@ def halvings(vae_config: dict) -> int:
     return len(vae_config["block_out_channels"]) - 1
 
 
+def latent_grid(vae: AutoencoderKL | None) -> dict[str, int]:
+    """The settings of an ImageInput that say what the latents of `vae` are; none without one."""
+    if vae is None:
+        return {}
+    return {"latent_channels": vae.config.latent_channels, "latent_factor": 2 ** halvings(vae.config)}
+
+
+def check_pictures(vae_config: dict, channels: int) -> None:
+    """Raise `UserError` if the autoencoder cannot encode conditioning pictures of `channels`."""
+    accepted = vae_config["in_channels"]
+    if channels not in (1, accepted):
+        raise UserError(
+            f"{FLAG} encodes images of {accepted} channels, but the conditioning images have {channels}: use "
+            f"--conditioning_image_mode {'L' if accepted == 1 else 'RGB'}"
+        )
+
+
 def check_latent_options(options: TrainingOptions) -> None:
     """Raise `UserError` for options that do not go with `--vae_name_or_path`, before anything is prepared."""
     name = options.vae_name_or_path
@@ -115,6 +132,8 @@ def check_latent_options(options: TrainingOptions) -> None:
         raise UserError(f"{FLAG} encodes each image once: add --center_crop, or --resize_mode pad or stretch")
     if options.image_mode is not None or not prepared:
         _check_image_mode(options, config, options.image_mode or "RGB")
+    if mode := getattr(options, "conditioning_image_mode", None):
+        check_pictures(config, len(mode))
     check_channels(options, config["latent_channels"])
     if options.resolution is not None:
         _check_size(options, config, *parse_resolution(options.resolution))
@@ -130,20 +149,27 @@ def encode_images(
     return latents, None if held_out is None else open_latents(options, held_out, flips=False)
 
 
+def load_vae(options: TrainingOptions) -> AutoencoderKL | None:
+    """The autoencoder of `--vae_name_or_path`, frozen, on the CPU; None without the flag. Raises `UserError`."""
+    name = options.vae_name_or_path
+    if name is None:
+        return None
+    _, subfolder = _find_vae(name)
+    try:
+        return load_any_variant(AutoencoderKL, name, subfolder=subfolder).eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{FLAG} {name}: its AutoencoderKL cannot be loaded: {one_line(error)}") from None
+
+
 def open_latents(options: TrainingOptions, images: PreparedImages, flips: bool) -> LatentImages:
     """The latents of `images` by `--vae_name_or_path`; those that the cache does not hold yet are computed.
 
     With `flips` the mirrored images are encoded too. All processes of a run may call this at the same time and share
     the work. Raises `UserError`.
     """
-    name = options.vae_name_or_path
-    assert name is not None  # the caller asks for latents
-    config, subfolder = _find_vae(name)
-    _check_images(options, config, images)
-    try:
-        vae = load_any_variant(AutoencoderKL, name, subfolder=subfolder).eval().requires_grad_(False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{FLAG} {name}: its AutoencoderKL cannot be loaded: {one_line(error)}") from None
+    vae = load_vae(options)
+    assert vae is not None  # the caller asks for latents
+    _check_images(options, vae.config, images)
     digest = state_digest(vae, FORMAT)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", images.folder.name)[:60]
     folder = cache_root(options.cache_dir) / "latents" / f"{stem}-{images.fingerprint}-{digest}"

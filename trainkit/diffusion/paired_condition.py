@@ -5,6 +5,7 @@ B batch, C channels, K channels of the second image, H/W pixels, N classes.
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from pipelines.image_input import MODES, ImageInput
 from trainkit.data.loading.augment import to_training_size
@@ -13,6 +14,7 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.model_range import conditions_to_model_range, to_host_tensor
 from trainkit.data.pairing import PairSettings, describe_pairs
 from trainkit.diffusion.image_condition import PictureCondition, interleaved, to_uint8
+from trainkit.diffusion.latents import check_pictures, latent_grid
 from trainkit.errors import UserError
 
 PAIRED_KINDS = ("picture", "labels")  # of ImageInput
@@ -23,9 +25,9 @@ class PairedCondition(PictureCondition):
 
     stored: ConditioningImages
 
-    def __init__(self, images: PreparedImages, dropout: float = 0.0):
+    def __init__(self, images: PreparedImages, dropout: float = 0.0, vae: AutoencoderKL | None = None):
         assert images.pairs is not None  # by open_or_prepare
-        super().__init__(images, paired_input(images.pairs, images.channels), dropout)
+        super().__init__(images, paired_input(images.pairs, images.channels, vae), dropout, vae)
         self.pairs, self.stored = images.pairs, ConditioningImages(images)
 
     def for_images(self, images: PreparedImages) -> "PairedCondition":
@@ -35,7 +37,7 @@ class PairedCondition(PictureCondition):
                 f"--validation_data_dir has {describe_pairs(images.pairs)}, the training data "
                 f"{describe_pairs(self.pairs)}: prepare both the same way"
             )
-        return PairedCondition(images)
+        return PairedCondition(images, vae=self.vae)
 
     def example(self) -> str:
         """A condition written as an argument of the pipeline, for the model card."""
@@ -64,11 +66,13 @@ class PairedCondition(PictureCondition):
         return interleaved(*side_by_side(shown, samples, to_uint8(self._centres(indices))))
 
 
-def paired_input(pairs: PairSettings, channels: int) -> ImageInput:
-    """The input of a model for pairs whose images have `channels`."""
+def paired_input(pairs: PairSettings, channels: int, vae: AutoencoderKL | None = None) -> ImageInput:
+    """The input of a model for pairs whose images have `channels`. Raises `UserError` if `vae` cannot encode them."""
     if pairs.classes is not None:
-        return ImageInput(kind="labels", channels=channels, classes=pairs.classes)
-    return ImageInput(kind="picture", channels=channels, picture_channels=pairs.channels)
+        return ImageInput(kind="labels", channels=channels, classes=pairs.classes, **latent_grid(vae))
+    if vae is not None:
+        check_pictures(vae.config, pairs.channels)
+    return ImageInput(kind="picture", channels=channels, picture_channels=pairs.channels, **latent_grid(vae))
 
 
 def pairs_of_input(image_input: ImageInput | None) -> PairSettings | None:

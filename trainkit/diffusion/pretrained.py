@@ -89,13 +89,14 @@ def _adapt_condition(old: dict, state: dict, old_names: list[str] | None, names:
     elif has_table is not None:
         state[TABLE] = torch.zeros_like(has_table)
         notes.append(f"{len(has_table) - 1} classes added at zero")
-    elif has_vectors and null_vector is None:
+    if has_vectors and null_vector is None:
         notes.append("vectors added at zero")
-    dropped = had_table[-1] if had_table is not None and has_table is None else None
+    dropped = [had_table[-1]] if had_table is not None and has_table is None else []
     if null_vector is not None and not has_vectors:
-        dropped = null_vector
-    if dropped is not None:
-        state[SHIFT] = state[SHIFT] + dropped
+        dropped.append(null_vector)
+    for embedding in dropped:
+        state[SHIFT] = state[SHIFT] + embedding
+    if dropped:
         notes.append("its null condition is kept in the time embedding")
     return notes
 

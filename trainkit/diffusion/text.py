@@ -25,7 +25,7 @@ from trainkit.data.loading.encodings import (
     write_complete,
     write_rows,
 )
-from trainkit.data.loading.order import sample_indices
+from trainkit.data.loading.order import DropoutDraws, Purpose, sample_indices
 from trainkit.diffusion.frozen import local_device, state_digest
 from trainkit.errors import UserError, one_line
 from trainkit.options.script import ConditionalTrainingOptions
@@ -114,13 +114,14 @@ class TextCondition:
         """The same condition for other (held-out) `images`."""
         return TextCondition(images, self.encoder, self.cache, "--validation_data_dir")
 
-    def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+    def inputs(self, indices: np.ndarray, draws: DropoutDraws | None = None) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` (B, L, D) float32 and `encoder_attention_mask` (B, L) bool for images (B,).
 
-        `uniforms` (B,) in [0, 1) draw one of each image's captions, or none; without `uniforms` the first is used.
+        `draws` choose one of each image's captions, or none; without them the first is used.
         """
-        index = self.encodings.index
-        numbers = index.first_of(indices) if uniforms is None else index.drawn(indices, uniforms, self.dropout)
+        index, numbers = self.encodings.index, self.encodings.index.first_of(indices)
+        if draws is not None:
+            numbers = index.drawn(indices, draws(Purpose.CONDITION_DROPOUT), self.dropout)
         states, mask = self.encodings.gather(numbers)
         return {"encoder_hidden_states": torch.from_numpy(states), "encoder_attention_mask": torch.from_numpy(mask)}
 

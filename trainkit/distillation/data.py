@@ -12,7 +12,7 @@ from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.pairing import NEEDS_PAIRS, describe_pairs
 from trainkit.data.trial import num_images
 from trainkit.diffusion.combined import CombinedCondition
-from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition
+from trainkit.diffusion.conditioning import ClassCondition, ImageCondition, VectorCondition, vector_purpose
 from trainkit.diffusion.image_condition import PictureCondition
 from trainkit.diffusion.latents import LatentImages, check_latent_options, encode_images
 from trainkit.diffusion.paired_condition import PairedCondition
@@ -125,32 +125,30 @@ def open_student_condition(
     if not teacher.conditions:
         return None
     assert isinstance(options, ConditionalTrainingOptions)
-    first = None if teacher.conditions == ["image"] else _open_first(options, teacher, images, given)
-    if teacher.image_input is None:
-        return first
-    dropout = options.conditioning_dropout
-    picture = PictureCondition(images, teacher.image_input, dropout)
-    if teacher.pairs is not None:
-        picture = PairedCondition(images, dropout)
-    return picture if first is None else CombinedCondition(first, picture)
+    parts = [_open_one(options, teacher, images, given, kind) for kind in teacher.conditions]
+    return parts[0] if len(parts) == 1 else CombinedCondition(parts)
 
 
-def _open_first(
-    options: ConditionalTrainingOptions, teacher: SavedTeacher, images: PreparedImages, given: str
-) -> ClassCondition | VectorCondition | TextCondition:
-    """The condition besides an image."""
+def _open_one(
+    options: ConditionalTrainingOptions, teacher: SavedTeacher, images: PreparedImages, given: str, kind: str
+) -> ClassCondition | VectorCondition | TextCondition | PictureCondition:
     assert isinstance(teacher.pipeline, ConditionalPipeline)
     dropout = options.conditioning_dropout
-    if "text" in teacher.conditions:
+    if teacher.image_input is not None and kind == "image":
+        vae = teacher.pipeline.vae
+        if teacher.pairs is not None:
+            return PairedCondition(images, dropout, vae)
+        return PictureCondition(images, teacher.image_input, dropout, vae)
+    if kind == "text":
         encoder = load_text_encoder(options)
         return TextCondition(images, encoder, cache_root(options.cache_dir), given, dropout)
-    if "vector" in teacher.conditions:
+    if kind == "vector":
         length = teacher.pipeline.vector_embedding.config.vector_length
         if images.vector_length != length:
             raise UserError(
                 f"{given} has vectors of {images.vector_length or 0} numbers, but {FLAG} {teacher.name} takes {length}"
             )
-        return VectorCondition(images, dropout)
+        return VectorCondition(images, dropout, vector_purpose(teacher.conditions))
     names = _class_names(teacher.pipeline, images)
     unknown = sorted(set(images.label_names or ()) - set(names))
     if images.label_names is None or unknown:

@@ -20,7 +20,6 @@ from trainkit.atomic import write_json
 from trainkit.data.loading.loader import Batch
 from trainkit.data.trial import num_images
 from trainkit.diffusion import few_step
-from trainkit.diffusion.combined import CombinedCondition
 from trainkit.diffusion.conditioning import ImageCondition
 from trainkit.diffusion.distillation import Teacher, student_prediction
 from trainkit.distillation.teacher import FLAG, SavedTeacher, trainable_unet
@@ -42,6 +41,7 @@ from trainkit.training.start import count_steps
 from trainkit.training.trackers import run_name
 
 ADAPTED = "adapted"
+ALWAYS_DROPPED = -1.0  # a draw below any probability of a dropout
 FIRST_STEPS = 32  # of the first student: its teacher takes 64
 PREVIEW_STEPS = 50  # at most, for grids and scores: a student of 1,000 steps takes a part of them
 SETTINGS = ("method", "num_steps", "first_steps", "guidance_scale", "seed")
@@ -254,11 +254,10 @@ def student_pipeline(teacher: Pipeline, unet, scheduler, timesteps: torch.Tensor
 
 def _without_condition(condition: ImageCondition, device: torch.device) -> Callable[[Batch], Batch]:
     """A function that gives a batch the null conditions."""
-    dropping = copy.copy(condition.first if isinstance(condition, CombinedCondition) else condition)
-    dropping.dropout, picture = 1.0, condition.picture
+    picture = condition.picture
 
     def without(batch: Batch) -> Batch:
-        nothing = dropping.inputs(batch.indices, np.zeros(len(batch.indices)))
+        nothing = condition.inputs(batch.indices, lambda purpose: np.full(len(batch.indices), ALWAYS_DROPPED))
         null = {name: value.to(device, non_blocking=True) for name, value in nothing.items()}
         if picture is None or batch.picture is None:
             return replace(batch, condition=null)

@@ -39,7 +39,7 @@ class SavedTeacher:
 
     @property
     def conditions(self) -> list[str]:
-        """class, vector or text, and image; empty for an unconditional teacher."""
+        """class, vector, both or text, and image; empty for an unconditional teacher."""
         return [KINDS[name] for name in getattr(self.pipeline, "conditions", ()) if name in KINDS]
 
     @property

@@ -139,7 +139,7 @@ def pipeline_of_row(model: Model, cell: Cell, accelerator: Accelerator) -> Pipel
     if folder != model.folder:
         other = load_pipeline(folder, scheduler).to(accelerator.device)
         if isinstance(other, ConditionalPipeline):
-            other.size = model.pipeline.size  # that of the pictures, if there are any
+            other.image_size = model.pipeline.image_size  # that of the pictures, if there are any
         return other
     model.pipeline.scheduler = scheduler
     return model.pipeline

@@ -79,13 +79,18 @@ class ConditioningOptions:
 
     condition: list[str] = option(
         ["class"],
-        "class: the class of an image; vector: its stored numbers; text: its captions; image: another image, alone or "
-        "after one of the others",
+        "class: the class of an image; vector: its stored numbers; text: its captions; image: another image; class "
+        "vector: both; image also after each of the others",
         choices=("class", "vector", "text", "image"), nargs="+",
     )  # fmt: skip
     conditioning_dropout: float = option(
         0.1,
         "probability that an image is trained without its condition, for guidance (Ho & Salimans 2022)",
+        within="[0, 1]",
+    )
+    vector_dropout: float | None = option(
+        None,
+        "probability that an image is trained without its vector; default: --conditioning_dropout",
         within="[0, 1]",
     )
     class_balance: str = option(

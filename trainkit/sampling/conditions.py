@@ -99,7 +99,7 @@ class Conditions:
         }
         if "image" in self.lists:
             self.guidance["image_noise"] = options.image_noise
-            pipeline.size = self.lists["image"].size
+            pipeline.image_size = self.lists["image"].size
         self._kinds = kinds
         self._names = pipeline.config.id2label or {}
         self._num_classes = pipeline.num_classes if "class_labels" in self.lists else 0

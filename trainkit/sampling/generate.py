@@ -118,41 +118,41 @@ def sample_batch(
     device = next(pipeline.unet.parameters()).device
     start = batch.start.to(device, memory_format=memory_format, non_blocking=True)
     with torch.no_grad():
-        predict, image = predictor(pipeline, conditions, batch.generators, **guidance)
+        predict, pixels = predictor(pipeline, conditions, batch.generators, **guidance)
         samples = solve(pipeline.scheduler, predict, start, batch.generators, step_noise)
-        return to_images(pipeline, samples, image)
+        return to_images(pipeline, samples, pixels)
 
 
 def predictor(
     pipeline: Pipeline, conditions: Sequence | np.ndarray | None, generators: list[torch.Generator], **guidance
 ) -> tuple[Predict, torch.Tensor | None]:
-    """The prediction of the UNet for a batch of images with these `conditions`, and the channels of the second image.
+    """The prediction of the UNet for a batch of images with these `conditions`, and the pixels of the second image.
 
     See `generate` for `guidance`.
     """
-    unet, image = pipeline.unet, None
+    unet, pixels = pipeline.unet, None
     predict: Predict
     if isinstance(pipeline, ConditionalPipeline):
         assert conditions is not None  # of a ConditionalPipeline
-        predict, image = _guided(pipeline, list(conditions), generators, **guidance)
+        predict, pixels = _guided(pipeline, list(conditions), generators, **guidance)
     else:
 
         def predict(index: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
             # float32 under autocast too: the solvers cast the image to the type of the prediction
             return unet(sample, timestep).sample.float()
 
-    return (predict if unet._compiled_call_impl is None else _copied(predict)), image
+    return (predict if unet._compiled_call_impl is None else _copied(predict)), pixels
 
 
-def to_images(pipeline: Pipeline, samples: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
+def to_images(pipeline: Pipeline, samples: torch.Tensor, pixels: torch.Tensor | None = None) -> torch.Tensor:
     """Images (B, C, H, W) in [0, 1] of what the scheduler returns, decoded if those are latents.
 
-    `image` are the channels of the second image, whose known pixels are kept.
+    `pixels` are those of the second image (`ConditionalPipeline.encode`): known ones are kept.
     """
     if isinstance(pipeline, DDPMPipeline):
         return (samples / 2 + 0.5).clamp(0, 1)
     if isinstance(pipeline, ConditionalPipeline):
-        return pipeline._finish(samples, "pt", image)
+        return pipeline._finish(samples, "pt", pixels)
     return pipeline._finish(samples, "pt")
 
 
@@ -165,16 +165,16 @@ def _guided(
     guidance_rescale: float = 0.0,
     image_noise: float = 0.0,
 ) -> tuple[Predict, torch.Tensor | None]:
-    """The prediction of each step, as ConditionalPipeline makes it in its own loop, and the channels of the image."""
+    """The prediction of each step, as ConditionalPipeline makes it in its own loop, and the second image's pixels."""
     low, high = checked_interval(guidance_scale, guidance_interval, guidance_rescale)
-    encoded, _ = pipeline.encode(1, image_noise, generators, **_by_argument(pipeline, conditions))
+    encoded, _, pixels = pipeline.encode(1, image_noise, generators, **_by_argument(pipeline, conditions))
     pipeline._guidance_scale = guidance_scale
 
     def predict(index: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         is_guided = guidance_scale > 1 and low < noise_level(pipeline.scheduler, index, timestep) <= high
         return pipeline._predict(sample, timestep, encoded, is_guided, guidance_rescale)
 
-    return predict, encoded[0].get("image")
+    return predict, pixels
 
 
 def _by_argument(pipeline: ConditionalPipeline, conditions: list) -> dict[str, Any]:

@@ -134,8 +134,7 @@ def picture_arguments(
 
 def check_picture(pipeline: ConditionalPipeline, given: dict[str, np.ndarray]) -> None:
     """Raise `ValueError`, naming the argument, for a picture that `pipeline` would refuse during sampling."""
-    divisor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    pipeline.image_input.encode(given["image"], given.get("mask_image"), divisor=divisor)
+    pipeline.image_input.encode(given["image"], given.get("mask_image"), divisor=pipeline.image_divisor)
 
 
 def list_images(folder: Path, flag: str) -> list[Path]:

@@ -20,8 +20,8 @@ from trainkit.sampling.schedulers import save_bundle, scheduler_bundle
 
 # Everything that a saved pipeline can contain. Nothing else is pushed to the Hub.
 PIPELINE_PARTS = (
-    "conditional.py", "guidance.py", "prompts.py", "unconditional.py", "vector_embedding", "text_encoder", "tokenizer",
-    "vae", "guidance_unet", "guidance_vector_embedding", "image_input",
+    "conditional.py", "guidance.py", "labels_and_vectors.py", "prompts.py", "unconditional.py", "vector_embedding",
+    "text_encoder", "tokenizer", "vae", "guidance_unet", "guidance_vector_embedding", "image_input",
     "model_index.json", "unet", "scheduler", "schedulers", "README.md", "samples.png",
 )  # fmt: skip
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")

@@ -35,7 +35,7 @@ def preview_batch(
     start = batch.start.to(next(pipeline.unet.parameters()).device)
     total = len(scheduler.timesteps)
     every = max(1, math.ceil(total / (num_previews + 1)))
-    predict, image = predictor(pipeline, conditions, batch.generators, **guidance)
+    predict, pixels = predictor(pipeline, conditions, batch.generators, **guidance)
     seen: dict[int, torch.Tensor] = {}
 
     def observed(call: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -46,9 +46,9 @@ def preview_batch(
 
     for call, sample in enumerate(solve_steps(scheduler, observed, start, batch.generators, step_noise)):
         if call + 1 == total:
-            yield total, to_images(pipeline, sample, image)
+            yield total, to_images(pipeline, sample, pixels)
         elif call in seen:
-            yield call + 1, to_images(pipeline, seen.pop(call), image)
+            yield call + 1, to_images(pipeline, seen.pop(call), pixels)
 
 
 def denoised(

@@ -8,6 +8,7 @@ import torch
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.loader import Batch
 from trainkit.data.loading.order import sample_indices
+from trainkit.diffusion.combined import CombinedCondition
 from trainkit.diffusion.conditioning import ImageCondition, preview_scale
 from trainkit.hub.options import start_pushes
 from trainkit.options.script import ConditionalTrainingOptions
@@ -158,7 +159,14 @@ class Outputs:
 
 
 def _words(condition: ImageCondition, conditions: list | np.ndarray) -> tuple[list[str] | None, list[str] | None]:
-    """What is written into a grid of `conditions`: classes beside the rows, and captions below the images."""
-    if condition.names:
-        return [condition.names[label] for label in dict.fromkeys(conditions)], None
+    """What is written into a grid of `conditions`: classes beside the rows, and captions below the images.
+
+    With a vector beside it, each image has its own class.
+    """
+    names = condition.names or ()
+    if isinstance(condition, CombinedCondition):
+        labels = [row["class_labels"] for row in conditions]
+        return None, ["" if label is None else names[label] for label in labels]
+    if names:
+        return [names[label] for label in dict.fromkeys(conditions)], None
     return None, [str(text) for text in conditions] if condition.argument == "prompt" else None

@@ -219,8 +219,7 @@ class HeldOutLoss:
         picture = None if self.condition is None else self.condition.picture
         if picture is None:
             return None
-        size = self.images.height, self.images.width
-        drawn = picture.draw(self.run.options.seed, 0, rows, len(self.indices), size)
+        drawn = picture.draw(self.run.options.seed, 0, rows, len(self.indices))
         drawn = {name: value.to(images.device) for name, value in drawn.items()}
         return picture.channels(picture.source(images, indices), drawn)
 

@@ -3,6 +3,7 @@
 # B batch, C channels, H/W height and width of the stored window, h/w of a single image
 
 import colorsys
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ class ConditioningImages:
         assert images.pairs is not None
         self.images, self.pairs = images, images.pairs
         self.settings = images.pairs.image_settings(images.settings)
+        self.size = images.height, images.width  # in training
 
     @property
     def are_label_maps(self) -> bool:
@@ -84,6 +86,22 @@ class ConditioningImages:
         if self.images.fixed_size:
             return first * column.type.list_size, end * column.type.list_size
         return column.offsets[first].as_py(), column.offsets[end].as_py()
+
+
+class PixelsOfLatents:
+    """The pixels of images that are trained on as latents: second images are made from them.
+
+    It has the members of ConditioningImages that training uses.
+    """
+
+    are_label_maps = False
+
+    def __init__(self, images: PreparedImages):
+        self.images, self.settings, self.size = images, images.settings, (images.height, images.width)
+        self.gather, self.read_soon, self.read_ahead = images.gather, images.read_soon, images.read_ahead
+
+
+SecondImages: TypeAlias = ConditioningImages | PixelsOfLatents
 
 
 def label_colours(classes: int) -> np.ndarray:

@@ -21,10 +21,10 @@ import torch
 from trainkit.data.loading.augment import augment
 from trainkit.data.loading.augment_draws import Augmentation, Parameters, draw_parameters
 from trainkit.data.loading.class_order import ClassBalancedOrder
-from trainkit.data.loading.conditioning_images import ConditioningImages
+from trainkit.data.loading.conditioning_images import SecondImages
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.model_range import channels_first, conditions_to_model_range, to_host_tensor, to_model_range
-from trainkit.data.loading.order import Purpose, SampleOrder, normal_draws, uniform_draws
+from trainkit.data.loading.order import DropoutDraws, Purpose, SampleOrder, normal_draws, uniform_draws
 from trainkit.data.loading.transfer import pins_memory, to_device
 
 
@@ -59,10 +59,10 @@ class Condition(Protocol):
     def picture(self) -> "PictureInput | None":
         """Return what makes a second image for the model, if there is one."""
 
-    def inputs(self, indices: np.ndarray, uniforms: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+    def inputs(self, indices: np.ndarray, draws: DropoutDraws | None = None) -> dict[str, torch.Tensor]:
         """Return the model's keyword arguments for the images `indices` (B,), on the host.
 
-        `uniforms` (B,) in [0, 1) decide which conditions are dropped; without them none is.
+        `draws` decide which conditions are dropped; without them none is.
         """
 
 
@@ -70,14 +70,11 @@ class PictureInput(Protocol):
     """A second image for the UNet: made from the first (trainkit/diffusion/image_condition.py), or stored with it."""
 
     @property
-    def stored(self) -> ConditioningImages | None:
-        """Return the conditioning images of the dataset; None if second images are made from the first."""
+    def stored(self) -> SecondImages | None:
+        """Return what is read for second images; None if they are made from the images that are trained on."""
 
-    def draw(self, seed: int, step: int, rows: Sequence[int], total: int, size: tuple[int, int]) -> dict:
-        """Return what is random for `rows` of the `total` of a global batch, as tensors (B, ...) on the host.
-
-        `size` (H, W) is that of the images.
-        """
+    def draw(self, seed: int, step: int, rows: Sequence[int], total: int) -> dict:
+        """Return what is random for `rows` of the `total` of a global batch, as tensors (B, ...) on the host."""
 
     def source(self, images: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
         """Return what `channels` is given for `images` (B, C, H, W) of `indices` that are not augmented."""
@@ -85,7 +82,7 @@ class PictureInput(Protocol):
     def channels(self, images: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the further input channels (B, K, H, W) of the UNet.
 
-        `images` (B, C, H, W) are augmented: the images, or what is stored as conditioning images.
+        `images` (B, C, H, W) are augmented: the images, or what is stored for second images.
         """
 
 
@@ -184,10 +181,10 @@ class BatchLoader:
             crops = np.stack([uniforms(Purpose.CROP_TOP), uniforms(Purpose.CROP_LEFT)], axis=1)
         shape = (self.images.channels, self.images.height, self.images.width)
         flip, augmentation = uniforms(Purpose.FLIP) < 0.5 if self.random_flip else None, None
-        if self.images.holds_latents:  # a new sample per visit; flips use the latents of the mirrored image
+        if self.images.holds_latents:  # a new sample per visit
             noise = normal_draws(self.seed, step, rows, shape, Purpose.LATENT)
             latents: Any = self.images  # trainkit.diffusion.latents.LatentImages, which stands above this folder
-            pixels, flip = latents.sample(indices, flip, noise), None
+            pixels = latents.sample(indices, flip, noise)
         else:
             pixels = self.images.gather(indices, crops)
         if self.augmentation is not None:
@@ -205,8 +202,8 @@ class BatchLoader:
         }
         condition = {}
         if self.condition is not None:
-            condition = self.condition.inputs(indices, uniforms(Purpose.CONDITION_DROPOUT))
-        drawn = {} if self.picture is None else self.picture.draw(self.seed, step, rows, total, shape[1:])
+            condition = self.condition.inputs(indices, uniforms)
+        drawn = {} if self.picture is None else self.picture.draw(self.seed, step, rows, total)
         if pins_memory(self.device):  # in this thread; the training thread only starts the copies
             host_batch = {name: x if x is None else x.pin_memory() for name, x in host_batch.items()}
             condition = {name: x.pin_memory() for name, x in condition.items()}
@@ -243,7 +240,9 @@ class BatchLoader:
         augmentation = host_batch["augmentation"]
         augmentation = None if augmentation is None else augmentation.to(self.device)
         flip = None if host_batch["flip"] is None else to_device(host_batch["flip"], self.device)
-        images = self._augmented(to_model_input(images, self.images), augmentation, flip)
+        images, size = to_model_input(images, self.images), (self.images.height, self.images.width)
+        if not self.images.holds_latents:  # which are those of mirrored images already
+            images = augmented(images, augmentation, flip, size)
         images, noise = (x.contiguous(memory_format=self.memory_format) for x in (images, noise))
         labels = None if augmentation is None else augmentation.labels
         place = host_batch["indices"], host_batch["step"], host_batch["micro_step"]
@@ -255,13 +254,18 @@ class BatchLoader:
             if self._stored is not None:  # geometry moves both alike; colours are those of the image alone
                 second = conditions_to_model_range(to_device(host_batch["conditions"], self.device), self._stored)
                 moves = None if augmentation is None else replace(augmentation, colour=None)
-                second = self._augmented(second, moves, flip, self._stored.are_label_maps)
+                second = augmented(second, moves, flip, self._stored.size, self._stored.are_label_maps)
             picture = self.picture.channels(second, drawn)
         return Batch(images, noise, host_batch["uniforms"], *place, labels, condition, picture)
 
-    def _augmented(
-        self, images: torch.Tensor, augmentation: Parameters | None, flip: torch.Tensor | None, nearest: bool = False
-    ) -> torch.Tensor:
-        """The images (B, C, H, W) in training: moved, recoloured, and mirrored where `flip` (B,) says so."""
-        images = augment(images, augmentation, (self.images.height, self.images.width), nearest)
-        return images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)
+
+def augmented(
+    images: torch.Tensor,
+    augmentation: Parameters | None,
+    flip: torch.Tensor | None,
+    size: tuple[int, int],
+    nearest: bool = False,
+) -> torch.Tensor:
+    """Return images (B, C, H, W) of `size` in training: moved, recoloured, mirrored where `flip` (B,) says so."""
+    images = augment(images, augmentation, size, nearest)
+    return images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)

@@ -5,7 +5,7 @@
 import numpy as np
 import torch
 
-from trainkit.data.loading.conditioning_images import ConditioningImages
+from trainkit.data.loading.conditioning_images import SecondImages
 
 
 def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
@@ -13,7 +13,7 @@ def to_model_range(pixels: torch.Tensor, bit_depth: int) -> torch.Tensor:
     return channels_first(pixels).div_((2**bit_depth - 1) / 2).sub_(1)
 
 
-def conditions_to_model_range(gathered: torch.Tensor, stored: ConditioningImages) -> torch.Tensor:
+def conditions_to_model_range(gathered: torch.Tensor, stored: SecondImages) -> torch.Tensor:
     """Return gathered conditioning images (B, H, W, C) as float32 (B, C, H, W): in [-1, 1], or ids of label maps."""
     return channels_first(gathered) if stored.are_label_maps else to_model_range(gathered, stored.settings.bit_depth)
 

@@ -7,9 +7,10 @@ Philox (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"), on t
 any device and for any distribution of the global batch over processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeAlias
 
 import numpy as np
 
@@ -45,6 +46,11 @@ class Purpose(IntEnum):
     PICTURE_NOISE = 33
     PICTURE_NOISE_LEVEL = 34
     MASK = 35
+    VECTOR_DROPOUT = 36
+
+
+# purpose of a dropout -> numbers (B,) in [0, 1): what is below the probability of the dropout is dropped
+DropoutDraws: TypeAlias = Callable[[Purpose], np.ndarray]
 
 
 @dataclass(frozen=True)
