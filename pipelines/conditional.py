@@ -37,7 +37,7 @@ class ConditionalPipeline(DiffusionPipeline):
             "identity"), both together, or a UNet2DConditionModel for prompts.
         scheduler: any scheduler of diffusers that matches the training.
         vector_embedding: vectors, or classes and vectors, to the UNet's embedding; NaN is null.
-        text_encoder, tokenizer: from transformers. The null prompt is the empty string. vae: decodes latents.
+        text_encoder, tokenizer: from transformers. The null prompt is the empty string. vae: of latents.
         guidance_unet: a weaker UNet to guide away from (Karras et al. 2024), instead of from the null condition.
         guidance_vector_embedding: the guide's embedding of vectors; None if it shares `vector_embedding`.
         image_input: turns other images into further input channels of the UNet.

@@ -43,7 +43,8 @@ DATA_LAYERS = (
     ("trainkit.data.cache",),
 )
 APART = (("trainkit.data.loading", "trainkit.data.preparation"),)  # the reader does not import the writer
-COMPANIONS = {"pipelines.conditional": ("pipelines.guidance", "pipelines.prompts")}  # saved beside it
+# saved beside it
+COMPANIONS = {"pipelines.conditional": ("pipelines.guidance", "pipelines.labels_and_vectors", "pipelines.prompts")}
 PIPELINE_PACKAGES = {"torch", "diffusers", "transformers", "numpy", "PIL"}
 FORBIDDEN = {
     "torchvision": "it has no CPU build to go with every torch",

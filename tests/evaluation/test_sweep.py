@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conditional_helpers import NAMES, class_unet
+from conditional_helpers import NAMES, class_unet, vector_unet
 from diffusers import DDPMPipeline, DDPMScheduler, EulerAncestralDiscreteScheduler
 from evaluation_helpers import TinyExtractor, evaluate, write_images
 from latent_helpers import LATENT_CHANNELS, make_vae
@@ -134,6 +134,17 @@ def test_classes_are_balanced_and_only_sums_are_kept_for_fid(models, reference, 
     assert all(shown.count(label) == 6 for label in range(len(NAMES))) and len(shown) == 6 * len(NAMES)
     assert table_of(tmp_path / "table")["cells"][0]["scores"]["fid"] > 0
     assert not (model / TABLE_NAME).exists()
+
+
+def test_classes_and_vectors_are_swept_and_scored_together(reference, tmp_path, monkeypatch):
+    model, vectors = tmp_path / "both", tmp_path / "vectors.npy"
+    save_pipeline(model, conditional_pipeline(vector_unet(4), DDPMScheduler(), id2label=NAMES), "# A card\n")
+    np.save(vectors, np.float32([[1, 2, 3], [0, 0, 0]]))
+    given = {"vectors_file": vectors, "guidance_scale": 2}
+    run(monkeypatch, model, reference, sweep="dpmsolver:1", **given)
+    assert table_of(model)["settings"]["condition"] == "class_labels+vectors"
+    run(monkeypatch, model, reference, num_inference_steps=1, output_file=model / "scores.json", **given)
+    assert json.loads((model / "scores.json").read_text())["sampling"]["guidance_scale"] == 2
 
 
 def test_a_model_is_scored_without_a_sweep(model, reference, monkeypatch, capsys):
