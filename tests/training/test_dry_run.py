@@ -5,11 +5,18 @@ import re
 import shutil
 import tempfile
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 from process_helpers import run_forked
+from source_files import SETTINGS, write_photos
 from training_helpers import run_in_process, tiny_run
 
+from trainkit.data.cache import _few_to_encode
+from trainkit.data.loading.dataset import PreparedImages
+from trainkit.data.preparation.prepare import prepare
+from trainkit.data.sources.folder import ImageFolder
+from trainkit.data.trial import TRIAL_FILES
 from trainkit.errors import UserError
 
 
@@ -96,3 +103,15 @@ def test_two_processes(image_folder, tiny_unet, tmp_path):
     done = run_forked("train_unconditional.py", *arguments, processes=2)
     assert "16 images per step = 8 per device x 2 processes" in done.stdout
     assert done.stdout.count("--dry_run: all checks passed") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, count", [
+    ({"condition": ["text"]}, TRIAL_FILES), ({"condition": ["text", "image"]}, TRIAL_FILES),
+    ({"vae_name_or_path": "vae"}, TRIAL_FILES), ({"condition": ["class"]}, 70), ({}, 70),
+])  # fmt: skip
+def test_what_is_encoded_is_only_tried(tmp_path, flags, count):
+    write_photos(tmp_path / "photos", 70)
+    prepare(ImageFolder(tmp_path / "photos"), SETTINGS, tmp_path / "prepared", num_proc=1, show_progress=False)
+    images = PreparedImages(tmp_path / "prepared", None)
+    assert len(_few_to_encode(images, SimpleNamespace(dry_run=True, **flags))) == count
+    assert _few_to_encode(images, SimpleNamespace(dry_run=False, **flags)) is images

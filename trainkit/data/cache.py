@@ -76,7 +76,7 @@ def is_prepared(options) -> bool:
 
 def _few_to_encode(images: PreparedImages, options) -> PreparedImages:
     """All `images`; the first few in a dry run that would encode their captions or the images themselves."""
-    encodes = getattr(options, "vae_name_or_path", None) or getattr(options, "condition", None) == "text"
+    encodes = getattr(options, "vae_name_or_path", None) or "text" in (getattr(options, "condition", None) or ())
     if not getattr(options, "dry_run", False) or not encodes:
         return images
     return TrialImages(images.folder, (images.height, images.width), TRIAL_FILES, len(images))
