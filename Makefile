@@ -11,7 +11,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 # One worker more than cores: many tests wait for processes.
 WORKERS := $(shell expr $(CORES) + 1)
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Each of many processes would compile trainkit again without its .pyc files.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process $(CORES)
 
 .PHONY: help venv demo test test-fast golden mutants lint bench clean

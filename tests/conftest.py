@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -12,9 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Threads that wait sleep: scripts of the tests compute with all cores, which they share with other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import cpu_times
 import numpy as np
 import process_helpers
 import pytest
+import undrawn_figures
 from hub_helpers import as_client, hub  # noqa: F401 - fixtures
 from hypothesis import HealthCheck, settings
 from PIL import Image
@@ -43,11 +46,20 @@ settings.load_profile("suite")
 
 def pytest_addoption(parser):
     parser.addoption("--write_golden", action="store_true", help="write tests/golden/ instead of comparing with it")
+    parser.addoption("--cpu_times", action="store_true", help="report CPU seconds per file and per test")
 
 
 def pytest_configure(config):
+    if config.option.cpu_times:
+        config.pluginmanager.register(cpu_times.CpuTimes())
     if "PYTEST_XDIST_WORKER" not in os.environ and getattr(config.option, "numprocesses", None):
         process_helpers.share_fork_server()  # before the workers copy the environment
+
+
+def pytest_collection_finish():
+    """Imports made half a million objects. Each `gc.collect` of a run would take a third of a second to visit them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -105,6 +117,12 @@ def on_the_cpu_alone(monkeypatch):
     """No GPU and no network."""
     for name, value in {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def drawn_figures(monkeypatch):
+    """Figures of matplotlib as they are, see undrawn_figures.py."""
+    monkeypatch.setattr(undrawn_figures.Figure, "savefig", undrawn_figures.DRAW)
 
 
 @contextlib.contextmanager

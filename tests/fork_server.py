@@ -1,8 +1,8 @@
 """Start scripts in forked children of one process that has torch and the Hugging Face libraries imported.
 
 A fresh interpreter spends 5 to 8 seconds on those imports, a forked one none. A child is a process like any other: own
-arguments, environment, working folder and output, an exit status, signals. Nothing of this repository is imported
-here, so children run the code as it is on disk. `process_helpers.py` is the client.
+arguments, environment, working folder and output, an exit status, signals. Nothing of `trainkit` is imported here, so
+children run the code as it is on disk, but for `undrawn_figures.py`. `process_helpers.py` is the client.
 
     python tests/fork_server.py SOCKET WATCHED_PID      ends with the process WATCHED_PID
 """
@@ -30,6 +30,7 @@ PRELOADED = [
     "huggingface_hub", "matplotlib.pyplot", "numpy", "pandas", "PIL.Image", "PIL.JpegImagePlugin", "pyarrow",
     "pytorch_optimizer", "safetensors.torch", "torch", "torch.distributed.run", "torch.distributed.fsdp",
     "torch.distributed.tensor", "torch.utils.data", "transformers", "transformers.models.bert.modeling_bert",
+    "undrawn_figures",
 ]  # fmt: skip
 PR_SET_PDEATHSIG = 1
 
@@ -48,31 +49,33 @@ def main(address: str, watched_pid: int) -> dict | None:
     server = socket.socket(socket.AF_UNIX)
     server.bind(address)
     server.listen(64)
-    selector, clients = selectors.DefaultSelector(), {}
+    selector, clients, tests = selectors.DefaultSelector(), {}, {}
     for listened in (server, wake):
         selector.register(listened, selectors.EVENT_READ)
     while Path(f"/proc/{watched_pid}").exists():
         for key, _ in selector.select(timeout=1):
             if key.fileobj is wake:
                 wake.recv(4096)
-                _report_ended(clients, selector)
+                _report_ended(clients, tests, selector)
             elif key.fileobj is server:
                 client, _ = server.accept()
                 content, descriptors, _, _ = socket.recv_fds(client, 1 << 20, 2)
                 if not content:
                     client.close()
-                elif (pid := os.fork()) == 0:
+                    continue
+                request = json.loads(content)
+                if (pid := os.fork()) == 0:
                     signal.set_wakeup_fd(-1)
                     selector.close()
                     for connection in (server, wake, waker, client, *clients.values()):
                         connection.close()
-                    _become(request := json.loads(content), descriptors)
+                    _become(request, descriptors)
                     return request
                 else:
                     for descriptor in descriptors:
                         os.close(descriptor)
                     client.sendall(f"{pid}\n".encode())
-                    clients[pid] = client
+                    clients[pid], tests[pid] = client, request["environment"].get("PYTEST_CURRENT_TEST", "no test")
                     selector.register(client, selectors.EVENT_READ)
             else:  # the client is gone, so nobody waits for its child
                 pid = next(pid for pid, client in clients.items() if client is key.fileobj)
@@ -84,14 +87,16 @@ def main(address: str, watched_pid: int) -> dict | None:
     return None
 
 
-def _report_ended(clients: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
+def _report_ended(clients: dict[int, socket.socket], tests: dict[int, str], selector: selectors.BaseSelector) -> None:
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, used = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if pid == 0:
             return
+        with Path("cpu_times").open("a", encoding="utf-8") as times:  # in the folder of this server
+            times.write(f"{used.ru_utime + used.ru_stime} {tests.pop(pid).rpartition(' ')[0]}\n")
         if client := clients.pop(pid, None):
             selector.unregister(client)
             with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 import pytest
 from hub_server import environment, serve_hub
+from process_helpers import ROOT, ScriptRun
 
 SECRET = "hf_" + "s3cret" * 6  # looks like a token of the Hub
 
@@ -23,15 +24,37 @@ def as_client(monkeypatch, hub, tmp_path):
     set_client_factory(default_client_factory)
 
 
+def hub_constants(url, home):
+    """What huggingface_hub reads from the environment when it is imported, for a Hub at `url`."""
+    return {
+        "ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(home),
+        "HF_TOKEN_PATH": str(home / "token"), "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    }  # fmt: skip
+
+
+def run_forked_with_hub(hub, home, script, *arguments, processes=1):
+    """As `run_forked`, with `hub` as the Hub of the script and of what it starts."""
+    code = f"""
+import os
+import huggingface_hub.constants
+os.environ.update({environment(hub, home)})
+vars(huggingface_hub.constants).update({hub_constants(hub.url, home)})
+import {script}
+from trainkit.errors import run_script
+run_script({script}.main)
+"""
+    done = ScriptRun("-c", *arguments, code=code, processes=processes, environment={"PYTHONPATH": str(ROOT)}).wait()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
 def use_hub(monkeypatch, url, home, variables):
     import huggingface_hub.constants
 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    constants = {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(home)}
-    constants |= {"HF_TOKEN_PATH": str(home / "token"), "HF_HUB_DISABLE_PROGRESS_BARS": True}
-    constants["HUGGINGFACE_CO_URL_TEMPLATE"] = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    for name, value in constants.items():
+    for name, value in hub_constants(url, home).items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("trainkit.hub.upload.RETRY_DELAYS_S", (0.05,))

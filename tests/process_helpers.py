@@ -46,6 +46,13 @@ def share_fork_server() -> None:
     os.environ[SERVER_FOLDER] = f"{os.getpid()}:{folder}"
 
 
+def forked_cpu_seconds() -> list[tuple[str, float]]:
+    """The test that started it and the CPU seconds, for each ended child of the fork server of this pytest run."""
+    times = Path(os.environ.get(SERVER_FOLDER, ":").split(":", 1)[1], "cpu_times")
+    lines = times.read_text(encoding="utf-8").splitlines() if times.is_file() else []
+    return [(test, float(seconds)) for seconds, test in (line.split(" ", 1) for line in lines)]
+
+
 def _connect() -> socket.socket:
     if SERVER_FOLDER not in os.environ:
         share_fork_server()

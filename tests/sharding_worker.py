@@ -1,6 +1,6 @@
 """A rank of tests/training/test_sharding.py: torch.distributed.run starts two, each trains on its half of every batch.
 
-sharding_worker.py FOLDER     # reads FOLDER/unsharded_5.pt, leaves FOLDER/sharded_5.pt, resumed_10.pt, copy/
+sharding_worker.py FOLDER     # reads FOLDER/unsharded_half.pt, leaves FOLDER/sharded_half.pt, resumed_all.pt, copy/
 """
 
 import sys
@@ -14,7 +14,7 @@ from trainkit.errors import UserError
 from trainkit.training import sharding
 from trainkit.training.averages.ema import ShardedEMA
 
-BATCHES = 10  # steps of all, half of them before the resume
+BATCHES = 6  # steps of all, half of them before the resume
 MICRO_STEPS = 2
 CONFIG = {
     "sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4,
@@ -95,18 +95,18 @@ def main(folder: Path) -> None:
     copy = sharding.unsharded_copy(training.unet)
     assert type(copy) is UNet2DModel and not sharding.is_sharded(copy)
     if rank == 0:
-        torch.save(state, folder / "sharded_5.pt")
+        torch.save(state, folder / "sharded_half.pt")
         copy.save_pretrained(folder / "copy")
 
     resumed = Training(seed=1 + rank, sharded=True)  # what was there before must not matter
-    saved = torch.load(folder / "unsharded_5.pt", weights_only=True)
+    saved = torch.load(folder / "unsharded_half.pt", weights_only=True)
     if rank != 0:
         saved |= {"weights": {}, "averages": {}, "optimizer": {}}
     resumed.load(saved)
     resumed.train(BATCHES // 2, BATCHES, rank, 2)
     state = resumed.state()
     if rank == 0:
-        torch.save(state, folder / "resumed_10.pt")
+        torch.save(state, folder / "resumed_all.pt")
 
     broken = saved["weights"] | {"conv_in.bias": torch.zeros(3)} if rank == 0 else {}
     try:  # on both ranks: one alone would wait for the other for half an hour

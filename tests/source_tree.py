@@ -1,6 +1,7 @@
 """What the project's own modules are and what they import, read from their source without running it."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,6 +13,7 @@ def scripts() -> list[Path]:
     return sorted(ROOT.glob("*.py"))
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file, for the scripts and everything in the packages."""
     files = [*scripts(), *(file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py")))]
@@ -23,6 +25,7 @@ def _dotted(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
 def imports(source: str, module: str, is_package: bool = False) -> set[str]:
     """Dotted names that `source` imports anywhere, late imports too: `from a import b` gives a and a.b."""
     names = set()
@@ -39,6 +42,7 @@ def imports(source: str, module: str, is_package: bool = False) -> set[str]:
     return names
 
 
+@cache
 def imports_of(module: str, file: Path) -> set[str]:
     return imports(file.read_text(), module, file.name == "__init__.py")
 

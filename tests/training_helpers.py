@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,6 @@ from conftest import ROOT
 from PIL import Image
 from process_helpers import ScriptRun
 from safetensors.torch import load_file
-
-from trainkit.errors import UserError
 
 STEPS = 20
 
@@ -49,13 +48,14 @@ def tiny_run(image_folder, tiny_unet, cache_dir, output_dir, **flags):
 
 def run_in_process(monkeypatch, script, arguments):
     """Run `main` of a script, "train_unconditional" for example, in this process on the CPU."""
+    forget = partial(AcceleratorState._reset_state, reset_partial_state=True)  # the precision of a run
+    forget()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     try:
         importlib.import_module(script).main()
-    except UserError:  # the process would end here; Accelerate remembers the precision that was refused
-        AcceleratorState._reset_state(reset_partial_state=True)
-        raise
+    finally:
+        forget()
 
 
 def losses(output_dir):

@@ -17,10 +17,16 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "trainkit": __version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            found[name] = _installed(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+@functools.cache
+def _installed(name: str) -> str:
+    """The version of a package, which the import system takes milliseconds to find."""
+    return version(name)
 
 
 @functools.cache

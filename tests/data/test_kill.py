@@ -5,15 +5,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from process_helpers import ScriptRun
+from process_helpers import ScriptRun, run_forked
 from source_files import contents, small_units
 
 from trainkit.data.format import read_preparation
@@ -64,18 +62,17 @@ def workers(parent: int) -> list[int]:
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(photos, tmp_path, units_of_64, num_proc):
     prepare(ImageFolder(photos), SETTINGS, tmp_path / "whole", num_proc=1, show_progress=False)
     generator = random.Random(num_proc)
-    command = [sys.executable, "-m", "tests.slow_prepare", str(photos), str(tmp_path / "out"), str(num_proc)]
-    killed = 0
+    words = "tests/slow_prepare.py", photos, tmp_path / "out", num_proc
+    environment, killed = {"PYTHONPATH": str(ROOT)}, 0
     for attempt in range(6):
         wanted = progress(tmp_path / "out") + generator.randrange(1, 12)
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        [process] = ScriptRun(*words, environment=environment).ranks  # the leader of a session of its own
         while process.poll() is None and progress(tmp_path / "out") < wanted:
             time.sleep(0.001)
         time.sleep(generator.uniform(0, 0.01))
         victims = workers(process.pid)
         if attempt % 3 == 0 or not victims:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            process.send_signal(signal.SIGKILL)
         elif attempt % 3 == 1:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -83,11 +80,10 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(photos, tmp_path, un
             with contextlib.suppress(ProcessLookupError):
                 os.kill(generator.choice(victims), signal.SIGKILL)
             time.sleep(0.2)
-            process.kill()
+            process.send_signal(signal.SIGKILL)
         killed += process.wait() != 0
     assert killed >= 5, "it must have been interrupted while it worked"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    run_forked(*words, environment=environment)
     assert contents(tmp_path / "whole") == contents(tmp_path / "out")
 
 

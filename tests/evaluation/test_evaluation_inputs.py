@@ -63,6 +63,7 @@ def test_features_of_the_reference_are_computed_once_until_an_image_changes(real
     monkeypatch.setattr(features_of_sides, "extract_features", counting)
     folder, file = shutil.copytree(real, tmp_path / "real"), tmp_path / "scores.json"
     flags = {"generated": made, "reference": folder, "cache_dir": tmp_path / "cache", "output_file": file}
+    flags["metrics"] = "kid"
     evaluate(monkeypatch, **flags)
     first = json.loads(file.read_text())["scores"]
     evaluate(monkeypatch, **flags)

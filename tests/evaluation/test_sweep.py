@@ -67,7 +67,7 @@ def table_of(folder):
     return json.loads((folder / TABLE_NAME).read_text())
 
 
-def test_a_sweep_ranks_its_rows_and_a_second_start_makes_none(model, reference, monkeypatch, capsys):
+def test_a_sweep_ranks_its_rows_and_a_second_start_makes_none(model, reference, monkeypatch, capsys, drawn_figures):
     run(monkeypatch, model, reference, sweep="dpmsolver:2,3;heun:2")
     rows = table_of(model)["cells"]
     assert [(row["scheduler"], row["steps"], row["calls"]) for row in rows] == [

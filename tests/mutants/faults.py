@@ -64,7 +64,7 @@ FAULTS = [
         "uniforms(Purpose.FLIP) < 0.5", "uniforms(Purpose.FLIP) < 2", ("tests/data/test_loader.py",),
     ),
     Fault(
-        "channels_swapped", "channels keep their order", "trainkit/data/loading/loader.py",
+        "channels_swapped", "channels keep their order", "trainkit/data/loading/model_range.py",
         "return images.permute(0, 3, 1, 2)", "return images.flip(-1).permute(0, 3, 1, 2)", UNCONDITIONAL,
     ),
     # A step

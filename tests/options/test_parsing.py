@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 
 import pytest
 import yaml as pyyaml
@@ -220,21 +221,20 @@ def test_help_shows_groups_units_defaults_and_choices(capsys):
 @pytest.mark.parametrize("script", scripts(), ids=lambda file: file.name)
 def test_help_answers_at_once_and_without_torch(script):
     """Under two seconds of processor time, which a busy machine does not stretch as it does the clock's."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = _run(script, "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done, seconds = _help(script)
     assert done.returncode == 0, done.stderr
     assert "Exit status: 0: done" in done.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in _run(script, "--help", "-X").splitlines()}
+    assert seconds < 2
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "trainkit" in loaded and not loaded & HEAVY
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", scripts(), ids=lambda file: file.name)
 def test_every_flag_is_read(script):
     """A flag that nothing reads is a mistake: code that the script reaches must read each from `options`."""
-    flags, read = _flags(script), set()
+    shown = _help(script)[0].stdout
+    flags = set(re.findall(r"^  --([a-z]\w*)", shown, re.MULTILINE)) - {"help", "config"}
+    read = set()
     for module in reachable(script.stem):
         read |= _attributes_of_options(modules()[module].read_text())
     assert flags and not flags - read
@@ -279,18 +279,20 @@ def test_the_command_of_every_recipe_is_accepted_and_builds_its_model(recipe, tm
     check_options(resolve_options(options))  # builds the UNet on the meta device
 
 
-def _run(script, *arguments):
-    if arguments[-1] == "-X":
-        command = [sys.executable, "-X", "importtime", str(script), *arguments[:-1]]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=60)
+def _run(*arguments):
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=60)
 
 
-def _flags(script) -> set[str]:
-    shown = _run(script, "--help").stdout
-    return set(re.findall(r"^  --([a-z]\w*)", shown, re.MULTILINE)) - {"help", "config"}
+@cache
+def _help(script):
+    """What `script --help` prints, with every import on stderr, and its seconds of processor time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = _run("-X", "importtime", script, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@cache
 def _attributes_of_options(source: str) -> set[str]:
     """Names x read as `options.x` or `self.options.x` (not assigned)."""
     return {

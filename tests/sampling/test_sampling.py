@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -40,13 +39,17 @@ def samples(model_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCHEDULER_NAMES)
-@pytest.mark.parametrize("channels, sample_size", [(1, (16, 8)), (3, 16), (4, 16)])
+@pytest.mark.parametrize(
+    ("name", "channels", "sample_size"),
+    [
+        *((name, 3, 16) for name in SCHEDULER_NAMES),
+        *((name, *shape) for name in ("sde_dpmsolver", "unipc") for shape in ((1, (16, 8)), (4, 16))),
+    ],
+)
 def test_an_image_does_not_depend_on_its_batch(name, channels, sample_size):
     unet, scheduler = tiny_model(channels, sample_size), scheduler_bundle(DDPMScheduler())[name]
     images = {
-        batch_size: np.concatenate(list(generate(UnconditionalPipeline(unet, scheduler), range(3, 8), 10, batch_size)))
+        batch_size: np.concatenate(list(generate(UnconditionalPipeline(unet, scheduler), range(3, 8), 5, batch_size)))
         for batch_size in (1, 2, 5)
     }
     assert images[5].shape == (5, 16, 8 if channels == 1 else 16, channels)
@@ -54,7 +57,7 @@ def test_an_image_does_not_depend_on_its_batch(name, channels, sample_size):
     assert len({image.tobytes() for image in images[5]}) == 5
     for batch_size in (1, 2):
         assert np.abs(images[5].astype(int) - images[batch_size]).max() <= 1
-    last = next(generate(DDPMPipeline(unet, scheduler), [7], 10, 1))[0]
+    last = next(generate(DDPMPipeline(unet, scheduler), [7], 5, 1))[0]
     assert np.abs(last.astype(int) - images[5][4]).max() <= 1
 
 
@@ -144,15 +147,6 @@ def test_mistakes_are_told_in_one_line_at_once(arguments, message):
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_help_does_not_wait_for_torch():
-    started = time.monotonic()
-    for script in ("sample.py", "evaluate_samples.py"):
-        assert "--num_images" in subprocess.run(
-            [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
-        ).stdout  # fmt: skip
-    assert time.monotonic() - started < 4
 
 
 def test_a_pipeline_without_subfolders_and_schedulers_samples(tmp_path):

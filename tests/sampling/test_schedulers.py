@@ -1,5 +1,7 @@
 """Every shipped scheduler samples two distributions whose exact denoiser is known, in stock DDPMPipeline if it can."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -48,13 +50,18 @@ def draw(unet, scheduler, count, steps, name=DEFAULT_SCHEDULER):
     return images.double() * 2 - 1
 
 
-def distance_of_pixels(samples):
-    """Wasserstein-1 distance to the true distribution of a pixel."""
+@cache
+def true_pixels(count):
+    """`count` quantiles of the true distribution of a pixel, in ascending order."""
     rng = np.random.default_rng(1)
     mode = rng.choice(3, 200_000, p=PIXELS.weights.numpy())
     true = PIXELS.means.numpy()[mode] + PIXELS.deviations.numpy()[mode] * rng.standard_normal(len(mode))
-    quantiles = (np.arange(samples.numel()) + 0.5) / samples.numel()
-    return np.abs(np.sort(samples.flatten().numpy()) - np.quantile(true.clip(-1, 1), quantiles)).mean()
+    return np.quantile(true.clip(-1, 1), (np.arange(count) + 0.5) / count)
+
+
+def distance_of_pixels(samples):
+    """Wasserstein-1 distance to the true distribution of a pixel."""
+    return np.abs(np.sort(samples.flatten().numpy()) - true_pixels(samples.numel())).mean()
 
 
 def modes_of_images(samples):
@@ -151,8 +158,10 @@ def test_ddim_does_not_drift_over_many_steps(saved_bundles):
 def test_runs_at_any_number_of_steps(saved_bundles, schedule):
     noise_scheduler, bundle = saved_bundles[schedule, "epsilon"]
     unet = flawed(noise_scheduler, PIXELS.best, (1, 2, 2))
+    # 1000 is the default of DDPMPipeline; on cosine betas, whose last noise levels are the hardest to tell apart
+    most = 1000 if schedule == "squaredcos_cap_v2" else 100
     for name, scheduler in bundle.items():
-        for steps in (1, 2, 3, 7, 61, 100, 1000):  # 1000 is the default of DDPMPipeline
+        for steps in (1, 2, 3, 7, 61, most):
             if name == "ddim" and steps in (7, 61):
                 continue
             check_steps(scheduler, steps)

@@ -8,9 +8,7 @@ import threading
 import time
 
 import pytest
-from conftest import launch
-from hub_helpers import SECRET
-from hub_server import environment
+from hub_helpers import SECRET, run_forked_with_hub
 from training_helpers import run_in_process, same_training_state, same_weights, tiny_run
 
 import push
@@ -163,7 +161,6 @@ def test_push_py_sends_the_checkpoint_if_asked_and_names_what_is_wrong(
 def test_two_processes_push_once_and_wait_without_a_collective(hub, flags, tmp_path):
     hub.fail("/commit/", "hang")
     arguments = flags(tmp_path / "out", hub_timeout_s=4, hub_strategy="end")
-    variables = environment(hub, tmp_path / "home") | {"HF_TOKEN": SECRET}
-    done = launch("train_unconditional.py", *arguments, processes=2, environment=variables)
+    done = run_forked_with_hub(hub, tmp_path / "home", "train_unconditional", *arguments, processes=2)
     assert "not pushed: timed out" in done.stdout and done.stdout.count("not pushed") == 1
     assert done.stdout.count("models go to") == 1

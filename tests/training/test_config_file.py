@@ -22,7 +22,7 @@ def train(image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch, capsys):
     """Train in this process; returns the output folder and what was printed."""
 
     def call(name="one", script="train_conditional", **flags):
-        flags = {"max_train_steps": 4, "ddpm_num_inference_steps": 2} | flags
+        flags = {"max_train_steps": 2, "ddpm_num_inference_steps": 2} | flags
         run_in_process(monkeypatch, script, tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags))
         return tmp_path / name, capsys.readouterr().out
 
@@ -69,7 +69,7 @@ def test_a_resumed_run_adds_its_start_and_a_new_one_begins_again(train):
 @pytest.mark.slow
 def test_the_command_after_a_stop_resumes_the_run(train, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(StopSignals, "agreed", lambda self, step: step == 2)
-    one, printed = train(hub_token=TOKEN)
+    one, printed = train(max_train_steps=4, hub_token=TOKEN)
     command = printed.splitlines()[-1].partition("continue with: ")[2]
     assert command.startswith("python train_conditional.py --config ") and TOKEN not in printed
     assert "--hub_token ..." in command
@@ -77,12 +77,12 @@ def test_the_command_after_a_stop_resumes_the_run(train, monkeypatch, tmp_path, 
     words = command.replace(" --hub_token ...", "").split()
     run_in_process(monkeypatch, "train_conditional", words[2:])
     assert "2 of 4 steps done" in capsys.readouterr().out
-    whole, _ = train("whole")
+    whole, _ = train("whole", max_train_steps=4)
     same_weights(one / UNET, whole / UNET)
 
 
 def test_the_summary_names_what_is_trained_and_the_last_line_what_comes_next(train):
-    one, printed = train(preview_steps=2, logger="tensorboard", validation_split=None)
+    one, printed = train(max_train_steps=4, preview_steps=2, logger="tensorboard", validation_split=None)
     lines = printed.splitlines()
     for start in (
         "data        37 images 16x16 RGB, 2 classes, ", "model       UNet2DModel of 45.4 k parameters, ",

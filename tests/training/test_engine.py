@@ -126,18 +126,18 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(train, image_folder, tiny_un
     """A checkpoint of two processes resumes with one, and one of one process with two, as the uninterrupted run."""
     import signal
 
-    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", train_batch_size=4)
+    flags = {"train_batch_size": 4, "checkpointing_steps": 15}
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "out", **flags)
     status, output = start_and_signal(arguments, tmp_path / "out", 4, signal.SIGUSR1, processes=2)
     assert status == 0 and "stopped by a signal at step" in output, output[-2000:]
     stopped_at = len(losses(tmp_path / "out"))
     assert 4 <= stopped_at < STEPS and (tmp_path / "out" / f"checkpoint-{stopped_at}").is_dir()
     stop_later = [*arguments, "--resume_from_checkpoint", "latest", "--deterministic"]
     run_forked("train_unconditional.py", *stop_later)
-    train("whole")
+    train("whole", checkpointing_steps=15)
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
-    for step in (18, 20):
-        (tmp_path / "whole" / f"checkpoint-{step}").rename(tmp_path / f"moved-{step}")
-    halves = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole", train_batch_size=4)
+    (tmp_path / "whole" / "checkpoint-20").rename(tmp_path / "moved-20")
+    halves = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "whole", **flags)
     before = losses(tmp_path / "whole")
     output = run_forked("train_unconditional.py", *halves, "--resume_from_checkpoint", "latest", processes=2).stdout
     assert "15 of 20 steps done" in output
@@ -172,9 +172,9 @@ def test_training_waits_for_no_more_than_the_copy(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_snapshot_shares_nothing_with_the_training(train, monkeypatch):
     """Checkpoints written in the background, while training continues, are those written at once."""
-    at_once = train("at_once", max_train_steps=6, checkpointing_steps=1, async_checkpointing="false")
-    behind = train("behind", max_train_steps=6, checkpointing_steps=1)
-    for step in range(1, 7):
+    at_once = train("at_once", max_train_steps=4, checkpointing_steps=1, async_checkpointing="false")
+    behind = train("behind", max_train_steps=4, checkpointing_steps=1)
+    for step in range(1, 5):
         for file in (WEIGHTS, "unet_ema/diffusion_pytorch_model.safetensors", "optimizer.safetensors"):
             same_weights(at_once / f"checkpoint-{step}" / file, behind / f"checkpoint-{step}" / file)
 
@@ -275,22 +275,21 @@ def test_sharded_weights_are_the_same_run_and_resume_anywhere(
     train, image_folder, tiny_unet, cache_dir, tmp_path, capsys
 ):
     """Two processes with half of the weights each, and accumulation: their checkpoint resumes in one process."""
-    flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shard_weights": True, "preview_steps": 10}
-    averages = {"ema_power_lengths": [0.05, 0.1], "ema_snapshot_steps": 10}
-    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **flags, **averages)
+    flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shard_weights": True, "preview_steps": 4}
+    short = {"max_train_steps": 8, "checkpointing_steps": 5, "ema_power_lengths": [0.05, 0.1], "ema_snapshot_steps": 4}
+    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **flags, **short)
     run_forked("train_unconditional.py", *arguments, processes=2)
-    train("whole", **averages)
+    train("whole", **short)
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     snapshots = [path.relative_to(tmp_path / "sharded").as_posix() for path in snapshot_files(tmp_path / "sharded")]
     assert len(snapshots) == 4
     parts = ("optimizer.safetensors", *(f"unet_ema{which}/{WEIGHTS[5:]}" for which in ("", "_0.05", "_0.1")))
-    for file in (WEIGHTS, *(f"checkpoint-20/{part}" for part in parts), *snapshots):
+    for file in (WEIGHTS, *(f"checkpoint-8/{part}" for part in parts), *snapshots):
         same_weights(tmp_path / "sharded" / file, tmp_path / "whole" / file, tolerance=1e-3)
-    for step in (18, 20):
-        shutil.rmtree(tmp_path / "sharded" / f"checkpoint-{step}")
+    shutil.rmtree(tmp_path / "sharded" / "checkpoint-8")
     capsys.readouterr()
-    train("sharded", **averages, resume_from_checkpoint="latest")
-    assert "15 of 20 steps done" in capsys.readouterr().out
+    train("sharded", **short, resume_from_checkpoint="latest")
+    assert "5 of 8 steps done" in capsys.readouterr().out
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 

@@ -109,9 +109,9 @@ def test_other_compilations_are_refused_in_one_line(compiled, dynamo_config, mes
 
 @pytest.fixture(scope="module")
 def whole(image_folder, tiny_unet, cache_dir, tmp_path_factory):
-    """Four steps of one process."""
+    """Two steps of one process."""
     folder = tmp_path_factory.mktemp("whole")
-    flags = {"max_train_steps": 4, "train_batch_size": 8}
+    flags = {"max_train_steps": 2, "checkpointing_steps": 0, "lr_warmup_steps": 0}
     run_forked("train_unconditional.py", *tiny_run(image_folder, tiny_unet, cache_dir, folder, **flags))
     return folder
 
@@ -122,7 +122,7 @@ def test_the_fsdp_config_trains_the_same_run(whole, image_folder, tiny_unet, cac
     config = (ROOT / "accelerate_configs" / "fsdp.yaml").read_text().replace("num_processes: 8", "num_processes: 2")
     config = config.replace("reshard_after_forward: true", f"reshard_after_forward: {str(reshard).lower()}")
     (tmp_path / "fsdp.yaml").write_text(config)
-    flags = {"max_train_steps": 4, "train_batch_size": 4}
+    flags = {"max_train_steps": 2, "checkpointing_steps": 0, "lr_warmup_steps": 0, "train_batch_size": 4}
     divided = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "divided", **flags)
     config = tmp_path / "fsdp.yaml"
     done = launch_forked(tmp_path, "train_unconditional.py", *divided, processes=2, config_file=config)

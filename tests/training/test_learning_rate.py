@@ -42,10 +42,10 @@ def test_the_search_finds_a_rate_and_leaves_the_run_as_it_was(
     image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch, capsys, accumulation
 ):
 
-    monkeypatch.setattr(learning_rate, "STEPS", 30)
+    monkeypatch.setattr(learning_rate, "STEPS", 20)
 
     def train(name, **flags):
-        flags |= {"max_train_steps": 3, "gradient_accumulation_steps": accumulation}
+        flags |= {"max_train_steps": 2, "gradient_accumulation_steps": accumulation}
         arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
         run_in_process(monkeypatch, "train_unconditional", arguments)
         return tmp_path / name

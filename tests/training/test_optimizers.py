@@ -9,6 +9,9 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
+from muon_worker import muon_steps
+from process_helpers import run_forked
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from training_helpers import losses, run_in_process, same_weights, tiny_run
@@ -132,19 +135,19 @@ def test_a_schedule_free_run_saves_the_average_and_resumes(image_folder, tiny_un
 
     def train(name, **flags):
         flags |= {"optimizer": "schedule_free_adamw", "no_use_ema": True, "lr_scheduler": "constant_with_warmup"}
-        flags |= {"max_train_steps": 6, "preview_steps": 2}
+        flags |= {"max_train_steps": 4, "checkpointing_steps": 2, "preview_steps": 2}
         arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / name, **flags)
         run_in_process(monkeypatch, "train_unconditional", arguments)
         return tmp_path / name
 
     whole, parts = train("whole"), train("parts")
-    shutil.rmtree(parts / "checkpoint-6")
+    shutil.rmtree(parts / "checkpoint-4")
     train("parts", resume_from_checkpoint="latest")
     assert losses(parts) == losses(whole)
-    for file in (f"checkpoint-6/unet/{WEIGHTS}", "checkpoint-6/optimizer.safetensors", f"unet/{WEIGHTS}"):
+    for file in (f"checkpoint-4/unet/{WEIGHTS}", "checkpoint-4/optimizer.safetensors", f"unet/{WEIGHTS}"):
         same_weights(whole / file, parts / file)
     with pytest.raises(AssertionError):  # the saved pipeline is the average, the checkpoint what is trained
-        same_weights(whole / f"checkpoint-6/unet/{WEIGHTS}", whole / f"unet/{WEIGHTS}")
+        same_weights(whole / f"checkpoint-4/unet/{WEIGHTS}", whole / f"unet/{WEIGHTS}")
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam"])
@@ -253,28 +256,6 @@ def test_what_needs_more_than_is_here_is_refused(monkeypatch):
             check_optimization(Options(optimizer="adamw_8bit"))
 
 
-def muon_steps(rank: int, processes: int, store: str, config: str, result: str, steps: int = 3) -> None:
-    """What a process of the test below does: the same gradients on each; the first writes its weights and state."""
-    from diffusers import UNet2DModel
-    from safetensors.torch import save_file
-
-    torch.set_num_threads(1)
-    if processes > 1:
-        dist.init_process_group("gloo", rank=rank, world_size=processes, store=dist.FileStore(store, processes))
-    torch.manual_seed(0)
-    unet = UNet2DModel.from_config(UNet2DModel.load_config(config))
-    optimizer = build_optimizer(options_for("muon"), unet)
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        for parameter in unet.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
-    states = {f"{i}/{what}": x for i, p in enumerate(unet.parameters()) for what, x in optimizer.state[p].items()}
-    save_file({name: p.detach() for name, p in unet.named_parameters()} | states, f"{result}{rank}")
-    if processes > 1:
-        dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_muon_divided_over_processes_is_muon_bit_for_bit(tiny_unet, tmp_path, monkeypatch):
     from pytorch_optimizer import Muon
@@ -282,15 +263,15 @@ def test_muon_divided_over_processes_is_muon_bit_for_bit(tiny_unet, tmp_path, mo
 
     from trainkit.training import divided_muon
 
-    arguments = str(tmp_path / "store"), str(tiny_unet), str(tmp_path / "two")
-    torch.multiprocessing.spawn(muon_steps, (2, *arguments), nprocs=2)
-    muon_steps(0, 1, "", str(tiny_unet), str(tmp_path / "one"))
+    two = tiny_unet, tmp_path / "two"
+    run_forked("tests/muon_worker.py", *two, processes=2, environment={"PYTHONPATH": str(ROOT)})
+    muon_steps(tiny_unet, tmp_path / "one")
     for name in ("two0", "two1"):
         same_weights(tmp_path / name, tmp_path / "one0")
     in_float32 = partial(zero_power_via_newton_schulz_5, dtype=torch.float32)
     monkeypatch.setattr("pytorch_optimizer.optimizer.muon.base.zero_power_via_newton_schulz_5", in_float32)
     monkeypatch.setattr(divided_muon, "DividedMuon", Muon)
-    muon_steps(0, 1, "", str(tiny_unet), str(tmp_path / "library"))
+    muon_steps(tiny_unet, tmp_path / "library")
     same_weights(tmp_path / "one0", tmp_path / "library0", 1e-5)
 
 

@@ -25,16 +25,16 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory):
-    """Whole states at steps 5 and 10 of one unsharded process, and what two sharded ones made of the former."""
+    """Whole states of one unsharded process at half of the steps and at the end, and what two sharded ones made."""
     folder = tmp_path_factory.mktemp("states")
     training = Training(seed=0, sharded=False)
     training.train(0, HALF)
-    found = {"unsharded_5": training.state()}
-    torch.save(found["unsharded_5"] | {"norms": []}, folder / "unsharded_5.pt")
+    found = {"unsharded_half": training.state()}
+    torch.save(found["unsharded_half"] | {"norms": []}, folder / "unsharded_half.pt")
     training.train(HALF, BATCHES)
-    found["unsharded_10"] = training.state()
+    found["unsharded_all"] = training.state()
     run_forked("tests/sharding_worker.py", folder, processes=2, environment={"PYTHONPATH": str(ROOT)})
-    for name in ("sharded_5", "resumed_10"):
+    for name in ("sharded_half", "resumed_all"):
         found[name] = torch.load(folder / f"{name}.pt", weights_only=True)
     return found | {"copy": folder / "copy"}
 
@@ -52,31 +52,31 @@ def same_state(one, other):
 
 @pytest.mark.slow
 def test_two_sharded_processes_train_as_one_does(states):
-    same_state(states["sharded_5"], states["unsharded_5"])
-    assert states["sharded_5"]["norms"] == pytest.approx(states["unsharded_5"]["norms"][:HALF], rel=1e-4)
+    same_state(states["sharded_half"], states["unsharded_half"])
+    assert states["sharded_half"]["norms"] == pytest.approx(states["unsharded_half"]["norms"][:HALF], rel=1e-4)
     start = UNet2DModel(**CONFIG).state_dict()
-    moved = (states["sharded_5"]["weights"]["conv_in.weight"] - start["conv_in.weight"]).abs().max()
+    moved = (states["sharded_half"]["weights"]["conv_in.weight"] - start["conv_in.weight"]).abs().max()
     assert moved > 1e-3, "the training moves weights by far more than the tolerance"
 
 
 @pytest.mark.slow
 def test_a_state_of_one_process_is_resumed_on_two(states):
-    same_state(states["resumed_10"], states["unsharded_10"])
+    same_state(states["resumed_all"], states["unsharded_all"])
 
 
 @pytest.mark.slow
 def test_a_state_of_two_processes_is_resumed_on_one(states):
     training = Training(seed=5, sharded=False)
-    training.load(states["sharded_5"])
+    training.load(states["sharded_half"])
     training.train(HALF, BATCHES)
-    same_state(training.state(), states["unsharded_10"])
+    same_state(training.state(), states["unsharded_all"])
 
 
 @pytest.mark.slow
 def test_an_exported_unet_loads_with_stock_diffusers(states):
     unet = UNet2DModel.from_pretrained(states["copy"])
     assert unet.config["_class_name"] == "UNet2DModel"
-    torch.testing.assert_close(dict(unet.state_dict()), states["sharded_5"]["weights"], atol=0, rtol=0)
+    torch.testing.assert_close(dict(unet.state_dict()), states["sharded_half"]["weights"], atol=0, rtol=0)
     assert DDPMPipeline(unet, DDPMScheduler())(num_inference_steps=1).images[0].size == (8, 8)
 
 

@@ -34,30 +34,33 @@ from trainkit.training.throughput import Throughput, flops_of_image, memory_peak
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def one_level_unet(tmp_path):
+@pytest.fixture(scope="module")
+def one_level_unet(tmp_path_factory):
     """Two levels would take torch.compile twice as long."""
-    config = TINY_UNET | {
-        "block_out_channels": [8],
-        "down_block_types": ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"],
-    }
-    (tmp_path / "one-level-unet").mkdir()
-    (tmp_path / "one-level-unet" / "config.json").write_text(json.dumps(config))
-    return tmp_path / "one-level-unet"
+    one_level = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    folder = tmp_path_factory.mktemp("one-level-unet")
+    (folder / "config.json").write_text(json.dumps(TINY_UNET | one_level))
+    return folder
 
 
-@pytest.fixture
-def train(image_folder, one_level_unet, cache_dir, tmp_path, monkeypatch):
-    """Run the script's main in this process with flags over those of a run of four steps; returns its folder."""
+@pytest.fixture(scope="module")
+def train(image_folder, one_level_unet, cache_dir, tmp_path_factory):
+    """Run the script's main in this process with flags over those of a run of two steps; returns a new folder."""
 
-    def call(name, **flags):
-        flags = {"max_train_steps": 4, "checkpointing_steps": 2} | flags
-        arguments = tiny_run(image_folder, one_level_unet, cache_dir, tmp_path / name, **flags)
-        run_in_process(monkeypatch, "train_unconditional", arguments)
-        return tmp_path / name
+    def call(**flags):
+        flags = {"max_train_steps": 2, "checkpointing_steps": 1, "lr_warmup_steps": 0} | flags
+        folder = tmp_path_factory.mktemp("run")
+        with pytest.MonkeyPatch.context() as patch:
+            arguments = tiny_run(image_folder, one_level_unet, cache_dir, folder, **flags)
+            run_in_process(patch, "train_unconditional", arguments)
+        return folder
 
     return call
+
+
+@pytest.fixture(scope="module")
+def plain(train):
+    return train()
 
 
 @pytest.mark.slow
@@ -66,7 +69,7 @@ def train(image_folder, one_level_unet, cache_dir, tmp_path, monkeypatch):
     [{"channels_last": "yes"}, {"gradient_checkpointing": True}, {"compile": True}],
     ids=["channels_last", "gradient_checkpointing", "compile"],
 )
-def test_what_is_learned_and_saved_stays_the_same(train, monkeypatch, flags, capsys):
+def test_what_is_learned_and_saved_stays_the_same(plain, train, monkeypatch, flags, capsys):
     """Inductor, which takes a minute for the smallest UNet, has the test below; here the captured graph is run."""
     graphs, compile_module, as_captured = [], UNet2DModel.compile, torch._dynamo.lookup_backend("aot_eager")
 
@@ -78,12 +81,12 @@ def test_what_is_learned_and_saved_stays_the_same(train, monkeypatch, flags, cap
         compile_module(unet, backend=capture, dynamic=dynamic)
 
     monkeypatch.setattr(UNet2DModel, "compile", compile_without_inductor)
-    plain, other = train("plain"), train("other", **flags)
+    other = train(**flags)
     assert len(graphs) == ("compile" in flags)  # one for all steps and none for sampling, with a checkpoint between
     assert capsys.readouterr().out.count("compiled the UNet in ") == ("compile" in flags)
     assert losses(other) == pytest.approx(losses(plain), rel=1e-4)
     same_weights(plain / WEIGHTS, other / WEIGHTS, tolerance=1e-4)
-    same_weights(plain / "checkpoint-4" / WEIGHTS, other / "checkpoint-4" / WEIGHTS, tolerance=1e-4)
+    same_weights(plain / "checkpoint-2" / WEIGHTS, other / "checkpoint-2" / WEIGHTS, tolerance=1e-4)
 
 
 class OneProduct(ModelMixin, ConfigMixin):
@@ -165,8 +168,9 @@ def test_convolutions_are_timed_on_cuda_unless_deterministic(monkeypatch):
 def test_compile_is_asked_of_torch(train, monkeypatch):
     asked = []
     monkeypatch.setattr(UNet2DModel, "compile", lambda unet, **settings: asked.append(settings))
-    train("compiled", compile=True, compile_mode="max-autotune")
-    train("accumulated", compile=True, compile_mode="max-autotune", train_batch_size=4, gradient_accumulation_steps=2)
+    train(compile=True, compile_mode="max-autotune", max_train_steps=1)
+    accumulation = {"train_batch_size": 4, "gradient_accumulation_steps": 2}
+    train(compile=True, compile_mode="max-autotune", max_train_steps=1, **accumulation)
     assert asked == [
         {"mode": "max-autotune", "dynamic": False},
         {"mode": "max-autotune-no-cudagraphs", "dynamic": False},  # graphs would overwrite what is being summed
@@ -196,8 +200,8 @@ def test_a_micro_step_does_not_wait_for_the_device(train, monkeypatch):
         counts.append((run.end_of_step, reads.count))
 
     monkeypatch.setattr(Run, "update", counted)
-    train("run", logging_steps=4, train_batch_size=4, gradient_accumulation_steps=2, checkpointing_steps=0)
-    assert [count for end, count in counts if not end] == [0] * 4
+    train(logging_steps=4, train_batch_size=4, gradient_accumulation_steps=2, checkpointing_steps=0)
+    assert [count for end, count in counts if not end] == [0] * 2
 
 
 def device_decides(monkeypatch):
@@ -217,7 +221,7 @@ def test_default_options_read_nothing_between_log_lines(train, monkeypatch):
         counts.append(reads.count)
 
     monkeypatch.setattr(Run, "update", counted)
-    train("run", optimizer=None, logging_steps=None, checkpointing_steps=0, max_train_steps=5)
+    train(optimizer=None, logging_steps=None, checkpointing_steps=0, max_train_steps=5)
     assert counts[1:4] == [0, 0, 0]  # the first step creates the optimizer's state; the last one is logged
 
 
@@ -280,9 +284,8 @@ def test_no_image_fits():
 
 
 @pytest.mark.slow
-def test_finding_the_batch_size_keeps_the_run(train, monkeypatch, capsys):
+def test_finding_the_batch_size_keeps_the_run(plain, train, monkeypatch, capsys):
     """Memory for three images: two are taken at once, and eight still make an optimizer step."""
-    plain = train("plain")
     forward = UNet2DModel.forward
 
     def limited(unet, sample, *arguments, **keywords):
@@ -291,7 +294,7 @@ def test_finding_the_batch_size_keeps_the_run(train, monkeypatch, capsys):
         return forward(unet, sample, *arguments, **keywords)
 
     monkeypatch.setattr(UNet2DModel, "forward", limited)
-    found = train("found", find_batch_size=True)
+    found = train(find_batch_size=True)
     assert "8 images per step = 2 per device x 1 process x 4 micro-steps" in capsys.readouterr().out
     assert losses(found) == pytest.approx(losses(plain), abs=1e-4)
 
@@ -320,8 +323,8 @@ def test_utilisation_is_a_share_of_the_named_peak():
     assert 50 < values["memory_peak_mib"] == pytest.approx(memory_peak_mib(torch.device("cpu")), rel=0.1)
 
 
-def test_the_log_says_what_the_hardware_does(train):
-    rows = [json.loads(line) for line in (train("run") / "metrics.jsonl").read_text().splitlines()]
+def test_the_log_says_what_the_hardware_does(plain):
+    rows = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
     assert {"images_per_s", "images_per_s_per_device", "model_tflops_per_s", "memory_peak_mib"} <= rows[-1].keys()
 
 

@@ -117,7 +117,7 @@ def test_a_resumed_run_keeps_the_validations_up_to_its_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loss_curve_shows_validations_as_red_points(tmp_path):
+def test_the_loss_curve_shows_validations_as_red_points(tmp_path, drawn_figures):
     red = []
     for with_validation in (False, True):
         write_metrics(tmp_path, with_validation)

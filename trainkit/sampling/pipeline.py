@@ -16,7 +16,7 @@ from trainkit.diffusion.few_step import is_few_step
 from trainkit.diffusion.noise_schedule import NoiseScheduler
 from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
 from trainkit.sampling.generate import Pipeline
-from trainkit.sampling.schedulers import save_bundle, scheduler_bundle
+from trainkit.sampling.schedulers import default_scheduler, save_bundle, scheduler_bundle
 
 # Everything that a saved pipeline can contain. Nothing else is pushed to the Hub.
 PIPELINE_PARTS = (
@@ -60,7 +60,7 @@ def _split_vector_embedding(unet: nn.Module) -> tuple[nn.Module, VectorEmbedding
 def use_default_scheduler(pipeline: Pipeline) -> Pipeline:
     """Replace the training noise schedule by its default solver, except for a few-step student; returns `pipeline`."""
     if not is_few_step(pipeline.scheduler):
-        pipeline.scheduler = scheduler_bundle(pipeline.scheduler)[DEFAULT_SCHEDULER]
+        pipeline.scheduler = default_scheduler(pipeline.scheduler)
     return pipeline
 
 

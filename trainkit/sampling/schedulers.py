@@ -12,6 +12,8 @@ not end at a noise level of zero.
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -47,8 +49,17 @@ def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixi
     Models of pixels are clamped to [-1, 1] where the class can do it; models of latents (`clip_sample` is False) are
     not. A flow-matching model gets those that diffusers has in that form.
     """
+    return {name: build() for name, build in _builders(noise_scheduler).items()}
+
+
+def default_scheduler(noise_scheduler: NoiseScheduler) -> SchedulerMixin:
+    """That of `scheduler_bundle` with the name `DEFAULT_SCHEDULER`, without building the others."""
+    return _builders(noise_scheduler)[DEFAULT_SCHEDULER]()
+
+
+def _builders(noise_scheduler: NoiseScheduler) -> dict[str, Callable[[], SchedulerMixin]]:
     if is_flow(noise_scheduler):
-        return _flow_bundle(noise_scheduler)
+        return _flow_builders(noise_scheduler)
     config = noise_scheduler.config
     plain = {"prediction_type": config.prediction_type, "num_train_timesteps": config.num_train_timesteps}
     # the solvers ignore `clip_sample`; thresholding at 1 is the same clamp to [-1, 1]
@@ -56,17 +67,17 @@ def scheduler_bundle(noise_scheduler: NoiseScheduler) -> dict[str, SchedulerMixi
     capped = plain | {"trained_betas": capped_betas(noise_scheduler)}
     karras = capped | {"use_karras_sigmas": True}
     return {
-        "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **karras, **clamp),
-        "dpmsolver": DPMSolverMultistepScheduler(**karras, **clamp),
-        "dpmsolver_3m": DPMSolverMultistepScheduler(solver_order=3, **karras, **clamp),
-        "unipc": UniPCMultistepScheduler(**karras, **clamp),
-        "sasolver": _sasolver(noise_scheduler, karras | clamp, plain | clamp),
-        "heun": HeunDiscreteScheduler(clip_sample=config.clip_sample, **karras),
-        "euler": EulerDiscreteScheduler(**karras),
+        "sde_dpmsolver": partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", **karras, **clamp),
+        "dpmsolver": partial(DPMSolverMultistepScheduler, **karras, **clamp),
+        "dpmsolver_3m": partial(DPMSolverMultistepScheduler, solver_order=3, **karras, **clamp),
+        "unipc": partial(UniPCMultistepScheduler, **karras, **clamp),
+        "sasolver": partial(_sasolver, noise_scheduler, karras | clamp, plain | clamp),
+        "heun": partial(HeunDiscreteScheduler, clip_sample=config.clip_sample, **karras),
+        "euler": partial(EulerDiscreteScheduler, **karras),
         # no clipping: DDIMScheduler clips the image but not the noise, and the two drift apart over hundreds of steps
-        "ddim": DDIMScheduler(timestep_spacing="trailing", clip_sample=False, **capped),
+        "ddim": partial(DDIMScheduler, timestep_spacing="trailing", clip_sample=False, **capped),
         # linspace is the one spacing that is right for any number of steps: DDPMScheduler looks up its neighbours
-        "ddpm": DDPMScheduler.from_config(config, timestep_spacing="linspace"),
+        "ddpm": partial(DDPMScheduler.from_config, config, timestep_spacing="linspace"),
     }
 
 
@@ -78,7 +89,7 @@ def _sasolver(noise_scheduler: DDPMScheduler, karras: dict, plain: dict) -> SASo
     return SASolverScheduler(**start, **plain, **_betas(noise_scheduler))
 
 
-def _flow_bundle(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, SchedulerMixin]:
+def _flow_builders(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, Callable[[], SchedulerMixin]]:
     """The schedulers of a flow-matching model; the solvers shift their steps by the square root of the training shift.
 
     With the full shift, 20 steps end at a noise level that smooths the finest details. With none, too few of the steps
@@ -92,12 +103,12 @@ def _flow_bundle(noise_scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, 
         "num_train_timesteps": config.num_train_timesteps,
     }
     return {
-        "sde_dpmsolver": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **solver),
-        "dpmsolver": DPMSolverMultistepScheduler(**solver),
-        "dpmsolver_3m": DPMSolverMultistepScheduler(solver_order=3, **solver),
-        "unipc": UniPCMultistepScheduler(**solver),
-        "flow_euler": FlowMatchEulerDiscreteScheduler.from_config(config),
-        "flow_heun": FlowMatchHeunDiscreteScheduler(config.num_train_timesteps, math.sqrt(config.shift)),
+        "sde_dpmsolver": partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", **solver),
+        "dpmsolver": partial(DPMSolverMultistepScheduler, **solver),
+        "dpmsolver_3m": partial(DPMSolverMultistepScheduler, solver_order=3, **solver),
+        "unipc": partial(UniPCMultistepScheduler, **solver),
+        "flow_euler": partial(FlowMatchEulerDiscreteScheduler.from_config, config),
+        "flow_heun": partial(FlowMatchHeunDiscreteScheduler, config.num_train_timesteps, math.sqrt(config.shift)),
     }
 
 

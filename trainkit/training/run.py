@@ -216,8 +216,11 @@ class Run:
             self.lock.release()
 
     def finish(self, another_follows: bool = False) -> None:
-        """End the run with loss.png and a last line. Raises `UserError` if a file could not be written."""
-        if self.accelerator.is_main_process:
+        """End the run with a last line, and with loss.png if a signal stopped it.
+
+        Raises `UserError` if a file could not be written.
+        """
+        if self.stopped and self.accelerator.is_main_process:  # else it was drawn for the card
             with self.writing("loss.png"):
                 plot_loss(self.output_dir)
         pushed = None if self.pushes is None else self._push_last(self.pushes)

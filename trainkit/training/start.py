@@ -27,8 +27,7 @@ from trainkit.errors import UserError, one_line
 from trainkit.hub.options import check_hub_options
 from trainkit.options.script import TrainingOptions
 from trainkit.processes import on_main_process
-from trainkit.sampling.catalogue import DEFAULT_SCHEDULER
-from trainkit.sampling.schedulers import check_steps, scheduler_bundle
+from trainkit.sampling.schedulers import check_steps, default_scheduler
 from trainkit.terminal import warn
 from trainkit.training import launch
 from trainkit.training.averages.ema import build_ema
@@ -86,7 +85,7 @@ def check_options(options: TrainingOptions) -> None:
 
 def check_sampling(options: TrainingOptions) -> None:
     """Raise `UserError` if the trained model could not be sampled with `--ddpm_num_inference_steps`."""
-    scheduler = scheduler_bundle(build_noise_scheduler(options))[DEFAULT_SCHEDULER]
+    scheduler = default_scheduler(build_noise_scheduler(options))
     check_steps(scheduler, options.ddpm_num_inference_steps, "--ddpm_num_inference_steps")
     try:
         scheduler.set_timesteps(options.ddpm_num_inference_steps)
