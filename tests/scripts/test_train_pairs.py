@@ -155,7 +155,6 @@ MISTAKES = [
         {"conditioning_noise": 0.1},
         "--conditioning_noise 0.1 is noise in a small image: it needs --condition_f",
     ),
-    (None, {"vae_name_or_path": "x"}, "--vae_name_or_path x: --condition image is trained on pixels"),
     (None, {"conditioning_classes": 2}, "--conditioning_classes 2: .*.png: .*: it holds the id [23]"),
     (None, {"conditioning_classes": 1}, "--conditioning_classes 1 must be 2 to 256"),
     (
