@@ -154,6 +154,7 @@ def evaluate(options: Options) -> dict | None:
         reference_features,
         score_images,
         warn_of_few_images,
+        warn_of_other_size,
     )
     from trainkit.processes import end_together
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
@@ -182,6 +183,7 @@ def evaluate(options: Options) -> dict | None:
     check_count("reference", len(real.indices))  # unreadable images are left out
     if accelerator.is_main_process:
         warn_of_few_images(options.metrics, len(made.indices), len(real.indices))
+        warn_of_other_size(reference, generated.side)
     if held_out is not None:
         chosen = choose_images(held_out, "held_out", options.num_images, options.seed)
         held_out = score_images(held_out, chosen, *compute, "held-out")
@@ -233,6 +235,7 @@ def sweep(options: Options) -> None:
     from trainkit.evaluation.sweep_report import missing_cells, open_table, store_cell, write_pictures
     from trainkit.processes import end_together, wait_for_everyone
     from trainkit.report.refresh import refresh
+    from trainkit.sampling.generate import image_shape
     from trainkit.sampling.table import table_lines
     from trainkit.training.launch import refuse_dynamo_config, start_accelerator
 
@@ -240,7 +243,8 @@ def sweep(options: Options) -> None:
     accelerator = start_accelerator(options.mixed_precision, options.cpu_threads)
     model = open_model(options, accelerator)
     cells = model.candidates.parse(options.sweep)
-    reference, extractor = open_reference(options, accelerator)
+    side = max(image_shape(model.pipeline)[:2])
+    reference, extractor = open_reference(options, accelerator, side)
     settings = table_settings(options, model, reference, extractor, accelerator)
     table = open_table(model.table_dir, model.weights_sha256, settings)
     missing = missing_cells(cells, table)

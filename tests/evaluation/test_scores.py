@@ -8,10 +8,11 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from trainkit.evaluation.frechet import FeatureMoments, fid_at_infinity, fit_intercept, frechet_distance_of
+from trainkit.evaluation.images import ImageArray
 from trainkit.evaluation.manifold import manifold_scores, nearest
 from trainkit.evaluation.memorization import memorization
 from trainkit.evaluation.metrics import _Identity, frechet_distance, kernel_distance, scores, squared_mmd
-from trainkit.evaluation.reference import warn_of_few_images
+from trainkit.evaluation.reference import warn_of_few_images, warn_of_other_size
 
 
 def gaussian(count, dimensions, seed, scale=1.0, shift=0.0):
@@ -110,6 +111,12 @@ def test_copies_of_training_images_are_found():
     assert "share_too_near" not in memorization(training, fresh, None)
     distances, rows = nearest(training[5:7], training)
     assert rows.tolist() == [5, 6] and distances.max() < 1e-4
+
+
+@pytest.mark.parametrize("reference, side, warns", [(256, 32, True), (32, 64, True), (32, 32, False), (32, 28, False)])
+def test_a_reference_of_another_size_is_warned_about(reference, side, warns, capsys):
+    warn_of_other_size(ImageArray(np.zeros((1, reference, reference // 2, 3), np.uint8)), side)
+    assert (f"prepared at --resolution {side}" in "".join(capsys.readouterr())) == warns
 
 
 def test_kid_of_few_images_is_warned_about(capsys):

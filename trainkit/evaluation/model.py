@@ -16,6 +16,7 @@ from trainkit.evaluation.reference import (
     choose_images,
     reference_features,
     warn_of_few_images,
+    warn_of_other_size,
 )
 from trainkit.evaluation.report import comparability
 from trainkit.processes import main_process_first
@@ -71,8 +72,8 @@ def open_model(options: Any, accelerator: Accelerator) -> Model:
     return Model(pipeline, conditions, folder, candidates, table_dir, weights_digest(folder), count)
 
 
-def open_reference(options: Any, accelerator: Accelerator) -> tuple[ScoredImages, FeatureExtractor]:
-    """The features of all reference images, and their extractor. A collective."""
+def open_reference(options: Any, accelerator: Accelerator, side: int) -> tuple[ScoredImages, FeatureExtractor]:
+    """The features of all reference images, for images of `side` pixels, and their extractor. A collective."""
     images: Any = open_images(options.reference, "--reference", skip_unreadable=True)
     extractor = open_extractor(options.feature_extractor, options.cache_dir)
     chosen = choose_images(images, "reference", None, options.seed)
@@ -80,6 +81,7 @@ def open_reference(options: Any, accelerator: Accelerator) -> tuple[ScoredImages
     check_count("reference", len(found.indices))
     if accelerator.is_main_process:
         warn_of_few_images(options.metrics, len(found.indices), options.num_images or DEFAULT_IMAGES)
+        warn_of_other_size(images, side)
     return found, extractor
 
 

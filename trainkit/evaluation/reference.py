@@ -24,6 +24,7 @@ from trainkit.evaluation.metrics import KID_SUBSET_SIZE
 from trainkit.processes import wait_for_everyone
 from trainkit.terminal import Progress, warn
 
+OTHER_SIZE = 1.5  # times as many pixels along a side: resizing then blurs one side more than the other
 WARN_BELOW = 100  # images on a side: KID's subsets are then smaller than 50
 FORMAT = 1  # increase it when the same images and extractor would give other features
 FOLDER = ".features"  # in a prepared dataset
@@ -114,6 +115,17 @@ def warn_of_few_images(metrics: list[str], *counts: int) -> None:
         warn(
             f"KID of {smaller} images uses subsets of {max(2, smaller // 2)} (usual: {KID_SUBSET_SIZE:,}): its "
             "standard error is too small, and small differences mean nothing"
+        )
+
+
+def warn_of_other_size(reference: ImageSet, side: int) -> None:
+    """Print a warning if the images to score, of `side` pixels, are much smaller or larger than the reference."""
+    ratio = reference.side / side
+    if max(ratio, 1 / ratio) >= OTHER_SIZE:
+        warn(
+            f"the reference has images of {reference.side} pixels and the images to score have {side}: the scores "
+            "measure how sharp they are more than anything else; give a --reference that prepare_dataset.py has "
+            f"prepared at --resolution {side}"
         )
 
 
