@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conditional_helpers import text_parts
 from huggingface_hub import ModelCard
@@ -201,6 +202,7 @@ def test_what_a_person_added_to_the_metadata_stays(scored):
 def test_a_killed_run_has_taken_at_least_as_long_as_it_trained(tmp_path):
     rows = [{"step": step, "images": 8 * step, "loss": 0.1, "images_per_s": 2.0} for step in (5, 10)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run = SimpleNamespace(output_dir=tmp_path, step=10, accelerator=SimpleNamespace(device=torch.device("cpu")))
     for reported, expected in ((7.5, 40.0), (50.0, 50.0)):  # the last report may be older than the last rows
         (tmp_path / "report.json").write_text(json.dumps({"wall_time_s": reported}))
-        assert RunReport(SimpleNamespace(output_dir=tmp_path, step=10), None)._earlier_s == expected
+        assert RunReport(run, None)._earlier_s == expected
