@@ -154,7 +154,7 @@ def check_options(options: Options) -> None:
 
 
 def refuse_prepared(options: Options) -> None:
-    """Raise `UserError` if `--train_data_dir` is prepared already; it names the settings that were others."""
+    """Raise `UserError` if `--train_data_dir` is prepared already; it names the settings that differ."""
     if options.dataset_name is not None or not is_prepared(options):
         return
     from trainkit.data.files import location

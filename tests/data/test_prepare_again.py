@@ -30,10 +30,10 @@ def test_preparing_again_says_why(two_classes, tmp_path, capsys):
 
     assert again() == ""  # a new one
     assert again() == ""  # up to date
-    assert "its classes were others (2: a, b, now none), so every image is read" in again(label_from="none")
+    assert "its classes differ (2: a, b, now none), so every image is read" in again(label_from="none")
     assert "(none, now 2: a, b)" in again()
     other = dataclasses.replace(SETTINGS, height=32, width=32)
-    assert "its settings were others (height 16, now 32; width 16, now 32)" in again(other, overwrite=True)
+    assert "its settings differ (height 16, now 32; width 16, now 32)" in again(other, overwrite=True)
     shard = next((tmp_path / "out").glob("data-*.arrow"))
     shard.write_bytes(shard.read_bytes()[:100])
     assert "files of it are missing or cut short" in again(other)

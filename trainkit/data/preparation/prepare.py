@@ -182,12 +182,12 @@ def _is_of_other_images(preparation: dict, source: Source, units: list[Unit]) ->
 
 
 def _why_again(held: dict, folder: Path | RemotePath, source: Source, writer: ShardWriter) -> str:
-    """Why a finished dataset does not do, and what is done about it."""
+    """Why a finished dataset is prepared again, and how much of it."""
     if changed := other_settings(held, writer.settings, writer.filters):
-        return f"its settings were others ({'; '.join(changed)})"
+        return f"its settings differ ({'; '.join(changed)})"
     before, now = list(held["classes"] or {}), source.label_names or []
     if sorted(before) != sorted(now):
-        return f"its classes were others ({format_classes(before)}, now {format_classes(now)}), so every image is read"
+        return f"its classes differ ({format_classes(before)}, now {format_classes(now)}), so every image is read"
     if faults.TRANSIENT & held["rejected"].keys():
         return "files that could not be read are tried again"
     if not _shards_are_there(held, folder):
