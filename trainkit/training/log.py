@@ -20,7 +20,8 @@ from trainkit.terminal import Progress, warn
 from trainkit.training.throughput import CoreWait, Throughput
 from trainkit.training.trackers import start_trackers, tracked_values
 
-SLOW = 0.1  # the share of waiting time, for data or for a core, from which the progress names it
+SLOW_DATA = 0.1  # the share of waiting time from which the progress names it
+FEW_CORES = 0.25  # the same of waiting for a core; as many compute threads as cores wait a tenth of their time anyway
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -134,9 +135,9 @@ class StepLog:
         self._details = (
             f"loss {sum(means) / len(means):.4f}, lr {rates[-1]:.2e}, {rows[-1]['images_per_s']:.3g} images/s"
         )
-        if rows[-1]["data_wait_share"] > SLOW:
+        if rows[-1]["data_wait_share"] > SLOW_DATA:
             self._details += f", {rows[-1]['data_wait_share']:.0%} of the time waiting for data"
-        if rows[-1].get("core_wait_share", 0) > SLOW:
+        if rows[-1].get("core_wait_share", 0) > FEW_CORES:
             self._details += f", {rows[-1]['core_wait_share']:.0%} of the time waiting for cores (--cpu_threads)"
         self._left_s = rows[-1]["eta_s"]
         self.progress.update(steps[-1], self._details, self._left_s)
