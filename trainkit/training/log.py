@@ -21,7 +21,7 @@ from trainkit.training.throughput import CoreWait, Throughput
 from trainkit.training.trackers import start_trackers, tracked_values
 
 SLOW_DATA = 0.1  # the share of waiting time from which the progress names it
-FEW_CORES = 0.25  # the same of waiting for a core; as many compute threads as cores wait a tenth of their time anyway
+FEW_CORES = 0.25  # the same of waiting for a core: 0.02 on a machine without other work, 0.1 with little
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
