@@ -173,8 +173,9 @@ def refuse_prepared(options: Options) -> None:
 
 def prepare_images(options: Options) -> None:
     from trainkit.data.files import cache_root, location
+    from trainkit.data.preparation.contact_sheet import write_contact_sheet
     from trainkit.data.preparation.filtering import filters_from_options
-    from trainkit.data.preparation.pool import run_jobs_in_processes, start_fork_server
+    from trainkit.data.preparation.pool import run_jobs_in_processes
     from trainkit.data.preparation.prepare import check_output, prepare
     from trainkit.data.settings import settings_from_options
     from trainkit.data.sources.opening import open_source
@@ -187,8 +188,6 @@ def prepare_images(options: Options) -> None:
         from trainkit.data.preparation.ray_engine import ray_engine
 
         engine, work_dir = ray_engine(options.ray_address), None  # its workers do not share a folder of this machine
-    else:
-        start_fork_server()
     source = open_source(options)
     prepare(
         source,
@@ -201,8 +200,6 @@ def prepare_images(options: Options) -> None:
         max_rejected_fraction=options.max_rejected_fraction,
         overwrite=overwrite,
     )
-    from trainkit.data.preparation.contact_sheet import write_contact_sheet
-
     if options.contact_sheet and (sheet := write_contact_sheet(output_dir, source)) is not None:
         say(f"look at {sheet} before training")
 

@@ -25,8 +25,6 @@ JOBS_IN_FLIGHT = 3  # per process: one running, two waiting
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # Imported once, before workers are forked. pyarrow imports pandas with its first array, which takes 0.4 s of CPU.
 PRELOADED = ["numpy", "PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "pyarrow", "pandas"]
-# Not fork: the parent may have threads and locks of torch.
-START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 DIED = object()  # the result of a call that killed its process
 
 _writer: ShardWriter | None = None  # of this worker process
@@ -145,23 +143,12 @@ def call_in_process(writer: ShardWriter, function: Callable, arguments: Iterable
             pool.shutdown()
 
 
-def start_fork_server() -> None:
-    """Start the process that workers are forked from. It imports what they need while this process lists the files."""
-    if START_METHOD == "forkserver":
-        from multiprocessing.forkserver import ensure_running
-
-        multiprocessing.get_context(START_METHOD).set_forkserver_preload(PRELOADED)
-        with _single_threaded_children():
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's to handle
-            try:
-                ensure_running()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
 def _start_pool(writer: ShardWriter, num_proc: int) -> ProcessPoolExecutor:
-    start_fork_server()
-    context = multiprocessing.get_context(START_METHOD)
+    # Not fork: the parent may have threads and locks of torch.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
     return ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(writer,))
 
 
