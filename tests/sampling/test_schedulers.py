@@ -215,3 +215,13 @@ def test_a_pipeline_of_flow_matching_gets_its_bundle(tmp_path):
     assert load_scheduler(tmp_path).config.prediction_type == "flow_prediction"
     with pytest.raises(UserError, match="--scheduler ddim must be one of dpmsolver, dpmsolver_3m, flow_euler"):
         load_scheduler(tmp_path, "ddim")
+
+
+@pytest.mark.parametrize("name", ["sde_dpmsolver", "dpmsolver", "dpmsolver_3m", "unipc", "sasolver"])
+@pytest.mark.parametrize("clips", [True, False], ids=["pixels", "latents"])
+def test_solvers_clip_predicted_pixels_and_no_latents(name, clips):
+    scheduler = scheduler_bundle(DDPMScheduler(prediction_type="sample", clip_sample=clips))[name]
+    scheduler.set_timesteps(5)
+    sample, outside = torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 3.0)
+    predicted = scheduler.convert_model_output(outside, sample=sample)
+    assert torch.equal(predicted, outside.clamp(-1, 1) if clips else outside)
