@@ -93,7 +93,7 @@ def main() -> None:
 
         check_inspect(options)
         print_card(location(options.inspect, options.storage_options))
-    elif options.export_hdf5 is not None and options.output_dir is None and is_prepared(options):
+    elif options.export_hdf5 is not None and options.output_dir is None and is_prepared_folder(options):
         export(options, options.train_data_dir)
     else:
         check_options(options)
@@ -155,7 +155,7 @@ def check_options(options: Options) -> None:
 
 def refuse_prepared(options: Options) -> None:
     """Raise `UserError` if `--train_data_dir` is prepared already; it names the settings that differ."""
-    if options.dataset_name is not None or not is_prepared(options):
+    if not is_prepared_folder(options):
         return
     from trainkit.data.files import location
     from trainkit.data.format import read_preparation
@@ -204,12 +204,11 @@ def prepare_images(options: Options) -> None:
         say(f"look at {sheet} before training")
 
 
-def is_prepared(options: Options) -> bool:
-    """Whether `--train_data_dir` is a prepared dataset."""
-    from trainkit.data.files import exists, location
+def is_prepared_folder(options: Options) -> bool:
+    """Whether `--train_data_dir` is a prepared dataset, and the images are to come from it."""
+    from trainkit.data.cache import is_prepared
 
-    given = options.train_data_dir
-    return given is not None and exists(location(given, options.storage_options) / "preparation.json")
+    return options.dataset_name is None and is_prepared(options)
 
 
 def export(options: Options, folder: str) -> None:
