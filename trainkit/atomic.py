@@ -1,9 +1,10 @@
-"""Files that appear under their name only once they are complete."""
+"""Files that appear under their name only once they are complete, and where temporary ones belong."""
 
 import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,13 @@ from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
 REPLACE_ATTEMPTS, REPLACE_DELAY_S = 40, 0.05
+
+
+def temporary_folder() -> Path:
+    """The folder for large temporary files: $TMPDIR, else /var/tmp, which unlike /tmp is never a part of memory."""
+    if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK):
+        return Path("/var/tmp")
+    return Path(tempfile.gettempdir())
 
 
 @contextlib.contextmanager

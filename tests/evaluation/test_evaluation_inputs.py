@@ -6,6 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from conditional_helpers import class_unet
+from diffusers import DDPMPipeline, DDPMScheduler
 from evaluation_helpers import evaluate, write_images
 from PIL import Image
 from process_helpers import run_forked
@@ -13,6 +15,7 @@ from process_helpers import run_forked
 from trainkit.errors import UserError
 from trainkit.evaluation import reference as features_of_sides
 from trainkit.evaluation.images import open_images
+from trainkit.sampling.pipeline import save_pipeline
 
 ALL = "kid;fid;fid_infinity;precision;recall;density;coverage"
 
@@ -180,3 +183,18 @@ def test_two_processes_compute_the_same_scores(real, made, tmp_path, monkeypatch
     assert two["num_generated"] == 42 and two["num_reference"] == 43
     assert list(two["unreadable_reference"]) == list(one["unreadable_reference"]) == [str(reference / "000007.png")]
     assert two["memorization"]["features"]["num_held_out"] == 9
+
+
+@pytest.mark.slow
+def test_two_processes_score_the_samples_of_one(real, tmp_path, monkeypatch):
+    pipeline = DDPMPipeline(class_unet(num_class_embeds=None), DDPMScheduler())
+    save_pipeline(tmp_path / "model", pipeline, "# A card\n")
+    flags = {"model_name_or_path": tmp_path / "model", "reference": real, "num_images": 7, "sample_batch_size": 2}
+    flags |= {"num_inference_steps": 2, "cache_dir": tmp_path / "cache"}
+    evaluate(monkeypatch, **flags, output_file=tmp_path / "one.json")
+    flags["output_file"] = tmp_path / "two.json"
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    run_forked("evaluate_samples.py", *words, processes=2)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["num_generated"] == 7
+    assert two["scores"] == pytest.approx(one["scores"], rel=1e-3, abs=1e-3)

@@ -19,11 +19,12 @@ from trainkit.evaluation.reference import (
     warn_of_other_size,
 )
 from trainkit.evaluation.report import comparability
+from trainkit.evaluation.spool import spooled
 from trainkit.processes import main_process_first
 from trainkit.sampling.cascade import open_cascade
 from trainkit.sampling.choice import default_steps, named_scheduler
 from trainkit.sampling.conditions import ALL, Conditions, read_conditions
-from trainkit.sampling.generate import Pipeline, generate_on_all_ranks, image_shape
+from trainkit.sampling.generate import Pipeline, generate_in_blocks, image_shape
 from trainkit.sampling.load import find_pipeline, load_pipeline
 from trainkit.sampling.schedulers import check_steps, describe_scheduler, load_scheduler
 from trainkit.sampling.weights import weights_digest
@@ -117,7 +118,7 @@ def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArr
     for upsampler in cascade.upsamplers:
         upsampler.pipeline.to(accelerator.device)
     seeds, conditions = range(options.seed, options.seed + model.num_images), model.conditions
-    images = generate_on_all_ranks(
+    blocks = generate_in_blocks(
         accelerator,
         model.pipeline,
         seeds,
@@ -127,6 +128,8 @@ def sample_model(options: Any, accelerator: Accelerator) -> tuple[dict, ImageArr
         cascade.upsamplers,
         **({} if conditions is None else conditions.guidance),
     )
+    last = cascade.upsamplers[-1].pipeline if cascade.upsamplers else model.pipeline
+    images = spooled(accelerator, blocks, (len(seeds), *image_shape(last)))
     record = {"scheduler_name": name, "scheduler": describe_scheduler(scheduler), "num_inference_steps": steps}
     record |= {"weights_sha256": model.weights_sha256, **cascade.settings, **cascade.names}
     rows = [] if conditions is None else [conditions.row(index) for index in range(len(images))]

@@ -3,9 +3,9 @@
 # N images, B batch, H/W pixels, C channels
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import chain, islice
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -46,7 +46,7 @@ def generate(
     conditions: Sequence | np.ndarray | None = None,
     upsamplers: Sequence[Upsampler] = (),
     **guidance,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Yield images (B, H, W, C) uint8, one per entry of `seeds` and in their order, `batch_size` at a time.
 
     A ConditionalPipeline also needs one entry of `conditions` per seed: a class, a vector or a prompt, or a dict of
@@ -199,24 +199,40 @@ def generate_on_all_ranks(
     upsamplers: Sequence[Upsampler] = (),
     **guidance,
 ) -> np.ndarray:
-    """Images (N, H, W, C) uint8 of all `seeds`, on every rank; each rank generates its share. A collective.
+    """Images (N, H, W, C) uint8 of all `seeds`, on every rank; see `generate_in_blocks`. A collective."""
+    given = accelerator, pipeline, seeds, num_inference_steps, batch_size, conditions, upsamplers
+    return np.concatenate(list(generate_in_blocks(*given, **guidance)))
 
-    `batch_size` is per process. The arguments are those of `generate`. Components other than the UNet are on the
-    device only while they are used.
+
+def generate_in_blocks(
+    accelerator: Accelerator,
+    pipeline: Pipeline,
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    batch_size: int,
+    conditions: Sequence | np.ndarray | None = None,
+    upsamplers: Sequence[Upsampler] = (),
+    **guidance,
+) -> Iterator[np.ndarray]:
+    """Yield images (B, H, W, C) uint8 of `seeds`, in their order, on every rank. Each block is a collective.
+
+    A block has one batch of each rank, of `batch_size` images. The arguments are those of `generate`. Components other
+    than the UNet are on the device only while they are used.
     """
     rank, world, count = accelerator.process_index, accelerator.num_processes, len(seeds)
+    batch_size = limited_batch_size(pipeline, batch_size, upsamplers)
     shape = image_shape(upsamplers[-1].pipeline if upsamplers else pipeline)
-    share = np.zeros((-(-count // world), *shape), dtype=np.uint8)
-    filled = 0
-    with _components_on(pipeline, accelerator.device), accelerator.autocast():
-        own = None if conditions is None else conditions[rank::world]
-        given = seeds[rank::world], num_inference_steps, batch_size, own, upsamplers
-        for images in generate(pipeline, *given, **guidance):
-            share[filled : filled + len(images)] = images
-            filled += len(images)
-    gathered = accelerator.gather(torch.from_numpy(share).to(accelerator.device)).cpu().numpy()
-    by_rank = gathered.reshape(world, *share.shape)
-    return by_rank.swapaxes(0, 1).reshape(-1, *share.shape[1:])[:count]
+    own = None if conditions is None else conditions[rank::world]
+    batches = generate(pipeline, seeds[rank::world], num_inference_steps, batch_size, own, upsamplers, **guidance)
+    with _components_on(pipeline, accelerator.device), accelerator.autocast(), closing(batches):
+        for start in range(0, count, world * batch_size):
+            size = min(world * batch_size, count - start)
+            share = np.zeros((-(-size // world), *shape), dtype=np.uint8)  # a rank may have one image less, or none
+            for images in islice(batches, 1):
+                share[: len(images)] = images
+            gathered = accelerator.gather(torch.from_numpy(share).to(accelerator.device)).cpu().numpy()
+            by_rank = gathered.reshape(world, *share.shape)
+            yield by_rank.swapaxes(0, 1).reshape(-1, *shape)[:size]
 
 
 def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from operator import itemgetter
 
 import pyarrow as pa
 
+from trainkit.atomic import temporary_folder
 from trainkit.errors import UserError
 
 RUN_ROWS = 2**16  # sorted in memory at one go
@@ -20,13 +21,13 @@ MERGED_ROWS = 2**8  # read at one go of each run that is being merged: there may
 class RowFile:
     """A file of rows (tuples, as `schema` types them) that is only ever added to; it is gone with the process.
 
-    It is stored in $TMPDIR, else /var/tmp (unlike /tmp never a part of memory), and has no name.
+    It is stored in `temporary_folder`, and has no name.
     """
 
     def __init__(self, schema: pa.Schema, batch_rows: int | None = None):
         self._schema, self._batch_rows = schema, batch_rows or BATCH_ROWS
-        default = "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else None
-        self._folder, self._file = default, tempfile.TemporaryFile(dir=default, buffering=0)
+        self._folder = temporary_folder()
+        self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
         self._starts: list[int] = []  # the first row of each batch
         self._places: list[tuple[int, int]] = []  # its offset and length in bytes
         self._num_rows = self._end = 0
@@ -55,10 +56,9 @@ class RowFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            folder = self._folder or tempfile.gettempdir()
             raise UserError(
-                f"the list of files cannot be written to {folder} ({error.strerror}): make room there, or set TMPDIR "
-                "to a folder on another disk"
+                f"the list of files cannot be written to {self._folder} ({error.strerror}): make room there, or "
+                "set TMPDIR to a folder on another disk"
             ) from None
 
     def rows(self, start: int, stop: int) -> Iterator[tuple]:
