@@ -1,9 +1,10 @@
 """How much time does a step of Muon take if the processes divide the matrices, against each doing all?
 
     python benchmarks/muon.py --rounds 5
+    python benchmarks/muon.py --rounds 5 --shard_weights     # each process holds half of each weight
 
 Two processes on the CPU, each with one thread; the UNet of DDPM's CIFAR-10 (35.7 M parameters); turns alternate. Times
-are those of the first process. On GPUs the gather is a larger part, and this says nothing about it.
+are those of the first process. On GPUs the exchange is a larger part, and this says nothing about it.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from train import UNETS
 from trainkit.options.training import OptimizationOptions
 from trainkit.training import divided_muon
 from trainkit.training.optimizers import build_optimizer
+from trainkit.training.sharding import local_parameters, local_part, shard
 
 
-def measure(rank: int, processes: int, store: str, rounds: int, unet_name: str) -> None:
+def measure(rank: int, processes: int, store: str, rounds: int, unet_name: str, sharded: bool) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=processes, store=dist.FileStore(store, processes))
     torch.set_num_threads(1)
     optimizers, divided = {}, divided_muon.DividedMuon
@@ -32,6 +34,8 @@ def measure(rank: int, processes: int, store: str, rounds: int, unet_name: str) 
     for name, optimizer_class in (("each does all", undivided), ("divided", divided)):
         torch.manual_seed(0)
         unet = UNet2DModel(sample_size=32, **UNETS[unet_name])
+        if sharded:
+            shard(unet, None, "cpu")
         divided_muon.DividedMuon = optimizer_class
         optimizers[name] = unet, build_optimizer(OptimizationOptions(), unet)
     seconds: dict[str, list[float]] = {name: [] for name in optimizers}
@@ -40,14 +44,15 @@ def measure(rank: int, processes: int, store: str, rounds: int, unet_name: str) 
         for name, (unet, optimizer) in optimizers.items():
             generator = torch.Generator().manual_seed(round_number)
             for parameter in unet.parameters():
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.empty_like(parameter)
+                local_part(parameter.grad).normal_(generator=generator)
             dist.barrier()
             started, busy = time.perf_counter(), time.process_time()
             optimizer.step()
             if round_number:  # the first one creates the state
                 seconds[name].append(time.perf_counter() - started)
                 busy_seconds[name].append(time.process_time() - busy)
-    one, other = (list(unet.parameters()) for unet, _ in optimizers.values())
+    one, other = (local_parameters(unet) for unet, _ in optimizers.values())
     assert all(map(torch.equal, one, other))
     if rank == 0:
         for what, found in (("time", seconds), ("processor time", busy_seconds)):
@@ -64,10 +69,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="steps of each, after a first one")
     parser.add_argument("--unet", default="ddpm_cifar10", choices=tuple(UNETS), help="the UNet")
+    parser.add_argument("--shard_weights", action="store_true", help="divide the weights too (FSDP)")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        torch.multiprocessing.spawn(measure, (2, store, arguments.rounds, arguments.unet), nprocs=2)
+        rest = arguments.rounds, arguments.unet, arguments.shard_weights
+        torch.multiprocessing.spawn(measure, (2, store, *rest), nprocs=2)
 
 
 if __name__ == "__main__":

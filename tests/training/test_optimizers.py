@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, TINY_UNET
+from diffusers import UNet2DModel
 from muon_worker import muon_steps
 from process_helpers import run_forked
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,6 +19,7 @@ from training_helpers import losses, run_in_process, same_weights, tiny_run
 
 from trainkit.errors import UserError
 from trainkit.options.training import HardwareOptions, OptimizationOptions
+from trainkit.training import divided_muon
 from trainkit.training.checkpoints.state import restore, take_snapshot, write_snapshot
 from trainkit.training.divided_muon import _cost, owners_of
 from trainkit.training.guards import step_if_finite
@@ -257,22 +259,23 @@ def test_what_needs_more_than_is_here_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_muon_divided_over_processes_is_muon_bit_for_bit(tiny_unet, tmp_path, monkeypatch):
+def test_muon_divided_over_processes_is_muon_bit_for_bit(tmp_path, monkeypatch):
     from pytorch_optimizer import Muon
     from pytorch_optimizer.optimizer.utils import zero_power_via_newton_schulz_5
 
-    from trainkit.training import divided_muon
-
-    two = tiny_unet, tmp_path / "two"
-    run_forked("tests/muon_worker.py", *two, processes=2, environment={"PYTHONPATH": str(ROOT)})
-    muon_steps(tiny_unet, tmp_path / "one")
-    for name in ("two0", "two1"):
-        same_weights(tmp_path / name, tmp_path / "one0")
+    odd = {"block_out_channels": (9, 15), "norm_num_groups": 3, "attention_head_dim": 3}  # rows, in unequal shards
+    UNet2DModel.from_config(TINY_UNET | odd).save_config(tmp_path / "unet")
+    run_forked(
+        "tests/muon_worker.py", tmp_path / "unet", tmp_path / "two", processes=2, environment={"PYTHONPATH": str(ROOT)}
+    )
+    muon_steps(tmp_path / "unet", tmp_path / "one")
+    for name in ("replicas0", "replicas1", "shards0", "shards1"):
+        same_weights(tmp_path / f"two_{name}", tmp_path / "one")
     in_float32 = partial(zero_power_via_newton_schulz_5, dtype=torch.float32)
     monkeypatch.setattr("pytorch_optimizer.optimizer.muon.base.zero_power_via_newton_schulz_5", in_float32)
     monkeypatch.setattr(divided_muon, "DividedMuon", Muon)
-    muon_steps(tiny_unet, tmp_path / "library")
-    same_weights(tmp_path / "one0", tmp_path / "library0", 1e-5)
+    muon_steps(tmp_path / "unet", tmp_path / "library")
+    same_weights(tmp_path / "one", tmp_path / "library", 1e-5)
 
 
 def test_each_process_gets_its_share_of_the_work():
@@ -282,3 +285,17 @@ def test_each_process_gets_its_share_of_the_work():
     assert max(work) < 1.35 * sum(work) / 4
     assert owners == owners_of(shapes, 4) and set(owners_of(shapes, 1)) == {0}
     assert len(set(owners_of(shapes[:2], 8))) == 2
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 5, 64])
+def test_shards_are_exchanged_in_rounds_of_bounded_size(num_processes, monkeypatch):
+    monkeypatch.setattr(divided_muon, "EXCHANGED_AT_ONCE", 1000)
+    shapes = [torch.Size((16, 8, 3, 3)), torch.Size((8, 16))] * 7
+    rounds = list(divided_muon.rounds_of(shapes, num_processes))
+    assert sorted(sum(rounds, [])) == list(range(len(shapes)))
+    sizes = [sum(shapes[index].numel() for index in indices) for indices in rounds]
+    assert max(sizes) <= num_processes * 16 * 72  # the largest matrix on each process
+    assert len(rounds) == {1: 8, 2: 4, 5: 2, 64: 1}[num_processes]
+    for rows in (1, 3, 8, 65):
+        chunks = [len(chunk) for chunk in torch.arange(rows).chunk(num_processes)]
+        assert divided_muon.rows_of_shards(rows, num_processes) == chunks + [0] * (num_processes - len(chunks))

@@ -11,8 +11,8 @@ from conftest import TINY_UNET
 from diffusers import ConfigMixin, DDPMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import AttnProcessor2_0
+from host_reads import HostReads
 from torch._inductor.utils import fresh_cache
-from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import losses, run_in_process, same_weights, tiny_run
 
 from trainkit.diffusion.timesteps import draw_timesteps
@@ -175,18 +175,6 @@ def test_compile_is_asked_of_torch(train, monkeypatch):
         {"mode": "max-autotune", "dynamic": False},
         {"mode": "max-autotune-no-cudagraphs", "dynamic": False},  # graphs would overwrite what is being summed
     ]
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what `.item()`, `float()` and `bool()` of a tensor and `nonzero` call: on a GPU, each waits for it."""
-
-    count = 0
-    functions = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function in self.functions:
-            self.count += 1
-        return function(*arguments, **(keywords or {}))
 
 
 def test_a_micro_step_does_not_wait_for_the_device(train, monkeypatch):

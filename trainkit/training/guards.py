@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 
 from trainkit.data.loading.class_order import ClassBalancedOrder
 from trainkit.data.loading.dataset import PreparedImages
 from trainkit.data.loading.order import SampleOrder
 from trainkit.errors import UserError, one_line
 from trainkit.terminal import warn
+from trainkit.training.sharding import local_part
 
 READ_THE_DEVICE = ("Adafactor", "Prodigy")  # optimizers whose steps compute on the host with values from the device
 SKIPPED_FILE, NAMED_IMAGES = "skipped_steps.jsonl", 8
@@ -101,7 +101,7 @@ def _parts_by_type(optimizer: torch.optim.Optimizer, device: torch.device) -> di
     values += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
     by_type: dict[torch.dtype, list[torch.Tensor]] = {}
     for value in values:
-        part = value.to_local() if isinstance(value, DTensor) else value.detach()
+        part = local_part(value)
         if part.device == device:
             by_type.setdefault(part.dtype, []).append(part)
     return by_type

@@ -5,8 +5,8 @@
     load_full_weights(unet, weights)
 
 Full states are the same for any number of processes, sharded or not, with or without a process group, so a checkpoint
-can be resumed on another number of processes. All functions here except `is_sharded` are collectives: call them on
-every rank.
+can be resumed on another number of processes. All functions here except `is_sharded` and `local_part` are collectives:
+call them on every rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -84,11 +84,16 @@ def gradient_norm_to_tensor(norm: torch.Tensor) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of `tensor`, or all of it if it is not sharded, as a plain tensor that shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def local_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
     """This rank's shard of each parameter, in order, as plain tensors that share the parameters' memory."""
     reshard(model)
     with torch.no_grad():
-        return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+        return [local_part(p) for p in model.parameters()]
 
 
 def reshard(model: torch.nn.Module) -> None:
