@@ -7,8 +7,7 @@ from typing import Any
 from trainkit.data.settings import CHANNELS, LOSSY_STORAGES, PreparationSettings
 from trainkit.errors import UserError
 from trainkit.options.data import PairOptions
-from trainkit.options.model import DERIVED_KINDS
-from trainkit.options.script import ConditionalTrainingOptions
+from trainkit.options.model import DERIVED_KINDS, ConditioningOptions
 
 LEFT_OUT = "none"  # instead of a column
 NEEDS_PAIRS = f"--condition image needs --condition_from: {', '.join(DERIVED_KINDS)}; or conditioning images"
@@ -84,16 +83,21 @@ def pairs_from_options(options: Any) -> PairSettings | None:
 
 def wants_pairs(options: Any) -> bool:
     """Whether conditioning images are read where the data has them."""
-    if isinstance(options, ConditionalTrainingOptions):
+    if _is_conditional(options):
         return "image" in options.condition and options.condition_from is None
     return isinstance(options, PairOptions) and options.conditioning_image_column != LEFT_OUT
+
+
+def _is_conditional(options: Any) -> bool:
+    """Whether these are the options of train_conditional.py, whose class would cost each worker 0.1 s of imports."""
+    return isinstance(options, ConditioningOptions)
 
 
 def check_pairs_found(found: PairSettings | None, options: Any, what: str) -> None:
     """Raise `UserError` if the source `what` has no pairs and the options need them."""
     if found is not None or not wants_pairs(options):
         return
-    if isinstance(options, ConditionalTrainingOptions):
+    if _is_conditional(options):
         raise _no_pairs(what)
     for name in PAIR_FLAGS:
         if getattr(options, name) is not None:
@@ -110,7 +114,7 @@ def check_prepared_pairs(held: PairSettings | None, options: Any, what: str) -> 
             if held is not None:
                 has = "with its conditioning images: leave the flag out"
             raise UserError(f"--{name} {given}, but {what} is prepared already, {has}")
-    if not isinstance(options, ConditionalTrainingOptions) or "image" not in options.condition:
+    if not _is_conditional(options) or "image" not in options.condition:
         return held is not None
     if options.condition_from is not None:
         if held is not None:
