@@ -160,9 +160,11 @@ def test_one_consistency_student_takes_one_to_four_steps(distill, teacher):
     out = distill(teacher, method="consistency", num_steps=4, first_steps=None, max_train_steps=8)
     pipeline = DDPMPipeline.from_pretrained(out)
     pipeline.set_progress_bar_config(disable=True)
+    num_timesteps = pipeline.scheduler.config.num_train_timesteps
+    assert 64 < pipeline.scheduler.alphas_cumprod[-1] ** -0.5 <= 80.1  # cosine betas go on to 20,000
     for num_steps in (1, 2, 4):
         images = pipeline(num_inference_steps=num_steps, output_type="np").images
-        assert np.isfinite(images).all() and pipeline.scheduler.timesteps[0] == 999
+        assert np.isfinite(images).all() and num_timesteps - pipeline.scheduler.timesteps[0] <= 4
     with pytest.raises(ValueError, match="num_inference_steps"):
         pipeline()
     assert "takes 1 to 4 steps" in (out / "README.md").read_text()

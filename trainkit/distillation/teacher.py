@@ -141,7 +141,7 @@ def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> Train
     height, width, channels = image_shape(teacher.pipeline)
     shared = {field.name for field in fields(options)} & {field.name for field in fields(options_class)}
     values = {name: getattr(options, name) for name in shared} | {
-        "prediction_type": student_prediction(teacher.prediction_type, options.method),
+        "prediction_type": student_prediction(teacher.prediction_type),
         "ddpm_num_steps": config.num_train_timesteps,
         "resolution": options.resolution or f"{height}x{width}",
         "image_mode": options.image_mode or {1: "L", 3: "RGB", 4: "RGBA"}[channels],
