@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from .guidance import callback_tensors, check_output, checked_interval, noise_level, rescaled
+from .guidance import callback_tensors, check_guide, check_output, checked_interval, noise_level, rescaled
 from .labels_and_vectors import check_counts, label_ids, vector_rows
 from .prompts import encode_prompts
 
@@ -156,6 +156,8 @@ class ConditionalPipeline(DiffusionPipeline):
         `conditions` has one entry or B for each of `self.conditions`; one that is missing is null. "image" in the
         result is concatenated to the UNet's input. The pixels are for `_finish`.
         """
+        if (guide := self.guidance_unet) is not None:
+            check_guide(self.unet, guide, self.vector_embedding, self.guidance_vector_embedding)
         labels, vectors, prompt = (conditions.get(name, [None]) for name in ("class_labels", "vectors", "prompt"))
         parts = []
         if self.vector_embedding is not None:
@@ -174,7 +176,6 @@ class ConditionalPipeline(DiffusionPipeline):
         counts = [len(next(iter(part[0].values()))) for part in parts]
         check_counts(*counts)
         encoded = [{name: value for part in parts for name, value in part[role].items()} for role in range(3)]
-        guide = self.guidance_unet
         if guide is not None and guide.class_embedding is None:
             encoded[2].pop("class_labels", None)
         if guide is not None and guide.config.in_channels == guide.config.out_channels:

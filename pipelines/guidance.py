@@ -36,6 +36,23 @@ def checked_interval(scale: float, interval: Sequence[float] | None, rescale: fl
     return interval[0], interval[1]
 
 
+def check_guide(unet, guide, embedding, guide_embedding) -> None:
+    """Raise `ValueError` if the UNet `guide` has classes or vectors, but other ones than `unet`.
+
+    The embeddings are those of vectors, or None.
+    """
+    if guide.class_embedding is None:
+        return
+    keys = "class_embed_type", "num_class_embeds"
+    kinds = [[one.config.get(key) for key in keys] for one in (unet, guide)]
+    if embedding is not None and guide_embedding is not None:
+        keys = "vector_length", "num_class_embeds"
+        kinds = [[one.config.get(key) for key in keys] for one in (embedding, guide_embedding)]
+    if kinds[0] != kinds[1]:
+        has = " and ".join(f"{key} {value}, not {own}" for key, own, value in zip(keys, *kinds, strict=True))
+        raise ValueError(f"guidance_unet must take the model's conditions, or no classes and vectors (it has {has})")
+
+
 def check_output(num_images_per_prompt: int, num_inference_steps: int | None, output_type: str) -> None:
     """Raise `ValueError` for counts below 1 and unknown output types."""
     if num_images_per_prompt < 1 or (num_inference_steps is not None and num_inference_steps < 1):
