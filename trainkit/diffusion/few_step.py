@@ -17,7 +17,7 @@ from trainkit.diffusion.noise_schedule import NoiseScheduler, betas_of, is_flow
 
 DISTILLED = "distilled"  # beta_schedule of a progressive student, whose betas are listed
 NOISIEST = 80.0  # sigma / alpha of the first step of a consistency student, as in Karras et al. 2022
-HALF_SKIPPED = 0.1  # sigma / alpha at which half of a consistency student's image is its input, if it predicts images
+HALF_SKIPPED = 0.03  # sigma / alpha at which half of a consistency student's image is its input, if it predicts images
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of LCMScheduler
 
 
@@ -108,7 +108,8 @@ def consistency_scheduler(
         prediction_type=prediction_type,
         original_inference_steps=num_steps,
         timestep_scaling=boundary_scaling(alphas_cumprod, prediction_type),
-        clip_sample=clip_sample,
+        # Clipped, the prediction of an image would no longer cancel the noise in the part that is skipped.
+        clip_sample=clip_sample and prediction_type != "sample",
     )
 
 
