@@ -57,6 +57,7 @@ def train_student(distillation, stage, data) -> bool:
     """Train the student of `stage` from the averaged weights of its teacher; returns whether a signal stopped it."""
     import copy
 
+    from trainkit.diffusion import few_step
     from trainkit.diffusion.consistency import NoiseLevels, consistency_losses
     from trainkit.diffusion.distillation import StepGrid, progressive_losses
     from trainkit.diffusion.noise_schedule import uniform_timesteps
@@ -70,20 +71,20 @@ def train_student(distillation, stage, data) -> bool:
     prediction = distillation.prediction_type
     alphas_cumprod = distillation.teacher.alphas_cumprod
     grid = StepGrid(alphas_cumprod, stage.num_steps * max(1, stage.substeps), accelerator.device)
-    levels = NoiseLevels(alphas_cumprod, accelerator.device)
+    levels = NoiseLevels(few_step.consistency_schedule(alphas_cumprod), prediction, accelerator.device)
     run = start_run(options, accelerator, student, data.images, data.condition, settings=distillation.options)
 
     def losses(model, batch, timesteps):  # one per image
         if stage.substeps == 0:
             progress = batch.step / run.max_train_steps
-            return consistency_losses(model, levels, prediction, batch, levels.logs_at(timesteps), progress)
+            return consistency_losses(model, levels, batch, levels.logs_at(timesteps), progress)
         steps = timesteps * stage.num_steps // len(alphas_cumprod)
         return progressive_losses(model, teacher, grid, stage.substeps, prediction, batch, steps)
 
     def loss_of(model, batch):
         if stage.substeps == 0:
             logs, progress = levels.draw(batch.uniforms), batch.step / run.max_train_steps
-            return consistency_losses(model, levels, prediction, batch, logs, progress).mean()
+            return consistency_losses(model, levels, batch, logs, progress).mean()
         return losses(model, batch, uniform_timesteps(batch.uniforms, len(alphas_cumprod))).mean()
 
     if only_measures(run, options, loss_of, distillation.count_steps(stage, run)):  # --dry_run, --find_learning_rate

@@ -26,7 +26,9 @@ from training_helpers import same_training_state, same_weights, tiny_run
 
 import reconstruct_ema
 from pipelines.conditional import ConditionalPipeline
+from trainkit.distillation.teacher import engine_options, open_teacher
 from trainkit.errors import UserError
+from trainkit.options.distillation import DistillationOptions
 from trainkit.sampling.load import load_pipeline
 from trainkit.sampling.schedulers import load_scheduler
 from trainkit.training.signals import StopSignals
@@ -160,12 +162,28 @@ def test_one_consistency_student_takes_one_to_four_steps(distill, teacher):
     out = distill(teacher, method="consistency", num_steps=4, first_steps=None, max_train_steps=8)
     pipeline = DDPMPipeline.from_pretrained(out)
     pipeline.set_progress_bar_config(disable=True)
+    num_timesteps = pipeline.scheduler.config.num_train_timesteps
+    assert 64 < pipeline.scheduler.alphas_cumprod[-1] ** -0.5 <= 80.1  # cosine betas go on to 20,000
     for num_steps in (1, 2, 4):
         images = pipeline(num_inference_steps=num_steps, output_type="np").images
-        assert np.isfinite(images).all() and pipeline.scheduler.timesteps[0] == 999
+        assert np.isfinite(images).all() and num_timesteps - pipeline.scheduler.timesteps[0] <= 4
     with pytest.raises(ValueError, match="num_inference_steps"):
         pipeline()
     assert "takes 1 to 4 steps" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, ("muon", 2e-3)),
+        ({"method": "consistency"}, ("adamw", 5e-4)),
+        ({"method": "consistency", "optimizer": "muon", "learning_rate": 0.0}, ("muon", 0.0)),
+    ],
+)
+def test_the_optimizer_follows_the_method_unless_it_is_given(teacher, given, expected):
+    options = DistillationOptions(teacher_model_name_or_path=str(teacher), train_data_dir="images", **given)
+    engine = engine_options(options, open_teacher(options))
+    assert (engine.optimizer, engine.learning_rate) == expected
 
 
 @pytest.fixture(scope="module")

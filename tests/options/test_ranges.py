@@ -71,7 +71,7 @@ def test_paths_are_expanded_and_other_words_are_not(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("learning_rate:\n", "'learning_rate' has no value"),
+        ("max_grad_norm:\n", "'max_grad_norm' has no value"),
         ("seed: 1\nseed: 2\n", "'seed' occurs twice"),
         ("random_resized_crop_aspect: [1, ~]\n", "takes a list of one or more values"),
         ("optimizer: {name: adamw}\n", "'optimizer' takes one value"),

@@ -3,8 +3,9 @@
 The neighbour comes closer over the run. In the first stages it is far, often the image itself, and the loss is that of
 diffusion; at the end it is near, and the student maps any noise level to the end of its trajectory.
 
-The student must predict the velocity: its image, alpha z - sigma velocity, is then z itself without noise. A network
-that predicts the image has no such end, and agrees with itself on any constant once the neighbours are near.
+The student's image must be its input where there is no noise. Otherwise it agrees with itself on any constant once the
+neighbours are near. That of a velocity, alpha z - sigma velocity, is. A network that predicts the image gets the
+boundary condition of LCMScheduler, so that it starts as the teacher itself.
 """
 
 # B batch, C channels, H/W pixels, T timesteps; noise level s = sigma / alpha, as in Karras et al. 2022
@@ -16,6 +17,7 @@ import torch
 
 from trainkit.data.loading.loader import Batch
 from trainkit.diffusion.distillation import to_images
+from trainkit.diffusion.few_step import boundary_scaling, skip_scalings
 
 P_MEAN, P_STD = -1.1, 2.0  # of ln s (Geng et al. 2024, section 4)
 NUM_STAGES, SHRINK = 8, 2.0  # the gap to the neighbour is divided by SHRINK from stage to stage
@@ -24,9 +26,14 @@ HUBER = 0.00054  # times the root of the number of values (Song & Dhariwal 2024,
 
 
 class NoiseLevels:
-    """Continuous timesteps of the schedule alpha_bar (T,) as a function of the noise level, on `device`."""
+    """Continuous timesteps of the schedule alpha_bar (T',) as a function of the noise level, on `device`.
 
-    def __init__(self, alphas_cumprod: torch.Tensor, device: torch.device):
+    `prediction_type` is what the student predicts.
+    """
+
+    def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str, device: torch.device):
+        self.prediction_type = prediction_type
+        self.scaling = boundary_scaling(alphas_cumprod, prediction_type)
         levels = ((1 - alphas_cumprod) / alphas_cumprod.clamp(min=1e-12)).log() / 2
         self.first = 0 if torch.isfinite(levels[0]) else 1  # flow matching starts without noise
         self.logs = levels[self.first :].float().to(device)
@@ -44,8 +51,8 @@ class NoiseLevels:
         return self.first + above - 1 + ((logs - low) / (high - low)).clamp(0, 1)
 
     def logs_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """ln s (B,) at integer `timesteps` (B,)."""
-        return self.logs[(timesteps - self.first).clamp(min=0)]
+        """ln s (B,) at integer `timesteps` (B,); those above the schedule count as its last one."""
+        return self.logs[(timesteps - self.first).clamp(0, len(self.logs) - 1)]
 
 
 def neighbour(level: torch.Tensor, progress: float) -> torch.Tensor:
@@ -62,7 +69,6 @@ def neighbour(level: torch.Tensor, progress: float) -> torch.Tensor:
 def consistency_losses(
     model: torch.nn.Module,
     levels: NoiseLevels,
-    prediction_type: str,
     batch: Batch,
     logs: torch.Tensor,
     progress: float,
@@ -77,17 +83,15 @@ def consistency_losses(
     near = torch.where(near > levels.logs[0].exp(), near, torch.zeros_like(near))
     plain = getattr(model, "module", model)  # DDP synchronises nothing in a forward pass without gradients
     with torch.no_grad(), _same_dropout(plain):
-        target = _images_at(plain, levels, prediction_type, batch, near)
+        target = _images_at(plain, levels, batch, near)
         target = torch.where((near > 0)[:, None, None, None], target, batch.images)
-    images = _images_at(model, levels, prediction_type, batch, level)
+    images = _images_at(model, levels, batch, level)
     squares = (images - target).square().flatten(1).sum(1)
     huber = HUBER * math.sqrt(images[0].numel())
     return ((squares + huber**2).sqrt() - huber) / (level - near)
 
 
-def _images_at(
-    model: torch.nn.Module, levels: NoiseLevels, prediction_type: str, batch: Batch, level: torch.Tensor
-) -> torch.Tensor:
+def _images_at(model: torch.nn.Module, levels: NoiseLevels, batch: Batch, level: torch.Tensor) -> torch.Tensor:
     """The images (B, C, H, W) that `model` predicts at the noise levels `level` (B,) of the batch's images."""
     timesteps = levels.timesteps(level.clamp(min=1e-12).log())
     alpha = (1 + level.square()).rsqrt()
@@ -95,7 +99,8 @@ def _images_at(
     alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
     noisy = alpha * batch.images + sigma * batch.noise
     prediction = model(batch.with_picture(noisy), timesteps, **batch.inputs).sample.float()
-    return to_images(prediction_type, prediction, noisy, alpha, sigma)
+    skip, out = (factor[:, None, None, None] for factor in skip_scalings(timesteps, levels.scaling))
+    return skip * noisy + out * to_images(levels.prediction_type, prediction, noisy, alpha, sigma)
 
 
 def _same_dropout(model: torch.nn.Module) -> contextlib.AbstractContextManager:

@@ -16,13 +16,13 @@ from trainkit.data.loading.loader import Batch
 from trainkit.diffusion.few_step import step_timesteps
 
 
-def student_prediction(teacher_prediction: str, method: str) -> str:
-    """What a student of `method` predicts: the image like its teacher (progressive), else the velocity.
+def student_prediction(teacher_prediction: str) -> str:
+    """What a student predicts: the image if its teacher does, else the velocity.
 
     Both are well-posed at every noise level (Salimans & Ho 2022, section 4). Noise is not: where little of the image
     is left, its error is multiplied by sigma / alpha.
     """
-    return "sample" if teacher_prediction == "sample" and method == "progressive" else "v_prediction"
+    return "sample" if teacher_prediction == "sample" else "v_prediction"
 
 
 def to_images(

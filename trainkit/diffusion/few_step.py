@@ -16,6 +16,9 @@ from torch import nn
 from trainkit.diffusion.noise_schedule import NoiseScheduler, betas_of, is_flow
 
 DISTILLED = "distilled"  # beta_schedule of a progressive student, whose betas are listed
+NOISIEST = 80.0  # sigma / alpha of the first step of a consistency student, as in Karras et al. 2022
+HALF_SKIPPED = 0.03  # sigma / alpha at which half of a consistency student's image is its input, if it predicts images
+SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of LCMScheduler
 
 
 def is_few_step(scheduler: SchedulerMixin) -> bool:
@@ -65,16 +68,48 @@ def progressive_scheduler(alphas_cumprod: torch.Tensor, num_steps: int, predicti
     )
 
 
+def consistency_schedule(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """alpha_bar (T',) of a consistency student: the timesteps of the teacher's (T,) with sigma / alpha up to 80.
+
+    Cosine betas go on to 20,000. Training would hardly visit the timesteps above, and sampling would start there.
+    """
+    return alphas_cumprod[1 - alphas_cumprod <= NOISIEST**2 * alphas_cumprod]
+
+
+def boundary_scaling(alphas_cumprod: torch.Tensor, prediction_type: str) -> float:
+    """The timestep_scaling of a consistency student over alpha_bar (T',): see `skip_scalings`.
+
+    A student that predicts images takes over half of its input below the noise level `HALF_SKIPPED`. That of one that
+    predicts velocities already ends at its input, and has the value of diffusers.
+    """
+    if prediction_type != "sample":
+        return TIMESTEP_SCALING
+    levels = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    return SIGMA_DATA / max(1, int((levels < HALF_SKIPPED).sum()))
+
+
+def skip_scalings(timesteps: torch.Tensor, timestep_scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """c_skip and c_out (B,) of LCMScheduler: a student's image is c_skip input + c_out prediction (B, C, H, W).
+
+    At timestep 0 it is the input: the boundary condition of consistency models (Song et al. 2023, Eq. 5).
+    """
+    scaled = timesteps * timestep_scaling
+    total = scaled.square() + SIGMA_DATA**2
+    return SIGMA_DATA**2 / total, scaled / total.sqrt()
+
+
 def consistency_scheduler(
     alphas_cumprod: torch.Tensor, num_steps: int, prediction_type: str, clip_sample: bool
 ) -> LCMScheduler:
-    """The scheduler of a consistency student over alpha_bar (T,): multistep sampling of Song et al. 2023, alg. 1."""
+    """The scheduler of a consistency student over alpha_bar (T',): multistep sampling of Song et al. 2023, alg. 1."""
     return LCMScheduler(
         num_train_timesteps=len(alphas_cumprod),
         trained_betas=betas_of(alphas_cumprod).tolist(),
         prediction_type=prediction_type,
         original_inference_steps=num_steps,
-        clip_sample=clip_sample,
+        timestep_scaling=boundary_scaling(alphas_cumprod, prediction_type),
+        # Clipped, the prediction of an image would no longer cancel the noise in the part that is skipped.
+        clip_sample=clip_sample and prediction_type != "sample",
     )
 
 

@@ -70,7 +70,7 @@ def plan_stages(options: DistillationOptions, teacher: SavedTeacher) -> list[Sta
     """
     num_steps, first = options.num_steps, _first_steps(options)
     total = len(teacher.alphas_cumprod)
-    adapt = student_prediction(teacher.prediction_type, options.method) != teacher.prediction_type
+    adapt = student_prediction(teacher.prediction_type) != teacher.prediction_type
     if options.method == "consistency":
         return [*([Stage(ADAPTED, total, 1)] if adapt else []), Stage(f"steps-{num_steps}", num_steps, 0, 4)]
     if 2 * first > total:
@@ -104,7 +104,7 @@ class Distillation:
         self.options, self.engine, self.teacher, self.accelerator = options, engine, teacher, accelerator
         self.output_dir, self.stages = Path(options.output_dir), plan_stages(options, teacher)
         self.unet = teacher.unet  # the teacher of the next stage
-        self.prediction_type = student_prediction(teacher.prediction_type, options.method)
+        self.prediction_type = student_prediction(teacher.prediction_type)
 
     @property
     def settings(self) -> dict:
@@ -208,6 +208,7 @@ class Distillation:
         prediction = self.prediction_type
         if stage.substeps == 0:
             clips = not teacher.has_latents
+            alphas_cumprod = few_step.consistency_schedule(alphas_cumprod)
             scheduler = few_step.consistency_scheduler(alphas_cumprod, stage.num_steps, prediction, clips)
         else:
             scheduler = few_step.progressive_scheduler(alphas_cumprod, stage.num_steps, prediction)

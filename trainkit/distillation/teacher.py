@@ -22,6 +22,9 @@ from trainkit.sampling.load import find_pipeline, load_pipeline
 from trainkit.sampling.schedulers import load_scheduler
 
 FLAG = "--teacher_model_name_or_path"
+# Muon scales every gradient to one size, also the large and noisy ones of low noise levels: KID 0.57 instead of 0.11
+# after 600 steps (benchmarks/results.md).
+CONSISTENCY_OPTIMIZER, CONSISTENCY_LEARNING_RATE = "adamw", 5e-4
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 # argument of the pipeline -> --condition
 KINDS = {"class_labels": "class", "vectors": "vector", "prompt": "text", "image": "image"}
@@ -141,12 +144,15 @@ def engine_options(options: DistillationOptions, teacher: SavedTeacher) -> Train
     height, width, channels = image_shape(teacher.pipeline)
     shared = {field.name for field in fields(options)} & {field.name for field in fields(options_class)}
     values = {name: getattr(options, name) for name in shared} | {
-        "prediction_type": student_prediction(teacher.prediction_type, options.method),
+        "prediction_type": student_prediction(teacher.prediction_type),
         "ddpm_num_steps": config.num_train_timesteps,
         "resolution": options.resolution or f"{height}x{width}",
         "image_mode": options.image_mode or {1: "L", 3: "RGB", 4: "RGBA"}[channels],
     }
     folder = str(teacher.folder)
+    if options.method == "consistency":  # None where they were not given
+        values["optimizer"] = options.optimizer or CONSISTENCY_OPTIMIZER
+        values["learning_rate"] = CONSISTENCY_LEARNING_RATE if options.learning_rate is None else options.learning_rate
     if teacher.has_latents:
         values |= {"vae_name_or_path": folder, "model_config_name_or_path": folder}  # whose sizes must fit
     if conditions:

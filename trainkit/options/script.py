@@ -17,6 +17,7 @@ from trainkit.options.parsing import parse_options
 from trainkit.options.training import RunOptions
 
 T = TypeVar("T", bound="TrainingOptions")
+DEFAULT_OPTIMIZER, DEFAULT_LEARNING_RATE = "muon", 2e-3
 
 
 @dataclass
@@ -31,6 +32,11 @@ class TrainingOptions(
     RunOptions,
 ):
     """The options of every training script."""
+
+    def __post_init__(self):
+        """Fill in the optimizer and its rate where they were not given."""
+        self.optimizer = self.optimizer or DEFAULT_OPTIMIZER
+        self.learning_rate = DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
 
 
 @dataclass

@@ -53,7 +53,11 @@ class OptimizationOptions:
         16, "images per device and micro-step; the global batch size is logged", within="[1, inf)"
     )
     gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step", within="[1, inf)")
-    learning_rate: float = option(2e-3, "peak learning rate, after warm-up", within="[0, inf)")
+    learning_rate: float = option(
+        None,
+        "peak learning rate, after warm-up; default: 2e-3, or 5e-4 with distill.py --method consistency",
+        within="[0, inf)",
+    )
     find_learning_rate: bool = option(
         False, "train nothing: try learning rates for 120 steps, suggest one and plot the curve"
     )
@@ -85,7 +89,9 @@ class OptimizationOptions:
         within="[1, inf)",
     )
     optimizer: str = option(
-        "muon", "optimizer; muon learns faster than adamw at the same or larger learning rates",
+        None,
+        "optimizer; default: muon, which learns faster than adamw at the same or larger learning rates, or adamw with "
+        "distill.py --method consistency",
         choices=(
             "adamw", "adam", "muon", "lion", "lamb", "adafactor", "prodigy", "schedule_free_adamw", "adamw_8bit",
         ),
