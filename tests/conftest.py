@@ -12,6 +12,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Threads that wait sleep: scripts of the tests compute with all cores, which they share with other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# No test reaches the Hub itself. Read when libraries are imported, so that the workers are as the fork server.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import cpu_times
 import numpy as np
@@ -54,6 +56,7 @@ def pytest_configure(config):
         config.pluginmanager.register(cpu_times.CpuTimes())
     if "PYTEST_XDIST_WORKER" not in os.environ and getattr(config.option, "numprocesses", None):
         process_helpers.share_fork_server()  # before the workers copy the environment
+        config.option.tx = process_helpers.fork_workers(config.option.tx)
 
 
 def pytest_collection_finish():

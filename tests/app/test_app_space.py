@@ -1,14 +1,13 @@
 """app.py: an exported Space, and what is said when something is missing."""
 
 import shutil
-import subprocess
 import sys
 
 import pytest
 import yaml
 from conftest import ROOT
 from diffusers import DDPMPipeline, DDPMScheduler
-from process_helpers import run_forked, script_environment
+from process_helpers import run_code, run_forked
 from sampling_helpers import tiny_model
 from source_tree import modules, reachable
 
@@ -71,9 +70,7 @@ def test_the_exported_code_makes_images_without_the_project(exported, tmp_path):
         "job = requests.make_job(requests.Setting(model, 'dpmsolver', 3), requests.Request(0, 2))\n"
         "print(models.__file__, [frame.images.shape for frame in generation.frames(job)][-1])\n"
     )
-    command, environment = [sys.executable, "-c", code], script_environment()
-    environment.pop("PYTHONPATH", None)
-    shown = subprocess.run(command, cwd=moved, env=environment, capture_output=True, text=True)
+    shown = run_code(code, folder=moved, environment={"PYTHONPATH": None})
     assert str(moved) in shown.stdout and "(2, 16, 16, 3)" in shown.stdout, shown.stderr
 
 
