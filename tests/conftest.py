@@ -26,6 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = "accelerate.commands.launch"
+QUICK_S, SLOW_S = 0.1, 2.0  # CPU seconds of a test, as a mean: without the marker, and where it gives no number
 TINY_UNET = {
     "_class_name": "UNet2DModel",
     "in_channels": 3,
@@ -66,9 +67,18 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests first, so that workers, which take a file each, end at about the same time."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Files that take longest first, so that workers, which take a file each, end at about the same time."""
+    seconds = Counter()
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        seconds[item.path] += QUICK_S if slow is None else sum(slow.args) or SLOW_S
+    items.sort(key=lambda item: -seconds[item.path])
+
+
+def slow_after(count, cases):
+    """Cases to parametrize a test with, of which the first `count` stay quick and the others are marked slow."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (i >= count)) for i, case in enumerate(cases)]
 
 
 @pytest.fixture(scope="session")

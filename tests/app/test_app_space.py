@@ -33,6 +33,7 @@ def exported(model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_space_has_the_code_the_model_and_no_more(exported, model):
     known = modules()
     needed = {known[name].relative_to(ROOT) for name in reachable("app")}
@@ -74,6 +75,7 @@ def test_the_exported_code_makes_images_without_the_project(exported, tmp_path):
     assert str(moved) in shown.stdout and "(2, 16, 16, 3)" in shown.stdout, shown.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_id_stays_an_id_and_two_models_of_one_name_have_two_folders(model, tmp_path, monkeypatch):
     monkeypatch.setattr(space, "find_pipeline", lambda name: model)
     twin = tmp_path / "twin/stripes"

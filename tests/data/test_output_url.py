@@ -155,6 +155,7 @@ def test_what_deduplication_kept_of_a_former_set_goes_with_it(tmp_path, memory):
     assert names(memory, NO_FILTERS)[1:] == [set(), set()]
 
 
+@pytest.mark.slow
 def test_another_run_that_was_first_with_a_shard_is_no_harm(photos, memory, monkeypatch):
     """Both slice and join; the first deletes its slices, also those that the second was to join."""
     join = shards.ShardWriter.join

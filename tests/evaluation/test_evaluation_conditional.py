@@ -179,6 +179,7 @@ def test_a_class_without_enough_images_has_no_score():
     assert found["a"]["num_noise_floor"] == 5
 
 
+@pytest.mark.slow
 def test_a_real_image_that_cannot_be_read_is_named_and_left_out(real, cache, tmp_path, monkeypatch, capsys):
     reference = tmp_path / "reference"
     for kind in KINDS:

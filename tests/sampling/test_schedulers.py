@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import slow_after
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from exact_denoiser import ExactUNet, PixelMixture
 
@@ -117,7 +118,9 @@ MOVED = [
 FLOWS = [{"prediction_type": "flow_prediction", "noise_shift": shift} for shift in (1.0, 4.0)]
 
 
-@pytest.mark.parametrize("settings", MOVED + FLOWS, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize(
+    "settings", slow_after(3, FLOWS + MOVED), ids=lambda settings: "-".join(map(str, settings.values()))
+)
 def test_moved_schedules_and_flow_matching_are_sampled_too(settings, tmp_path):
     """Saved, and read again by diffusers' classes alone."""
     noise_scheduler = build_noise_scheduler(ObjectiveOptions(**settings))
@@ -168,6 +171,7 @@ def test_runs_at_any_number_of_steps(saved_bundles, schedule):
             assert draw(unet, scheduler, 2, steps, name).isfinite().all(), (name, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"num_train_timesteps": 100}, {"rescale_betas_zero_snr": True}])
 def test_unusual_noise_schedules_run(settings):
     noise_scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", **settings)

@@ -129,7 +129,7 @@ def test_two_processes_and_micro_steps_are_the_same_run(train, photos, tiny_unet
 @pytest.mark.slow
 def test_two_processes_find_the_learning_rate_of_one(train, photos, tiny_unet, cache_dir, tmp_path, monkeypatch):
     """Replicated or divided, with labels and micro-steps: the same curve up to the rates at which training fails."""
-    smaller = {"STEPS": 24, "PROBE_IMAGES": 16}
+    smaller = {"STEPS": 12, "LEAST_RATE": 1e-4, "PROBE_IMAGES": 8}
     for name, value in smaller.items():
         monkeypatch.setattr(learning_rate, name, value)
     shorter = tmp_path / "shorter.py"
@@ -145,7 +145,7 @@ def test_two_processes_find_the_learning_rate_of_one(train, photos, tiny_unet, c
 
     one = found(train("one", find_learning_rate=True))
     useful = sum(rate <= one["learning_rate"] for rate in one["rates"])
-    assert useful > 10 and min(one["losses"]) < 0.9 * one["losses"][0]
+    assert useful > 4 and min(one["losses"]) < 0.9 * one["losses"][0]
     for name, divided in (("replicated", {}), ("divided", {"shard_weights": True})):
         flags = {"find_learning_rate": True, "train_batch_size": 2, "gradient_accumulation_steps": 2} | divided
         arguments = arguments_of(photos, tiny_unet, cache_dir, tmp_path / name, **flags)

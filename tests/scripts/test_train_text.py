@@ -238,6 +238,7 @@ def run_here(monkeypatch, arguments):
     run_in_process(monkeypatch, "train_conditional", arguments)
 
 
+@pytest.mark.slow
 def test_a_dry_run_encodes_few_captions(captioned, text_unet, bert, tmp_path, monkeypatch, capsys):
     arguments = text_run(captioned, text_unet, tmp_path / "cache", tmp_path / "out", bert, dry_run=True)
     run_in_process(monkeypatch, "train_conditional", arguments)

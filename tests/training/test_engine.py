@@ -222,6 +222,7 @@ def test_deterministic_refuses_algorithms_of_chance(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_deterministic_flag_is_heard(train, monkeypatch):
     from trainkit.training import launch as module
 

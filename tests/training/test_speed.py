@@ -101,6 +101,7 @@ class OneProduct(ModelMixin, ConfigMixin):
         return self.linear(rows)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_in_place():
     torch.manual_seed(0)
     model, rows, counters = OneProduct(), torch.randn(5, 4), torch._dynamo.utils.counters
@@ -209,6 +210,7 @@ def device_decides(monkeypatch):
     monkeypatch.setattr(guards, "_host_decides", lambda optimizer, device: not optimizer.state)
 
 
+@pytest.mark.slow
 def test_default_options_read_nothing_between_log_lines(train, monkeypatch):
     from trainkit.training.run import Run
 
