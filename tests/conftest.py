@@ -26,7 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = "accelerate.commands.launch"
-QUICK_S, SLOW_S = 0.1, 2.0  # CPU seconds of a test, as a mean: without the marker, and where it gives no number
+QUICK_S, SLOW_S = 0.05, 2.0  # CPU seconds of a test, as a mean: without the marker, and where it gives no number
 TINY_UNET = {
     "_class_name": "UNet2DModel",
     "in_channels": 3,
@@ -101,6 +101,15 @@ def image_folder(tmp_path_factory):
 def tiny_unet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unet")
     (folder / "config.json").write_text(json.dumps(TINY_UNET))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smaller_unet(tmp_path_factory):
+    """Half as many weights as in `tiny_unet`, for divided weights: each is gathered from all processes."""
+    folder = tmp_path_factory.mktemp("smaller_unet")
+    one_level = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    (folder / "config.json").write_text(json.dumps(TINY_UNET | one_level))
     return folder
 
 

@@ -88,7 +88,7 @@ def test_s3_holds_the_same_bytes_and_datasets_opens_it(photos, local, store, tmp
     assert (ours.gather(np.arange(0, 3000, 99)) == theirs.gather(np.arange(0, 3000, 99))).all()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(9)
 def test_killed_in_the_middle_s3_keeps_whole_shards_that_are_not_made_again(photos, local, store, tmp_path):
     target = location("s3://bucket/killed", store)
     arguments = command(photos, str(target), store, tmp_path, "--num_proc", 1)

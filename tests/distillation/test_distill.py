@@ -101,7 +101,7 @@ def test_the_lengths_of_the_stages_are_shares_of_the_run(whole_run):
     assert [len((folder / "metrics.jsonl").read_text().splitlines()) for folder in folders] == [3, 7, 7]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(7)
 def test_a_student_is_scored_with_its_scheduler_and_an_average_of_it_keeps_its_time_table(
     distill, teacher, image_folder, monkeypatch, capsys
 ):
@@ -142,7 +142,7 @@ def test_a_run_that_is_stopped_in_any_stage_is_the_same_run(distill, teacher, wh
     same_weights(out / UNET_FILE, whole_run / UNET_FILE)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 def test_two_processes_make_the_students_of_one(teacher, whole_run, image_folder, cache_dir, tmp_path):
     flags = FLAGS | {"teacher_model_name_or_path": teacher, "train_batch_size": 4}
     run_forked("distill.py", *tiny_run(image_folder, None, cache_dir, tmp_path / "out", **flags), processes=2)

@@ -62,7 +62,7 @@ def write_samples(folder, asked, drawn, column="label"):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 def test_samples_are_judged_by_the_class_asked_for(real, cache, tmp_path, monkeypatch, capsys):
     asked = ["across"] * 8 + ["down"] * 8 + ["null"] * 2
     drawn = ["across"] * 8 + ["down"] * 6 + ["plain"] * 4

@@ -224,7 +224,7 @@ def test_progress_is_a_line_now_and_then_without_a_terminal(model, tmp_path, mon
     assert "sampling: 4 of 7 images (57.1%), " in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_a_killed_process_loses_only_its_own_batches(model, tmp_path):
     """kill -9 of one of two processes; the other goes on, and the next start makes what is missing, bit for bit."""
     values = flags(model, tmp_path / "killed", num_images=60, sample_batch_size=2, num_inference_steps=10)

@@ -88,7 +88,7 @@ def saved_bundles(tmp_path_factory):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("name", SCHEDULER_NAMES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -156,7 +156,7 @@ def test_ddim_does_not_drift_over_many_steps(saved_bundles):
     assert distance_of_pixels(draw(flawed(noise_scheduler, PIXELS.best, (1, 8, 8)), bundle["ddim"], 64, 1000)) < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.slow(4)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_runs_at_any_number_of_steps(saved_bundles, schedule):
     noise_scheduler, bundle = saved_bundles[schedule, "epsilon"]

@@ -188,7 +188,7 @@ def test_it_is_trained_validated_and_checkpointed(whole):
     assert any("validation_loss" in line for line in (whole / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(12)
 def test_two_sharded_processes_encode_for_themselves_and_go_on_as_one_would(
     whole, captioned, text_unet, bert, tmp_path
 ):

@@ -100,7 +100,7 @@ def test_accumulated_micro_steps_are_averaged(described, tiny_unet, cache_dir, t
     assert np.asarray(found[1]) == pytest.approx(np.asarray(found[2]), rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(9)
 def test_sharded_losses_are_those_on_file(described, tiny_unet, cache_dir, tmp_path, request):
     arguments = tiny_run(described, tiny_unet, cache_dir, tmp_path, **SHARDED)
     run_forked("train_unconditional.py", *arguments, processes=2)

@@ -210,7 +210,6 @@ def device_decides(monkeypatch):
     monkeypatch.setattr(guards, "_host_decides", lambda optimizer, device: not optimizer.state)
 
 
-@pytest.mark.slow
 def test_default_options_read_nothing_between_log_lines(train, monkeypatch):
     from trainkit.training.run import Run
 
