@@ -12,6 +12,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Threads that wait sleep: scripts of the tests compute with all cores, which they share with other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# No test reaches the Hub itself. Read when libraries are imported, so that the workers are as the fork server.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import cpu_times
 import numpy as np
@@ -24,6 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = "accelerate.commands.launch"
+QUICK_S, SLOW_S = 0.05, 2.0  # CPU seconds of a test, as a mean: without the marker, and where it gives no number
 TINY_UNET = {
     "_class_name": "UNet2DModel",
     "in_channels": 3,
@@ -54,6 +57,7 @@ def pytest_configure(config):
         config.pluginmanager.register(cpu_times.CpuTimes())
     if "PYTEST_XDIST_WORKER" not in os.environ and getattr(config.option, "numprocesses", None):
         process_helpers.share_fork_server()  # before the workers copy the environment
+        config.option.tx = process_helpers.fork_workers(config.option.tx)
 
 
 def pytest_collection_finish():
@@ -63,9 +67,18 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests first, so that workers, which take a file each, end at about the same time."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Files that take longest first, so that workers, which take a file each, end at about the same time."""
+    seconds = Counter()
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        seconds[item.path] += QUICK_S if slow is None else sum(slow.args) or SLOW_S
+    items.sort(key=lambda item: -seconds[item.path])
+
+
+def slow_after(count, cases):
+    """Cases to parametrize a test with, of which the first `count` stay quick and the others are marked slow."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (i >= count)) for i, case in enumerate(cases)]
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +101,15 @@ def image_folder(tmp_path_factory):
 def tiny_unet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unet")
     (folder / "config.json").write_text(json.dumps(TINY_UNET))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smaller_unet(tmp_path_factory):
+    """Half as many weights as in `tiny_unet`, for divided weights: each is gathered from all processes."""
+    folder = tmp_path_factory.mktemp("smaller_unet")
+    one_level = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    (folder / "config.json").write_text(json.dumps(TINY_UNET | one_level))
     return folder
 
 

@@ -20,6 +20,8 @@ import signal
 import socket
 import sys
 import threading
+import time
+import warnings
 from pathlib import Path
 
 PRELOADED = [
@@ -29,8 +31,8 @@ PRELOADED = [
     "filelock", "diffusers.models.autoencoders.autoencoder_kl", "diffusers.pipelines.pipeline_utils",
     "huggingface_hub", "matplotlib.pyplot", "numpy", "pandas", "PIL.Image", "PIL.JpegImagePlugin", "pyarrow",
     "pytorch_optimizer", "safetensors.torch", "torch", "torch.distributed.run", "torch.distributed.fsdp",
-    "torch.distributed.tensor", "torch.utils.data", "transformers", "transformers.models.bert.modeling_bert",
-    "undrawn_figures",
+    "torch.distributed.tensor", "torch.utils.data", "torchmetrics", "transformers",
+    "transformers.models.bert.modeling_bert", "undrawn_figures",
 ]  # fmt: skip
 PR_SET_PDEATHSIG = 1
 
@@ -40,6 +42,9 @@ def main(address: str, watched_pid: int) -> dict | None:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    warnings.filters.remove(("ignore", None, Warning, None, 0))  # PYTHONWARNINGS of this process; see `_become`
+    sys.warnoptions.clear()
+    Path("cpu_times").write_text(f"{time.process_time()} {Path(__file__).name}\n", encoding="utf-8")
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
     wake, waker = socket.socketpair()
@@ -59,7 +64,7 @@ def main(address: str, watched_pid: int) -> dict | None:
                 _report_ended(clients, tests, selector)
             elif key.fileobj is server:
                 client, _ = server.accept()
-                content, descriptors, _, _ = socket.recv_fds(client, 1 << 20, 2)
+                content, descriptors, _, _ = socket.recv_fds(client, 1 << 20, 3)
                 if not content:
                     client.close()
                     continue
@@ -75,7 +80,7 @@ def main(address: str, watched_pid: int) -> dict | None:
                     for descriptor in descriptors:
                         os.close(descriptor)
                     client.sendall(f"{pid}\n".encode())
-                    clients[pid], tests[pid] = client, request["environment"].get("PYTEST_CURRENT_TEST", "no test")
+                    clients[pid], tests[pid] = client, request["environment"].get("PYTEST_CURRENT_TEST")
                     selector.register(client, selectors.EVENT_READ)
             else:  # the client is gone, so nobody waits for its child
                 pid = next(pid for pid, client in clients.items() if client is key.fileobj)
@@ -87,7 +92,9 @@ def main(address: str, watched_pid: int) -> dict | None:
     return None
 
 
-def _report_ended(clients: dict[int, socket.socket], tests: dict[int, str], selector: selectors.BaseSelector) -> None:
+def _report_ended(
+    clients: dict[int, socket.socket], tests: dict[int, str | None], selector: selectors.BaseSelector
+) -> None:
     while True:
         try:
             pid, status, used = os.wait4(-1, os.WNOHANG)
@@ -95,8 +102,9 @@ def _report_ended(clients: dict[int, socket.socket], tests: dict[int, str], sele
             return
         if pid == 0:
             return
-        with Path("cpu_times").open("a", encoding="utf-8") as times:  # in the folder of this server
-            times.write(f"{used.ru_utime + used.ru_stime} {tests.pop(pid).rpartition(' ')[0]}\n")
+        if test := tests.pop(pid):  # a worker of pytest has none, and reports its own time
+            with Path("cpu_times").open("a", encoding="utf-8") as times:  # in the folder of this server
+                times.write(f"{used.ru_utime + used.ru_stime} {test.rpartition(' ')[0]}\n")
         if client := clients.pop(pid, None):
             selector.unregister(client)
             with contextlib.suppress(OSError):
@@ -109,11 +117,13 @@ def _become(request: dict, descriptors: list[int]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for target, descriptor in enumerate(descriptors, 1):
+    for target, descriptor in zip((1, 2, 0), descriptors, strict=False):  # input only where it is given
         os.dup2(descriptor, target)
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(request["environment"])
+    for action in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):
+        warnings.simplefilter(action)
     os.chdir(request["folder"])
     sys.argv = request["arguments"]
     script = Path(sys.argv[0])

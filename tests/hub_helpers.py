@@ -2,7 +2,7 @@
 
 import pytest
 from hub_server import environment, serve_hub
-from process_helpers import ROOT, ScriptRun
+from process_helpers import ROOT, ScriptRun, run_code
 
 SECRET = "hf_" + "s3cret" * 6  # looks like a token of the Hub
 
@@ -33,13 +33,38 @@ def hub_constants(url, home):
     }  # fmt: skip
 
 
+def code_to_use_hub(hub, home):
+    """The first lines of a program that is run by the fork server, with `hub` as its Hub."""
+    return f"""
+import os
+import huggingface_hub.hf_api
+os.environ.update({environment(hub, home)})
+vars(huggingface_hub.constants).update({hub_constants(hub.url, home)})
+huggingface_hub.hf_api.api.endpoint = {hub.url!r}
+"""
+
+
+def run_elsewhere(program, folder, hub=None):
+    """Run a program in `folder` as somebody who has diffusers but not this repository, whose imports fail.
+
+    Code of models is cached in `folder`, and so are files of `hub`. Returns the finished process.
+    """
+    code = f"""
+import sys
+from diffusers.utils import dynamic_modules_utils
+sys.modules.update(trainkit=None, pipelines=None)
+dynamic_modules_utils.HF_MODULES_CACHE = {str(folder / "modules")!r}
+"""
+    code += code_to_use_hub(hub, folder / "elsewhere") if hub else ""
+    done = run_code(code + program, folder=folder, environment={"PYTHONPATH": None})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def run_forked_with_hub(hub, home, script, *arguments, processes=1):
     """As `run_forked`, with `hub` as the Hub of the script and of what it starts."""
     code = f"""
-import os
-import huggingface_hub.constants
-os.environ.update({environment(hub, home)})
-vars(huggingface_hub.constants).update({hub_constants(hub.url, home)})
+{code_to_use_hub(hub, home)}
 import {script}
 from trainkit.errors import run_script
 run_script({script}.main)

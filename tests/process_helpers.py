@@ -1,6 +1,7 @@
 """Run scripts as processes of their own; on Linux in children of the fork server, without seconds of imports each.
 
 python tests/process_helpers.py SCRIPT ...      as `python SCRIPT ...`, for a launcher that starts processes
+python tests/process_helpers.py -c PROGRAM      as `python -c PROGRAM`, for the workers of pytest
 """
 
 import atexit
@@ -8,6 +9,7 @@ import contextlib
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -46,8 +48,19 @@ def share_fork_server() -> None:
     os.environ[SERVER_FOLDER] = f"{os.getpid()}:{folder}"
 
 
+def fork_workers(specifications: list[str]) -> list[str]:
+    """The workers that pytest-xdist starts, as given to its --tx; on Linux they are children of the fork server."""
+    command = shlex.join([sys.executable, __file__])
+    if sys.platform != "linux":
+        return specifications
+    return [f"popen//python={command}" if each == "popen" else each for each in specifications]
+
+
 def forked_cpu_seconds() -> list[tuple[str, float]]:
-    """The test that started it and the CPU seconds, for each ended child of the fork server of this pytest run."""
+    """The test that started it and the CPU seconds, for each ended child of the fork server of this pytest run.
+
+    The imports of the server itself come first, under the name of its file.
+    """
     times = Path(os.environ.get(SERVER_FOLDER, ":").split(":", 1)[1], "cpu_times")
     lines = times.read_text(encoding="utf-8").splitlines() if times.is_file() else []
     return [(test, float(seconds)) for seconds, test in (line.split(" ", 1) for line in lines)]
@@ -104,7 +117,7 @@ class Pipe:
 class ForkedProcess:
     """A child of the fork server; the part of `subprocess.Popen` that the tests use."""
 
-    def __init__(self, arguments, environment, stdout, stderr, folder=ROOT, code=None):
+    def __init__(self, arguments, environment, stdout, stderr, folder=ROOT, code=None, stdin=None):
         server = script_environment()
         changed = {name for name in {*environment, *server} if environment.get(name) != server.get(name)}
         late = [name for name in sorted(changed - READ_LATER) if name.startswith(READ_AT_IMPORT)]
@@ -112,7 +125,7 @@ class ForkedProcess:
         self._connection = _connect()
         request = {"arguments": [*map(str, arguments)], "environment": environment, "folder": str(folder)}
         content = json.dumps(request | {"code": code}).encode()
-        socket.send_fds(self._connection, [content], [stdout, stderr])
+        socket.send_fds(self._connection, [content], [stdout, stderr, *([] if stdin is None else [stdin])])
         self._lines = self._connection.makefile("r")
         self.pid, self.returncode = int(self._lines.readline()), None
 
@@ -240,7 +253,9 @@ def start_launcher(folder: Path, module: str, *arguments, environment=None) -> S
 def stand_in_for_python() -> None:
     """Run the script of the command line, pass on signals, and end as it ends. SIGKILL ends it too."""
     words = sys.argv[2:] if sys.argv[1] == "-u" else sys.argv[1:]
-    process = ForkedProcess(words, dict(os.environ), sys.stdout.fileno(), sys.stderr.fileno(), os.getcwd())
+    code = words.pop(1) if words[0] == "-c" else None
+    streams = [stream.fileno() for stream in (sys.stdout, sys.stderr)]
+    process = ForkedProcess(words, dict(os.environ), *streams, os.getcwd(), code, stdin=sys.stdin.fileno())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: os.kill(process.pid, number))
     if (status := process.wait()) < 0:

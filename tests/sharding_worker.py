@@ -14,7 +14,7 @@ from trainkit.errors import UserError
 from trainkit.training import sharding
 from trainkit.training.averages.ema import ShardedEMA
 
-BATCHES = 6  # steps of all, half of them before the resume
+BATCHES = 4  # steps of all, half of them before the resume
 MICRO_STEPS = 2
 CONFIG = {
     "sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4,

@@ -61,7 +61,7 @@ def test_the_flags_of_commands_exist(page):
             assert given <= flags(script), f"{script}: {given - flags(script)}"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 @pytest.mark.timeout(600)  # seven scripts, one after the other
 def test_the_quick_start_runs_as_it_is_written(tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

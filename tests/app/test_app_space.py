@@ -1,14 +1,13 @@
 """app.py: an exported Space, and what is said when something is missing."""
 
 import shutil
-import subprocess
 import sys
 
 import pytest
 import yaml
 from conftest import ROOT
 from diffusers import DDPMPipeline, DDPMScheduler
-from process_helpers import run_forked, script_environment
+from process_helpers import run_code, run_forked
 from sampling_helpers import tiny_model
 from source_tree import modules, reachable
 
@@ -34,6 +33,7 @@ def exported(model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_space_has_the_code_the_model_and_no_more(exported, model):
     known = modules()
     needed = {known[name].relative_to(ROOT) for name in reachable("app")}
@@ -71,12 +71,11 @@ def test_the_exported_code_makes_images_without_the_project(exported, tmp_path):
         "job = requests.make_job(requests.Setting(model, 'dpmsolver', 3), requests.Request(0, 2))\n"
         "print(models.__file__, [frame.images.shape for frame in generation.frames(job)][-1])\n"
     )
-    command, environment = [sys.executable, "-c", code], script_environment()
-    environment.pop("PYTHONPATH", None)
-    shown = subprocess.run(command, cwd=moved, env=environment, capture_output=True, text=True)
+    shown = run_code(code, folder=moved, environment={"PYTHONPATH": None})
     assert str(moved) in shown.stdout and "(2, 16, 16, 3)" in shown.stdout, shown.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_id_stays_an_id_and_two_models_of_one_name_have_two_folders(model, tmp_path, monkeypatch):
     monkeypatch.setattr(space, "find_pipeline", lambda name: model)
     twin = tmp_path / "twin/stripes"

@@ -103,7 +103,7 @@ def test_the_limit_comes_before_the_memory():
     assert fault(header_only_png(9400, 9520)) == "too_large" and fault(header_only_png(9400, 9500)) == "truncated"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(9)
 @pytest.mark.skipif(sys.platform != "linux", reason="the bound is the kernel's")
 def test_a_worker_cannot_take_the_memory_of_the_machine(tmp_path):
     """The limit on pixels is off here, so that only the bound on memory is left to stop 12 GB."""

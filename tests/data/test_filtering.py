@@ -142,6 +142,7 @@ def test_neither_processes_nor_a_kill_nor_history_change_the_bytes(
     assert contents(tmp_path / "fresh") == contents(tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_a_duplicate_comes_and_goes_without_its_unit_being_decoded(repeated, tmp_path, units_of_32, monkeypatch):
     prepared(repeated, tmp_path / "out", EXACT)
     first = repeated / "b/00298.png"
@@ -216,6 +217,7 @@ def test_deep_grey_transparent_and_uncropped_images_have_hashes_too(tmp_path):
             assert len(PreparedImages(output).gather(np.arange(6))) == 6
 
 
+@pytest.mark.slow
 def test_an_image_never_changes_sides(repeated, tmp_path):
     filters = FilterSettings(validation_fraction=0.2)
     prepared(repeated, tmp_path / "out", filters)

@@ -57,7 +57,7 @@ def prepared(corpus: Path, output: Path, *arguments: str) -> PreparedImages:
     return PreparedImages(output)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(4)
 @pytest.mark.parametrize(
     "arguments, image_mode",
     [

@@ -225,6 +225,7 @@ def test_a_file_without_permission_is_unreadable(tmp_path):
     assert rejection.value.fault == "unreadable"
 
 
+@pytest.mark.slow
 def test_bombs_are_rejected_without_a_warning():
     file = encoded(Image.new("L", (400, 400)))
     for limit in (400 * 400 - 1, 400 * 400 // 3):  # Pillow warns above its limit, raises above twice that

@@ -110,6 +110,7 @@ def opened_images(monkeypatch) -> list[str]:
     return opened
 
 
+@pytest.mark.slow
 def test_changed_deleted_and_added_files_cost_their_units_alone(photos, tmp_path, units_of_64, monkeypatch):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
@@ -154,6 +155,7 @@ def test_other_images_replace_nothing_unasked(photos, tmp_path):
     assert done["num_images"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_swept_is_swept_after(photos, tmp_path, units_of_64, monkeypatch):
     output = tmp_path / "out"
     prepare(

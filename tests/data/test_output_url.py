@@ -88,7 +88,7 @@ def test_s3_holds_the_same_bytes_and_datasets_opens_it(photos, local, store, tmp
     assert (ours.gather(np.arange(0, 3000, 99)) == theirs.gather(np.arange(0, 3000, 99))).all()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(9)
 def test_killed_in_the_middle_s3_keeps_whole_shards_that_are_not_made_again(photos, local, store, tmp_path):
     target = location("s3://bucket/killed", store)
     arguments = command(photos, str(target), store, tmp_path, "--num_proc", 1)
@@ -155,6 +155,7 @@ def test_what_deduplication_kept_of_a_former_set_goes_with_it(tmp_path, memory):
     assert names(memory, NO_FILTERS)[1:] == [set(), set()]
 
 
+@pytest.mark.slow
 def test_another_run_that_was_first_with_a_shard_is_no_harm(photos, memory, monkeypatch):
     """Both slice and join; the first deletes its slices, also those that the second was to join."""
     join = shards.ShardWriter.join

@@ -35,7 +35,7 @@ class MortalReader(FolderReader):
         return super().read(entry)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 def test_a_killed_worker_costs_its_slice_and_the_result_is_that_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "UNIT_ITEMS", 32)
     monkeypatch.setattr(prepare_module, "SLICE_ITEMS", 4)

@@ -159,6 +159,7 @@ def test_fingerprint_follows_the_files_not_the_folder(tmp_path):
     assert len({first, second, ImageFolder(tmp_path / "after").fingerprint}) == 3
 
 
+@pytest.mark.slow
 def test_cuts_depend_on_names_so_that_an_added_file_moves_few(tmp_path):
     def units(names):
         return {tuple(entry.path for entry in unit) for unit in cut_by_name(entries(names), 16)}

@@ -145,6 +145,7 @@ def test_a_store_that_fails_is_one_line(prepared, monkeypatch):
         images.gather(np.array([0]))
 
 
+@pytest.mark.slow
 def test_the_held_out_part_at_the_url_is_taken(image_folder, train):
     filters = FilterSettings(validation_fraction=0.3)
     split = location("memory://bucket/split")

@@ -127,7 +127,7 @@ def test_the_saved_pipeline_is_stock_and_the_checkpoints_hold_the_layer(whole):
     assert any("validation_loss" in line for line in (whole / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("sharded", [None, True])
 def test_two_processes_go_on_as_one_would(whole, sharded, image_folder, tiny_unet, cache_dir, tmp_path):
     resumed = tmp_path / "resumed"

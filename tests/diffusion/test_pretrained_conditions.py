@@ -86,6 +86,7 @@ def test_vectors_keep_their_embedding_and_its_statistics(tmp_path):
         load_pretrained(longer, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_classes_and_vectors_start_from_either_and_from_both(tmp_path):
     """The prediction of the old model is that of what it knows, with the other condition at zero."""
     names, both = ["a", "b", "c"], {"num_class_embeds": 4, "class_embed_type": "identity"}

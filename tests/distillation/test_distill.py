@@ -69,6 +69,7 @@ def whole_run(teacher, image_folder, cache_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_it_says_which_student_is_trained_and_what_comes_next(whole_run):
     lines = (whole_run / "printed.txt").read_text().splitlines()
     assert [line for line in lines if line.startswith("stage ")] == [
@@ -79,6 +80,7 @@ def test_it_says_which_student_is_trained_and_what_comes_next(whole_run):
     assert lines[-1].startswith(f"saved the student in {whole_run}; next: python sample.py --model_name_or_path ")
 
 
+@pytest.mark.slow
 def test_each_stage_saves_a_stock_pipeline_that_refuses_more_steps(whole_run):
     record = json.loads((whole_run / "distillation.json").read_text())
     assert record["complete"] == ["steps-4", "steps-2", "steps-1"]
@@ -101,6 +103,7 @@ def test_the_lengths_of_the_stages_are_shares_of_the_run(whole_run):
     assert [len((folder / "metrics.jsonl").read_text().splitlines()) for folder in folders] == [3, 7, 7]
 
 
+@pytest.mark.slow(7)
 def test_a_student_is_scored_with_its_scheduler_and_an_average_of_it_keeps_its_time_table(
     distill, teacher, image_folder, monkeypatch, capsys
 ):
@@ -141,7 +144,7 @@ def test_a_run_that_is_stopped_in_any_stage_is_the_same_run(distill, teacher, wh
     same_weights(out / UNET_FILE, whole_run / UNET_FILE)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 def test_two_processes_make_the_students_of_one(teacher, whole_run, image_folder, cache_dir, tmp_path):
     flags = FLAGS | {"teacher_model_name_or_path": teacher, "train_batch_size": 4}
     run_forked("distill.py", *tiny_run(image_folder, None, cache_dir, tmp_path / "out", **flags), processes=2)

@@ -54,7 +54,7 @@ def distill(folders, teachers, cache_dir, tmp_path, monkeypatch):
     return call
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_label_maps_stopped_in_any_stage_and_on_two_processes(
     distill, folders, teachers, cache_dir, tmp_path, monkeypatch
 ):
@@ -137,7 +137,7 @@ def prepared(folders, tmp_path_factory):
     return output
 
 
-@pytest.mark.slow
+@pytest.mark.slow(7)
 def test_prepared_pairs_need_no_flags_and_edges_ignore_them(distill, prepared, capsys):
     ready = {"train_data_dir": prepared / str(CLASSES), "conditioning_data_dir": None, "resolution": None}
     raw = distill("maps", "raw")

@@ -62,7 +62,7 @@ def write_samples(folder, asked, drawn, column="label"):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 def test_samples_are_judged_by_the_class_asked_for(real, cache, tmp_path, monkeypatch, capsys):
     asked = ["across"] * 8 + ["down"] * 8 + ["null"] * 2
     drawn = ["across"] * 8 + ["down"] * 6 + ["plain"] * 4
@@ -179,6 +179,7 @@ def test_a_class_without_enough_images_has_no_score():
     assert found["a"]["num_noise_floor"] == 5
 
 
+@pytest.mark.slow
 def test_a_real_image_that_cannot_be_read_is_named_and_left_out(real, cache, tmp_path, monkeypatch, capsys):
     reference = tmp_path / "reference"
     for kind in KINDS:

@@ -54,7 +54,7 @@ def test_every_metric_of_a_folder_and_of_its_npz_file(real, made, tmp_path, monk
     assert len(found[0]["weights_sha256"]) == 64 and found[0]["resize"].startswith("bicubic with antialiasing")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 def test_features_of_the_reference_are_computed_once_until_an_image_changes(real, made, tmp_path, monkeypatch, capsys):
     counted, extract = [], features_of_sides.extract_features
 
@@ -168,7 +168,7 @@ def test_mistakes_are_reported_in_one_line(real, made, tmp_path, monkeypatch):
             evaluate(monkeypatch, **sides, **flags)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 def test_two_processes_compute_the_same_scores(real, made, tmp_path, monkeypatch, capsys):
     reference = shutil.copytree(real, tmp_path / "real")
     (reference / "000007.png").write_bytes(b"\x89PNG\r\n\x1a\n and no image")

@@ -67,6 +67,7 @@ def table_of(folder):
     return json.loads((folder / TABLE_NAME).read_text())
 
 
+@pytest.mark.slow
 def test_a_sweep_ranks_its_rows_and_a_second_start_makes_none(model, reference, monkeypatch, capsys, drawn_figures):
     run(monkeypatch, model, reference, sweep="dpmsolver:2,3;heun:2")
     rows = table_of(model)["cells"]
@@ -91,6 +92,7 @@ def test_a_sweep_ranks_its_rows_and_a_second_start_makes_none(model, reference, 
     assert (model / "README.md").read_text() == card
 
 
+@pytest.mark.slow
 def test_latents_without_a_condition_are_decoded_and_scored(models, reference, tmp_path, monkeypatch):
     model = shutil.copytree(models / "latents", tmp_path / "model")
     run(monkeypatch, model, reference, sweep="dpmsolver:2;heun:2")
@@ -136,6 +138,7 @@ def test_classes_are_balanced_and_only_sums_are_kept_for_fid(models, reference, 
     assert not (model / TABLE_NAME).exists()
 
 
+@pytest.mark.slow
 def test_classes_and_vectors_are_swept_and_scored_together(reference, tmp_path, monkeypatch):
     model, vectors = tmp_path / "both", tmp_path / "vectors.npy"
     save_pipeline(model, conditional_pipeline(vector_unet(4), DDPMScheduler(), id2label=NAMES), "# A card\n")
@@ -170,6 +173,7 @@ def students(models, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_students_are_compared_with_their_teacher(students, models, reference, monkeypatch, capsys):
     sampled, real = [], sweep.generate
 
@@ -188,6 +192,7 @@ def test_students_are_compared_with_their_teacher(students, models, reference, m
     assert choose_scheduler(students, 1)[0] == "default"  # no row of the table is a scheduler of the student
 
 
+@pytest.mark.slow
 def test_a_sweep_without_words_takes_few_steps_first(students, model):
     few = [("student", 1), ("student", 2), ("teacher/dpmsolver", 1), ("teacher/unipc", 1), ("teacher/dpmsolver", 2)]
     cells = Candidates(students).parse([])
@@ -249,6 +254,7 @@ def test_flags_of_a_model_need_one(reference, monkeypatch):
         evaluate(monkeypatch, generated=reference, reference=reference, sweep="ddim:10")
 
 
+@pytest.mark.slow
 def test_rows_of_other_settings_or_weights_are_not_mixed(model, reference, monkeypatch):
     run(monkeypatch, model, reference, sweep="dpmsolver:1")
     with pytest.raises(UserError, match=r"made with another num_images \(6 there, 8 now\)"):

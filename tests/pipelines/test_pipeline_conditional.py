@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conditional_helpers import UNET, class_pipeline, class_unet, text_parts, vector_pipeline
+from conftest import slow_after
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
@@ -137,7 +138,7 @@ def test_autoguidance_guides_away_from_the_weak_unet(classes):
     assert calls.rows == [1, 1], "without guidance it is not called"
 
 
-@pytest.mark.parametrize("kind", ["class", "vector", "text"])
+@pytest.mark.parametrize("kind", slow_after(1, ["class", "vector", "text"]))
 def test_an_image_depends_on_its_seed_and_condition_alone(kind, text_pipeline):
     pipeline = {"class": class_pipeline, "vector": vector_pipeline, "text": lambda: text_pipeline}[kind]()
     pipeline.scheduler = DDPMScheduler()  # draws noise at each step

@@ -1,10 +1,7 @@
 """Conditional models carry their code: loaded elsewhere, saved again, pushed; and the documentation runs."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from conditional_helpers import NAMES, class_pipeline, class_unet, image_pipeline, text_parts, vector_unet
 from conftest import ROOT
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from hub_helpers import run_elsewhere
 from huggingface_hub import ModelCard
 
 from pipelines.vector_embedding import VectorEmbedding
@@ -40,7 +38,7 @@ def saved(tmp_path_factory):
 
 
 ELSEWHERE = """
-import shutil, sys
+import shutil
 import torch
 from diffusers import DiffusionPipeline
 
@@ -65,16 +63,12 @@ for kind, asked in {
     assert torch.equal(image(again, asked), first), kind
     again.save_pretrained("again-" + kind)
     shutil.rmtree("again")
-assert not {"trainkit", "pipelines"} & sys.modules.keys()
 """
 
 
 def elsewhere(program, folder):
-    """Run `program` in a process that cannot see this repository."""
-    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", program]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Run `program` without this repository, and without a warning of diffusers about what it loads."""
+    done = run_elsewhere(program, folder)
     assert "not expected" not in done.stderr and "Expected types" not in done.stderr
     assert "following packages" not in done.stderr
 

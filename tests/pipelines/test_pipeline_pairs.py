@@ -30,6 +30,7 @@ def made(pipeline, image, seed=1, **settings):
     return pipeline(image=image, generator=torch.Generator().manual_seed(seed), **QUICK | settings).images
 
 
+@pytest.mark.slow
 def test_a_label_map_may_be_an_image_an_array_or_a_tensor(labelled):
     one, palette = ids(), Image.fromarray(ids()).convert("P")
     palette.putdata(one.reshape(-1))

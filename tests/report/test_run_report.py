@@ -168,6 +168,7 @@ def test_the_state_of_a_run_is_true_whatever_happened_to_it_since(run):
     assert re.search("stopped +2026-01-02 03:04 UTC", shown(state="stopped"))
 
 
+@pytest.mark.slow
 def test_compare_runs_needs_no_torch(run, tmp_path):
     """It answers at once: torch and diffusers take seconds to import."""
     program = (

@@ -145,7 +145,7 @@ def trained():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(12)
 def test_every_accepted_combination_samples_the_right_distribution():
     assert len(accepted()) > 80
     for options in accepted():
@@ -166,7 +166,7 @@ def distance_to_patterns(images: torch.Tensor) -> tuple[float, float]:
     return off.mean().item(), (nearest == 1).double().mean().item()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(12)
 def test_trained_networks_sample_cleanly(trained, tmp_path):
     noise = torch.randn(100, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     for useless in (noise.clamp(-1, 1), noise.sign(), torch.zeros_like(noise)):  # noise, blown up, grey

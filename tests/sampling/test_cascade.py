@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conditional_helpers import NAMES, class_unet, image_pipeline, text_parts, vector_unet
+from conftest import slow_after
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from latent_helpers import LATENT_CHANNELS, make_vae
 from PIL import Image
@@ -85,15 +86,18 @@ def two_commands(models, base, folder, upsampler, image_noise=0.0, **changes):
 
 @pytest.mark.parametrize(
     "base, conditions",
-    [
-        ("plain", {}),
-        ("student", {}),
-        ("latents", {}),
-        ("class", {"class_labels": ["all"], "guidance_scale": 2.0}),
-        ("vector", {"vectors_file": "vectors.npy"}),
-        ("text", {"prompts_file": "prompts.txt"}),
-        ("from4", {"conditioning_dir": "pictures"}),
-    ],
+    slow_after(
+        1,
+        [
+            ("plain", {}),
+            ("student", {}),
+            ("latents", {}),
+            ("class", {"class_labels": ["all"], "guidance_scale": 2.0}),
+            ("vector", {"vectors_file": "vectors.npy"}),
+            ("text", {"prompts_file": "prompts.txt"}),
+            ("from4", {"conditioning_dir": "pictures"}),
+        ],
+    ),
 )
 def test_one_command_makes_what_two_make(models, tmp_path, base, conditions):
     given = {key: str(models / value) if key.endswith(("file", "dir")) else value for key, value in conditions.items()}
@@ -102,6 +106,7 @@ def test_one_command_makes_what_two_make(models, tmp_path, base, conditions):
     assert contents(tmp_path / "one") == contents(two_commands(models, base, tmp_path, "from8", 0.1, **given))
 
 
+@pytest.mark.slow
 def test_three_models_in_a_row_and_their_record(models, tmp_path):
     changes = {"class_labels": ["cat", "7"], "upsampler_num_inference_steps": [2, 3]}
     changes |= {"upsampler_scheduler": ["ddpm", "unipc"], "upsampler_guidance_scale": [1.5]}
@@ -145,6 +150,7 @@ def test_an_upsampler_takes_the_classes_of_the_first_model(models, tmp_path, cap
 SLOW_FORMATS = [pytest.param(name, marks=pytest.mark.slow) for name in ("webp", "jpeg", "npz", "arrow")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["png", *SLOW_FORMATS])
 def test_an_interrupted_run_continues_to_the_same_bytes(models, tmp_path, monkeypatch, capsys, name):
     cascade(models, "plain", tmp_path / "whole", "from8", output_format=name)
@@ -191,6 +197,7 @@ def test_two_processes_make_the_images_of_one(models, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_evaluate_samples_scores_the_enlarged_images(models, tmp_path):
     names = [str(models / "from8")]
     flags = {"model_name_or_path": str(models / "class"), "upsampler_name_or_path": names, "seed": 3, "num_images": 4}

@@ -46,6 +46,7 @@ def samples(models, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_format_holds_the_same_images(samples):
     expected = read(samples / "png")
     assert np.array_equal(read(samples / "webp", extension="webp"), expected)
@@ -113,6 +114,7 @@ def test_formats_do_not_mix_in_a_folder(models, samples):
         sample(models / "plain", samples / "arrow", output_format="webp")
 
 
+@pytest.mark.slow
 def test_jpeg_has_no_transparency(models, tmp_path):
     with pytest.raises(UserError, match="--output_format jpeg stores no transparency"):
         sample(models / "alpha", tmp_path / "out", output_format="jpeg")
@@ -136,6 +138,7 @@ def test_classes_are_arr_1_and_a_column(models, tmp_path):
     assert found.labels == ["cat", None, "7", "cat", None]
 
 
+@pytest.mark.slow
 def test_prompts_and_vectors_are_columns(models, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red square\n\nblue circle\n")
     np.save(tmp_path / "vectors.npy", np.array([[1, 2, 3], [4, 5, 6]], np.float32))

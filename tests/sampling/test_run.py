@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import slow_after
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from process_helpers import ScriptRun, run_forked
 from sampling_helpers import contents, flags, read, sample, tiny_model, words
@@ -111,7 +112,7 @@ def test_images_of_a_lost_process_are_named(model, tmp_path, monkeypatch):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("limit, failed", [(2, [4]), (1, [4, 2, 2])])
+@pytest.mark.parametrize("limit, failed", slow_after(1, [(2, [4]), (1, [4, 2, 2])]))
 def test_batches_are_halved_until_they_fit(model, samples, tmp_path, monkeypatch, limit, failed):
     forward, too_large = UNet2DModel.forward, []
 
@@ -223,7 +224,7 @@ def test_progress_is_a_line_now_and_then_without_a_terminal(model, tmp_path, mon
     assert "sampling: 4 of 7 images (57.1%), " in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_a_killed_process_loses_only_its_own_batches(model, tmp_path):
     """kill -9 of one of two processes; the other goes on, and the next start makes what is missing, bit for bit."""
     values = flags(model, tmp_path / "killed", num_images=60, sample_batch_size=2, num_inference_steps=10)

@@ -53,6 +53,7 @@ def samples(models, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_all_divides_the_images_evenly_and_says_what_each_shows(samples):
     metadata = rows(samples)
     assert [row["file_name"] for row in metadata] == [f"{index:06d}.png" for index in range(6)]
@@ -97,6 +98,7 @@ def test_other_conditions_do_not_mix_into_a_folder(models, samples, change, mess
         sample(models / "class", samples, **{"class_labels": ["all"], "guidance_scale": 3.0} | change)
 
 
+@pytest.mark.slow
 def test_classes_and_vectors_together_and_either_alone(models, tmp_path):
     """Each list repeats by itself; what is not given is null."""
     file = tmp_path / "vectors.csv"
@@ -115,6 +117,7 @@ def test_classes_and_vectors_together_and_either_alone(models, tmp_path):
         sample(models / "both", tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_prompts_and_vectors_come_from_files(models, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red square\n\nblue circle\n")
     sample(models / "text", tmp_path / "text", prompts_file=str(tmp_path / "prompts.txt"), guidance_scale=2.0)

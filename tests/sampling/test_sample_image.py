@@ -69,6 +69,7 @@ def test_known_pixels_are_in_the_files_and_others_are_made(models, made, tmp_pat
     assert all(np.array_equal(read(tmp_path / "other" / f"{i:06d}.png"), samples[i]) for i in range(2))
 
 
+@pytest.mark.slow
 def test_the_size_of_the_small_images_decides_and_the_samples_are_scored(models, made, tmp_path, monkeypatch, capsys):
     wide = {"conditioning_dir": str(tmp_path / "wide"), "image_noise": 0.1, "sample_batch_size": 3}
     (tmp_path / "wide").mkdir()

@@ -56,6 +56,7 @@ def test_levels_of_grey_become_label_maps(made, tmp_path, monkeypatch):
             make(monkeypatch, tmp_path / "images", tmp_path / "other", wrong)
 
 
+@pytest.mark.slow
 def test_samples_of_label_maps_are_scored_against_their_images(models, made, tmp_path, monkeypatch, capsys):
     sample(models / "labels", tmp_path / "out", num_images=5, conditioning_dir=str(made / "conditions"))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]

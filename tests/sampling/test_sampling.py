@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow_after
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from process_helpers import run_code, run_forked
@@ -41,10 +41,13 @@ def samples(model_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "channels", "sample_size"),
-    [
-        *((name, 3, 16) for name in SCHEDULER_NAMES),
-        *((name, *shape) for name in ("sde_dpmsolver", "unipc") for shape in ((1, (16, 8)), (4, 16))),
-    ],
+    slow_after(
+        1,
+        [
+            *((name, 3, 16) for name in SCHEDULER_NAMES),
+            *((name, *shape) for name in ("sde_dpmsolver", "unipc") for shape in ((1, (16, 8)), (4, 16))),
+        ],
+    ),
 )
 def test_an_image_does_not_depend_on_its_batch(name, channels, sample_size):
     unet, scheduler = tiny_model(channels, sample_size), scheduler_bundle(DDPMScheduler())[name]

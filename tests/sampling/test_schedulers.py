@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import slow_after
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from exact_denoiser import ExactUNet, PixelMixture
 
@@ -87,7 +88,7 @@ def saved_bundles(tmp_path_factory):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("name", SCHEDULER_NAMES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -117,7 +118,9 @@ MOVED = [
 FLOWS = [{"prediction_type": "flow_prediction", "noise_shift": shift} for shift in (1.0, 4.0)]
 
 
-@pytest.mark.parametrize("settings", MOVED + FLOWS, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize(
+    "settings", slow_after(3, FLOWS + MOVED), ids=lambda settings: "-".join(map(str, settings.values()))
+)
 def test_moved_schedules_and_flow_matching_are_sampled_too(settings, tmp_path):
     """Saved, and read again by diffusers' classes alone."""
     noise_scheduler = build_noise_scheduler(ObjectiveOptions(**settings))
@@ -153,7 +156,7 @@ def test_ddim_does_not_drift_over_many_steps(saved_bundles):
     assert distance_of_pixels(draw(flawed(noise_scheduler, PIXELS.best, (1, 8, 8)), bundle["ddim"], 64, 1000)) < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.slow(4)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_runs_at_any_number_of_steps(saved_bundles, schedule):
     noise_scheduler, bundle = saved_bundles[schedule, "epsilon"]
@@ -168,6 +171,7 @@ def test_runs_at_any_number_of_steps(saved_bundles, schedule):
             assert draw(unet, scheduler, 2, steps, name).isfinite().all(), (name, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"num_train_timesteps": 100}, {"rescale_betas_zero_snr": True}])
 def test_unusual_noise_schedules_run(settings):
     noise_scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", **settings)

@@ -1,30 +1,26 @@
 """Encoders that come from the Hub, and conditional pipelines that are pushed there and loaded by somebody else."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from conditional_helpers import text_parts, vector_unet
-from conftest import ROOT, launch
+from conftest import ROOT
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from hub_server import environment, publish, serve_hub
+from hub_helpers import run_elsewhere, run_forked_with_hub
+from hub_server import publish, serve_hub
 from PIL import Image
 from training_helpers import tiny_run
 
 from trainkit.sampling.pipeline import conditional_pipeline, save_pipeline
 
 ELSEWHERE = """
-import sys
 from diffusers import DiffusionPipeline
 
 for name, asked in (("me/captions", {"prompt": ["a red square", None]}), ("me/vectors", {"vectors": [[1.0, 2, 3]]})):
     pipeline = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
     images = pipeline(**asked, num_inference_steps=2, guidance_scale=2.0, output_type="np").images
     print(images.shape, pipeline.vae is not None)
-assert not {"trainkit", "pipelines"} & sys.modules.keys()
 """
 
 
@@ -61,7 +57,7 @@ def test_encoders_come_from_the_hub_and_the_pipeline_goes_there(hub, tmp_path):
         condition="text", text_encoder_name_or_path="me/encoder", vae_name_or_path="me/pipeline", center_crop=True,
         push_to_hub=True, hub_model_id="me/captions", hub_token="hf_secret", save_images_epochs=1000,
     )  # fmt: skip
-    done = launch("train_conditional.py", *arguments, environment=environment(hub, tmp_path / "home"))
+    done = run_forked_with_hub(hub, tmp_path / "home", "train_conditional", *arguments)
     assert f"pushed to {hub.url}/me/captions" in done.stdout, done.stdout[-1000:] + done.stderr[-2000:]
     pushed = hub.repositories["me/captions"]
     assert pushed["conditional.py"] == (ROOT / "pipelines" / "conditional.py").read_bytes()
@@ -70,9 +66,5 @@ def test_encoders_come_from_the_hub_and_the_pipeline_goes_there(hub, tmp_path):
     assert not [name for name in pushed if "checkpoint" in name or "optimizer" in name]
 
     shutil.rmtree(tmp_path / "out")
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | environment(hub, tmp_path / "elsewhere"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_elsewhere(ELSEWHERE, tmp_path, hub)
     assert done.stdout.split("\n")[:2] == ["(2, 16, 16, 3) True", "(1, 16, 16, 3) False"]

@@ -108,7 +108,7 @@ def check_refusal(done, output_dir):
     assert not output_dir.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(17)
 def test_cpu_processes_of_the_launcher_are_refused(image_folder, tiny_unet, cache_dir, tmp_path):
     """Fresh interpreters: the script reads the command line of the process that started it."""
     launcher = [sys.executable, "-m", LAUNCHER, "--cpu", "--num_processes", "2"]

@@ -188,7 +188,7 @@ def test_it_is_trained_validated_and_checkpointed(whole):
     assert any("validation_loss" in line for line in (whole / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(12)
 def test_two_sharded_processes_encode_for_themselves_and_go_on_as_one_would(
     whole, captioned, text_unet, bert, tmp_path
 ):
@@ -238,6 +238,7 @@ def run_here(monkeypatch, arguments):
     run_in_process(monkeypatch, "train_conditional", arguments)
 
 
+@pytest.mark.slow
 def test_a_dry_run_encodes_few_captions(captioned, text_unet, bert, tmp_path, monkeypatch, capsys):
     arguments = text_run(captioned, text_unet, tmp_path / "cache", tmp_path / "out", bert, dry_run=True)
     run_in_process(monkeypatch, "train_conditional", arguments)

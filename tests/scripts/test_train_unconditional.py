@@ -26,7 +26,7 @@ def run_dir(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     return output_dir
 
 
-@pytest.mark.slow
+@pytest.mark.slow(16)
 def test_what_a_run_leaves(run_dir):
     assert Image.open(run_dir / "samples.png").width >= 4 * 16
     assert Image.open(run_dir / "loss.png").width > 400

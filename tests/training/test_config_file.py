@@ -97,6 +97,7 @@ def test_the_summary_names_what_is_trained_and_the_last_line_what_comes_next(tra
     )
 
 
+@pytest.mark.slow
 def test_the_precision_that_auto_was_is_written_down(train):
     one, printed = train(mixed_precision="auto", max_train_steps=1)
     chosen = "bf16" if has_fast_bfloat16("cpu") else "no"
@@ -104,6 +105,7 @@ def test_the_precision_that_auto_was_is_written_down(train):
     assert f"mixed precision {chosen}\n" in printed
 
 
+@pytest.mark.slow
 def test_quiet_prints_the_last_line_alone(train, monkeypatch):
     monkeypatch.setattr("trainkit.terminal._settings", {"quiet": False, "interval_s": 30.0})
     _, printed = train(quiet=True, preview_steps=1, lr_warmup_steps=1)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_UNET
+from conftest import ROOT, TINY_UNET, slow_after
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from process_helpers import run_code
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,8 +59,8 @@ def prepared(image_folder, tmp_path_factory):
     return open_or_prepare(Options(train_data_dir=str(image_folder), resolution="16", cache_dir=cache, num_proc=1))
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "edm_lognormal"])
-@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("sampling", slow_after(1, ["uniform", "logit_normal", "edm_lognormal"]))
+@pytest.mark.parametrize("scheduler_class", slow_after(1, [DDPMScheduler, FlowMatchEulerDiscreteScheduler]))
 def test_nothing_on_the_device_is_float64(prepared: PreparedImages, scheduler_class, sampling):
     """Loader, augmentation, timesteps, loss, gradients, Muon and the average: all of a step."""
     from train_unconditional import Options

@@ -58,6 +58,7 @@ def test_it_leaves_a_run_that_it_would_resume_as_it_is(dry_run, tmp_path):
         dry_run()
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_the_checkpoints_is_an_error(dry_run, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**7))
@@ -80,6 +81,7 @@ def test_a_step_that_does_not_fit_is_one_line(dry_run, monkeypatch):
         dry_run()
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_ends_it(dry_run, monkeypatch):
     def refuse(options):
         raise UserError(f"--push_to_hub: no access to {options.hub_model_id}")

@@ -36,14 +36,14 @@ def two_process_run(arguments, tmp_path_factory):
     return output_dir
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 def test_two_processes_that_accumulate_are_the_run_of_one(two_process_run, arguments, tmp_path):
     run_forked(SCRIPT, *arguments(tmp_path, train_batch_size=8, gradient_accumulation_steps=1))
     assert losses(two_process_run) == pytest.approx(losses(tmp_path), abs=1e-4)
     same_weights(two_process_run / WEIGHTS, tmp_path / WEIGHTS, tolerance=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(7)
 def test_the_launcher_restarts_the_group_when_a_rank_is_killed(two_process_run, arguments, tmp_path):
     """One command for all: the first start finds no checkpoint, the second resumes from the newest."""
     words = launch_words(SCRIPT, *arguments(tmp_path), "--resume_from_checkpoint", "latest", processes=2)
@@ -55,7 +55,7 @@ def test_the_launcher_restarts_the_group_when_a_rank_is_killed(two_process_run, 
     assert losses(tmp_path) == losses(two_process_run)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(14)
 def test_two_machines_are_the_run_of_one_machine_and_outlive_a_killed_rank(two_process_run, arguments, tmp_path):
     """The command of docs/scaling.md, once for each of two `machines` of one process; both agents start again."""
     agent = [

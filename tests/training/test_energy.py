@@ -107,6 +107,7 @@ def test_gpus_are_found_by_their_uuid(monkeypatch):
     assert find_counters(GPU, 3) == ([], "")  # a part of the devices is no figure
 
 
+@pytest.mark.slow
 def test_it_is_in_the_record_the_card_and_the_report_and_adds_up(
     image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch
 ):

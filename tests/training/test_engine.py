@@ -121,7 +121,7 @@ def test_replicas_that_drift_apart_are_told_with_the_parameter(image_folder, tin
     assert "after step 4, conv_out.weight of rank 1 differs from rank 0 (1 of" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slow(9)
 def test_a_signal_to_one_rank_stops_all_at_one_step(train, image_folder, tiny_unet, cache_dir, tmp_path):
     """A checkpoint of two processes resumes with one, and one of one process with two, as the uninterrupted run."""
     import signal
@@ -222,6 +222,7 @@ def test_deterministic_refuses_algorithms_of_chance(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_deterministic_flag_is_heard(train, monkeypatch):
     from trainkit.training import launch as module
 
@@ -270,26 +271,27 @@ def test_muon_takes_the_inner_matrices_and_resumes_bit_for_bit(train, tiny_unet)
     assert losses(parts) == losses(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 def test_sharded_weights_are_the_same_run_and_resume_anywhere(
-    train, image_folder, tiny_unet, cache_dir, tmp_path, capsys
+    train, image_folder, smaller_unet, cache_dir, tmp_path, capsys
 ):
     """Two processes with half of the weights each, and accumulation: their checkpoint resumes in one process."""
-    flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shard_weights": True, "preview_steps": 4}
-    short = {"max_train_steps": 8, "checkpointing_steps": 5, "ema_power_lengths": [0.05, 0.1], "ema_snapshot_steps": 4}
-    arguments = tiny_run(image_folder, tiny_unet, cache_dir, tmp_path / "sharded", **flags, **short)
+    flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "shard_weights": True, "preview_steps": 2}
+    short = {"max_train_steps": 4, "checkpointing_steps": 3, "ema_power_lengths": [0.05, 0.1], "ema_snapshot_steps": 2}
+    short["model_config_name_or_path"] = smaller_unet
+    arguments = tiny_run(image_folder, smaller_unet, cache_dir, tmp_path / "sharded", **flags, **short)
     run_forked("train_unconditional.py", *arguments, processes=2)
     train("whole", **short)
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     snapshots = [path.relative_to(tmp_path / "sharded").as_posix() for path in snapshot_files(tmp_path / "sharded")]
     assert len(snapshots) == 4
     parts = ("optimizer.safetensors", *(f"unet_ema{which}/{WEIGHTS[5:]}" for which in ("", "_0.05", "_0.1")))
-    for file in (WEIGHTS, *(f"checkpoint-8/{part}" for part in parts), *snapshots):
+    for file in (WEIGHTS, *(f"checkpoint-4/{part}" for part in parts), *snapshots):
         same_weights(tmp_path / "sharded" / file, tmp_path / "whole" / file, tolerance=1e-3)
-    shutil.rmtree(tmp_path / "sharded" / "checkpoint-8")
+    shutil.rmtree(tmp_path / "sharded" / "checkpoint-4")
     capsys.readouterr()
     train("sharded", **short, resume_from_checkpoint="latest")
-    assert "5 of 8 steps done" in capsys.readouterr().out
+    assert "3 of 4 steps done" in capsys.readouterr().out
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 

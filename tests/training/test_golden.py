@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conditional_helpers import text_parts
-from conftest import ROOT, TINY_UNET
+from conftest import ROOT, TINY_UNET, slow_after
 from diffusers import AutoencoderKL
 from process_helpers import run_forked
 from training_helpers import golden, losses, run_in_process, tiny_run
@@ -72,7 +72,7 @@ def check(name, found, request):
     assert found == pytest.approx(golden(name), rel=2e-3)
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", slow_after(1, CONFIGURATIONS))
 def test_losses_are_those_on_file(name, described, tiny_unet, models, cache_dir, tmp_path, monkeypatch, request):
     import train_conditional
     import train_unconditional
@@ -100,7 +100,7 @@ def test_accumulated_micro_steps_are_averaged(described, tiny_unet, cache_dir, t
     assert np.asarray(found[1]) == pytest.approx(np.asarray(found[2]), rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(9)
 def test_sharded_losses_are_those_on_file(described, tiny_unet, cache_dir, tmp_path, request):
     arguments = tiny_run(described, tiny_unet, cache_dir, tmp_path, **SHARDED)
     run_forked("train_unconditional.py", *arguments, processes=2)

@@ -116,7 +116,7 @@ def whole(image_folder, tiny_unet, cache_dir, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(7)
 @pytest.mark.parametrize("reshard", [True, False], ids=["ZeRO-3", "ZeRO-2"])
 def test_the_fsdp_config_trains_the_same_run(whole, image_folder, tiny_unet, cache_dir, tmp_path, reshard):
     config = (ROOT / "accelerate_configs" / "fsdp.yaml").read_text().replace("num_processes: 8", "num_processes: 2")

@@ -36,7 +36,7 @@ def test_a_loss_that_never_falls_is_said():
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_search_finds_a_rate_and_leaves_the_run_as_it_was(
     image_folder, tiny_unet, cache_dir, tmp_path, monkeypatch, capsys, accumulation

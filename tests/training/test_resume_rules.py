@@ -124,6 +124,7 @@ def test_files_of_others_are_refused_or_backed_up(train, tmp_path):
     assert (out / "unet" / "notes.txt").read_text() == "later"
 
 
+@pytest.mark.slow
 def test_a_finished_model_without_checkpoints_is_not_replaced(train):
     import shutil
 

@@ -50,7 +50,7 @@ def same_state(one, other):
     assert one["average_settings"] == other["average_settings"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_two_sharded_processes_train_as_one_does(states):
     same_state(states["sharded_half"], states["unsharded_half"])
     assert states["sharded_half"]["norms"] == pytest.approx(states["unsharded_half"]["norms"][:HALF], rel=1e-4)

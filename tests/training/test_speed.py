@@ -101,6 +101,7 @@ class OneProduct(ModelMixin, ConfigMixin):
         return self.linear(rows)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_in_place():
     torch.manual_seed(0)
     model, rows, counters = OneProduct(), torch.randn(5, 4), torch._dynamo.utils.counters

@@ -27,6 +27,7 @@ def test_a_missing_package_is_one_line_before_anything_is_prepared(logger, monke
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_weights_and_biases_without_a_login_is_one_line_before_anything_is_written(
     monkeypatch, tmp_path, tiny_unet, image_folder
 ):
