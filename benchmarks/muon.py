@@ -37,7 +37,7 @@ def measure(rank: int, processes: int, store: str, rounds: int, unet_name: str, 
         if sharded:
             shard(unet, None, "cpu")
         divided_muon.DividedMuon = optimizer_class
-        optimizers[name] = unet, build_optimizer(OptimizationOptions(), unet)
+        optimizers[name] = unet, build_optimizer(OptimizationOptions(optimizer="muon", learning_rate=2e-3), unet)
     seconds: dict[str, list[float]] = {name: [] for name in optimizers}
     busy_seconds: dict[str, list[float]] = {name: [] for name in optimizers}
     for round_number in range(rounds + 1):

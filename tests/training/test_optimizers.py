@@ -225,7 +225,7 @@ class Options(OptimizationOptions, HardwareOptions):
     "flags, message",
     [
         ({"optimizer": "schedule_free_adamw"}, "add --no_use_ema"),
-        ({"optimizer": "prodigy"}, "use 1"),
+        ({"optimizer": "prodigy", "learning_rate": 2e-3}, "use 1"),
         ({"lr_num_cycles": 0}, "--lr_num_cycles 0 must be at least 1"),
         ({"lr_power": 0.0}, "--lr_power 0.0 must be more than 0"),
         ({"lr_decay_steps": 0}, "--lr_decay_steps 0 must be at least 1"),

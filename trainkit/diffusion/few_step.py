@@ -17,7 +17,7 @@ from trainkit.diffusion.noise_schedule import NoiseScheduler, betas_of, is_flow
 
 DISTILLED = "distilled"  # beta_schedule of a progressive student, whose betas are listed
 NOISIEST = 80.0  # sigma / alpha of the first step of a consistency student, as in Karras et al. 2022
-HALF_SKIPPED = 0.03  # sigma / alpha at which half of a consistency student's image is its input, if it predicts images
+HALF_SKIPPED = 0.03  # sigma / alpha at which c_skip of a consistency student that predicts images is 1/2
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of LCMScheduler
 
 
@@ -79,8 +79,8 @@ def consistency_schedule(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 def boundary_scaling(alphas_cumprod: torch.Tensor, prediction_type: str) -> float:
     """The timestep_scaling of a consistency student over alpha_bar (T',): see `skip_scalings`.
 
-    A student that predicts images takes over half of its input below the noise level `HALF_SKIPPED`. That of one that
-    predicts velocities already ends at its input, and has the value of diffusers.
+    If the student predicts images, half of its result is its input at the noise level `HALF_SKIPPED`. If it predicts
+    velocities, it needs no boundary condition and has the default of diffusers.
     """
     if prediction_type != "sample":
         return TIMESTEP_SCALING
