@@ -4,8 +4,8 @@ The neighbour comes closer over the run. In the first stages it is far, often th
 diffusion; at the end it is near, and the student maps any noise level to the end of its trajectory.
 
 Where there is no noise, the student must return its input. Otherwise it may agree with itself on any constant once the
-neighbours are near. A student that predicts the velocity does so: its image is alpha z - sigma velocity. A student that
-predicts the image starts as the teacher itself, and gets the boundary condition of LCMScheduler.
+neighbours are near. A student that predicts the velocity does so: its image is alpha z - sigma velocity. A student
+that predicts the image starts as the teacher itself, and gets the boundary condition of LCMScheduler.
 """
 
 # B batch, C channels, H/W pixels, T timesteps; noise level s = sigma / alpha, as in Karras et al. 2022
