@@ -22,8 +22,8 @@ from trainkit.sampling.load import find_pipeline, load_pipeline
 from trainkit.sampling.schedulers import load_scheduler
 
 FLAG = "--teacher_model_name_or_path"
-# Muon scales every gradient to one size, also the large and noisy ones of low noise levels: KID 0.57 instead of 0.11
-# after 600 steps (benchmarks/results.md).
+# Muon scales every gradient to one size, also the noisy ones of low noise levels: KID 0.57 instead of 0.19 after 600
+# steps (benchmarks/results.md).
 CONSISTENCY_OPTIMIZER, CONSISTENCY_LEARNING_RATE = "adamw", 5e-4
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 # argument of the pipeline -> --condition
