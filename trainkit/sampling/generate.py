@@ -189,21 +189,6 @@ def _copied(predict: Predict) -> Predict:
     return lambda index, timestep, sample: predict(index, timestep, sample).clone()
 
 
-def generate_on_all_ranks(
-    accelerator: Accelerator,
-    pipeline: Pipeline,
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    batch_size: int,
-    conditions: Sequence | np.ndarray | None = None,
-    upsamplers: Sequence[Upsampler] = (),
-    **guidance,
-) -> np.ndarray:
-    """Images (N, H, W, C) uint8 of all `seeds`, on every rank; see `generate_in_blocks`. A collective."""
-    given = accelerator, pipeline, seeds, num_inference_steps, batch_size, conditions, upsamplers
-    return np.concatenate(list(generate_in_blocks(*given, **guidance)))
-
-
 def generate_in_blocks(
     accelerator: Accelerator,
     pipeline: Pipeline,

@@ -14,7 +14,7 @@ from trainkit.hub.options import start_pushes
 from trainkit.options.script import ConditionalTrainingOptions
 from trainkit.processes import wait_for_everyone
 from trainkit.report.card_results import update_card
-from trainkit.sampling.generate import Pipeline, generate_on_all_ranks
+from trainkit.sampling.generate import Pipeline, generate_in_blocks
 from trainkit.sampling.grid import image_grid, save_image
 from trainkit.sampling.pipeline import save_pipeline, scheduler_name, use_default_scheduler
 from trainkit.terminal import only_warn
@@ -147,7 +147,7 @@ class Outputs:
         with self.run.averaged_weights() as unet:
             pipeline = use_default_scheduler(self.pipeline_of(unet))
             self._scheduler = scheduler_name(pipeline)
-            return generate_on_all_ranks(
+            blocks = generate_in_blocks(
                 self.run.accelerator,
                 pipeline,
                 range(options.seed, options.seed + count),
@@ -156,6 +156,7 @@ class Outputs:
                 conditions,
                 **guidance,
             )
+            return np.concatenate(list(blocks))
 
 
 def _words(condition: ImageCondition, conditions: list | np.ndarray) -> tuple[list[str] | None, list[str] | None]:
